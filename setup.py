@@ -1,0 +1,57 @@
+"""All of the package's metadata. pyproject.toml holds the build system and the tools' settings only."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "vllm_slimspec/__init__.py").read_text(), re.M).group(1)
+
+setup(
+    name="vllm-slimspec",
+    version=VERSION,
+    description="Low-rank draft heads for speculative decoding in vLLM: serve, convert, train, measure",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    keywords="vllm speculative-decoding eagle3 slimspec triton",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    # By hand, never find_packages(): it would ship kernels/ as a top-level package, where the Hugging Face package
+    # of that name lives. The folder becomes vllm_slimspec.kernels instead, and has no __init__.py on purpose.
+    packages=[
+        "vllm_slimspec",
+        "vllm_slimspec.bench",
+        "vllm_slimspec.convert",
+        "vllm_slimspec.kernels",
+        "vllm_slimspec.models",
+        "vllm_slimspec.train",
+    ],
+    package_dir={"vllm_slimspec": "vllm_slimspec", "vllm_slimspec.kernels": "kernels"},
+    package_data={"vllm_slimspec": ["py.typed"], "vllm_slimspec.kernels": ["tuned/*.json"]},
+    # vLLM, torch and transformers are the user's: naming them here could replace a CPU, ROCm or nightly build.
+    install_requires=[
+        "packaging>=22",
+        "pydantic>=2.12",
+        "rich>=13",
+        "safetensors>=0.6.2",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "cuda": ["vllm>=0.26,<0.34"],
+        "train": ["speculators==0.9.*"],
+        "bench": ["httpx>=0.27", "matplotlib>=3.8", "openai>=2.25"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["slimspec = vllm_slimspec:register"],
+        "console_scripts": ["slimspec = vllm_slimspec.cli:main"],
+    },
+)

@@ -1,0 +1,20 @@
+"""SlimSpec draft heads for vLLM: the LM head of an EAGLE-3 drafter as two low-rank factors (arXiv 2605.10453).
+
+Installing this package is enough: vLLM finds :func:`register` through its entry point. Importing it is cheap; torch,
+vLLM and Triton are imported only by the parts that use them.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "setup.py").is_file() and (_checkout / "kernels").is_dir():
+    __path__.append(str(_checkout))  # a checkout keeps the kernels in ../kernels; a wheel has them inside
+
+
+def register() -> None:
+    """vLLM's plugin hook: called with no arguments in every process that vLLM starts; safe to call again."""
+    from vllm_slimspec import compat
+
+    compat.install()
