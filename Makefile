@@ -1,0 +1,53 @@
+# make demo   trains a tiny pair and serves it: the whole thing on one machine, in about ten minutes
+# make test   unit tests, then real vLLM engines
+# make lint   ruff, formatting, mypy
+#
+# Everything runs in .venv, which is made on first use. With a CUDA vLLM already installed, use it instead:
+#   make demo PY=python
+
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-unit test-engine lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 7
+
+ifeq ($(PY),$(VENV)/bin/python)
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py requirements/cpu.txt requirements/cpu-nodeps.txt requirements/dev.txt
+	@echo "installing into $(VENV) (about 3 minutes the first time)"
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -r requirements/cpu.txt -r requirements/dev.txt
+	$(PIP) --no-deps -r requirements/cpu-nodeps.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	$(PY) -m pip download --quiet --no-deps -d build/wheels kernels==0.17.2  # for one test: it must not clash with ours
+	@touch $@
+else
+install:
+endif
+
+demo: install
+	$(PY) examples/demo.py
+
+test: test-unit test-engine
+
+test-unit: install
+	$(PY) -m pytest tests -m "not engine" -q --durations=10
+
+test-engine: install
+	$(PY) -m pytest tests -m engine -q --durations=10
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy vllm_slimspec kernels examples
+
+clean:
+	rm -rf build dist *.egg-info

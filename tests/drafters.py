@@ -1,0 +1,80 @@
+"""Tiny EAGLE-3 drafter folders with random weights, right unless a test spoils them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+D, R, V = 64, 8, 128
+HEADS, KV_HEADS, HEAD_DIM, FF = 2, 1, 32, 96
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """config.json of a SlimSpec drafter; a change to None removes the key."""
+    base = {
+        "architectures": ["SlimSpecLlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": D,
+        "intermediate_size": FF,
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": V,
+        "draft_vocab_size": V,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+        "lm_head_rank": R,
+    }
+    return {key: value for key, value in (base | changes).items() if value is not None}
+
+
+def tensors(draft_vocab: int = V, rank: int = R, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The body and the factors; with a map onto every other id when ``draft_vocab`` is below V."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.05
+
+    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    out = {
+        "fc.weight": random(D, 3 * D),
+        "norm.weight": torch.ones(D),
+        "midlayer.self_attn.q_proj.weight": random(q, 2 * D),
+        "midlayer.self_attn.k_proj.weight": random(kv, 2 * D),
+        "midlayer.self_attn.v_proj.weight": random(kv, 2 * D),
+        "midlayer.self_attn.o_proj.weight": random(D, q),
+        "midlayer.mlp.gate_proj.weight": random(FF, D),
+        "midlayer.mlp.up_proj.weight": random(FF, D),
+        "midlayer.mlp.down_proj.weight": random(D, FF),
+        "lm_head.down.weight": random(rank, D),
+        "lm_head.up.weight": random(draft_vocab, rank),
+    }
+    for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+        out[f"midlayer.{norm}.weight"] = torch.ones(D)
+    if draft_vocab < V:
+        out["d2t"] = torch.arange(draft_vocab) * (V // draft_vocab) - torch.arange(draft_vocab)
+    return out
+
+
+def dense(drafter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The stock drafter with the same head, multiplied out."""
+    out = {name: t for name, t in drafter.items() if not name.startswith("lm_head.")}
+    out["lm_head.weight"] = drafter["lm_head.up.weight"] @ drafter["lm_head.down.weight"]
+    return out
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    """Write without any check, so that wrong folders can be made."""
+    import json
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

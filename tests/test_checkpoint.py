@@ -1,0 +1,278 @@
+"""What a drafter folder may be, and the one line that each wrong one gets."""
+
+import json
+import os
+from pathlib import Path
+
+import drafters
+import pytest
+import torch
+from drafters import D, R, V
+from typer.testing import CliRunner
+
+from vllm_slimspec.checkpoint import (
+    DOWN,
+    UP,
+    CheckpointError,
+    DraftCheckpoint,
+    head_spec,
+    is_low_rank,
+    write_checkpoint,
+)
+from vllm_slimspec.cli import app
+
+
+def _open(folder: Path) -> DraftCheckpoint:
+    checkpoint = DraftCheckpoint.open(folder)
+    checkpoint.check_values()
+    return checkpoint
+
+
+class TestAccepted:
+    def test_own_format(self, tmp_path):
+        """Catches: sizes read from the wrong key."""
+        spec = _open(drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())).spec
+        assert (spec.family, spec.hidden_size, spec.rank, spec.draft_vocab_size) == ("llama", D, R, V)
+        assert not spec.truncated
+        assert spec.parameters == R * (D + V)
+
+    def test_torchspec_unmodified(self, tmp_path):
+        """Catches: TorchSpec's folder (stock architecture, a divisor, no draft_vocab_size) taken for a dense one."""
+        config = drafters.config(
+            architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None, lm_head_rank_divisor=8, draft_vocab_size=None
+        )
+        checkpoint = _open(drafters.write(tmp_path / "d", config, drafters.tensors()))
+        assert checkpoint.format == "torchspec"
+        assert checkpoint.spec.rank == D // 8
+
+    def test_divisor_that_does_not_divide(self, tmp_path):
+        """Catches: rounding where TorchSpec floors (64 // 9 = 7)."""
+        config = drafters.config(lm_head_rank=None, lm_head_rank_divisor=9)
+        assert _open(drafters.write(tmp_path / "d", config, drafters.tensors(rank=7))).spec.rank == 7
+
+    def test_truncated(self, tmp_path):
+        """Catches: the map left out of the checks."""
+        checkpoint = _open(drafters.write(tmp_path / "d", drafters.config(draft_vocab_size=32), drafters.tensors(32)))
+        assert checkpoint.spec.truncated
+
+    def test_identity_map(self, tmp_path):
+        """Catches: SpecForge's all-zero d2t of a full vocabulary refused."""
+        tensors = drafters.tensors() | {"d2t": torch.zeros(V, dtype=torch.int64), "t2d": torch.ones(V).bool()}
+        assert not _open(drafters.write(tmp_path / "d", drafters.config(), tensors)).spec.truncated
+
+    def test_speculators(self):
+        """Catches: keys in transformer_layer_config not found."""
+        layer = drafters.config(architectures=None)
+        config = {"speculators_model_type": "eagle3", "speculators_config": {}, "transformer_layer_config": layer}
+        assert is_low_rank(config)
+        assert head_spec(config | {"draft_vocab_size": 32}).draft_vocab_size == 32
+
+    def test_dense_drafter_is_described_not_claimed(self, tmp_path):
+        """Catches: a stock drafter treated as ours."""
+        config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
+        assert _open(drafters.write(tmp_path / "d", config, drafters.dense(drafters.tensors()))).spec is None
+
+    def test_sharded(self, tmp_path):
+        """Catches: only the first file of an index read."""
+        folder = drafters.write(tmp_path / "d", drafters.config(), {})
+        tensors = drafters.tensors()
+        (folder / "model.safetensors").unlink()
+        from safetensors.torch import save_file
+
+        half = len(tensors) // 2
+        names = list(tensors)
+        for i, part in enumerate((names[:half], names[half:])):
+            save_file({n: tensors[n] for n in part}, folder / f"model-{i}.safetensors")
+        index = {n: f"model-{int(i >= half)}.safetensors" for i, n in enumerate(names)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        assert _open(folder).spec.rank == R
+
+
+def _spoil(name, **changes):
+    return pytest.param(lambda c, t: (c | changes, t), list(changes), id=name)
+
+
+def _drop(c, *keys):
+    return {k: v for k, v in c.items() if k not in keys}
+
+
+BAD = [
+    pytest.param(lambda c, t: (_drop(c, "lm_head_rank"), t), ["config.json", "lm_head_rank"], id="rank missing"),
+    _spoil("rank zero", lm_head_rank=0),
+    _spoil("rank negative", lm_head_rank=-8),
+    _spoil("rank above D", lm_head_rank=D + 1),
+    _spoil("rank not a number", lm_head_rank="8"),
+    _spoil("rank true", lm_head_rank=True),
+    pytest.param(
+        lambda c, t: (c | {"lm_head_rank": 4}, t), [DOWN, "[8, 64]", "lm_head_rank"], id="rank not the tensors'"
+    ),
+    _spoil("divisor below 2", lm_head_rank=None, lm_head_rank_divisor=1),
+    _spoil("divisor above D", lm_head_rank=None, lm_head_rank_divisor=D + 1),
+    pytest.param(
+        lambda c, t: (c | {"lm_head_rank": None, "lm_head_rank_divisor": 5}, t), [DOWN, "[8, 64]"], id="divisor not R"
+    ),
+    _spoil("rank and divisor disagree", lm_head_rank_divisor=4),
+    pytest.param(lambda c, t: (c, _drop(t, UP)), [UP, "missing"], id="up missing"),
+    pytest.param(lambda c, t: (c, _drop(t, DOWN)), [DOWN, "missing"], id="down missing"),
+    pytest.param(lambda c, t: (c, t | {UP: t[UP].index_fill(0, torch.tensor(3), torch.nan)}), [UP, "NaN"], id="nan"),
+    pytest.param(lambda c, t: (c, t | {DOWN: t[DOWN] / 0}), [DOWN, "Inf"], id="inf"),
+    pytest.param(lambda c, t: (c, t | {UP: t[UP].double()}), [UP, "F64"], id="dtype"),
+    pytest.param(lambda c, t: (c, t | {UP: t[UP].to(torch.int8)}), [UP, "I8"], id="int8 without its key"),
+    pytest.param(
+        lambda c, t: (c, t | {"lm_head.weight": torch.zeros(V, D)}),
+        ["lm_head.weight", "lm_head_rerank"],
+        id="dense too",
+    ),
+    _spoil("draft vocabulary above the target's", draft_vocab_size=V + 1),
+    pytest.param(lambda c, t: (c | {"draft_vocab_size": 32}, t), [UP, "draft_vocab_size"], id="draft vocab not up's"),
+    pytest.param(
+        lambda c, t: (c | {"draft_vocab_size": 32}, t | {UP: t[UP][:32].clone()}), ["d2t", "missing"], id="no map"
+    ),
+    pytest.param(
+        lambda c, t: (c | {"draft_vocab_size": 32}, drafters.tensors(32) | {"d2t": torch.full((32,), V)}),
+        ["d2t[0]", str(V)],
+        id="map out of range",
+    ),
+    pytest.param(
+        lambda c, t: (c | {"draft_vocab_size": 32}, drafters.tensors(32) | {"d2t": -torch.arange(32)}),
+        ["d2t", "several"],
+        id="map not one to one",
+    ),
+    pytest.param(lambda c, t: (c, t | {"d2t": torch.arange(V).flip(0)}), ["d2t", "not zero"], id="map on a full one"),
+    pytest.param(lambda c, t: (c, _drop(t, "fc.weight")), ["fc.weight"], id="body not whole"),
+    pytest.param(lambda c, t: (c | {"architectures": ["GPT2"]}, t), ["architectures", "GPT2"], id="architecture"),
+    pytest.param(lambda c, t: (c | {"lm_head_rerank": 16}, t), ["lm_head_rerank"], id="a key of a later version"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), BAD)
+def test_refused(tmp_path, spoil, words):
+    """Catches: a bad drafter that loads, or an error that does not say which key of which file to mend."""
+    config, tensors = spoil(drafters.config(), drafters.tensors())
+    folder = drafters.write(tmp_path / "drafter", {k: v for k, v in config.items() if v is not None}, tensors)
+    with pytest.raises(CheckpointError) as error:
+        _open(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    for word in words:
+        assert word in message
+    result = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert result.exit_code == 1
+    assert f"error: {message}" in result.stderr
+
+
+class TestRefusedFiles:
+    def _error(self, folder):
+        with pytest.raises(CheckpointError) as error:
+            _open(folder)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    def test_no_folder(self, tmp_path):
+        assert "no such folder" in self._error(tmp_path / "none")
+
+    def test_no_config(self, tmp_path):
+        folder = drafters.write(tmp_path / "d", {}, drafters.tensors())
+        (folder / "config.json").unlink()
+        assert "config.json" in self._error(folder)
+
+    def test_config_not_json(self, tmp_path):
+        folder = drafters.write(tmp_path / "d", {}, drafters.tensors())
+        (folder / "config.json").write_text("{")
+        assert "not valid JSON" in self._error(folder)
+
+    def test_pickle(self, tmp_path):
+        """Catches: a .bin opened, which can run code, instead of the command that converts it."""
+        folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
+        (folder / "model.safetensors").unlink()
+        torch.save(drafters.tensors(), folder / "pytorch_model.bin")
+        message = self._error(folder)
+        assert "pytorch_model.bin" in message
+        assert "weights_only=True" in message
+
+    def test_the_command_for_a_pickle_works(self, tmp_path):
+        """Catches: a cure in an error message that was never run."""
+        import shlex
+        import subprocess
+        import sys
+
+        folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
+        (folder / "model.safetensors").unlink()
+        torch.save(drafters.tensors(), folder / "pytorch_model.bin")
+        command = shlex.split(self._error(folder).split("you trust it: ")[1])
+        subprocess.run([sys.executable, *command[1:]], cwd=folder, check=True)
+        assert _open(folder).spec.rank == R
+
+    def test_no_weights(self, tmp_path):
+        folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
+        (folder / "model.safetensors").unlink()
+        assert "no .safetensors" in self._error(folder)
+
+    @pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
+    def test_truncated_file(self, tmp_path, keep):
+        """Catches: a half-copied file read as far as it goes."""
+        folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
+        file = folder / "model.safetensors"
+        os.truncate(file, keep)
+        assert "model.safetensors" in self._error(folder)
+
+    def test_index_leaving_the_folder(self, tmp_path):
+        """Catches: path traversal through an index file."""
+        folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
+        index = {"weight_map": {UP: "../other/model.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "../other" in self._error(folder)
+
+    def test_target_given_for_drafter(self, tmp_path):
+        """Catches: a whole language model described as a drafter."""
+        config = drafters.config(architectures=["LlamaForCausalLM"], lm_head_rank=None)
+        tensors = {"model.layers.0.mlp.down_proj.weight": torch.zeros(4, 4), "lm_head.weight": torch.zeros(V, D)}
+        assert "no EAGLE-3 drafter" in self._error(drafters.write(tmp_path / "d", config, tensors))
+
+    def test_other_target(self, tmp_path):
+        """Catches: a drafter for another vocabulary, whose ids would mean other tokens."""
+        checkpoint = _open(drafters.write(tmp_path / "d", drafters.config(), drafters.tensors()))
+        with pytest.raises(CheckpointError, match=f"vocab_size={V} but the target big has 512"):
+            checkpoint.check_target(512, "big")
+
+
+class TestWrite:
+    def test_round_trip(self, tmp_path):
+        """Catches: a tensor changed, or provenance lost, on the way to disk."""
+        tensors = drafters.tensors()
+        written = write_checkpoint(tmp_path / "out", drafters.config(), tensors, {"command": "x"})
+        for name, tensor in tensors.items():
+            assert torch.equal(written.load(name), tensor)
+        assert json.loads((tmp_path / "out" / "slimspec.json").read_text()) == {"command": "x"}
+
+    def test_refused_checkpoint_leaves_nothing(self, tmp_path):
+        """Catches: a half-written folder that a later run takes for a drafter."""
+        bad = drafters.tensors() | {UP: torch.full((V, R), torch.nan)}
+        with pytest.raises(CheckpointError, match="NaN"):
+            write_checkpoint(tmp_path / "out", drafters.config(), bad, {})
+        assert list(tmp_path.iterdir()) == []
+
+    def test_taken_folder(self, tmp_path):
+        """Catches: somebody's files overwritten."""
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(CheckpointError, match="not an empty folder"):
+            write_checkpoint(tmp_path, drafters.config(), drafters.tensors(), {})
+        assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+class TestInspect:
+    def test_json(self, tmp_path):
+        """Catches: bytes that are not those of the files."""
+        folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
+        result = CliRunner().invoke(app, ["inspect", str(folder), "--json"])
+        assert result.exit_code == 0
+        report = json.loads(result.stdout)
+        assert report["servable"]
+        assert report["head_bytes"] == 4 * R * (D + V)
+        assert report["dense_bytes"] == 4 * V * D
+
+    def test_table_names_the_saving(self, tmp_path):
+        folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
+        result = CliRunner().invoke(app, ["inspect", str(folder)])
+        assert "5.33x" in result.stdout

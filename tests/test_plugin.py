@@ -1,0 +1,247 @@
+"""What the plugin does to vLLM's configuration, and what it leaves alone. No engine starts here."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import drafters
+import pytest
+
+from vllm_slimspec import compat
+from vllm_slimspec.checkpoint import CheckpointError
+
+
+def _python(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
+def test_import_is_light():
+    """Catches: torch, vLLM or Triton pulled in by the import that every vLLM process pays."""
+    heavy = "{'torch', 'vllm', 'triton', 'transformers', 'numpy', 'typer'}"
+    assert _python(f"import sys, vllm_slimspec; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+PROBE = """
+from vllm.plugins import load_general_plugins
+from vllm import ModelRegistry
+from vllm.engine.arg_utils import EngineArgs
+load_general_plugins()
+archs = ModelRegistry.get_supported_archs()
+print("SlimSpecLlamaForCausalLMEagle3" in archs, hasattr(EngineArgs.create_speculative_config, "slimspec"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("plugins", "seen"), [(None, "True True"), ("slimspec", "True True"), ("other", "False False")]
+)
+def test_vllm_plugins(plugins, seen):
+    """Catches: an entry point that vLLM does not find, or a plugin that acts although it was excluded."""
+    env = {} if plugins is None else {"VLLM_PLUGINS": plugins}
+    assert _python(PROBE, **env) == seen
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("models") / "target"
+    config = LlamaConfig(
+        hidden_size=drafters.D,
+        intermediate_size=drafters.FF,
+        num_hidden_layers=4,
+        num_attention_heads=drafters.HEADS,
+        num_key_value_heads=drafters.KV_HEADS,
+        head_dim=drafters.HEAD_DIM,
+        vocab_size=drafters.V,
+        max_position_embeddings=256,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def speculative(target):
+    """speculative_config as the user writes it -> the SpeculativeConfig that vLLM makes of it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def create(**given):
+        args = EngineArgs(
+            model=str(target),
+            skip_tokenizer_init=True,
+            max_model_len=128,
+            enforce_eager=True,
+            dtype="float32",
+            speculative_config={"num_speculative_tokens": 3} | {k: v for k, v in given.items() if v is not None},
+        )
+        return args.create_engine_config().speculative_config
+
+    return create
+
+
+@pytest.fixture
+def slim(tmp_path):
+    return str(drafters.write(tmp_path / "drafter", drafters.config(), drafters.tensors()))
+
+
+def test_method_may_be_left_out(speculative, slim):
+    """Catches: a SlimSpec drafter taken for a full draft model, because no "eagle3" is in its path."""
+    config = speculative(model=slim)
+    assert config.method == "eagle3"
+    assert config.use_local_argmax_reduction
+    assert config.draft_model_config.architecture == "SlimSpecLlamaForCausalLMEagle3"
+
+
+def test_flags_in_place_of_the_json(target, slim):
+    """Catches: --spec-model without --spec-method overlooked."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(model=str(target), skip_tokenizer_init=True, max_model_len=128, spec_model=slim, spec_tokens=3)
+    config = args.create_engine_config().speculative_config
+    assert (config.method, config.use_local_argmax_reduction) == ("eagle3", True)
+
+
+def test_torchspec(speculative, tmp_path):
+    """Catches: TorchSpec's stock architecture name served by vLLM's dense class."""
+    written = drafters.config(
+        architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None, lm_head_rank_divisor=8, draft_vocab_size=None
+    )
+    config = speculative(model=str(drafters.write(tmp_path / "d", written, drafters.tensors())))
+    assert config.draft_model_config.architecture == "SlimSpecLlamaForCausalLMEagle3"
+    assert config.use_local_argmax_reduction
+
+
+def test_speculators_export(speculative, tmp_path):
+    """Catches: vLLM's speculators reader putting its own architecture in the place of ours."""
+    layer = drafters.config(architectures=None, draft_vocab_size=None)
+    written = {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "draft_vocab_size": drafters.V,
+        "norm_before_residual": False,
+        "transformer_layer_config": layer,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+            "verifier": {"name_or_path": "x", "architectures": ["LlamaForCausalLM"]},
+        },
+    }
+    folder = drafters.write(tmp_path / "d", written, drafters.tensors())
+    config = speculative(model=str(folder), method="eagle3")
+    assert config.draft_model_config.architecture == "SlimSpecLlamaForCausalLMEagle3"
+
+
+def test_probabilistic_keeps_the_logits(speculative, slim):
+    """Catches: the fused path turned on where vLLM samples from the draft logits."""
+    assert not speculative(model=slim, draft_sample_method="probabilistic").use_local_argmax_reduction
+
+
+@pytest.mark.parametrize("key", ["use_local_argmax_reduction", "use-local-argmax-reduction"])
+def test_the_users_word_stands(speculative, slim, key):
+    """Catches: an explicit false overruled."""
+    assert not speculative(model=slim, **{key: False}).use_local_argmax_reduction
+
+
+def test_stock_drafter_untouched(speculative, tmp_path):
+    """Catches: any difference in the configuration of a dense drafter."""
+    import dataclasses
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    written = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
+    folder = str(drafters.write(tmp_path / "d", written, drafters.dense(drafters.tensors())))
+
+    def fields(config):
+        names = [f.name for f in dataclasses.fields(config)]
+        return {n: repr(getattr(config, n)) for n in names if not n.endswith("_config") and not n.startswith("_")} | {
+            "architectures": config.draft_model_config.architectures
+        }
+
+    ours = fields(speculative(model=folder, method="eagle3"))
+    wrapped = EngineArgs.create_speculative_config
+    EngineArgs.create_speculative_config = wrapped.__wrapped__
+    try:
+        assert fields(speculative(model=folder, method="eagle3")) == ours
+    finally:
+        EngineArgs.create_speculative_config = wrapped
+
+
+def test_wrong_method(speculative, slim):
+    """Catches: a silent full draft model where the user wrote another method."""
+    with pytest.raises(CheckpointError, match="served with method 'eagle3', not 'eagle'"):
+        speculative(model=slim, method="eagle")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 512, "draft_vocab_size": 512}, "vocab_size=512 but the target"),
+        ({"lm_head_rank": 4}, "shape"),
+        ({"lm_head_rank": 0}, "lm_head_rank=0"),
+    ],
+)
+def test_bad_drafter_stops_the_front_process(speculative, tmp_path, change, words):
+    """Catches: an error that only shows in the engine process, after the target was loaded."""
+    folder = drafters.write(tmp_path / "d", drafters.config(**change), drafters.tensors())
+    with pytest.raises(CheckpointError, match=words):
+        speculative(model=str(folder))
+
+
+def test_install_twice_wraps_once():
+    """Catches: one more layer of wrapping for each process that loads plugins again."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    compat.install()
+    once = EngineArgs.create_speculative_config
+    compat.install()
+    assert EngineArgs.create_speculative_config is once
+    assert not hasattr(once.__wrapped__, "slimspec")
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the plugin warned of; vLLM's loggers do not propagate to pytest's."""
+    records = []
+    monkeypatch.setattr(compat.logger, "warning", lambda message, *args: records.append(message % args))
+    return records
+
+
+def test_old_vllm_is_refused_with_a_word(monkeypatch, warnings):
+    """Catches: a crash, or silence, on a vLLM from before the interfaces used here."""
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.25.1")
+    monkeypatch.setattr(vllm.ModelRegistry, "register_model", lambda *a: pytest.fail("registered"))
+    compat.install()
+    assert len(warnings) == 1
+    assert "0.26.0 or newer and found 0.25.1" in warnings[0]
+
+
+@pytest.mark.parametrize(("version", "count"), [("0.32.0+cpu", 0), ("0.34.1", 1), ("0.1.dev99+g1234", 0), ("dev", 0)])
+def test_untested_vllm_is_said(warnings, version, count):
+    """Catches: no word on an untested release, or a warning on every tested one."""
+    assert compat._supported(version)
+    assert len(warnings) == count
+
+
+def test_missing_patch_target_is_survived(monkeypatch, warnings):
+    """Catches: a server that dies because vLLM renamed the method."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.delattr(EngineArgs, "create_speculative_config")
+    compat._wrap_create_speculative_config()
+    assert "use_local_argmax_reduction" in warnings[0]
+
+
+def test_log_reaches_the_user():
+    """Catches: our lines under a logger name that vLLM does not configure."""
+    import vllm  # noqa: F401 - configures logging
+
+    assert compat.logger.getEffectiveLevel() <= logging.INFO or "VLLM_LOGGING_LEVEL" in os.environ
+    assert compat.logger.parent.name == "vllm"

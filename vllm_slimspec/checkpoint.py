@@ -1,0 +1,537 @@
+"""The one place that reads, checks and writes drafter checkpoints.
+
+A SlimSpec drafter is a plain Hugging Face EAGLE-3 folder whose head is two factors (arXiv 2605.10453); the names are
+those TorchSpec introduced (lightseekorg/TorchSpec, pull request 185):
+
+    config.json    lm_head_rank: R   (TorchSpec: lm_head_rank_divisor, R = D // divisor)
+                   draft_vocab_size: V   (below vocab_size with a d2t map; absent means vocab_size)
+    *.safetensors  lm_head.down.weight [R, D], lm_head.up.weight [V, R], d2t [V] int64, and EAGLE-3's body
+
+Letters: D hidden size of the drafter, R rank, V draft vocabulary. Only safetensors are opened, and no code from a
+checkpoint is ever run. Every refusal is a :class:`CheckpointError`: one line with the file, the key and the cure.
+"""
+
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+DOWN = "lm_head.down.weight"
+UP = "lm_head.up.weight"
+DENSE = "lm_head.weight"
+
+ARCHITECTURES = {"llama": "SlimSpecLlamaForCausalLMEagle3", "qwen3": "SlimSpecQwen3ForCausalLMEagle3"}
+
+# What other tools write for an EAGLE-3 drafter: TorchSpec, SpecForge and EAGLE; vLLM's own names; speculators.
+_STOCK_ARCHITECTURES = {
+    "LlamaForCausalLMEagle3": "llama",
+    "Eagle3LlamaForCausalLM": "llama",
+    "LlamaForCausalLM": "llama",
+    "Eagle3Qwen3ForCausalLM": "qwen3",
+    "Qwen3ForCausalLMEagle3": "qwen3",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+_UNSERVED_KEYS = ("lm_head_rerank", "lm_head_rerank_rows", "lm_head_quantization")
+
+Format = Literal["slimspec", "torchspec", "speculators", "eagle3"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: one line, with what is wrong, what is allowed and how to mend it."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a drafter's config.json says of its low-rank head: sizes only, no tensors."""
+
+    family: Literal["llama", "qwen3"]
+    hidden_size: int  # D
+    rank: int  # R
+    draft_vocab_size: int  # V
+    vocab_size: int  # the target's
+
+    @property
+    def truncated(self) -> bool:
+        """Whether draft ids are a subset of the target's, mapped by d2t."""
+        return self.draft_vocab_size != self.vocab_size
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the two factors: R * D + V * R."""
+        return self.rank * (self.hidden_size + self.draft_vocab_size)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the head they replace: V * D."""
+        return self.draft_vocab_size * self.hidden_size
+
+
+def is_low_rank(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json declares a low-rank head, well-formed or not."""
+    layer = config.get("transformer_layer_config")
+    nested = layer if isinstance(layer, Mapping) else {}
+    named = any(arch in ARCHITECTURES.values() for arch in _architectures(config))
+    return named or any(key in c for c in (config, nested) for key in ("lm_head_rank", "lm_head_rank_divisor"))
+
+
+def head_spec(config: Mapping[str, Any], where: str = "config.json") -> HeadSpec:
+    """The low-rank head that a config describes.
+
+    Args:
+        config: the parsed config.json, of any of the formats in design of this module's docstring.
+        where: how errors name the file.
+
+    Raises:
+        CheckpointError: a key is missing, has the wrong type or an impossible value.
+    """
+    flat = _flatten(config)
+    for key in _UNSERVED_KEYS:
+        if flat.get(key) is not None:
+            raise CheckpointError(
+                f"{where}: {key}={flat[key]!r} is not supported by this version of vllm-slimspec; "
+                "use a drafter without it, or a version that has it"
+            )
+    hidden = _positive_int(flat, "hidden_size", where)
+    vocab = _positive_int(flat, "vocab_size", where)
+    draft_vocab = _positive_int({"draft_vocab_size": vocab, **_without_none(flat)}, "draft_vocab_size", where)
+    if draft_vocab > vocab:
+        raise CheckpointError(
+            f"{where}: draft_vocab_size={draft_vocab} is larger than vocab_size={vocab}; "
+            "it must be the number of rows of lm_head.up.weight, at most vocab_size"
+        )
+    return HeadSpec(_family(config, where), hidden, _rank(flat, hidden, where), draft_vocab, vocab)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a safetensors header declares it."""
+
+    file: Path
+    dtype: str  # safetensors' name: "BF16", "I64", ...
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * {"F64": 8, "I64": 8, "BOOL": 1, **_FLOATS}.get(self.dtype, 1)
+
+
+@dataclass(frozen=True)
+class DraftCheckpoint:
+    """An EAGLE-3 drafter on disk, headers read and checked, weights untouched.
+
+    ``spec`` is None for a dense drafter, which this package can describe but leaves to vLLM to serve.
+    """
+
+    path: Path
+    format: Format
+    config: dict[str, Any]
+    spec: HeadSpec | None
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "DraftCheckpoint":
+        """Read config.json and the safetensors headers, and refuse what could not be served.
+
+        Raises:
+            CheckpointError: the folder is no EAGLE-3 drafter, or its head contradicts its config.
+        """
+        path = Path(folder)
+        config = read_config(path)
+        spec = head_spec(config, str(path / "config.json")) if is_low_rank(config) else None
+        tensors = _read_headers(path)
+        if spec is not None:
+            shapes = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+            check_head(spec, shapes, str(path))
+            _check_body(_flatten(config), tensors, path)
+        elif not any(name.endswith(".hidden_norm.weight") for name in tensors):
+            raise CheckpointError(
+                f"{path}: no tensor *.hidden_norm.weight, so this is no EAGLE-3 drafter; give the drafter's folder, "
+                "not the target's"
+            )
+        elif UP in tensors or DOWN in tensors:
+            raise CheckpointError(
+                f"{path / 'config.json'}: lm_head_rank is missing but {UP if UP in tensors else DOWN} is there; "
+                "add the rank of the factors as lm_head_rank"
+            )
+        return cls(path, _format(config), config, spec, tensors)
+
+    def check_values(self) -> None:
+        """Read the factors and the vocabulary map, and refuse non-finite weights and ids out of range.
+
+        Raises:
+            CheckpointError: NaN or Inf in a factor, or a d2t entry that leaves the target's vocabulary.
+        """
+        if self.spec is None:
+            return
+        for name in (DOWN, UP, *(["d2t"] if "d2t" in self.tensors else [])):
+            check_tensor(self.spec, name, self.load(name), str(self.tensors[name].file))
+
+    def check_target(self, vocab_size: int, target: str) -> None:
+        """Refuse a target whose vocabulary is not the one this drafter was made for.
+
+        Raises:
+            CheckpointError: the sizes differ.
+        """
+        if self.spec is not None:
+            check_vocabulary(self.spec, vocab_size, target, str(self.path / "config.json"))
+
+    def load(self, name: str) -> "torch.Tensor":
+        """One tensor, on the CPU, in its stored dtype."""
+        with _safe_open(self.tensors[name].file) as file:
+            return file.get_tensor(name)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head as stored."""
+        return sum(info.nbytes for name, info in self.tensors.items() if name.startswith("lm_head."))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A drafter folder's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it is not a JSON object.
+    """
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the path of a drafter's folder")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; a drafter folder needs config.json beside its safetensors")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: holds {type(config).__name__}, must be a JSON object; copy the file again")
+    return config
+
+
+def check_head(spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
+    """Refuse a set of tensors whose head is not the one that ``spec`` describes.
+
+    Args:
+        spec: what config.json says.
+        tensors: name -> (safetensors dtype, shape) of everything in the checkpoint.
+        where: how errors name the checkpoint.
+
+    Raises:
+        CheckpointError: a factor or d2t is missing, has another shape or dtype, or a dense head is there as well.
+    """
+    expected = {DOWN: (spec.rank, spec.hidden_size), UP: (spec.draft_vocab_size, spec.rank)}
+    axes = {DOWN: "[rank, hidden_size]", UP: "[draft_vocab_size, rank]"}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{where}: tensor {name} is missing; a head of rank {spec.rank} needs {DOWN} and {UP} (convert again)"
+            )
+        dtype, actual = tensors[name]
+        if tuple(actual) != shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {list(actual)} but config.json says {axes[name]} = {list(shape)}; "
+                "make lm_head_rank, hidden_size and draft_vocab_size those of the tensors"
+            )
+        if dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{where}: tensor {name} has dtype {dtype}, allowed are {', '.join(_FLOATS)}; save it as one of these"
+            )
+    if DENSE in tensors:
+        raise CheckpointError(
+            f"{where}: holds both the dense {DENSE} and the factors {DOWN}, {UP}, without lm_head_rerank; "
+            "remove the one that is not meant"
+        )
+    if spec.truncated:
+        if "d2t" not in tensors:
+            raise CheckpointError(
+                f"{where}: tensor d2t is missing, but draft_vocab_size={spec.draft_vocab_size} is below "
+                f"vocab_size={spec.vocab_size}; add the map (target id = draft id + d2t[draft id], int64)"
+            )
+        dtype, actual = tensors["d2t"]
+        if dtype != "I64" or tuple(actual) != (spec.draft_vocab_size,):
+            raise CheckpointError(
+                f"{where}: tensor d2t is {dtype} {list(actual)}, must be I64 [{spec.draft_vocab_size}] "
+                "(draft_vocab_size offsets); save the map that the drafter was trained with"
+            )
+
+
+def check_tensor(spec: HeadSpec, name: str, tensor: "torch.Tensor", where: str) -> None:
+    """Refuse values that would silently spoil the drafts.
+
+    Args:
+        name: ``lm_head.down.weight``, ``lm_head.up.weight`` (floats, any shape) or ``d2t`` (int64 [V]).
+
+    Raises:
+        CheckpointError: NaN or Inf in a factor; a d2t entry outside the target's vocabulary, used twice, or not zero
+            where there is nothing to map.
+    """
+    import torch
+
+    if name == "d2t" and not spec.truncated:
+        if bool(tensor.any()):
+            raise CheckpointError(
+                f"{where}: d2t is not zero although draft_vocab_size equals vocab_size={spec.vocab_size}; "
+                "set draft_vocab_size to the number of ids that the map lists, or remove the map"
+            )
+    elif name == "d2t":
+        ids = tensor.cpu() + torch.arange(tensor.numel())
+        bad = (ids < 0) | (ids >= spec.vocab_size)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise CheckpointError(
+                f"{where}: d2t[{i}] = {int(tensor[i])} maps draft id {i} to {int(ids[i])}, outside 0 to "
+                f"{spec.vocab_size - 1}; entries are offsets (target id - draft id), rebuild the map"
+            )
+        if ids.unique().numel() != ids.numel():
+            raise CheckpointError(
+                f"{where}: d2t maps several draft ids to one target id; entries are offsets "
+                "(target id - draft id) and each target id may appear once, rebuild the map"
+            )
+    elif not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"{where}: tensor {name} holds {count} NaN or Inf values, all must be finite; "
+            "convert again from a sound drafter"
+        )
+
+
+def describe(tensor: "torch.Tensor") -> tuple[str, tuple[int, ...]]:
+    """A tensor's dtype, by safetensors' name, and shape, as :func:`check_head` takes them."""
+    import torch
+
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    return names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+
+
+def check_vocabulary(spec: HeadSpec, vocab_size: int, target: str, where: str) -> None:
+    """Refuse a target of another vocabulary.
+
+    Raises:
+        CheckpointError: the sizes differ.
+    """
+    if spec.vocab_size != vocab_size:
+        raise CheckpointError(
+            f"{where}: vocab_size={spec.vocab_size} but the target {target} has {vocab_size}; "
+            "use the drafter that was made for this target"
+        )
+
+
+def write_checkpoint(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, "torch.Tensor"],
+    provenance: Mapping[str, Any],
+) -> DraftCheckpoint:
+    """Write a SlimSpec drafter, whole or not at all.
+
+    Everything is written and checked in a folder beside the final one, which then takes its name.
+
+    Args:
+        folder: the new drafter; must not exist, or be empty.
+        config: config.json, with the keys of this module's docstring.
+        tensors: contiguous or not, any device; written as model.safetensors.
+        provenance: slimspec.json: how this checkpoint came to be.
+
+    Raises:
+        CheckpointError: the folder is taken, or what was written would not be accepted by :meth:`DraftCheckpoint.open`.
+        OSError: the disk refuses; nothing is left behind.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path}: exists and is not an empty folder; remove it or choose another output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            str(partial / "model.safetensors"),
+            metadata={"format": "pt"},
+        )
+        for name, content in (("config.json", config), ("slimspec.json", provenance)):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        written = DraftCheckpoint.open(partial)
+        if written.spec is None:
+            raise CheckpointError(f"{path}: config has no lm_head_rank; only low-rank drafters are written here")
+        written.check_values()
+        for file in partial.iterdir():
+            _fsync(file)
+        _fsync(partial)
+        partial.rename(path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return DraftCheckpoint.open(path)
+
+
+def architecture(spec: HeadSpec) -> str:
+    """The vLLM architecture that serves this head."""
+    return ARCHITECTURES[spec.family]
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _without_none(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """speculators keeps the layer's keys in transformer_layer_config; elsewhere everything is at the top."""
+    layer = config.get("transformer_layer_config")
+    return {**(layer if isinstance(layer, Mapping) else {}), **_without_none(config)}
+
+
+def _architectures(config: Mapping[str, Any]) -> list[Any]:
+    value = config.get("architectures")
+    return value if isinstance(value, list) else []
+
+
+def _format(config: Mapping[str, Any]) -> Format:
+    if "speculators_config" in config or "speculators_model_type" in config:
+        return "speculators"
+    if any(arch in ARCHITECTURES.values() for arch in _architectures(config)):
+        return "slimspec"
+    return "torchspec" if is_low_rank(config) else "eagle3"
+
+
+def _family(config: Mapping[str, Any], where: str) -> Literal["llama", "qwen3"]:
+    if _format(config) == "speculators":
+        model_type = _flatten(config).get("model_type", "llama")
+        if model_type in ARCHITECTURES:
+            return model_type
+        raise CheckpointError(
+            f"{where}: model_type={model_type!r} in transformer_layer_config is not served; "
+            f"allowed are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    known = _STOCK_ARCHITECTURES | {arch: family for family, arch in ARCHITECTURES.items()}
+    for arch in _architectures(config):
+        if isinstance(arch, str) and arch in known:
+            return known[arch]  # type: ignore[return-value]
+    raise CheckpointError(
+        f"{where}: architectures={config.get('architectures')!r} names no EAGLE-3 drafter with a low-rank head; "
+        f"allowed are {', '.join(sorted(known))}"
+    )
+
+
+def _positive_int(config: Mapping[str, Any], key: str, where: str) -> int:
+    value = config.get(key)
+    if value is None:
+        raise CheckpointError(f"{where}: {key} is missing; add it (a positive integer)")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{where}: {key}={value!r} must be a positive integer; correct it")
+    return value
+
+
+def _rank(config: Mapping[str, Any], hidden: int, where: str) -> int:
+    rank, divisor = config.get("lm_head_rank"), config.get("lm_head_rank_divisor")
+    if rank is None and divisor is None:
+        raise CheckpointError(
+            f"{where}: lm_head_rank is missing (or TorchSpec's lm_head_rank_divisor); "
+            f"add the number of rows of {DOWN}, 1 to hidden_size={hidden}"
+        )
+    if divisor is not None:
+        if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 2 or hidden // divisor < 1:
+            raise CheckpointError(
+                f"{where}: lm_head_rank_divisor={divisor!r} must be an integer from 2 to hidden_size={hidden}; "
+                "the rank is hidden_size // divisor"
+            )
+        if rank is not None and rank != hidden // divisor:
+            raise CheckpointError(
+                f"{where}: lm_head_rank={rank!r} but hidden_size // lm_head_rank_divisor = {hidden // divisor}; "
+                "keep only the one that is right"
+            )
+        rank = hidden // divisor
+    rank = _positive_int({"lm_head_rank": rank}, "lm_head_rank", where)
+    if rank > hidden:
+        raise CheckpointError(
+            f"{where}: lm_head_rank={rank} is larger than hidden_size={hidden}; a rank is 1 to hidden_size"
+        )
+    return rank
+
+
+def _read_headers(path: Path) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in _weight_files(path):
+        with _safe_open(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                part = handle.get_slice(name)
+                if name in tensors:
+                    raise CheckpointError(
+                        f"{file}: tensor {name} is also in {tensors[name].file.name}; keep one of the two"
+                    )
+                tensors[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{index}: no usable weight_map ({error!r}); copy the file again") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{index}: weight_map names {name!r}, must be a .safetensors file of the same folder; "
+                    "copy the file again"
+                )
+            if not (path / name).is_file():
+                raise CheckpointError(f"{path / name}: no such file, but {index.name} names it; copy it again")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise CheckpointError(
+            f"{path / pickles[0]}: a pickle checkpoint can run code and is not opened; convert it where you trust it: "
+            'python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), 'model.safetensors')\""
+        )
+    raise CheckpointError(f"{path}: holds no .safetensors file; copy the drafter's weights beside config.json")
+
+
+@contextmanager
+def _safe_open(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
+
+
+def _check_body(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> None:
+    """vLLM leaves a parameter that no tensor names at its random start, and drafts garbage: look before it does."""
+    needed = ["norm.weight"]
+    if (config.get("eagle_config") or {}).get("use_aux_hidden_state", True):
+        needed.append("fc.weight")
+    layers = config.get("num_hidden_layers", 1)
+    for i in range(layers if isinstance(layers, int) else 1):
+        parts = ("hidden_norm", "post_attention_layernorm", "self_attn.o_proj", "mlp.down_proj")
+        needed += [f"layers.{i}.{part}.weight" for part in parts if i == 0 or part != "hidden_norm"]
+    present = {name.replace("midlayer.", "layers.0.") for name in tensors}
+    for name in needed:
+        if name not in present:
+            raise CheckpointError(
+                f"{path}: tensor {name.replace('layers.0.', 'midlayer.')} is missing; "
+                "this is not a whole EAGLE-3 drafter, copy it again"
+            )

@@ -1,0 +1,103 @@
+"""The `slimspec` command. Exit codes: 0 done, 1 the input is bad (one line says how), 2 wrong usage."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_slimspec import __version__
+
+app = typer.Typer(
+    name="slimspec",
+    help="Low-rank draft heads for speculative decoding in vLLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; a CheckpointError becomes one line on stderr and exit code 1."""
+    from vllm_slimspec.checkpoint import CheckpointError
+
+    try:
+        app()
+    except CheckpointError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vllm-slimspec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: slimspec inspect ./my-drafter --json")
+def inspect(
+    drafter: Annotated[Path, typer.Argument(help="A drafter's folder: config.json and safetensors.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Say what a drafter is, what its head costs against a dense one, and what would stop it from being served."""
+    from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
+
+    report: dict[str, Any] = {"path": str(drafter), "servable": False, "problems": []}
+    try:
+        checkpoint = DraftCheckpoint.open(drafter)
+        report |= _describe(checkpoint)
+        checkpoint.check_values()
+        report["servable"] = checkpoint.spec is not None
+    except CheckpointError as error:
+        report["problems"].append(str(error))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+def _describe(checkpoint: Any) -> dict[str, Any]:
+    spec = checkpoint.spec
+    if spec is None:
+        return {"format": checkpoint.format, "head": "dense", "head_bytes": checkpoint.head_bytes}
+    element = checkpoint.head_bytes / spec.parameters
+    return {
+        "format": checkpoint.format,
+        "family": spec.family,
+        "head": "low-rank",
+        "hidden_size": spec.hidden_size,
+        "rank": spec.rank,
+        "draft_vocab_size": spec.draft_vocab_size,
+        "vocab_size": spec.vocab_size,
+        "head_bytes": checkpoint.head_bytes,
+        "dense_bytes": round(spec.dense_parameters * element),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in report.items():
+        if key.endswith("_bytes"):
+            value = f"{value / 1e6:.2f} MB"
+        if key != "problems":
+            table.add_row(key.replace("_", " "), str(value))
+    if report.get("dense_bytes"):
+        table.add_row("saves", f"{report['dense_bytes'] / report['head_bytes']:.2f}x")
+    Console().print(table)
+    if report.get("head") == "dense":
+        typer.echo("A dense EAGLE-3 drafter: vLLM serves it without this package.")
+    for problem in report["problems"]:
+        typer.echo(f"error: {problem}", err=True)
