@@ -20,12 +20,13 @@ help:
 ifeq ($(PY),$(VENV)/bin/python)
 install: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py requirements/cpu.txt requirements/cpu-nodeps.txt requirements/dev.txt
+$(VENV)/.installed: setup.py requirements/cpu.txt requirements/cpu-nodeps.txt requirements/dev.txt requirements/vllm-alias/setup.py
 	@echo "installing into $(VENV) (about 3 minutes the first time)"
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -r requirements/cpu.txt -r requirements/dev.txt
 	$(PIP) --no-deps -r requirements/cpu-nodeps.txt
+	$(PIP) --no-deps --no-build-isolation requirements/vllm-alias
 	$(PIP) --no-deps --no-build-isolation -e .
 	$(PY) -m pip download --quiet --no-deps -d build/wheels kernels==0.17.2  # for one test: it must not clash with ours
 	@touch $@

@@ -51,8 +51,9 @@ class LowRankHead(ParallelLMHead):
         values, ids = ops.low_rank_argmax(hidden, self.down, self.weight, valid_vocab=self.local_vocab)
         if self.tp_size == 1:
             return values, ids
-        # One collective of whole numbers: a float32 pair would round ids above 2**24.
-        pairs = torch.stack([values.view(torch.int32).long(), ids + self.first_id], dim=-1)
-        gathered = tensor_model_parallel_all_gather(pairs, dim=-1).view(-1, self.tp_size, 2)
-        bits, ids = gathered.unbind(dim=-1)
-        return ops.reduce_pairs(bits.int().view(torch.float32), ids)
+        # One collective of float32, the one dtype that every backend gathers. The ids travel as bits, not as numbers,
+        # which float32 would round above 2**24.
+        bits = (ids + self.first_id).int().view(torch.float32)
+        pairs = tensor_model_parallel_all_gather(torch.stack([values, bits], dim=-1), dim=-1)
+        values, bits = pairs.view(-1, self.tp_size, 2).unbind(dim=-1)
+        return ops.reduce_pairs(values, bits.contiguous().view(torch.int32).long())

@@ -1,0 +1,10 @@
+"""Training SlimSpec drafters on vLLM's own trainer, speculators 0.9 (extra ``[train]``).
+
+    states.write_states    run the target over documents, keep the hidden states that a drafter learns from
+    launch.fit             train a drafter on them and write it in the format that vLLM serves
+    model                  the EAGLE-3 model of speculators with two factors for a head
+    export                 that model as a plain Hugging Face folder
+
+``python -m vllm_slimspec.train states|fit --help``. Importing this package is cheap; its modules import torch,
+transformers and speculators.
+"""

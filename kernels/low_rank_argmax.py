@@ -1,0 +1,92 @@
+"""The best vocabulary entry of each row under a low-rank head, without ever writing the logits.
+
+Three launches: ``z = down(h)`` (a GEMM of torch's), the best pair of every vocabulary tile, the best of those.
+The up-projection is where the bytes are: it is read once for every 64 rows, and only 12 bytes a tile and row come back.
+The idea of the fused argmax: FlashSampling (arXiv 2603.15854); the head: SlimSpec (arXiv 2605.10453).
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_slimspec.kernels._pairs import pack, unpack
+from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, default_tiling, tile_scores
+from vllm_slimspec.kernels.reduce_pairs import reduce_pairs
+
+
+# What varies from call to call is never specialised: a batch or vocabulary of 1 or of a multiple of 16 would otherwise
+# be a variant of its own, compiled while serving.
+@triton.jit(do_not_specialize=["B", "V", "blocks", "tiles"])
+def _tile_argmax_kernel(
+    z_ptr,  # [B, R]
+    up_ptr,  # [V, R]
+    values_ptr,  # [B, tiles] float32
+    ids_ptr,  # [B, tiles] int64
+    B,
+    V,
+    blocks,
+    tiles,
+    R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # programs that read the same tile of `up` run side by side, so that it comes from memory once
+    tile = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    scores, ids, rows = tile_scores(z_ptr, up_ptr, tile, block, B, V, R, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST)
+    scores = tl.where((ids < V)[:, None], scores, float("-inf"))
+    values, best_ids = unpack(tl.max(pack(scores, ids[:, None]), axis=0))
+    out = rows.to(tl.int64) * tiles + tile
+    tl.store(values_ptr + out, values, mask=rows < B)
+    tl.store(ids_ptr + out, best_ids, mask=rows < B)
+
+
+def low_rank_argmax(
+    hidden: Tensor,  # [B, D]
+    down: Tensor,  # [R, D]
+    up: Tensor,  # [V, R], contiguous
+    valid_vocab: int,
+    tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Highest score and lowest id that has it, of the first ``valid_vocab`` entries -> (float32 [B], int64 [B]).
+
+    ``z = down(hidden)`` is rounded to the model dtype; scores are float32 and are compared unrounded. Safe under
+    CUDA-graph capture once the batch bucket has run. Arguments are checked by :mod:`vllm_slimspec.ops`.
+    """
+    z = F.linear(hidden, down)
+    batch, rank = z.shape
+    tiling = tiling or default_tiling(batch, rank, up.element_size())
+    blocks = triton.cdiv(batch, tiling.block_b)
+    tiles = max(1, triton.cdiv(valid_vocab, tiling.block_v))
+    values = torch.empty(batch, tiles, dtype=torch.float32, device=z.device)
+    ids = torch.empty(batch, tiles, dtype=torch.int64, device=z.device)
+    _tile_argmax_kernel[(blocks * tiles,)](
+        z,
+        up,
+        values,
+        ids,
+        batch,
+        valid_vocab,
+        blocks,
+        tiles,
+        R=rank,
+        BLOCK_V=tiling.block_v,
+        BLOCK_B=tiling.block_b,
+        BLOCK_R=tiling.block_r,
+        UPCAST=INTERPRETED,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+    return reduce_pairs(values, ids)
+
+
+def low_rank_argmax_reference(hidden: Tensor, down: Tensor, up: Tensor, valid_vocab: int) -> tuple[Tensor, Tensor]:
+    """The same in plain torch, with every accumulation in float32."""
+    z = (hidden.float() @ down.float().T).to(hidden.dtype)
+    scores = z.float() @ up[:valid_vocab].float().T
+    values, ids = scores.max(dim=1)
+    return values, torch.where(values.isnan(), 0, ids)

@@ -1,0 +1,244 @@
+"""The Triton kernels in Triton's interpreter, on a CPU, with unwritten memory poisoned.
+
+Three-way bounds instead of tolerances: a kernel may be as far from float64 as twice what torch is in the same dtype.
+The vocabularies of real models run with large tiles, because the interpreter's time goes by programs.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_slimspec import ops
+from vllm_slimspec.kernels import low_rank_argmax as argmax_kernel
+from vllm_slimspec.kernels import low_rank_logits as logits_kernel
+from vllm_slimspec.kernels import reduce_pairs as pairs_kernel
+from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, INTERPRETED, default_tiling
+
+if not INTERPRETED or isinstance(triton.language.max, triton.JITFunction):
+    raise RuntimeError("Triton was imported before TRITON_INTERPRET=1 was set: run with it in the environment")
+
+INF, NAN = float("inf"), float("nan")
+FLOAT32_SUM = 1e-6  # relative: what two orders of a float32 sum of 512 products differ by
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poison():
+    """What a kernel forgets to write is NaN, or an id far out of range."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(NAN if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
+
+
+def head(batch, vocab, rank, dtype=torch.float32, hidden_size=32):
+    generator = torch.Generator().manual_seed(batch * vocab + rank)
+    shapes = ((batch, hidden_size), (rank, hidden_size), (vocab, rank))
+    return tuple((torch.randn(shape, generator=generator) / shape[1] ** 0.25).to(dtype) for shape in shapes)
+
+
+def integer_head(batch, vocab, rank, dtype=torch.float32, hidden_size=4, seed=0):
+    """Small integers: every score is exact in every dtype, and most rows have ties."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, hidden_size), (rank, hidden_size), (vocab, rank))
+    return tuple(torch.randint(-1, 2, shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def check_argmax(hidden, down, up, block_v=None):
+    tiling = default_tiling(hidden.shape[0], up.shape[1], up.element_size())
+    tiling = tiling._replace(block_v=block_v) if block_v else None
+    values, ids = argmax_kernel.low_rank_argmax(hidden, down, up, up.shape[0], tiling)
+    assert ids.min() >= 0
+    assert ids.max() < up.shape[0]
+
+    # against float64, with torch in the same dtype as the yardstick
+    truth = hidden.double() @ down.double().T @ up.double().T
+    bound = 2 * (F.linear(F.linear(hidden, down), up).double() - truth).abs().amax(dim=1) + 1e-6
+    of_ids = truth.gather(1, ids[:, None]).squeeze(1)
+    assert ((values.double() - of_ids).abs() <= bound).all(), "a value is not the score of its id"
+    assert (truth.amax(dim=1) - of_ids <= 2 * bound).all(), "the id is not the best within the error"
+
+    # against float32 scores of the same z: sharper, catches scores rounded before they are compared
+    scores = F.linear(hidden, down).float() @ up.float().T
+    best = scores.amax(dim=1)
+    gap = best - scores.gather(1, ids[:, None]).squeeze(1)
+    assert (gap <= FLOAT32_SUM * scores.abs().amax(dim=1)).all(), f"float32 gap to the best {gap.max()}"
+    torch.testing.assert_close(values, best, rtol=0, atol=FLOAT32_SUM * scores.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [64, 123, 360, 512])
+@pytest.mark.parametrize("batch", [1, 3, 17])
+def test_argmax(batch, rank, dtype):
+    """A wrong mask at the tail of R, V or B, a lost block of R, scores rounded before the comparison."""
+    check_argmax(*head(batch, 507, rank, dtype))
+
+
+@pytest.mark.parametrize(
+    ("batch", "vocab", "rank", "dtype", "block_v"),
+    [
+        (3, 32000, 64, torch.float32, None),  # the tiles as served: 500 of them
+        (1, 32000, 360, torch.float16, 4096),
+        (17, 32000, 512, torch.float32, 4096),
+        (1, 151936, 123, torch.float32, 16384),
+        (17, 151936, 64, torch.float16, 16384),
+    ],
+)
+def test_argmax_on_real_vocabularies(batch, vocab, rank, dtype, block_v):
+    """Tile numbers and offsets that only go wrong at size: many tiles, a last tile that is partly empty."""
+    hidden, down, up = head(batch, vocab, rank, dtype)
+    check_argmax(hidden, down, up, block_v)
+
+
+@pytest.mark.parametrize("batch", [16, 32, 33, 64, 70, 130])
+def test_every_batch_bucket(batch):
+    """Rows of a second block of programs, and the edges of each bucket."""
+    check_argmax(*head(batch, 200, 24, torch.float16))
+
+
+def test_strided_hidden():
+    """Hidden states sliced out of a larger buffer."""
+    hidden, down, up = head(12, 130, 16)
+    check_argmax(hidden[::3], down, up)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 40),
+    vocab=st.integers(1, 300),
+    rank=st.integers(1, 130),
+    valid=st.integers(0, 300),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_ties_on_any_shape(batch, vocab, rank, valid, dtype, seed):
+    """A tie given to a later tile or lane, padding that wins: exact equality, since integer scores have no error."""
+    hidden, down, up = integer_head(batch, vocab, rank, dtype, seed=seed)
+    valid = min(valid, vocab)
+    values, ids = ops.low_rank_argmax(hidden, down, up, valid_vocab=valid, impl="triton")
+    expected = ops.low_rank_argmax(hidden, down, up, valid_vocab=valid, impl="torch")
+    assert torch.equal(values, expected[0])
+    assert torch.equal(ids, expected[1])
+    if valid:
+        reference = argmax_kernel.low_rank_argmax_reference(hidden, down, up, valid)
+        assert torch.equal(values, reference[0])
+        assert torch.equal(ids, reference[1])
+
+
+def scored(scores):
+    """A head of rank 2 with exactly these scores in two rows, of which the second is halved."""
+    up = torch.zeros(len(scores), 2)
+    up[:, 0] = scores
+    return torch.tensor([[1.0], [0.5]]), torch.tensor([[1.0], [2.0]]), up
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize(
+    ("marks", "fill", "value", "best"),
+    [
+        ({63: 4.0, 64: 4.0, 199: 4.0}, 0.0, 4.0, 63),  # across tiles of 64
+        ({}, 2.0, 2.0, 0),
+        ({70: -0.0, 5: 0.0}, -1.0, 0.0, 5),
+        ({70: 0.0, 5: -0.0}, -1.0, 0.0, 5),
+        ({}, -INF, -INF, 0),
+        ({150: -(2.0**100)}, -INF, -(2.0**100), 150),
+        ({150: INF, 90: INF}, 1.0, INF, 90),
+        ({150: NAN}, 1.0, NAN, 0),
+        ({150: -NAN, 20: INF}, 1.0, NAN, 0),
+    ],
+)
+def test_edges(marks, fill, value, best):
+    """All-equal rows, -inf, infinities, NaN of either sign in any tile, the two zeros."""
+    scores = torch.full((200,), fill)
+    for index, mark in marks.items():
+        scores[index] = mark
+    values, ids = ops.low_rank_argmax(*scored(scores), impl="triton")
+    assert ids.tolist() == [best, best]
+    assert values.tolist() == pytest.approx([value, value / 2], nan_ok=True, abs=0)
+
+
+def test_nan_stays_in_its_row():
+    """One request's NaN must not touch its neighbours in the batch."""
+    hidden, down, up = head(5, 200, 16)
+    expected = ops.low_rank_argmax(hidden, down, up, impl="triton")
+    hidden[2, 7] = NAN
+    values, ids = ops.low_rank_argmax(hidden, down, up, impl="triton")
+    assert values[2].isnan()
+    assert ids[2] == 0
+    others = [0, 1, 3, 4]
+    assert torch.equal(values[others], expected[0][others])
+    assert torch.equal(ids[others], expected[1][others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "vocab", "rank"), [(1, 507, 123), (3, 64, 512), (17, 507, 64), (70, 130, 16)])
+def test_logits(batch, vocab, rank, dtype):
+    """A logit of another row or entry, or one never written."""
+    hidden, down, up = head(batch, vocab, rank, dtype)
+    logits = ops.low_rank_logits(hidden, down, up, impl="triton")
+    assert logits.dtype == dtype
+    truth = hidden.double() @ down.double().T @ up.double().T
+    error = (logits.double() - truth).abs()
+    assert (error <= 2 * (F.linear(F.linear(hidden, down), up).double() - truth).abs().max() + 1e-6).all(), error.max()
+    reference = logits_kernel.low_rank_logits_reference(hidden, down, up)
+    ulp = torch.finfo(dtype).eps * reference.abs().max().item()
+    torch.testing.assert_close(logits, reference, rtol=0, atol=2 * ulp + 1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), batch=st.integers(0, 3), count=st.one_of(st.integers(1, 40), st.just(1500)))
+def test_reduce_pairs(data, batch, count):
+    """Ids in any order, more pairs than one block, every special value: torch, kernel and definition agree."""
+    scores = st.sampled_from([-INF, -3.5, -0.0, 0.0, 1.0, INF, NAN])
+    some = data.draw(st.lists(scores, min_size=1, max_size=20))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    values = torch.tensor(some)[torch.randint(len(some), (batch, count), generator=generator)]
+    ids = torch.randint(2**31, (batch, count), generator=generator)
+    expected = pairs_kernel.reduce_pairs_reference(values, ids)
+    for impl in ("torch", "triton"):
+        best = ops.reduce_pairs(values, ids, impl=impl)
+        assert torch.equal(best[0].nan_to_num(nan=1e9), expected[0].nan_to_num(nan=1e9))
+        assert torch.equal(best[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "ids", "best"),
+    [
+        ([-0.0, 0.0], [3, 7], 3),
+        ([0.0, -0.0], [7, 3], 3),
+        ([1.0, 1.0], [2**31 - 1, 0], 0),
+        ([2.0, 1.0], [2**31 - 1, 0], 2**31 - 1),
+    ],
+)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_reduce_pairs_edges(values, ids, best, impl):
+    """Zeros of two signs that do not tie; the ids that only just fit beside a score."""
+    assert ops.reduce_pairs(torch.tensor([values]), torch.tensor([ids]), impl=impl)[1].tolist() == [best]
+
+
+@pytest.mark.parametrize(("max_batch", "batches"), [(1, [1]), (16, [16]), (20, [16, 20]), (200, [16, 32, 64])])
+def test_prepare_runs_every_bucket(monkeypatch, max_batch, batches):
+    """A variant that is first compiled in a live request, or inside a CUDA-graph capture."""
+    seen = []
+    monkeypatch.setattr(argmax_kernel, "low_rank_argmax", lambda hidden, *rest: seen.append(len(hidden)))
+    monkeypatch.setattr(logits_kernel, "low_rank_logits", lambda hidden, *rest: None)
+    _, down, up = head(1, 10, 4)
+    ops.prepare(down, up, max_batch, impl="triton")
+    assert seen == batches
+    served = {default_tiling(batch, 512, 2) for batch in range(1, max_batch + 1)}
+    assert served == {default_tiling(batch, 512, 2) for batch in seen}
+    assert {tiling.block_b for tiling in served} <= set(BATCH_BUCKETS)

@@ -1,0 +1,186 @@
+"""The public operations in torch: the contract that every implementation is held to, and every wrong call."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_slimspec import ops
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def head(batch, vocab, rank, hidden_size=32, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, hidden_size), (rank, hidden_size), (vocab, rank))
+    return tuple((torch.randn(shape, generator=generator) / shape[1] ** 0.25).to(dtype) for shape in shapes)
+
+
+def positive_head(scores):
+    """A head whose logits are exactly ``scores`` [V] in one row: rank 1, z = 1."""
+    return torch.ones(1, 1), torch.ones(1, 1), torch.tensor(scores)[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_are_the_product_of_the_factors(dtype):
+    """A transposed or skipped factor, or a z that is not rounded to the model dtype."""
+    hidden, down, up = head(5, 77, 12, dtype=dtype)
+    logits = ops.low_rank_logits(hidden, down, up)
+    z = (hidden.double() @ down.double().T).to(dtype)
+    truth = z.double() @ up.double().T
+    assert logits.dtype == dtype
+    # one ulp of z, one of the result
+    assert (logits.double() - truth).abs().max() <= 2 * torch.finfo(dtype).eps * truth.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_argmax_is_that_of_the_logits(dtype):
+    """An id or value from another row, or a value that is not the score of its id."""
+    hidden, down, up = head(17, 507, 16, dtype=dtype)
+    values, ids = ops.low_rank_argmax(hidden, down, up)
+    logits = ops.low_rank_logits(hidden, down, up).float()
+    assert values.dtype == torch.float32
+    assert ids.dtype == torch.int64
+    assert torch.equal(values, logits.max(dim=1).values)
+    assert torch.equal(ids, (logits == values[:, None]).int().argmax(dim=1))
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("scores", "valid_vocab", "value", "best"),
+    [
+        ([1.0, 3.0, 2.0, 3.0], None, 3.0, 1),
+        ([2.0, 2.0, 2.0], None, 2.0, 0),
+        ([-0.0, 0.0], None, 0.0, 0),
+        ([-INF, -INF], None, -INF, 0),
+        ([-INF, -5.0], None, -5.0, 1),
+        ([1.0, INF, INF], None, INF, 1),
+        ([1.0, 9.0, NAN], None, NAN, 0),
+        ([1.0, 2.0, 9.0, NAN], 2, 2.0, 1),
+        ([1.0, 2.0], 1, 1.0, 0),
+        ([1.0, 2.0], 0, -INF, 0),
+    ],
+)
+def test_edges(scores, valid_vocab, value, best):
+    """Ties that go to a higher id, NaN that is skipped or keeps its own id, padding that wins."""
+    values, ids = ops.low_rank_argmax(*positive_head(scores), valid_vocab=valid_vocab)
+    assert ids.tolist() == [best]
+    assert values.tolist() == pytest.approx([value], nan_ok=True, abs=0)
+
+
+def test_no_rows():
+    """An idle step of a data-parallel rank has no rows."""
+    hidden, down, up = head(0, 9, 4)
+    assert ops.low_rank_logits(hidden, down, up).shape == (0, 9)
+    assert [tuple(x.shape) for x in ops.low_rank_argmax(hidden, down, up)] == [(0,), (0,)]
+    assert [tuple(x.shape) for x in ops.low_rank_argmax(hidden, down, up, valid_vocab=0)] == [(0,), (0,)]
+
+
+@given(
+    shards=st.integers(1, 5),
+    scores=st.lists(st.sampled_from([-INF, -1.0, -0.0, 0.0, 2.5, INF, NAN]), min_size=1, max_size=24),
+)
+def test_sharded_equals_whole(shards, scores):
+    """Tensor parallelism that changes a draft: for any split, empty shards included, pairs reduce to the whole's."""
+    whole = ops.low_rank_argmax(*positive_head(scores))
+    size = -(-len(scores) // shards)
+    pairs = []
+    for rank in range(shards):
+        part = scores[rank * size : (rank + 1) * size]
+        padded = part + [7.0] * (size - len(part))  # padding that would win, were it counted
+        value, best = ops.low_rank_argmax(*positive_head(padded), valid_vocab=len(part))
+        pairs.append((value, best + rank * size))
+    values, ids = (torch.stack(column, dim=1) for column in zip(*pairs, strict=True))
+    value, best = ops.reduce_pairs(values, ids)
+    assert torch.equal(best, whole[1])
+    assert torch.equal(value.nan_to_num(nan=1e9), whole[0].nan_to_num(nan=1e9))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": [1.0]}, TypeError, "hidden must be a tensor, got list"),
+        ({"hidden": torch.ones(4)}, ValueError, "hidden must have 2 dimensions, got shape (4,)"),
+        ({"hidden": torch.ones(2, 4).double()}, TypeError, "hidden must be float32, float16 or bfloat16"),
+        ({"down": torch.ones(3, 4).half()}, TypeError, "down must be torch.float32 as hidden is, got torch.float16"),
+        ({"down": torch.ones(3, 5)}, ValueError, "down must be [R, D=4] as hidden is [B, D], got (3, 5)"),
+        ({"down": torch.ones(4, 3).T}, ValueError, "down must be contiguous, got strides (1, 3)"),
+        ({"up": torch.ones(9, 3, device="meta")}, ValueError, "up must be on cpu as hidden is, got meta"),
+        ({"up": torch.ones(3, 9)}, ValueError, "up must be [V, R=3]"),
+        ({"up": torch.ones(0, 3)}, ValueError, "up must be [V, R=3] with V, R >= 1, got (0, 3)"),
+        ({"valid_vocab": 10}, ValueError, "valid_vocab must be in [0, V=9], got 10"),
+        ({"valid_vocab": -1}, ValueError, "valid_vocab must be in [0, V=9], got -1"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of auto, torch, triton, got 'cuda'"),
+    ],
+)
+def test_wrong_calls(change, error, message):
+    """A wrong argument that runs, or an error that does not name it, its value and what is allowed."""
+    arguments = {"hidden": torch.ones(2, 4), "down": torch.ones(3, 4), "up": torch.ones(9, 3)} | change
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        ops.low_rank_argmax(**arguments)
+    assert "\n" not in str(raised.value)
+    if "valid_vocab" not in change:
+        with pytest.raises(error, match=re.escape(message)):
+            ops.low_rank_logits(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("values", "ids", "error", "message"),
+    [
+        (torch.ones(2, 3).half(), torch.ones(2, 3).long(), TypeError, "values must be float32, got torch.float16"),
+        (torch.ones(2, 3), torch.ones(2, 3).int(), TypeError, "ids must be int64, got torch.int32"),
+        (torch.ones(2, 0), torch.ones(2, 0).long(), ValueError, "values must be [B, N] with N >= 1, got (2, 0)"),
+        (torch.ones(2, 3), torch.ones(3, 2).long(), ValueError, "ids must be (2, 3) as values are, got (3, 2)"),
+        (
+            torch.ones(2, 3),
+            torch.ones(2, 3, device="meta").long(),
+            ValueError,
+            "ids must be on cpu as values are, got m",
+        ),
+    ],
+)
+def test_wrong_pairs(values, ids, error, message):
+    """Pairs that do not belong together."""
+    with pytest.raises(error, match=re.escape(message)):
+        ops.reduce_pairs(values, ids)
+
+
+def test_resolve_impl(monkeypatch):
+    """The environment variable must decide for "auto" only, and Triton must be refused where it cannot run."""
+    monkeypatch.delenv("SLIMSPEC_IMPL", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.resolve_impl("cuda") == ops.resolve_impl(torch.device("cuda", 1)) == "triton"
+    assert ops.resolve_impl("cpu") == "torch"
+    assert ops.resolve_impl("cpu", "triton") == "triton"
+    monkeypatch.setenv("SLIMSPEC_IMPL", "triton")
+    assert ops.resolve_impl("cpu") == "triton"
+    assert ops.resolve_impl("cpu", "torch") == "torch"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="SLIMSPEC_IMPL='triton' needs a GPU, or TRITON_INTERPRET=1"):
+        ops.resolve_impl("cpu")
+    monkeypatch.setenv("SLIMSPEC_IMPL", "fast")
+    with pytest.raises(ValueError, match="SLIMSPEC_IMPL must be one of auto, torch, triton, got 'fast'"):
+        ops.resolve_impl("cuda")
+
+
+def test_prepare():
+    """Torch has nothing to compile; a batch of zero is a mistake of the caller."""
+    _, down, up = head(1, 9, 4)
+    ops.prepare(down, up, 8, impl="torch")
+    with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
+        ops.prepare(down, up, 0)
+
+
+def test_torch_path_does_not_import_triton():
+    """A CPU server without Triton, or vLLM's stub in its place, must be able to serve."""
+    code = (
+        "import sys, torch; sys.modules['triton'] = None; from vllm_slimspec import ops;"
+        "x = torch.ones(2, 2); ops.low_rank_argmax(x, x, x); ops.low_rank_logits(x, x, x); ops.prepare(x, x, 4)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,256 @@
+"""A few steps through speculators' real trainer: what it is fed, what it changes, what it writes."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from speculators import SpeculatorModel
+from speculators.models.eagle3 import Eagle3DraftModel
+from speculators.train import trainer as speculators_trainer
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from typer.testing import CliRunner
+
+from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.convert.factorise import factorise
+from vllm_slimspec.train.cli import app
+from vllm_slimspec.train.export import draft_config
+from vllm_slimspec.train.launch import SlimSpecTrainer, fit
+from vllm_slimspec.train.model import SlimSpecEagle3Model
+from vllm_slimspec.train.states import hidden_states, write_states
+
+V, D, R, DRAFT_V = 96, 32, 4, 40
+LAYERS = [0, 1, 3]
+SHAPE: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+FLAGS: dict[str, Any] = {
+    "target_layer_ids": LAYERS,
+    "rank": R,
+    "epochs": 2,
+    "lr": 3e-3,
+    "scheduler_warmup_steps": 2,
+    "total_seq_len": 96,
+    "hidden_states_dtype": "float32",
+}
+ONE_STEP = {**FLAGS, "epochs": 1, "max_steps": 1}
+BODY = {
+    "fc.weight",
+    "input_norm.weight",
+    "norm.weight",
+    *(f"layers.0.{name}.weight" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
+    *(f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Two random targets and the hidden states of one."""
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    for name, config in (("llama", LlamaConfig), ("qwen3", Qwen3Config)):
+        model = AutoModelForCausalLM.from_config(config(**SHAPE), dtype=torch.float32)
+        torch.nn.init.normal_(model.lm_head.weight)  # a target with opinions: something to learn
+        model.save_pretrained(folder / name)
+    documents = [((torch.arange(24) * step + step) % V).tolist() for step in range(1, 31)]
+    write_states(folder / "llama", documents, folder / "states", layer_ids=LAYERS)
+    return folder
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Training losses that speculators reports, step by step."""
+    seen: list[float] = []
+    monkeypatch.setattr(
+        speculators_trainer.metric_logger,
+        "info",
+        lambda report, **_: seen.append(report["train"]["loss"]) if "train" in report else None,
+    )
+    return seen
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """Every trainer that is set up, with the head it starts from."""
+    seen: list[Any] = []
+    original = SlimSpecTrainer.setup_optimizer
+
+    def setup_optimizer(self):
+        original(self)
+        self.first_up = self.model.lm_head.up.weight.detach().clone()
+        seen.append(self)
+
+    monkeypatch.setattr(SlimSpecTrainer, "setup_optimizer", setup_optimizer)
+    return seen
+
+
+def test_states_are_what_enters_the_layers(work):
+    model = AutoModelForCausalLM.from_pretrained(work / "llama", dtype=torch.float32).eval()
+    ids = torch.arange(10, 30)
+    (states,) = hidden_states(model, [ids], LAYERS)
+    with torch.no_grad():
+        reference = model.model(ids[None], output_hidden_states=True)
+    torch.testing.assert_close(states[:, 0], reference.hidden_states[0][0])
+    torch.testing.assert_close(states[:, 1], reference.hidden_states[1][0])
+    torch.testing.assert_close(states[:, 2], states[:, 3])  # layer 3 of 3: the last output, before the final norm
+    torch.testing.assert_close(model.model.norm(states[:, 3]), reference.last_hidden_state[0])
+
+
+def test_states_do_not_depend_on_the_batch(work):
+    model = AutoModelForCausalLM.from_pretrained(work / "llama", dtype=torch.float32).eval()
+    batch = [torch.arange(3, 8), torch.arange(40, 60)]
+    for ids, states in zip(batch, hidden_states(model, batch, LAYERS), strict=True):
+        torch.testing.assert_close(states, hidden_states(model, [ids], LAYERS)[0])
+
+
+@pytest.mark.parametrize(("family", "draft_vocab"), [("llama", V), ("qwen3", DRAFT_V)])
+def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, family, draft_vocab):
+    target = work / "llama"  # the drafter's layer need not be of the target's family
+    fit(target, work / "states", tmp_path / "d", draft_arch=family, draft_vocab_size=draft_vocab, **FLAGS)
+    (trainer,) = trainers
+
+    assert len(losses) == trainer.global_step > 10
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    (optimizer,) = trainer.optimizers
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-8}
+
+    written = DraftCheckpoint.open(tmp_path / "d")
+    assert written.spec is not None
+    truncated = draft_vocab < V
+    norms = {"layers.0.self_attn.q_norm.weight", "layers.0.self_attn.k_norm.weight"} if family == "qwen3" else set()
+    head = {"lm_head.down.weight", "lm_head.up.weight"} | ({"d2t"} if truncated else set())
+    assert set(written.tensors) == BODY | norms | head
+    assert {info.dtype for name, info in written.tensors.items() if name != "d2t"} == {"F32"}
+    assert written.spec.family == family
+    assert (written.spec.rank, written.spec.draft_vocab_size) == (R, draft_vocab)
+    assert not torch.equal(written.load("lm_head.up.weight"), trainer.first_up)
+    assert not list((tmp_path / "d").glob("*.py"))
+    assert "auto_map" not in written.config
+    if truncated:
+        kept = written.load("d2t") + torch.arange(draft_vocab)
+        frequency = torch.load(work / "states" / "token_freq.pt")
+        assert min(frequency[int(i)] for i in kept) >= sorted(frequency.values())[-draft_vocab]
+
+    provenance = json.loads((tmp_path / "d" / "slimspec.json").read_text())
+    assert provenance["steps"] == trainer.global_step
+    assert 0 <= provenance["held_out"]["full_acc_0_epoch"] <= 1
+    assert SpeculatorModel.registry["eagle3"] is Eagle3DraftModel  # put back
+
+
+def test_tokens_and_states_are_one_place_apart(work, tmp_path, monkeypatch):
+    """Without shift_batch, training runs on happily and learns nothing of use."""
+    batches = []
+    original = SlimSpecEagle3Model.forward
+
+    def forward(self, **kwargs):
+        batches.append(kwargs)
+        return original(self, **kwargs)
+
+    monkeypatch.setattr(SlimSpecEagle3Model, "forward", forward)
+    fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
+    batch = {key: value[0] for key, value in batches[0].items() if isinstance(value, torch.Tensor)}
+    first = batch["document_ids"] == 0
+    length = int(first.sum())
+    for file in (work / "states" / "hidden_states").iterdir():
+        saved = load_file(file)
+        if torch.equal(saved["token_ids"][1:], batch["input_ids"][:length]):
+            states = saved["hidden_states"]
+            torch.testing.assert_close(batch["hidden_states"][:length], states[:-1, :-1].flatten(1))
+            torch.testing.assert_close(batch["verifier_last_hidden_states"][:length], states[1:, -1])
+            return
+    pytest.fail("no document x with input_ids = x[1:] beside the states of x[:-1]")
+
+
+def test_the_head_starts_from_the_targets(work, tmp_path, trainers):
+    dense = AutoModelForCausalLM.from_pretrained(work / "llama").lm_head.weight.detach()
+    for how in ("svd", "weighted-svd", "random"):
+        fit(work / "llama", work / "states", tmp_path / how, head_init=how, **ONE_STEP)
+    plain, weighted, random = (trainer.first_up for trainer in trainers)
+    torch.testing.assert_close(plain, factorise(dense, R)[1])
+    assert not torch.allclose(weighted, plain)
+    assert not torch.allclose(random, plain)
+    assert torch.isfinite(weighted).all()
+
+
+def test_a_run_resumes_without_rounding(work, tmp_path, trainers):
+    fit(work / "llama", work / "states", tmp_path / "a", **FLAGS)
+    (tmp_path / "a").rename(tmp_path / "first")
+    fit(work / "llama", work / "states", tmp_path / "a", **FLAGS)  # nothing left to do but to write
+    assert trainers[1].global_step == trainers[0].global_step
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "a"))
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+def test_the_config_gives_vllm_the_same_rotary_embedding(work, tmp_path, trainers):
+    fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
+    config = draft_config(trainers[0].model, torch.float32)
+    layer = trainers[0].model.config.transformer_layer_config
+    read = AutoConfig.for_model(**config)
+    assert read.rope_parameters == layer.rope_parameters
+    assert read.head_dim == layer.head_dim
+
+
+def test_a_dense_head_is_not_lost_silently(work, tmp_path):
+    fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
+    (checkpoint,) = (p for p in (tmp_path / "d.run").iterdir() if p.is_dir() and p.name.isdigit())
+    SlimSpecEagle3Model.from_pretrained(str(checkpoint))
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["lm_head.down.weight"], tensors["lm_head.up.weight"]
+    tensors["lm_head.weight"] = torch.zeros(V, D)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="slimspec convert"):
+        SlimSpecEagle3Model.from_pretrained(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"rank": D + 1}, f"rank={D + 1} does not fit hidden_size={D}"),
+        ({"learning_rate": 1}, r"unknown flags \['learning_rate'\]"),
+        ({"loss_fn": "mse"}, "Unknown loss function 'mse'"),
+        ({"head_init": "zeros"}, "head_init='zeros'"),
+    ],
+)
+def test_bad_flags_are_one_line(work, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message) as error:
+        fit(work / "llama", work / "states", tmp_path / "d", **{"target_layer_ids": LAYERS, **flags})
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_places_are_one_line(work, tmp_path):
+    with pytest.raises(ValueError, match="holds no training data"):
+        fit(work / "llama", tmp_path, tmp_path / "d")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        fit(work / "llama", work / "states", work / "llama")
+    with pytest.raises(ValueError, match="holds a data set already"):
+        write_states(work / "llama", [[1, 2]], work / "states", layer_ids=LAYERS)
+    with pytest.raises(ValueError, match="document 1: 2 tokens, ids must be 0 to 95"):
+        write_states(work / "llama", [[1, 2], [3, V]], tmp_path / "s", layer_ids=LAYERS)
+
+
+def test_the_command_line_reports_one_line(work, tmp_path):
+    documents = tmp_path / "docs.jsonl"
+    documents.write_text('{"input_ids": [1, 2, 3]}\n{"inputs": []}\n')
+    arguments = ["states", "--target", str(work / "llama"), "--documents", str(documents)]
+    result = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "s")])
+    assert result.exit_code == 1
+    assert result.stderr == f'error: {documents}:2: must be {{"text": ...}} or {{"input_ids": [...]}}; mend it\n'

@@ -1,0 +1,76 @@
+"""A trained model as the plain Hugging Face folder that vLLM serves: no speculators config, no copied code."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_slimspec.checkpoint import ARCHITECTURES, DraftCheckpoint, write_checkpoint
+from vllm_slimspec.train.model import SlimSpecEagle3Model
+
+_LAYER_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "attention_bias",
+    "max_position_embeddings",
+    "vocab_size",
+)
+# vLLM's drafters read these from config.json; each changes the arithmetic, none can be seen in every checkpoint.
+_NORM_KEYS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_NOT_SERVED = ("verifier_lm_head.", "verifier_norm.", "t2d")
+
+
+def export(
+    model: SlimSpecEagle3Model,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    provenance: Mapping[str, Any],
+) -> DraftCheckpoint:
+    """Write the drafter, with every key that makes vLLM compute what training computed.
+
+    Args:
+        model: trained; its tensors may be on any device.
+        folder: must not exist, or be empty.
+        dtype: of the floating-point tensors on disk.
+        provenance: how this drafter came to be, written as slimspec.json.
+    """
+    own_embeddings = model.config.embed_requires_grad  # otherwise they are the target's, which vLLM shares
+    tensors = {
+        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(_NOT_SERVED) and (own_embeddings or not name.startswith("embed_tokens."))
+    }
+    return write_checkpoint(folder, draft_config(model, dtype), tensors, provenance)
+
+
+def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of the exported drafter."""
+    layer = model.config.transformer_layer_config
+    rope = dict(layer.rope_parameters)
+    theta = rope.pop("rope_theta")
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[layer.model_type]],
+        "model_type": layer.model_type,
+        "lm_head_rank": model.config.lm_head_rank,
+        "draft_vocab_size": model.config.draft_vocab_size,
+        "eagle_aux_hidden_state_layer_ids": list(model.target_layer_ids),
+        "num_aux_hidden_states": len(model.target_layer_ids),
+        **{key: getattr(model.config, key) for key in _NORM_KEYS},
+        **{key: getattr(layer, key) for key in _LAYER_KEYS},
+        "rope_theta": theta,  # and rope_scaling: the older spelling, which every supported transformers reads
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    if "sliding_attention" in (layer.layer_types or ()):
+        config |= {"layer_types": layer.layer_types, "sliding_window": layer.sliding_window, "use_sliding_window": True}
+    return config

@@ -1,0 +1,127 @@
+"""The EAGLE-3 model of speculators with a low-rank head: two factors, trained with the rest of the drafter.
+
+speculators freezes its dense head, a copy of the target's rows; here the factors start from that copy and learn.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+from unittest.mock import patch
+
+import torch
+from pydantic import Field
+from speculators import SpeculatorModel, SpeculatorModelConfig, reload_schemas
+from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+from speculators.models.eagle3 import core as eagle3_core
+from speculators.utils.loading import list_checkpoint_keys
+from torch import nn
+
+from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
+from vllm_slimspec.train.states import read_final_states
+
+HeadInit = Literal["weighted-svd", "svd", "random"]
+
+# States that the weighted factorisation is calibrated on; more changes nothing that can be measured.
+_CALIBRATION_STATES = 40_000
+
+
+class LowRankHead(nn.Module):
+    """Hidden states [..., D] to logits [..., V] through ``down`` [R, D] and ``up`` [V, R]; no bias."""
+
+    def __init__(self, hidden_size: int, rank: int, vocab_size: int):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, vocab_size, bias=False)
+        for factor in (self.down, self.up):
+            # As speculators does for its head: NaN until filled, and not to be filled at random by transformers.
+            nn.init.constant_(factor.weight, torch.nan)
+            factor._is_hf_initialized = True
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(hidden))
+
+    @torch.no_grad()
+    def fill(self, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Take these factors, [R, D] and [V, R], as the weights."""
+        self.down.weight.copy_(down)
+        self.up.weight.copy_(up)
+
+
+@SpeculatorModelConfig.register("slimspec_eagle3")
+class SlimSpecEagle3Config(Eagle3SpeculatorConfig):
+    """EAGLE-3's config with the rank of the head."""
+
+    speculators_model_type: Literal["slimspec_eagle3"] = "slimspec_eagle3"
+    lm_head_rank: int = Field(default=1, ge=1, description="Rows of lm_head.down: the R of the two factors")
+
+
+@SpeculatorModel.register("slimspec_eagle3")
+class SlimSpecEagle3Model(Eagle3DraftModel):
+    """EAGLE-3 whose ``lm_head`` is a :class:`LowRankHead`."""
+
+    config_class: ClassVar[type[Eagle3SpeculatorConfig]] = SlimSpecEagle3Config
+    lm_head: LowRankHead
+
+    def _init_vocab(self, config: SlimSpecEagle3Config) -> None:
+        super()._init_vocab(config)
+        self.lm_head = LowRankHead(self.hidden_size, config.lm_head_rank, self.draft_vocab_size)
+
+    def load_verifier_weights(self) -> None:
+        """Embeddings, final norm and teacher head from the target; the factors are left alone."""
+        # The parent also fills and freezes a dense `lm_head.weight`: let that be the teacher's, which it fills anyway.
+        head, self.lm_head = self.lm_head, self.verifier_lm_head
+        try:
+            super().load_verifier_weights()
+        finally:
+            self.lm_head = head
+
+    def init_head(self, how: HeadInit, data_path: str | Path) -> None:
+        """Give the factors their first values; the target's weights must be loaded.
+
+        Args:
+            how: ``weighted-svd`` of the target's head, for the states in ``data_path``; plain ``svd``; or ``random``.
+            data_path: a folder of :func:`vllm_slimspec.train.states.write_states`.
+        """
+        if how == "random":
+            self.lm_head.down.reset_parameters()
+            self.lm_head.up.reset_parameters()
+            return
+        weight = self.verifier_lm_head.weight.detach().to(torch.accelerator.current_accelerator() or "cpu")
+        statistics: dict[str, torch.Tensor] = {}
+        if how == "weighted-svd":
+            with torch.no_grad():
+                states = self.verifier_norm(read_final_states(data_path, _CALIBRATION_STATES).float()).to(weight.device)
+            statistics = {
+                "second_moment": second_moment(states),
+                "probabilities": token_probabilities(weight, states),
+            }
+        self.lm_head.fill(*factorise(weight, self.config.lm_head_rank, **statistics))
+
+    @classmethod
+    def from_training_args(
+        cls, verifier_config: Any, t2d: torch.Tensor | None = None, d2t: torch.Tensor | None = None, **kwargs: Any
+    ) -> "SlimSpecEagle3Model":
+        """A fresh drafter, its head from the target's; called by speculators with every flag of the run."""
+
+        def config(**fields: Any) -> SlimSpecEagle3Config:
+            return SlimSpecEagle3Config(lm_head_rank=kwargs["lm_head_rank"], **fields)
+
+        # The parent names its own config class; everything else it does is what we want.
+        with patch.object(eagle3_core, "Eagle3SpeculatorConfig", config):
+            model = super().from_training_args(verifier_config, t2d=t2d, d2t=d2t, **kwargs)
+        model.init_head(kwargs["head_init"], kwargs["data_path"])
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "SlimSpecEagle3Model":
+        """A trained drafter of this class.
+
+        Raises:
+            ValueError: the checkpoint has no factors. transformers would only warn, and the trained dense head be lost.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if "lm_head.down.weight" not in list_checkpoint_keys(folder):
+            raise ValueError(f"{folder}: has no lm_head.down.weight; make it low-rank first with `slimspec convert`")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+reload_schemas()
