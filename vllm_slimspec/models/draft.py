@@ -1,6 +1,7 @@
 """What makes a vLLM EAGLE-3 draft model a SlimSpec one; the families add nothing but their base class."""
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import VllmConfig
@@ -21,8 +22,13 @@ from vllm_slimspec.checkpoint import (
 )
 from vllm_slimspec.models.head import LowRankHead
 
+if TYPE_CHECKING:
+    from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM as _Eagle3
+else:
+    _Eagle3 = object  # the families put their own vLLM class behind the mixin
 
-class LowRankDraft:
+
+class LowRankDraft(_Eagle3):
     """Mixin over vLLM's Eagle3*ForCausalLM: the same drafter body under a :class:`LowRankHead`.
 
     vLLM calls :meth:`get_top_tokens` (fused, no logits) when ``use_local_argmax_reduction`` is on, which the plugin
@@ -36,22 +42,22 @@ class LowRankDraft:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         speculative = vllm_config.speculative_config
         draft = speculative.draft_model_config
-        self_spec = head_spec(draft.hf_config.to_dict() | {"architectures": draft.hf_config.architectures}, draft.model)
+        spec = head_spec(draft.hf_config.to_dict() | {"architectures": draft.hf_config.architectures}, draft.model)
         target = vllm_config.model_config
-        check_vocabulary(self_spec, target.get_vocab_size(), target.model, draft.model)
+        check_vocabulary(spec, target.get_vocab_size(), target.model, draft.model)
         with compat.without_dense_head(_base(type(self))):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.spec = self_spec
-        self.low_rank_head = LowRankHead(self_spec, maybe_prefix(prefix, "low_rank_head"))
+        self.spec = spec
+        self.low_rank_head = LowRankHead(spec, maybe_prefix(prefix, "low_rank_head"))
         # Not read by the methods here, but Model Runner V2 compares `lm_head.weight` with the target's, unguarded.
         self.lm_head = self.low_rank_head
-        if not self_spec.truncated:
+        if not spec.truncated:
             self.draft_id_to_target_id = None  # vLLM before 0.32 keeps a map of zeros and pays a scatter for it
         self.source = draft.model
         self.max_batch = vllm_config.scheduler_config.max_num_seqs
         self.prepared = False
         self.announced: set[str] = set()
-        compat.logger.info("%s", _headline(self_spec, self.low_rank_head, speculative))
+        compat.logger.info("%s", _headline(spec, self.low_rank_head, speculative))
 
     def forward(
         self,
