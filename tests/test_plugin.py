@@ -245,3 +245,29 @@ def test_log_reaches_the_user():
 
     assert compat.logger.getEffectiveLevel() <= logging.INFO or "VLLM_LOGGING_LEVEL" in os.environ
     assert compat.logger.parent.name == "vllm"
+
+
+HUB = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+config = EngineArgs(
+    model=sys.argv[1], skip_tokenizer_init=True, max_model_len=128,
+    speculative_config={"model": "someone/a-drafter", "num_speculative_tokens": 3},
+).create_engine_config().speculative_config
+print(config.method, config.use_local_argmax_reduction, config.draft_model_config.architecture,
+      config.draft_load_config.load_format)
+"""
+
+
+def test_hub_id(target, tmp_path):
+    """Catches: a drafter recognised only as a folder; a .bin taken from the hub where there are no safetensors."""
+    cached = tmp_path / "models--someone--a-drafter"
+    drafters.write(cached / "snapshots" / ("0" * 40), drafters.config(), drafters.tensors())
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(target)], env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-4:] == ["eagle3", "True", "SlimSpecLlamaForCausalLMEagle3", "safetensors"]

@@ -5,6 +5,7 @@ vLLM has no hook between "the user named a drafter" and "the proposer was built"
 public vLLM: the plugin group, ``ModelRegistry.register_model``, and fields of ``SpeculativeConfig``.
 """
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -180,12 +181,16 @@ def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
 
 
 def _check_on_disk(engine_args: Any, config: Any, spec: HeadSpec) -> None:
-    """Refuse a bad drafter here, in the front process, before any engine starts."""
+    """Refuse a bad drafter here, in the front process, before any engine starts; and keep vLLM off pickle files."""
     draft, target = config.draft_model_config, config.target_model_config
-    where = f"{draft.model}/config.json"
     if target is not None:
-        check_vocabulary(spec, target.get_vocab_size(), target.model, where)
-    load = getattr(config, "draft_load_config", None)
-    load_format = getattr(load, "load_format", None) or engine_args.load_format
-    if Path(draft.model).is_dir() and load_format in ("auto", "hf", "safetensors"):
+        check_vocabulary(spec, target.get_vocab_size(), target.model, f"{draft.model}/config.json")
+    own = getattr(config, "draft_load_config", None)
+    load_format = engine_args.load_format if own is None else own.load_format
+    if load_format not in ("auto", "hf", "safetensors"):
+        return
+    if Path(draft.model).is_dir():
         DraftCheckpoint.open(draft.model)
+    elif own is None and hasattr(config, "draft_load_config"):
+        # From a hub, "auto" would settle for a .bin where there are no safetensors.
+        config.draft_load_config = dataclasses.replace(engine_args.create_load_config(), load_format="safetensors")
