@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.convert.factorise import factorise
+from vllm_slimspec.train import states as states_module
 from vllm_slimspec.train.cli import app
 from vllm_slimspec.train.export import draft_config
 from vllm_slimspec.train.launch import SlimSpecTrainer, fit
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.states import hidden_states, write_states
+from vllm_slimspec.train.store import state_file
 
 V, D, R, DRAFT_V = 96, 32, 4, 40
 LAYERS = [0, 1, 3]
@@ -41,7 +43,6 @@ SHAPE: dict[str, Any] = {
     },
 }
 FLAGS: dict[str, Any] = {
-    "target_layer_ids": LAYERS,
     "rank": R,
     "epochs": 2,
     "lr": 3e-3,
@@ -50,6 +51,7 @@ FLAGS: dict[str, Any] = {
     "hidden_states_dtype": "float32",
 }
 ONE_STEP = {**FLAGS, "epochs": 1, "max_steps": 1}
+DOCUMENTS = [[(i * step + step) % V for i in range(24)] for step in range(1, 31)]
 BODY = {
     "fc.weight",
     "input_norm.weight",
@@ -69,8 +71,7 @@ def work(tmp_path_factory):
         model = AutoModelForCausalLM.from_config(config(**SHAPE), dtype=torch.float32)
         torch.nn.init.normal_(model.lm_head.weight)  # a target with opinions: something to learn
         model.save_pretrained(folder / name)
-    documents = [((torch.arange(24) * step + step) % V).tolist() for step in range(1, 31)]
-    write_states(folder / "llama", documents, folder / "states", layer_ids=LAYERS)
+    write_states(folder / "llama", DOCUMENTS, folder / "states", layer_ids=LAYERS)
     return folder
 
 
@@ -94,7 +95,7 @@ def trainers(monkeypatch):
 
     def setup_optimizer(self):
         original(self)
-        self.first_up = self.model.lm_head.up.weight.detach().clone()
+        self.first_head = {name: t.clone() for name, t in self.model.lm_head.state_dict().items()}
         seen.append(self)
 
     monkeypatch.setattr(SlimSpecTrainer, "setup_optimizer", setup_optimizer)
@@ -120,6 +121,59 @@ def test_states_do_not_depend_on_the_batch(work):
         torch.testing.assert_close(states, hidden_states(model, [ids], LAYERS)[0])
 
 
+@pytest.fixture
+def run_again(monkeypatch):
+    """Documents that the target was run over."""
+    seen: list[list[int]] = []
+    original = states_module.hidden_states
+
+    def run(model, batch, layer_ids):
+        seen.extend(ids.tolist() for ids in batch)
+        return original(model, batch, layer_ids)
+
+    monkeypatch.setattr(states_module, "hidden_states", run)
+    return seen
+
+
+def test_states_are_resumed(work, tmp_path, monkeypatch, run_again):
+    """Catches: work done twice after a kill, or a folder that is complete only in name."""
+    original = states_module.write_state
+
+    def killed(folder, i, ids, states):
+        if i == 7:
+            raise KeyboardInterrupt
+        original(folder, i, ids, states)
+
+    monkeypatch.setattr(states_module, "write_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS, tokens_per_batch=48)
+    with pytest.raises(ValueError, match="holds no training data"):
+        fit(work / "llama", tmp_path, tmp_path / "d")
+    monkeypatch.setattr(states_module, "write_state", original)
+    run_again.clear()
+    write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
+    assert run_again == DOCUMENTS[7:]
+    for i in range(len(DOCUMENTS)):
+        assert state_file(tmp_path, i).read_bytes() == state_file(work / "states", i).read_bytes()
+
+
+def test_broken_states_are_named_and_mended(work, tmp_path, run_again):
+    """Catches: training on half a file, or on one whose bytes have changed."""
+    write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
+    truncated, changed, lost = (state_file(tmp_path / "s", i) for i in (3, 5, 20))
+    truncated.write_bytes(truncated.read_bytes()[:-9])
+    changed.write_bytes(changed.read_bytes()[:-9] + b"9" + changed.read_bytes()[-8:])
+    lost.unlink()
+    with pytest.raises(ValueError, match=rf"{truncated}: .*3 of 30 files are broken.*train states"):
+        fit(work / "llama", tmp_path / "s", tmp_path / "d", **FLAGS)
+    assert not (tmp_path / "d.run").exists()
+    run_again.clear()
+    write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
+    assert run_again == [DOCUMENTS[i] for i in (3, 5, 20)]
+    for i in (3, 5, 20):
+        assert state_file(tmp_path / "s", i).read_bytes() == state_file(work / "states", i).read_bytes()
+
+
 @pytest.mark.parametrize(("family", "draft_vocab"), [("llama", V), ("qwen3", DRAFT_V)])
 def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, family, draft_vocab):
     target = work / "llama"  # the drafter's layer need not be of the target's family
@@ -141,7 +195,7 @@ def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, fa
     assert {info.dtype for name, info in written.tensors.items() if name != "d2t"} == {"F32"}
     assert written.spec.family == family
     assert (written.spec.rank, written.spec.draft_vocab_size) == (R, draft_vocab)
-    assert not torch.equal(written.load("lm_head.up.weight"), trainer.first_up)
+    assert not torch.equal(written.load("lm_head.up.weight"), trainer.first_head["up.weight"])
     assert not list((tmp_path / "d").glob("*.py"))
     assert "auto_map" not in written.config
     if truncated:
@@ -153,6 +207,17 @@ def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, fa
     assert provenance["steps"] == trainer.global_step
     assert 0 <= provenance["held_out"]["full_acc_0_epoch"] <= 1
     assert SpeculatorModel.registry["eagle3"] is Eagle3DraftModel  # put back
+
+
+def test_a_dense_head_to_compare_with(work, tmp_path, trainers):
+    fit(work / "llama", work / "states", tmp_path / "d", head="dense", **FLAGS)
+    written = DraftCheckpoint.open(tmp_path / "d")
+    assert written.spec is None
+    assert written.config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert set(written.tensors) == BODY | {"lm_head.weight"}
+    targets = AutoModelForCausalLM.from_pretrained(work / "llama").lm_head.weight
+    assert torch.equal(trainers[0].first_head["weight"], targets)
+    assert not torch.equal(written.load("lm_head.weight"), targets)
 
 
 def test_tokens_and_states_are_one_place_apart(work, tmp_path, monkeypatch):
@@ -183,7 +248,7 @@ def test_the_head_starts_from_the_targets(work, tmp_path, trainers):
     dense = AutoModelForCausalLM.from_pretrained(work / "llama").lm_head.weight.detach()
     for how in ("svd", "weighted-svd", "random"):
         fit(work / "llama", work / "states", tmp_path / how, head_init=how, **ONE_STEP)
-    plain, weighted, random = (trainer.first_up for trainer in trainers)
+    plain, weighted, random = (trainer.first_head["up.weight"] for trainer in trainers)
     torch.testing.assert_close(plain, factorise(dense, R)[1])
     assert not torch.allclose(weighted, plain)
     assert not torch.allclose(random, plain)
@@ -206,6 +271,14 @@ def test_the_config_gives_vllm_the_same_rotary_embedding(work, tmp_path, trainer
     read = AutoConfig.for_model(**config)
     assert read.rope_parameters == layer.rope_parameters
     assert read.head_dim == layer.head_dim
+
+
+def test_a_run_is_quiet(work, tmp_path, capfd, caplog, recwarn):
+    """Catches: a line a step in everybody's logs, and progress bars in files."""
+    fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.name.startswith("speculators")] == []
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_a_dense_head_is_not_lost_silently(work, tmp_path):
@@ -231,7 +304,7 @@ def test_a_dense_head_is_not_lost_silently(work, tmp_path):
 )
 def test_bad_flags_are_one_line(work, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message) as error:
-        fit(work / "llama", work / "states", tmp_path / "d", **{"target_layer_ids": LAYERS, **flags})
+        fit(work / "llama", work / "states", tmp_path / "d", **flags)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -241,6 +314,8 @@ def test_bad_places_are_one_line(work, tmp_path):
         fit(work / "llama", tmp_path, tmp_path / "d")
     with pytest.raises(ValueError, match="not an empty folder"):
         fit(work / "llama", work / "states", work / "llama")
+    with pytest.raises(ValueError, match=r"holds the states of layers \[0, 1, 3\]"):
+        fit(work / "llama", work / "states", tmp_path / "d", target_layer_ids=[1, 2, 3])
     with pytest.raises(ValueError, match="holds a data set already"):
         write_states(work / "llama", [[1, 2]], work / "states", layer_ids=LAYERS)
     with pytest.raises(ValueError, match="document 1: 2 tokens, ids must be 0 to 95"):

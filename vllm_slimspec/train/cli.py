@@ -16,6 +16,11 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
 
 
+class _Head(StrEnum):
+    LOW_RANK = "low-rank"
+    DENSE = "dense"
+
+
 class _HeadInit(StrEnum):
     WEIGHTED_SVD = "weighted-svd"
     SVD = "svd"
@@ -41,7 +46,7 @@ def states(
         list[int] | None, typer.Option(help="A layer whose input the drafter sees; repeat. [default: 2, n/2, n-3]")
     ] = None,
 ) -> None:
-    """Run the target over documents and keep the hidden states."""
+    """Run the target over documents and keep the hidden states; run again, it resumes and mends broken files."""
     from vllm_slimspec.train.states import read_documents, write_states
 
     with _one_line_errors():
@@ -57,6 +62,7 @@ def fit(
     target: Target,
     data_path: Annotated[Path, typer.Option(help="The folder that `states` wrote.")],
     output_path: Annotated[Path, typer.Option(help="The new drafter; checkpoints go to OUTPUT_PATH.run.")],
+    head: Annotated[_Head, typer.Option(help="A dense head is for comparison; stock vLLM serves it.")] = _Head.LOW_RANK,
     rank: Annotated[int | None, typer.Option(help="Rank of the head. [default: hidden size / 8]")] = None,
     head_init: Annotated[_HeadInit, typer.Option(help="How the head starts.")] = _HeadInit.WEIGHTED_SVD,
 ) -> None:
@@ -72,4 +78,4 @@ def fit(
     add_config_cli_arguments(parser)
     flags = vars(parser.parse_args(context.args))
     with _one_line_errors():
-        fit(target, data_path, output_path, rank=rank, head_init=head_init.value, **flags)
+        fit(target, data_path, output_path, head=head.value, rank=rank, head_init=head_init.value, **flags)

@@ -24,6 +24,8 @@ _LAYER_KEYS = (
 )
 # vLLM's drafters read these from config.json; each changes the arithmetic, none can be seen in every checkpoint.
 _NORM_KEYS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+# vLLM's own names, for a dense head.
+_DENSE_ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 _NOT_SERVED = ("verifier_lm_head.", "verifier_norm.", "t2d")
 
 
@@ -57,9 +59,9 @@ def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, An
     rope = dict(layer.rope_parameters)
     theta = rope.pop("rope_theta")
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[layer.model_type]],
+        "architectures": [(ARCHITECTURES if model.config.lm_head_rank else _DENSE_ARCHITECTURES)[layer.model_type]],
         "model_type": layer.model_type,
-        "lm_head_rank": model.config.lm_head_rank,
+        **({"lm_head_rank": model.config.lm_head_rank} if model.config.lm_head_rank else {}),
         "draft_vocab_size": model.config.draft_vocab_size,
         "eagle_aux_hidden_state_layer_ids": list(model.target_layer_ids),
         "num_aux_hidden_states": len(model.target_layer_ids),

@@ -6,24 +6,24 @@ model stands under it. Everything that is replaced in speculators is replaced in
 """
 
 import logging
+import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from loguru import logger as loguru_logger
 from pydantic import Field, ValidationError
 from speculators import SpeculatorModel
 from speculators.train import checkpointer as speculators_checkpointer
 from speculators.train import cli as speculators_cli
 from speculators.train import trainer as speculators_trainer
 from speculators.train.config import TrainConfig
+from speculators.train.logger import setup_metric_logger
 from speculators.train.trainer import Trainer
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -32,6 +32,8 @@ import vllm_slimspec
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.train.export import export
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
+from vllm_slimspec.train.quiet import quiet
+from vllm_slimspec.train.store import check_states, read_layer_ids
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ _CPU_RECIPE: Mapping[str, Any] = {"draft_attn_impl": "sdpa", "loss_implementatio
 class SlimSpecTrainConfig(TrainConfig):
     """speculators' configuration and ours, which travel to the model together."""
 
-    lm_head_rank: int = Field(default=1, ge=1)
+    lm_head_rank: int = Field(default=1, ge=0)
     head_init: HeadInit = "weighted-svd"
 
     def flatten(self) -> dict[str, Any]:
@@ -83,6 +85,15 @@ class SlimSpecTrainer(Trainer):
             if isinstance(optimizer, torch.optim.AdamW):
                 for group in optimizer.param_groups:
                     group["betas"] = BETAS
+
+    def run_training(self) -> None:
+        steps = self.config.max_steps or self.config.num_epochs * len(self.train_loader)
+        silent = None if self.rank == 0 else True  # None: where stderr is no terminal
+        with tqdm(total=steps, initial=self.global_step, desc="Training", unit="step", disable=silent) as self.progress:
+            super().run_training()
+
+    def train_epoch(self, epoch: int) -> None:
+        super().train_epoch(epoch, step_callback=self.progress.update)
 
     def val_epoch(self, epoch: int) -> dict[str, float] | None:
         self.held_out = super().val_epoch(epoch)
@@ -112,19 +123,21 @@ def slimspec_in_speculators() -> Iterator[list[SlimSpecTrainer]]:
     with (
         patch.dict(SpeculatorModel.registry, eagle3=SlimSpecEagle3Model),
         patch.object(speculators_cli, "Trainer", make_trainer),
-        patch.object(speculators_trainer, "tqdm", partial(tqdm, disable=None)),  # to stderr, silent in a file
+        patch.object(speculators_trainer, "tqdm", lambda loader, **_: loader),  # one bar for the run, not one an epoch
         patch.object(speculators_cli, "setup_root_logger", lambda: None),  # how to log is the caller's
-        _quiet(),
+        patch.object(speculators_cli, "setup_metric_logger", _setup_metrics),
         nullcontext() if torch.accelerator.is_available() else _no_accelerator(),
     ):
         yield trainers
 
 
+@quiet()
 def fit(
     target: str | Path,
     data: str | Path,
     output: str | Path,
     *,
+    head: Literal["low-rank", "dense"] = "low-rank",
     rank: int | None = None,
     head_init: HeadInit = "weighted-svd",
     **flags: Any,
@@ -136,7 +149,8 @@ def fit(
         data: a folder of hidden states, see :mod:`vllm_slimspec.train.states`.
         output: the drafter; must not exist, or be empty. Checkpoints of the run go to ``<output>.run`` and are resumed
             from there.
-        rank: R of the head; default D // 8.
+        head: ``dense`` for a drafter to compare with: the ordinary head, trained like the factors and served by vLLM.
+        rank: R of a low-rank head; default D // 8.
         head_init: how the factors start, see :meth:`SlimSpecEagle3Model.init_head`.
         flags: any flag of ``speculators train``, with underscores; they win over :data:`RECIPE`.
 
@@ -152,6 +166,9 @@ def fit(
         raise ValueError(f"{data}: holds no training data; make it with `slimspec train states` first")
     if flags.get("draft_vocab_size") and not (Path(data) / "token_freq.pt").exists():
         raise ValueError(f"{data}: no token_freq.pt to choose a vocabulary by; write the states again")
+    layer_ids = read_layer_ids(Path(data))
+    if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
+        raise ValueError(f"{data}: holds the states of layers {layer_ids}; leave target_layer_ids out or write others")
     target_config = AutoConfig.from_pretrained(str(target)).get_text_config()
     hidden = target_config.hidden_size
     rank = hidden // 8 if rank is None else rank
@@ -165,11 +182,12 @@ def fit(
         "mask_token_id": 0,  # EAGLE-3 never masks; unset, speculators looks for a tokenizer to choose one
         "on_missing": "raise",
         "log_dir": f"{output}.run/logs",
+        "target_layer_ids": layer_ids,
         **flags,
         "verifier_name_or_path": str(target),
         "data_path": str(data),
         "save_path": f"{output}.run",
-        "lm_head_rank": rank,
+        "lm_head_rank": rank if head == "low-rank" else 0,
         "head_init": head_init,
     }
     unknown = run.keys() - SlimSpecTrainConfig().flatten().keys()
@@ -180,6 +198,8 @@ def fit(
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
+    if os.environ.get("RANK", "0") == "0":  # of torchrun: one process is enough
+        check_states(Path(data), missing_is_wrong=run["on_missing"] == "raise")
     with slimspec_in_speculators() as trainers:
         speculators_cli.main(config)
     (trainer,) = trainers
@@ -203,17 +223,13 @@ def fit(
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what speculators says of every run: where weights were found, and that a CPU is no GPU."""
-    loguru_logger.disable("speculators")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*'pin_memory' argument is set as true")
-            warnings.filterwarnings("ignore", "In CPU autocast")
-            yield
-    finally:
-        loguru_logger.enable("speculators")
+def _setup_metrics(**options: Any) -> None:
+    """speculators' metrics for its own backends (``--logger tensorboard``), not a line a step for everybody's logs."""
+    # A caller who wants speculators' own lines sets a level on its logger first.
+    level = logging.getLogger("speculators").level or logging.WARNING
+    setup_metric_logger(**options)
+    logging.getLogger("speculators").setLevel(level)
+    logging.getLogger("speculators.metrics").propagate = level <= logging.INFO
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from speculators.utils.loading import list_checkpoint_keys
 from torch import nn
 
 from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
-from vllm_slimspec.train.states import read_final_states
+from vllm_slimspec.train.store import read_final_states
 
 HeadInit = Literal["weighted-svd", "svd", "random"]
 
@@ -51,22 +51,25 @@ class SlimSpecEagle3Config(Eagle3SpeculatorConfig):
     """EAGLE-3's config with the rank of the head."""
 
     speculators_model_type: Literal["slimspec_eagle3"] = "slimspec_eagle3"
-    lm_head_rank: int = Field(default=1, ge=1, description="Rows of lm_head.down: the R of the two factors")
+    lm_head_rank: int = Field(default=1, ge=0, description="Rows of lm_head.down: the R of the factors; 0: dense head")
 
 
 @SpeculatorModel.register("slimspec_eagle3")
 class SlimSpecEagle3Model(Eagle3DraftModel):
-    """EAGLE-3 whose ``lm_head`` is a :class:`LowRankHead`."""
+    """EAGLE-3 whose ``lm_head`` is a :class:`LowRankHead`, or for comparison a dense one that learns as well."""
 
     config_class: ClassVar[type[Eagle3SpeculatorConfig]] = SlimSpecEagle3Config
-    lm_head: LowRankHead
+    lm_head: LowRankHead | nn.Linear
 
     def _init_vocab(self, config: SlimSpecEagle3Config) -> None:
         super()._init_vocab(config)
-        self.lm_head = LowRankHead(self.hidden_size, config.lm_head_rank, self.draft_vocab_size)
+        if config.lm_head_rank:
+            self.lm_head = LowRankHead(self.hidden_size, config.lm_head_rank, self.draft_vocab_size)
+        else:
+            self.lm_head.requires_grad_(True)
 
     def load_verifier_weights(self) -> None:
-        """Embeddings, final norm and teacher head from the target; the factors are left alone."""
+        """Embeddings, final norm and teacher head from the target; the drafter's own head is left alone."""
         # The parent also fills and freezes a dense `lm_head.weight`: let that be the teacher's, which it fills anyway.
         head, self.lm_head = self.lm_head, self.verifier_lm_head
         try:
@@ -75,15 +78,19 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             self.lm_head = head
 
     def init_head(self, how: HeadInit, data_path: str | Path) -> None:
-        """Give the factors their first values; the target's weights must be loaded.
+        """Give the head its first values; the target's weights must be loaded.
 
         Args:
             how: ``weighted-svd`` of the target's head, for the states in ``data_path``; plain ``svd``; or ``random``.
+                A dense head starts as the target's, unless ``random``.
             data_path: a folder of :func:`vllm_slimspec.train.states.write_states`.
         """
         if how == "random":
-            self.lm_head.down.reset_parameters()
-            self.lm_head.up.reset_parameters()
+            for linear in self.lm_head.children() if self.config.lm_head_rank else [self.lm_head]:
+                linear.reset_parameters()
+            return
+        if not self.config.lm_head_rank:
+            self.lm_head.load_state_dict(self.verifier_lm_head.state_dict())
             return
         weight = self.verifier_lm_head.weight.detach().to(torch.accelerator.current_accelerator() or "cpu")
         statistics: dict[str, torch.Tensor] = {}
@@ -119,7 +126,9 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             ValueError: the checkpoint has no factors. transformers would only warn, and the trained dense head be lost.
         """
         folder = Path(pretrained_model_name_or_path)
-        if "lm_head.down.weight" not in list_checkpoint_keys(folder):
+        if cls.config_class.from_pretrained(
+            str(folder)
+        ).lm_head_rank and "lm_head.down.weight" not in list_checkpoint_keys(folder):
             raise ValueError(f"{folder}: has no lm_head.down.weight; make it low-rank first with `slimspec convert`")
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 

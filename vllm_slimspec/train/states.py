@@ -1,13 +1,9 @@
-"""The target's hidden states on disk, in the layout that speculators trains from.
+"""Running the target over documents, and keeping what a drafter learns from: its hidden states.
 
-    FOLDER/                                   a Hugging Face data set: input_ids, loss_mask, seq_len
-    FOLDER/token_freq.pt                      how often each token is asked for, to choose a truncated vocabulary
-    FOLDER/hidden_states/hs_<i>.safetensors   hidden_states [T, n_aux + 1, D], token_ids int64 [T]
-
-Slot j < n_aux holds what *enters* target layer ``layer_ids[j]``, as vLLM hands it to the drafter; the last slot is the
-output of the last layer *before* the final norm. Plain transformers writes them, so a small target needs no server.
+Plain transformers does it, so a small target needs no server. The layout on disk is :mod:`vllm_slimspec.train.store`'s.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,10 +11,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from speculators.models.utils import resolve_target_layer_ids
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from vllm_slimspec.train.quiet import quiet
+from vllm_slimspec.train.store import flaw, write_state
 
 
 def read_documents(file: str | Path, target: str | Path, max_length: int) -> list[list[int]]:
@@ -47,6 +45,7 @@ def read_documents(file: str | Path, target: str | Path, max_length: int) -> lis
     return documents
 
 
+@quiet()
 def write_states(
     target: str | Path,
     documents: Sequence[Sequence[int]],
@@ -57,10 +56,12 @@ def write_states(
 ) -> None:
     """Run the target over documents and keep its hidden states, in the target's own dtype.
 
+    Called again with the same arguments it resumes: documents whose states are there and whole are not run again.
+
     Args:
         target: Hugging Face folder or id.
         documents: token ids, each document at least 2 tokens.
-        folder: where to write; must not hold a data set already.
+        folder: where to write; empty, or the states of the same target, layers and documents.
         layer_ids: the target layers whose inputs the drafter sees; default (2, n // 2, n - 3).
         tokens_per_batch: padded tokens in one forward pass (a longer document goes alone).
 
@@ -68,10 +69,7 @@ def write_states(
         ValueError: a document is too short or holds an unknown token, the folder is taken, or the layers do not exist.
     """
     path = Path(folder)
-    if (path / "dataset_info.json").exists():
-        raise ValueError(f"{path}: holds a data set already; remove it or choose another folder")
     model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
-    model.to(torch.accelerator.current_accelerator() or "cpu")
     layers = resolve_target_layer_ids(layer_ids, str(target))
     vocab = model.config.get_text_config().vocab_size
     for i, ids in enumerate(documents):
@@ -79,14 +77,19 @@ def write_states(
             raise ValueError(
                 f"document {i}: {len(ids)} tokens, ids must be 0 to {vocab - 1} and at least 2; drop or re-tokenise it"
             )
+    _claim(path, {"target": str(target), "layer_ids": layers, "sha256": _fingerprint(model, layers, documents)})
 
-    (path / "hidden_states").mkdir(parents=True, exist_ok=True)
+    model.to(torch.accelerator.current_accelerator() or "cpu")
+    todo = [i for i, ids in enumerate(documents) if flaw(path, i, ids)]
     with tqdm(total=len(documents), desc="Hidden states", unit="doc", disable=None) as progress:
-        for indices in _batches([len(ids) for ids in documents], tokens_per_batch):
+        progress.update(len(documents) - len(todo))
+        for indices in _batches(todo, [len(documents[i]) for i in todo], tokens_per_batch):
             batch = [torch.tensor(documents[i], dtype=torch.long) for i in indices]
             for i, ids, states in zip(indices, batch, hidden_states(model, batch, layers), strict=True):
-                save_file({"hidden_states": states, "token_ids": ids}, path / "hidden_states" / f"hs_{i}.safetensors")
+                write_state(path, i, ids, states)
             progress.update(len(indices))
+    if (path / "dataset_info.json").exists():
+        return
     rows = {
         "input_ids": [list(ids) for ids in documents],
         "loss_mask": [[1] * len(ids) for ids in documents],
@@ -94,6 +97,28 @@ def write_states(
     }
     torch.save(dict(Counter(token for ids in documents for token in ids)), path / "token_freq.pt")
     Dataset.from_dict(rows).with_format("torch").save_to_disk(path)  # last: without it a folder is not complete
+
+
+def _claim(path: Path, identity: dict[str, object]) -> None:
+    """Make the folder the one for these states, unless it is that already."""
+    file = path / "states.json"
+    if file.exists() and json.loads(file.read_text())["sha256"] == identity["sha256"]:
+        return
+    if file.exists() or (path / "dataset_info.json").exists():
+        raise ValueError(f"{path}: holds a data set already, of another target or documents; choose another folder")
+    (path / "hidden_states").mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def _fingerprint(model: PreTrainedModel, layer_ids: list[int], documents: Sequence[Sequence[int]]) -> str:
+    """One hash of everything that the states depend on."""
+    digest = hashlib.sha256(f"{model.config.to_json_string()} {layer_ids}".encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    for ids in documents:
+        digest.update(torch.tensor([len(ids), *ids]).numpy())
+    return digest.hexdigest()
 
 
 @torch.inference_mode()
@@ -132,29 +157,15 @@ def hidden_states(
     return [states[: len(ids)].contiguous() for ids, states in zip(batch, stacked, strict=True)]
 
 
-def read_final_states(folder: str | Path, limit: int) -> torch.Tensor:
-    """Up to ``limit`` outputs of the target's last layer (before its final norm), [N, D].
-
-    Raises:
-        ValueError: the folder holds no hidden states.
-    """
-    found: list[torch.Tensor] = []
-    for file in sorted((Path(folder) / "hidden_states").glob("hs_*.safetensors")):
-        found.append(load_file(file)["hidden_states"][:, -1])
-        if sum(map(len, found)) >= limit:
-            break
-    if not found:
-        raise ValueError(f"{folder}: no hidden_states/hs_*.safetensors; run `slimspec train states` first")
-    return torch.cat(found)[:limit]
-
-
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def _batches(indices: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Neighbours in one batch, as many as fit ``budget`` once padded to the longest."""
     batch: list[int] = []
-    for i, length in enumerate(lengths):
-        if batch and max(length, *(lengths[j] for j in batch)) * (len(batch) + 1) > budget:
+    longest = 0
+    for i, length in zip(indices, lengths, strict=True):
+        if batch and max(length, longest) * (len(batch) + 1) > budget:
             yield batch
-            batch = []
+            batch, longest = [], 0
         batch.append(i)
+        longest = max(longest, length)
     if batch:
         yield batch

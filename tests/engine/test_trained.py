@@ -1,0 +1,81 @@
+"""The model that was trained is the model that is served: same states into the head, same drafts, place by place.
+
+Catches what acceptance alone only hints at: another norm, another rotary embedding, other target layers, tokens and
+states one place apart.
+"""
+
+import pytest
+import torch
+from engines import drafter_of, generate, record
+from speculators.models.eagle3.data import shift_batch
+from transformers import AutoModelForCausalLM
+
+from vllm_slimspec.train.model import SlimSpecEagle3Config, SlimSpecEagle3Model
+from vllm_slimspec.train.states import hidden_states
+
+K = 2
+
+
+@pytest.fixture(params=["llama-truncated", "qwen3-full"])
+def trained(request, pair):
+    """A pair, and its drafter as speculators has it."""
+    p = pair(*request.param.split("-"))
+    checkpoint = max(p.drafter.with_name("drafter.run").glob("[0-9]*"), key=lambda epoch: int(epoch.name))
+    config = SlimSpecEagle3Config.from_pretrained(str(checkpoint))
+    config.transformer_layer_config._attn_implementation = "sdpa"
+    return p, SlimSpecEagle3Model.from_pretrained(str(checkpoint), config=config).eval()
+
+
+@torch.inference_mode()
+def drafts_in_training(model, target, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each draft step: what enters the head [T - 1, D], and the target ids it drafts [T - 1], tokens given."""
+    (states,) = hidden_states(target, [ids], model.target_layer_ids)
+    batch = shift_batch(
+        {
+            "input_ids": ids,
+            "hidden_states": states[:, :-1].flatten(1),
+            "verifier_last_hidden_states": states[:, -1],
+            "loss_mask": torch.ones_like(ids),
+            "lengths": torch.tensor([len(ids)]),
+            "position_ids": torch.arange(len(ids)),
+        }
+    )
+    entered: list[torch.Tensor] = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, args: entered.append(args[0][0]))
+    drafts = model(
+        hidden_states=batch["hidden_states"][None],
+        input_ids=batch["input_ids"][None],
+        position_ids=batch["position_ids"][None],
+        document_ids=torch.zeros_like(batch["input_ids"])[None],
+        ttt_steps=K,
+    )
+    handle.remove()
+    d2t = 0 if model.d2t is None else model.d2t
+    to_target = torch.arange(model.draft_vocab_size) + d2t
+    return [(hidden, to_target[draft[0]]) for hidden, draft in zip(entered, drafts, strict=True)]
+
+
+def test_training_and_serving_draft_alike(trained, engine):
+    p, model = trained
+    target = AutoModelForCausalLM.from_pretrained(p.target).eval()
+    llm = engine(p.target, p.drafter, k=K)
+    recorded = record(drafter_of(llm))
+    compared = [0] * K
+    for prompt in p.prompts[:4]:
+        recorded.fused.clear()
+        ids = torch.tensor(prompt + generate(llm, [prompt])[0])
+        training = drafts_in_training(model, target, ids)
+        known = len(prompt) + 1  # tokens that the drafter may see: the prompt, and one by the target
+        for cycle in zip(*[iter(recorded.fused)] * K, strict=True):
+            accepted = 0
+            for step, (hidden, draft) in enumerate(cycle):
+                # The drafter that has seen x[known - 1] drafts x[known]; training pairs it with the state one earlier.
+                slot = known - 2
+                if known + step >= len(ids) or accepted < step:
+                    break  # serving goes on from its own draft, training from the target's token: not comparable
+                torch.testing.assert_close(hidden[0], training[step][0][slot], rtol=1e-3, atol=1e-4)
+                assert draft[0] == training[step][1][slot]
+                compared[step] += 1
+                accepted += int(draft[0] == ids[known + step])
+            known += accepted + 1
+    assert min(compared) > 20

@@ -1,0 +1,44 @@
+"""Training shows one progress bar a stage; here everything else that the libraries below it would print is silenced."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+from loguru import logger as loguru_logger
+from transformers.utils import logging as transformers_logging
+
+# A CPU is no GPU; the default layers and the full vocabulary are what was asked for.
+_NO_NEWS = (
+    ".*'pin_memory' argument is set as true",
+    "In CPU autocast",
+    "--target-layer-ids is not explicitly set",
+    "No vocab mappings found",
+)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NO_NEWS)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars of Hugging Face and without what speculators says of every run; warnings and errors stay."""
+    bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    loguru_logger.disable("speculators")
+    logging.getLogger("speculators.train.cli").addFilter(_is_news)
+    try:
+        with warnings.catch_warnings():
+            for text in _NO_NEWS:
+                warnings.filterwarnings("ignore", text)
+            yield
+    finally:
+        logging.getLogger("speculators.train.cli").removeFilter(_is_news)
+        loguru_logger.enable("speculators")
+        if bars[0]:
+            transformers_logging.enable_progress_bar()
+        if bars[1]:
+            datasets.enable_progress_bars()

@@ -1,0 +1,112 @@
+"""The target's hidden states on disk, in the layout that speculators trains from.
+
+    FOLDER/                                   a Hugging Face data set: input_ids, loss_mask, seq_len
+    FOLDER/states.json                        what they are the states of: target, its layers, documents
+    FOLDER/token_freq.pt                      how often each token is asked for, to choose a truncated vocabulary
+    FOLDER/hidden_states/hs_<i>.safetensors   hidden_states [T, n_aux + 1, D], token_ids int64 [T]
+
+Slot j < n_aux holds what *enters* target layer ``layer_ids[j]``, as vLLM hands it to the drafter; the last slot is the
+output of the last layer *before* the final norm. Our files carry a checksum in their metadata; those of
+``speculators generate-offline-data`` have none and are read as well.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from speculators.data_generation.offline import check_hidden_states
+from tqdm import tqdm
+
+
+def state_file(folder: Path, i: int) -> Path:
+    """Where the states of document ``i`` are."""
+    return folder / "hidden_states" / f"hs_{i}.safetensors"
+
+
+def write_state(folder: Path, i: int, ids: torch.Tensor, states: torch.Tensor) -> None:
+    """Keep the states [T, n_aux + 1, D] of document ``i``, int64 [T]; the file is whole or not there."""
+    file = state_file(folder, i)
+    unfinished = file.with_suffix(".part")
+    tensors = {"hidden_states": states, "token_ids": ids}
+    save_file(tensors, unfinished, metadata={"crc32": str(_checksum(tensors))})
+    os.replace(unfinished, file)
+
+
+def read_state(file: Path) -> dict[str, torch.Tensor]:
+    """``hidden_states`` and ``token_ids`` of one document.
+
+    Raises:
+        ValueError: the file is missing, truncated or changed.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in ("hidden_states", "token_ids")}
+            expected = (opened.metadata() or {}).get("crc32")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if expected is not None and int(expected) != _checksum(tensors):
+        raise ValueError(f"{file}: its checksum does not match what it holds")
+    return tensors
+
+
+def flaw(folder: Path, i: int, ids: Sequence[int]) -> str | None:
+    """What is wrong with the states of document ``i``, which are to be those of ``ids``; None if nothing is."""
+    try:
+        check_hidden_states(read_state(state_file(folder, i)), list(ids))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_states(folder: Path, *, missing_is_wrong: bool = True) -> None:
+    """Read every file once, so that no run trains on a broken one or stops at it hours later.
+
+    Raises:
+        ValueError: names the first broken file.
+    """
+    documents = load_from_disk(folder).with_format(None)["input_ids"]
+    flaws = []
+    for i, ids in enumerate(tqdm(documents, desc="Checking states", unit="doc", disable=None)):
+        if missing_is_wrong or state_file(folder, i).exists():
+            found = flaw(folder, i, ids)
+            flaws += [found] if found else []
+    if flaws:
+        raise ValueError(
+            f"{flaws[0]} ({len(flaws)} of {len(documents)} files are broken); "
+            "run `slimspec train states` again, it rewrites only those"
+        )
+
+
+def read_layer_ids(folder: Path) -> list[int] | None:
+    """The target layers whose inputs these are; None if the folder is not one of ours."""
+    file = folder / "states.json"
+    return json.loads(file.read_text())["layer_ids"] if file.exists() else None
+
+
+def read_final_states(folder: str | Path, limit: int) -> torch.Tensor:
+    """Up to ``limit`` outputs of the target's last layer (before its final norm), [N, D].
+
+    Raises:
+        ValueError: the folder holds no hidden states, or a broken file.
+    """
+    found: list[torch.Tensor] = []
+    for file in sorted((Path(folder) / "hidden_states").glob("hs_*.safetensors")):
+        found.append(read_state(file)["hidden_states"][:, -1])
+        if sum(map(len, found)) >= limit:
+            break
+    if not found:
+        raise ValueError(f"{folder}: no hidden_states/hs_*.safetensors; run `slimspec train states` first")
+    return torch.cat(found)[:limit]
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].view(torch.uint8).numpy(), checksum)
+    return checksum
