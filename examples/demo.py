@@ -146,7 +146,7 @@ def _result(
             "rank": spec.rank,
             "draft_vocab_size": spec.draft_vocab_size,
             "bytes": checkpoint.head_bytes,
-            "dense_bytes": spec.dense_parameters * checkpoint.head_bytes // spec.parameters,
+            "dense_bytes": checkpoint.dense_bytes,
         },
         # The draft model says so itself on the first call of either method.
         "fused_path": "SlimSpec: drafting by the fused path" in log and "by the dense path" not in log,

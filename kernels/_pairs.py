@@ -9,12 +9,29 @@ import triton.language as tl
 
 
 @triton.jit
+def order_of(values):
+    """float32 scores -> int32 in the same order, NaN above everything."""
+    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)  # -0.0 ties with 0.0
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(values != values, 0x7FFFFFFF, order)
+
+
+@triton.jit
+def key_of(order, ids):
+    """What :func:`order_of` made and integer ids in [0, 2**31) -> int64 keys."""
+    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - ids.to(tl.int64))
+
+
+@triton.jit
 def pack(values, ids):
     """float32 scores and integer ids in [0, 2**31) -> int64 keys."""
-    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)  # -0.0 ties with 0.0
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # signed integers in the order of the floats
-    order = tl.where(values != values, 0x7FFFFFFF, order)
-    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - ids.to(tl.int64))
+    return key_of(order_of(values), ids)
+
+
+@triton.jit
+def id_of(keys):
+    """int64 keys -> their int64 ids."""
+    return 0x7FFFFFFF - (keys & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -22,5 +39,4 @@ def unpack(keys):
     """int64 keys -> (float32 scores, int64 ids); NaN and -inf come with id 0, as every row without a winner does."""
     order = (keys >> 32).to(tl.int32)
     values = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    ids = 0x7FFFFFFF - (keys & 0x7FFFFFFF)
-    return values, tl.where(values > float("-inf"), ids, 0)
+    return values, tl.where(values > float("-inf"), id_of(keys), 0)

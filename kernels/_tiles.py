@@ -1,19 +1,34 @@
-"""Scores of one vocabulary tile, and how large a tile is: shared by every kernel that reads `up`.
+"""Scores of some vocabulary entries, and how the work is cut: shared by every kernel that reads `up`.
 
 Letters, here and in every kernel: B rows (tokens being drafted), D hidden size, R rank, V draft vocabulary.
 """
 
+import functools
+import json
+import re
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from vllm_slimspec.quantized import QuantizedUp
 
 BATCH_BUCKETS = (16, 32, 64)
 """Rows per program. One variant is compiled for each; more rows than the last are several programs. Below 16 a tensor
 core has nothing to gain, and a batch size is never compiled in."""
 
+GEMM_ROWS = 128
+"""From this many rows on, a GEMM and an argmax of its logits beat the fused kernel on a GPU: FlashSampling's finding on
+H100 and H200 (arXiv 2603.15854); a tuned table that measured it says otherwise."""
+
 INTERPRETED = triton.knobs.runtime.interpret
 """The interpreter keeps bfloat16 as raw bits and computes on those: under it, kernels widen what they load."""
+
+TUNED = Path(__file__).parent / "tuned"
+"""One JSON per device, written by ``slimspec bench head --tune``."""
 
 
 class Tiling(NamedTuple):
@@ -26,48 +41,186 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-def default_tiling(batch: int, rank: int, element_size: int) -> Tiling:
-    """A tiling that fits the 163 KiB of shared memory of an sm_80 for every rank and dtype, without spills."""
-    if element_size == 4:  # float32 is multiplied out of registers, not by tensor cores: small blocks
-        block_b, widest = BATCH_BUCKETS[0], 32
-    else:
-        block_b, widest = next((bucket for bucket in BATCH_BUCKETS if batch <= bucket), BATCH_BUCKETS[-1]), 128
-    block_r = max(16, min(widest, triton.next_power_of_2(rank)))
+class Factor(NamedTuple):
+    """`up` as a kernel takes it."""
+
+    weight: Tensor  # fp8 as int8: the bits are decoded alike on every GPU, those without the type included
+    scale: Tensor | None
+    kind: str  # "dense", "fp8", "int8" or "int4"
+    group: int  # columns that share a scale; 0: a scale a row, or none
+
+
+def factor_of(up: Tensor | QuantizedUp) -> Factor:
+    """What the kernels need of ``up``."""
+    if isinstance(up, Tensor):
+        return Factor(up, None, "dense", 0)
+    weight = up.weight.view(torch.int8) if up.kind == "fp8" else up.weight
+    return Factor(weight, up.scale, up.kind, up.group_size or 0)
+
+
+def as_float32(up: Tensor | QuantizedUp) -> Tensor:
+    """For the reference twins: the factor that ``up`` stands for -> float32 [V, R]."""
+    return up.dequantize() if isinstance(up, QuantizedUp) else up.float()
+
+
+def form_of(factor: Factor) -> str:
+    """The first column of a tuned table: "bfloat16", ..., "int4-g32"."""
+    if factor.kind == "dense":
+        return str(factor.weight.dtype).removeprefix("torch.")
+    return f"{factor.kind}-g{factor.group}" if factor.group else factor.kind
+
+
+def bucket_of(batch: int) -> int:
+    """The smallest bucket that holds ``batch`` rows, or the largest there is."""
+    return next((bucket for bucket in BATCH_BUCKETS if batch <= bucket), BATCH_BUCKETS[-1])
+
+
+def default_tiling(batch: int, rank: int, form: str) -> Tiling:
+    """A tiling that fits the 163 KiB of shared memory of an sm_80 for every rank and form, without spills."""
+    narrowest, widest, block_b = 16, 128, bucket_of(batch)
+    if form == "float32":  # is multiplied out of registers, not by tensor cores: small blocks
+        widest, block_b = 32, BATCH_BUCKETS[0]
+    elif form.startswith("int4"):  # two products of half the width, and a tensor core wants 16
+        narrowest = 32
+    if "-g" in form:  # a block never leaves its group
+        widest = int(form.partition("-g")[2])
+    block_r = max(narrowest, min(widest, triton.next_power_of_2(rank)))
     return Tiling(block_v=64, block_b=block_b, block_r=block_r, num_warps=4, num_stages=3)
 
 
+def tiling_for(device: torch.device, batch: int, rank: int, factor: Factor) -> Tiling:
+    """The tuned tiling of this device and shape class, or the default one."""
+    return _tiling_for(device, bucket_of(batch), rank, form_of(factor))
+
+
+@functools.cache
+def _tiling_for(device: torch.device, bucket: int, rank: int, form: str) -> Tiling:
+    for row in _table(device).get("rows", ()):
+        if (row["form"], row["rank"], row["batch"]) == (form, rank, bucket):
+            return Tiling(**{name: row[name] for name in Tiling._fields})
+    return default_tiling(bucket, rank, form)
+
+
+def gemm_wins(device: torch.device, batch: int, up: Tensor | QuantizedUp) -> bool:
+    """Whether an unfused GEMM is faster for so many rows. Never with quantised factors, which it cannot read."""
+    return device.type == "cuda" and isinstance(up, Tensor) and batch >= _table(device).get("gemm_rows", GEMM_ROWS)
+
+
+@functools.cache
+def _table(device: torch.device) -> dict:
+    if device.type != "cuda":
+        return {}
+    path = tuned_path(torch.cuda.get_device_name(device))
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def tuned_path(device_name: str) -> Path:
+    """Where the table of a device lies: "NVIDIA H200" -> kernels/tuned/nvidia-h200.json."""
+    return TUNED / f"{re.sub('[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+
+
+def rank_multiple(rank: int, group_size: int | None) -> int:
+    """What a rank is padded to a multiple of at load, so that no kernel needs a mask along R."""
+    return 1 if group_size else max(32, min(128, triton.next_power_of_2(rank)))
+
+
 @triton.jit
-def tile_scores(
+def _widen(raw, like, KIND: tl.constexpr):
+    """Entries of `up` as they are stored -> the dtype of ``like``, still unscaled."""
+    if KIND == "fp8":
+        # sign, exponent and mantissa of e4m3 at their places in a float16, whose exponent is biased by 8 more:
+        # the value / 256, subnormal ones included
+        bits = (raw.to(tl.int16) << 7) & -16385
+        return bits.to(tl.float16, bitcast=True).to(like.dtype)
+    return raw.to(like.dtype)
+
+
+@triton.jit
+def entry_scores(
     z_ptr,  # [B, R]
-    up_ptr,  # [V, R]
-    tile,
-    block,
-    B,
-    V,
+    up_ptr,  # [V, R], int4: [V, R / 2]
+    scale_ptr,  # [V, 1] or [V, R / GROUP], None for a dense factor
+    ids,
+    ids_ok,
+    rows,
+    rows_ok,
     R: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``up[tile] @ z[block].T`` -> (scores float32 [BLOCK_V, BLOCK_B], ids int32 [BLOCK_V], rows int32 [BLOCK_B])."""
-    ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    rows = block * BLOCK_B + tl.arange(0, BLOCK_B)
-    up_rows = up_ptr + ids.to(tl.int64)[:, None] * R  # V * R may pass 2**31
+    """``up[ids] @ z[rows].T`` -> scores float32 [BLOCK_V, BLOCK_B], 0 where an id or row is not ok."""
+    ids = ids.to(tl.int64)  # V * R may pass 2**31
     z_rows = z_ptr + rows[None, :] * R
     scores = tl.zeros([BLOCK_V, BLOCK_B], tl.float32)
     for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        up_mask = (ids < V)[:, None]
-        z_mask = (rows < B)[None, :]
-        if R % BLOCK_R != 0:  # constexpr, so a rank that fills its blocks pays for no mask
-            up_mask &= (r < R)[None, :]
-            z_mask &= (r < R)[:, None]
-        up = tl.load(up_rows + r[None, :], mask=up_mask, other=0.0)
-        z = tl.load(z_rows + r[:, None], mask=z_mask, other=0.0)
-        if UPCAST:
-            up = up.to(tl.float32)
-            z = z.to(tl.float32)
-        # ieee: float32 factors are not cut to tf32
-        scores = tl.dot(up, z, scores, input_precision="ieee")
+        part = scores
+        if GROUP > 0:
+            part = tl.zeros([BLOCK_V, BLOCK_B], tl.float32)
+        up_mask = ids_ok[:, None]
+        z_mask = rows_ok[None, :]
+        # ieee below: float32 factors are not cut to tf32
+        if KIND == "int4":
+            c = start // 2 + tl.arange(0, BLOCK_R // 2)
+            if R % BLOCK_R != 0:
+                up_mask &= (c < R // 2)[None, :]
+                z_mask &= (c < R // 2)[:, None]
+            pairs = tl.load(up_ptr + ids[:, None] * (R // 2) + c[None, :], mask=up_mask, other=0x88)
+            even = tl.load(z_rows + 2 * c[:, None], mask=z_mask, other=0.0)
+            odd = tl.load(z_rows + 2 * c[:, None] + 1, mask=z_mask, other=0.0)
+            if UPCAST:
+                even = even.to(tl.float32)
+                odd = odd.to(tl.float32)
+            low = (pairs & 15).to(tl.int8) - 8
+            high = (pairs >> 4).to(tl.int8) - 8
+            part = tl.dot(low.to(even.dtype), even, part, input_precision="ieee")
+            part = tl.dot(high.to(odd.dtype), odd, part, input_precision="ieee")
+        else:
+            r = start + tl.arange(0, BLOCK_R)
+            if R % BLOCK_R != 0:  # constexpr, so a rank that fills its blocks pays for no mask
+                up_mask &= (r < R)[None, :]
+                z_mask &= (r < R)[:, None]
+            up = tl.load(up_ptr + ids[:, None] * R + r[None, :], mask=up_mask, other=0)
+            z = tl.load(z_rows + r[:, None], mask=z_mask, other=0.0)
+            if UPCAST:
+                z = z.to(tl.float32)
+            part = tl.dot(_widen(up, z, KIND), z, part, input_precision="ieee")
+        if GROUP > 0:
+            scale = tl.load(scale_ptr + ids * (R // GROUP) + start // GROUP, mask=ids_ok, other=0.0)
+            scores += part * scale[:, None]
+        else:
+            scores = part
+    if KIND != "dense" and GROUP == 0:
+        scores *= tl.load(scale_ptr + ids, mask=ids_ok, other=0.0)[:, None]
+    if KIND == "fp8":
+        scores *= 256.0
+    return scores
+
+
+@triton.jit
+def tile_scores(
+    z_ptr,
+    up_ptr,
+    scale_ptr,
+    tile,
+    block,
+    B,
+    V,
+    R: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile's -> (scores float32 [BLOCK_V, BLOCK_B], ids int32 [BLOCK_V], rows int32 [BLOCK_B])."""
+    ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows = block * BLOCK_B + tl.arange(0, BLOCK_B)
+    scores = entry_scores(
+        z_ptr, up_ptr, scale_ptr, ids, ids < V, rows, rows < B, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
+    )
     return scores, ids, rows

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_slimspec.kernels._pairs import pack, unpack
-from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, default_tiling, tile_scores
+from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, as_float32, factor_of, tile_scores, tiling_for
 from vllm_slimspec.kernels.reduce_pairs import reduce_pairs
+from vllm_slimspec.quantized import QuantizedUp
 
 
 # What varies from call to call is never specialised: a batch or vocabulary of 1 or of a multiple of 16 would otherwise
@@ -22,6 +23,7 @@ from vllm_slimspec.kernels.reduce_pairs import reduce_pairs
 def _tile_argmax_kernel(
     z_ptr,  # [B, R]
     up_ptr,  # [V, R]
+    scale_ptr,
     values_ptr,  # [B, tiles] float32
     ids_ptr,  # [B, tiles] int64
     B,
@@ -29,6 +31,8 @@ def _tile_argmax_kernel(
     blocks,
     tiles,
     R: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -37,7 +41,9 @@ def _tile_argmax_kernel(
     # programs that read the same tile of `up` run side by side, so that it comes from memory once
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    scores, ids, rows = tile_scores(z_ptr, up_ptr, tile, block, B, V, R, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST)
+    scores, ids, rows = tile_scores(
+        z_ptr, up_ptr, scale_ptr, tile, block, B, V, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
+    )
     scores = tl.where((ids < V)[:, None], scores, float("-inf"))
     values, best_ids = unpack(tl.max(pack(scores, ids[:, None]), axis=0))
     out = rows.to(tl.int64) * tiles + tile
@@ -48,7 +54,7 @@ def _tile_argmax_kernel(
 def low_rank_argmax(
     hidden: Tensor,  # [B, D]
     down: Tensor,  # [R, D]
-    up: Tensor,  # [V, R], contiguous
+    up: Tensor | QuantizedUp,  # [V, R], contiguous
     valid_vocab: int,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -59,14 +65,16 @@ def low_rank_argmax(
     """
     z = F.linear(hidden, down)
     batch, rank = z.shape
-    tiling = tiling or default_tiling(batch, rank, up.element_size())
+    factor = factor_of(up)
+    tiling = tiling or tiling_for(z.device, batch, rank, factor)
     blocks = triton.cdiv(batch, tiling.block_b)
     tiles = max(1, triton.cdiv(valid_vocab, tiling.block_v))
     values = torch.empty(batch, tiles, dtype=torch.float32, device=z.device)
     ids = torch.empty(batch, tiles, dtype=torch.int64, device=z.device)
     _tile_argmax_kernel[(blocks * tiles,)](
         z,
-        up,
+        factor.weight,
+        factor.scale,
         values,
         ids,
         batch,
@@ -74,6 +82,8 @@ def low_rank_argmax(
         blocks,
         tiles,
         R=rank,
+        KIND=factor.kind,
+        GROUP=factor.group,
         BLOCK_V=tiling.block_v,
         BLOCK_B=tiling.block_b,
         BLOCK_R=tiling.block_r,
@@ -84,9 +94,11 @@ def low_rank_argmax(
     return reduce_pairs(values, ids)
 
 
-def low_rank_argmax_reference(hidden: Tensor, down: Tensor, up: Tensor, valid_vocab: int) -> tuple[Tensor, Tensor]:
+def low_rank_argmax_reference(
+    hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp, valid_vocab: int
+) -> tuple[Tensor, Tensor]:
     """The same in plain torch, with every accumulation in float32."""
     z = (hidden.float() @ down.float().T).to(hidden.dtype)
-    scores = z.float() @ up[:valid_vocab].float().T
+    scores = z.float() @ as_float32(up)[:valid_vocab].T
     values, ids = scores.max(dim=1)
     return values, torch.where(values.isnan(), 0, ids)

@@ -6,18 +6,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, default_tiling, tile_scores
+from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, as_float32, factor_of, tile_scores, tiling_for
+from vllm_slimspec.quantized import QuantizedUp
 
 
 @triton.jit(do_not_specialize=["B", "V", "blocks"])
 def _logits_kernel(
     z_ptr,  # [B, R]
     up_ptr,  # [V, R]
+    scale_ptr,
     logits_ptr,  # [B, V]
     B,
     V,
     blocks,
     R: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -25,7 +29,9 @@ def _logits_kernel(
 ):
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    scores, ids, rows = tile_scores(z_ptr, up_ptr, tile, block, B, V, R, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST)
+    scores, ids, rows = tile_scores(
+        z_ptr, up_ptr, scale_ptr, tile, block, B, V, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
+    )
     out = logits_ptr + rows.to(tl.int64)[None, :] * V + ids[:, None]
     tl.store(out, scores, mask=(ids < V)[:, None] & (rows < B)[None, :])
 
@@ -33,24 +39,28 @@ def _logits_kernel(
 def low_rank_logits(
     hidden: Tensor,  # [B, D]
     down: Tensor,  # [R, D]
-    up: Tensor,  # [V, R], contiguous
+    up: Tensor | QuantizedUp,  # [V, R], contiguous
     tiling: Tiling | None = None,
 ) -> Tensor:
     """``up(down(hidden))`` -> [B, V] in the model dtype, rounded once from a float32 sum."""
     z = F.linear(hidden, down)
     batch, rank = z.shape
-    tiling = tiling or default_tiling(batch, rank, up.element_size())
+    factor = factor_of(up)
+    tiling = tiling or tiling_for(z.device, batch, rank, factor)
     blocks = triton.cdiv(batch, tiling.block_b)
     # the interpreter cannot round to bfloat16: let torch do it there
     logits = torch.empty(batch, up.shape[0], dtype=torch.float32 if INTERPRETED else z.dtype, device=z.device)
     _logits_kernel[(blocks * triton.cdiv(up.shape[0], tiling.block_v),)](
         z,
-        up,
+        factor.weight,
+        factor.scale,
         logits,
         batch,
         up.shape[0],
         blocks,
         R=rank,
+        KIND=factor.kind,
+        GROUP=factor.group,
         BLOCK_V=tiling.block_v,
         BLOCK_B=tiling.block_b,
         BLOCK_R=tiling.block_r,
@@ -61,7 +71,7 @@ def low_rank_logits(
     return logits.to(z.dtype)
 
 
-def low_rank_logits_reference(hidden: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def low_rank_logits_reference(hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp) -> Tensor:
     """The same in plain torch, with every accumulation in float32."""
     z = (hidden.float() @ down.float().T).to(hidden.dtype)
-    return (z.float() @ up.float().T).to(hidden.dtype)
+    return (z.float() @ as_float32(up).T).to(hidden.dtype)

@@ -72,6 +72,35 @@ class TestAccepted:
         config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
         assert _open(drafters.write(tmp_path / "d", config, drafters.dense(drafters.tensors()))).spec is None
 
+    @pytest.mark.parametrize(
+        ("kind", "stored"),
+        [
+            ("fp8", torch.zeros(V, R).to(torch.float8_e4m3fn)),
+            ("int8", torch.zeros(V, R, dtype=torch.int8)),
+            ("int4", torch.zeros(V, R // 2, dtype=torch.uint8)),
+        ],
+    )
+    def test_quantised(self, tmp_path, kind, stored):
+        """Catches: a stored form refused, or counted by the bytes of the model dtype."""
+        tensors = drafters.tensors() | {UP: stored, "lm_head.up.scale": torch.ones(V, 1)}
+        checkpoint = _open(drafters.write(tmp_path / "d", drafters.config(lm_head_quantization=kind), tensors))
+        assert checkpoint.spec.quantization == kind
+        assert checkpoint.head_bytes == 4 * R * D + stored.numel() + 4 * V
+        assert checkpoint.dense_bytes == 4 * V * D
+
+    def test_quantised_at_load(self, tmp_path):
+        """Catches: an up in floats refused where config.json asks for quantisation."""
+        config = drafters.config(lm_head_quantization="int8")
+        assert _open(drafters.write(tmp_path / "d", config, drafters.tensors())).spec.quantization == "int8"
+
+    @pytest.mark.parametrize("rows", [None, "target"])
+    def test_rerank(self, tmp_path, rows):
+        """Catches: the dense rows of a re-ranking head taken for a second head, or missed where the target has them."""
+        tensors = drafters.tensors() | ({} if rows else {"lm_head.weight": torch.zeros(V, D)})
+        config = drafters.config(lm_head_rerank=16, lm_head_rerank_rows=rows)
+        spec = _open(drafters.write(tmp_path / "d", config, tensors)).spec
+        assert (spec.rerank, spec.rerank_rows) == (16, rows or "own")
+
     def test_sharded(self, tmp_path):
         """Catches: only the first file of an index read."""
         folder = drafters.write(tmp_path / "d", drafters.config(), {})
@@ -141,7 +170,48 @@ BAD = [
     pytest.param(lambda c, t: (c, t | {"d2t": torch.arange(V).flip(0)}), ["d2t", "not zero"], id="map on a full one"),
     pytest.param(lambda c, t: (c, _drop(t, "fc.weight")), ["fc.weight"], id="body not whole"),
     pytest.param(lambda c, t: (c | {"architectures": ["GPT2"]}, t), ["architectures", "GPT2"], id="architecture"),
-    pytest.param(lambda c, t: (c | {"lm_head_rerank": 16}, t), ["lm_head_rerank"], id="a key of a later version"),
+    pytest.param(
+        lambda c, t: (c | {"lm_head_rerank": 16}, t), ["lm_head.weight", "missing"], id="no rows to re-rank by"
+    ),
+    _spoil("re-rank zero", lm_head_rerank=0),
+    _spoil("re-rank above V", lm_head_rerank=V + 1),
+    _spoil("rows without re-rank", lm_head_rerank_rows="target"),
+    _spoil("rows of nobody", lm_head_rerank=8, lm_head_rerank_rows="mine"),
+    pytest.param(
+        lambda c, t: (
+            c | {"lm_head_rerank": 8, "lm_head_rerank_rows": "target"},
+            t | {"lm_head.weight": torch.zeros(V, D)},
+        ),
+        ["lm_head.weight", "lm_head_rerank_rows"],
+        id="own rows and the target's",
+    ),
+    _spoil("unknown quantization", lm_head_quantization="int3"),
+    _spoil("group without quantization", lm_head_quantization_group=32),
+    _spoil("group that does not divide R", lm_head_quantization="int8", lm_head_quantization_group=32),
+    pytest.param(
+        lambda c, t: (c | {"lm_head_quantization": "int8"}, t | {UP: t[UP].to(torch.int8)}),
+        ["lm_head.up.scale", "missing"],
+        id="int8 without scale",
+    ),
+    pytest.param(
+        lambda c, t: (c, t | {"lm_head.up.scale": torch.ones(V, 1)}), ["lm_head.up.scale"], id="scale without quantised"
+    ),
+    pytest.param(
+        lambda c, t: (
+            c | {"lm_head_quantization": "fp8"},
+            t | {UP: t[UP].to(torch.int8), "lm_head.up.scale": torch.ones(V, 1)},
+        ),
+        [UP, "I8", "F8_E4M3"],
+        id="quantised otherwise than it says",
+    ),
+    pytest.param(
+        lambda c, t: (
+            c | {"lm_head_quantization": "int4"},
+            t | {UP: torch.zeros(V, R, dtype=torch.uint8), "lm_head.up.scale": torch.ones(V, 1)},
+        ),
+        [UP, "rank / 2"],
+        id="int4 not packed",
+    ),
 ]
 
 
@@ -276,3 +346,10 @@ class TestInspect:
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         result = CliRunner().invoke(app, ["inspect", str(folder)])
         assert "5.33x" in result.stdout
+
+
+def test_rerank_limit_is_the_kernels():
+    """Catches: a checkpoint accepted that no kernel can serve, or one refused that could be."""
+    from vllm_slimspec import checkpoint, ops
+
+    assert checkpoint.MAX_RERANK == ops.MAX_K

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from vllm_slimspec import ops
 from vllm_slimspec.kernels import low_rank_argmax as argmax_kernel
 from vllm_slimspec.kernels import low_rank_logits as logits_kernel
+from vllm_slimspec.kernels import low_rank_topk as topk_kernel
 from vllm_slimspec.kernels import reduce_pairs as pairs_kernel
-from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, INTERPRETED, default_tiling
+from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, INTERPRETED, default_tiling, factor_of, form_of, rank_multiple
+from vllm_slimspec.quantized import KINDS, QuantizedUp, quantize_up
 
 if not INTERPRETED or isinstance(triton.language.max, triton.JITFunction):
     raise RuntimeError("Triton was imported before TRITON_INTERPRET=1 was set: run with it in the environment")
@@ -59,7 +61,7 @@ def integer_head(batch, vocab, rank, dtype=torch.float32, hidden_size=4, seed=0)
 
 
 def check_argmax(hidden, down, up, block_v=None):
-    tiling = default_tiling(hidden.shape[0], up.shape[1], up.element_size())
+    tiling = default_tiling(hidden.shape[0], up.shape[1], form_of(factor_of(up)))
     tiling = tiling._replace(block_v=block_v) if block_v else None
     values, ids = argmax_kernel.low_rank_argmax(hidden, down, up, up.shape[0], tiling)
     assert ids.min() >= 0
@@ -199,6 +201,133 @@ def test_logits(batch, vocab, rank, dtype):
     torch.testing.assert_close(logits, reference, rtol=0, atol=2 * ulp + 1e-6)
 
 
+def check_quantised(hidden, down, up):
+    """The id is the best of the factor that ``up`` stands for, up to two orders of a float32 sum."""
+    values, ids = ops.low_rank_argmax(hidden, down, up, impl="triton")
+    scores = F.linear(hidden, down).float() @ up.dequantize().T
+    gap = scores.amax(dim=1) - scores.gather(1, ids[:, None]).squeeze(1)
+    sums = FLOAT32_SUM * (F.linear(hidden, down).float().abs() @ up.dequantize().abs().T).amax()
+    assert (gap <= sums).all(), f"float32 gap to the best {gap.max()}"
+    torch.testing.assert_close(values, scores.amax(dim=1), rtol=0, atol=sums.item())
+    logits = ops.low_rank_logits(hidden, down, up, impl="triton")
+    reference = logits_kernel.low_rank_logits_reference(hidden, down, up)
+    ulp = torch.finfo(hidden.dtype).eps * reference.abs().max().item()
+    torch.testing.assert_close(logits, reference, rtol=0, atol=2 * ulp + sums.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("batch", "vocab", "rank", "group_size"),
+    [(1, 507, 122, None), (17, 200, 64, 32), (3, 64, 360, None), (70, 100, 256, 128)],
+)
+def test_quantised(kind, dtype, batch, vocab, rank, group_size):
+    """A code decoded wrongly, the scale of another row or group, columns of a nibble swapped, a tail of R read."""
+    hidden, down, up = head(batch, vocab, rank, dtype)
+    check_quantised(hidden, down, quantize_up(up, kind, group_size))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 20),
+    vocab=st.integers(1, 200),
+    groups=st.integers(1, 3),
+    odd=st.integers(0, 20),
+    kind=st.sampled_from(KINDS),
+    group_size=st.sampled_from([None, 32, 64]),
+)
+def test_quantised_on_any_shape(batch, vocab, groups, odd, kind, group_size):
+    """The same, on shapes nobody thought of."""
+    hidden, down, up = head(batch, vocab, groups * group_size if group_size else 2 * odd + 2 * groups)
+    check_quantised(hidden, down, quantize_up(up, kind, group_size))
+
+
+def test_every_fp8_code():
+    """Subnormal codes, zeros of two signs and the largest: decoded without the hardware's type."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 127) != 127].view(torch.float8_e4m3fn)
+    up = QuantizedUp(codes[:, None].clone(), torch.ones(len(codes), 1))
+    one = torch.ones(1, 1)
+    assert torch.equal(ops.low_rank_logits(one, one, up, impl="triton")[0], codes.float())
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """The interpreter's time goes by sorting steps; and small vocabularies shall take several chunks."""
+    monkeypatch.setattr(topk_kernel, "CHUNK", 32)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize(("batch", "vocab", "rank", "k"), [(2, 300, 64, 16), (1, 700, 122, 5), (1, 40, 16, 32)])
+def test_topk(short_chunks, kind, batch, vocab, rank, k):
+    """A candidate of a later chunk or a crowded group that is lost, or one that is not sorted in."""
+    hidden, down, up = head(batch, vocab, rank, torch.float16)
+    up[10:14] = up[11] * torch.tensor([1.0, 1.1, 1.2, 1.05])[:, None].half()  # neighbours, as frequent tokens are
+    up = quantize_up(up, kind) if kind else up
+    values, ids = ops.low_rank_topk(hidden, down, up, k, impl="triton")
+    expected = topk_kernel.low_rank_topk_reference(hidden, down, up, k, vocab)
+    torch.testing.assert_close(values, expected[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(ids, expected[1])
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    batch=st.integers(0, 2),
+    vocab=st.integers(1, 600),
+    k=st.integers(1, 32),
+    valid=st.integers(0, 600),
+    seed=st.integers(0, 99),
+)
+def test_topk_ties_on_any_shape(batch, vocab, k, valid, seed):
+    """Ties across groups, fewer valid entries than k: exact, since integer scores have no error."""
+    hidden, down, up = integer_head(batch, vocab, 3, seed=seed)
+    k, valid = min(k, vocab), min(valid, vocab)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk_kernel, "CHUNK", 32)
+        values, ids = ops.low_rank_topk(hidden, down, up, k, valid_vocab=valid, impl="triton")
+    expected = ops.low_rank_topk(hidden, down, up, k, valid_vocab=valid, impl="torch")
+    assert torch.equal(values, expected[0])
+    assert torch.equal(ids, expected[1])
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("k", [1, 6])
+def test_rerank(short_chunks, k, mapped):
+    """Candidates beyond k that are rescored too, a score of another dense row, a tail of D."""
+    hidden, down, up = head(2, 300, 32, hidden_size=600)
+    dense = torch.randn(400, 600, generator=torch.Generator().manual_seed(1))
+    rows = torch.randperm(400, generator=torch.Generator().manual_seed(2))[:300] if mapped else None
+    values, ids = ops.low_rank_rerank(hidden, down, up, dense, k, dense_rows=rows, impl="triton")
+    rows = torch.arange(300) if rows is None else rows
+    expected = topk_kernel.low_rank_rerank_reference(hidden, down, up, k, 300, dense, rows)
+    assert torch.equal(ids, expected[1])
+    torch.testing.assert_close(values, expected[0], rtol=1e-5, atol=1e-4)
+
+
+def test_rerank_edges(short_chunks):
+    """A NaN that is reranked away or leaks into another row; padding that comes back through its dense row."""
+    hidden, down, up = head(3, 90, 8)
+    dense = torch.randn(90, 32, generator=torch.Generator().manual_seed(1))
+    hidden[1, 0] = NAN
+    for valid in (90, 2):
+        values, ids = ops.low_rank_rerank(hidden, down, up, dense, 4, valid_vocab=valid, impl="triton")
+        expected = ops.low_rank_rerank(hidden, down, up, dense, 4, valid_vocab=valid, impl="torch")
+        torch.testing.assert_close(values, expected[0], equal_nan=True)
+        assert torch.equal(ids, expected[1])
+
+
+@pytest.mark.parametrize("kind", [None, "int4"])
+def test_pack_pads_the_rank(kind):
+    """A rank that needs a mask at every step, or padding that changes a score."""
+    hidden, down, up = head(2, 70, 360, torch.float16)
+    up = quantize_up(up, kind) if kind else up
+    packed = ops.pack(down, up, impl="triton")
+    assert packed[1].shape == (70, 384)
+    assert rank_multiple(360, None) == default_tiling(1, 384, form_of(factor_of(packed[1]))).block_r
+    ids = ops.low_rank_argmax(hidden, *packed, impl="triton")[1]
+    assert torch.equal(ids, ops.low_rank_argmax(hidden, down, up, impl="triton")[1])
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), batch=st.integers(0, 3), count=st.one_of(st.integers(1, 40), st.just(1500)))
 def test_reduce_pairs(data, batch, count):
@@ -239,6 +368,10 @@ def test_prepare_runs_every_bucket(monkeypatch, max_batch, batches):
     _, down, up = head(1, 10, 4)
     ops.prepare(down, up, max_batch, impl="triton")
     assert seen == batches
-    served = {default_tiling(batch, 512, 2) for batch in range(1, max_batch + 1)}
-    assert served == {default_tiling(batch, 512, 2) for batch in seen}
+    calls = []
+    monkeypatch.setattr(topk_kernel, "low_rank_topk", lambda *arguments: calls.append(len(arguments)))
+    ops.prepare(down, up, max_batch, k=3, dense=torch.ones(10, down.shape[1]), impl="triton")
+    assert calls == [5, 7] * len(batches)
+    served = {default_tiling(batch, 512, "float16") for batch in range(1, max_batch + 1)}
+    assert served == {default_tiling(batch, 512, "float16") for batch in seen}
     assert {tiling.block_b for tiling in served} <= set(BATCH_BUCKETS)

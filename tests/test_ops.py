@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_slimspec import ops
@@ -74,6 +74,77 @@ def test_edges(scores, valid_vocab, value, best):
     assert values.tolist() == pytest.approx([value], nan_ok=True, abs=0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(0, 4),
+    vocab=st.integers(1, 5000),
+    k=st.integers(1, 32),
+    valid=st.integers(0, 5000),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_topk_is_the_sorted_head(batch, vocab, k, valid, dtype, seed):
+    """A candidate lost to neighbours that are better, a tie in the wrong order: equal, since integers are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, down, up = (
+        torch.randint(-3, 4, shape, generator=generator).to(dtype) for shape in ((batch, 4), (3, 4), (vocab, 3))
+    )
+    k, valid = min(k, vocab), min(valid, vocab)
+    values, ids = ops.low_rank_topk(hidden, down, up, k, valid_vocab=valid)
+    scores = ops.low_rank_logits(hidden, down, up)[:, :valid].float()
+    expected = scores.sort(dim=1, descending=True, stable=True)
+    found = min(k, valid)
+    assert torch.equal(values[:, :found], expected.values[:, :found])
+    assert torch.equal(ids[:, :found], expected.indices[:, :found])
+    assert (values[:, found:] == -INF).all()
+    assert (ids[:, found:] == 0).all()
+    assert torch.equal(ids[:, 0], ops.low_rank_argmax(hidden, down, up, valid_vocab=valid)[1])
+
+
+def test_rerank_drafts_what_the_dense_head_would():
+    """Candidates scored by another row or entry: with every entry a candidate, it is the dense head."""
+    hidden, down, up = head(5, 30, 8)
+    dense = torch.randn(60, 32, generator=torch.Generator().manual_seed(1))
+    rows = torch.randperm(60, generator=torch.Generator().manual_seed(2))[:30]
+    truth = hidden @ dense[rows].T
+    values, ids = ops.low_rank_rerank(hidden, down, up, dense, 30, dense_rows=rows)
+    torch.testing.assert_close(values, truth.sort(dim=1, descending=True).values)
+    assert torch.equal(ids[:, 0], truth.argmax(dim=1))
+    # one candidate: the screen's own, with the dense head's score; own rows
+    values, ids = ops.low_rank_rerank(hidden, down, up, dense, 1)
+    assert torch.equal(ids[:, 0], ops.low_rank_argmax(hidden, down, up)[1])
+    torch.testing.assert_close(values, (hidden @ dense.T).gather(1, ids))
+
+
+def test_rerank_edges():
+    """A NaN that is reranked away, padding that comes back through its dense row, a row touched by its neighbour."""
+    hidden, down, up = head(3, 20, 8)
+    dense = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    expected = ops.low_rank_rerank(hidden, down, up, dense, 4)
+    hidden[1, 0] = NAN
+    values, ids = ops.low_rank_rerank(hidden, down, up, dense, 4)
+    assert values[1].isnan().all()
+    assert ids[1].tolist() == [0, 0, 0, 0]
+    assert torch.equal(ids[[0, 2]], expected[1][[0, 2]])
+    values, ids = ops.low_rank_rerank(hidden[:1], down, up, dense, 4, valid_vocab=2)
+    assert sorted(ids[0, :2].tolist()) == [0, 1]
+    assert values[0, 2:].tolist() == [-INF, -INF]
+    assert ops.low_rank_rerank(hidden[:0], down, up, dense, 4)[1].shape == (0, 4)
+
+
+@pytest.mark.parametrize("tail", [0, 1, 500])
+def test_best_of_groups(tail):
+    """The first of equal scores across groups, and the last group, which is shorter than the rest."""
+    scores = torch.zeros(4, 3 * 1024 + tail)
+    places = [1030, 0, 3 * 1024 - 1, 3 * 1024 + tail - 1]
+    for row, place in enumerate(places):
+        scores[row, place] = scores[row, -1] = 1.0
+    scores[1, 5] = NAN
+    values, ids = ops.best_of(scores)
+    assert ids[[0, 2, 3]].tolist() == [places[0], places[2], places[3]]
+    assert values.isnan().tolist() == [False, True, False, False]
+
+
 def test_no_rows():
     """An idle step of a data-parallel rank has no rows."""
     hidden, down, up = head(0, 9, 4)
@@ -106,6 +177,8 @@ def test_sharded_equals_whole(shards, scores):
     ("change", "error", "message"),
     [
         ({"hidden": [1.0]}, TypeError, "hidden must be a tensor, got list"),
+        ({"down": None}, TypeError, "down must be a tensor or a PackedFactor, got NoneType"),
+        ({"up": (1,)}, TypeError, "up must be a tensor, a QuantizedUp or a PackedFactor, got tuple"),
         ({"hidden": torch.ones(4)}, ValueError, "hidden must have 2 dimensions, got shape (4,)"),
         ({"hidden": torch.ones(2, 4).double()}, TypeError, "hidden must be float32, float16 or bfloat16"),
         ({"down": torch.ones(3, 4).half()}, TypeError, "down must be torch.float32 as hidden is, got torch.float16"),
@@ -128,6 +201,37 @@ def test_wrong_calls(change, error, message):
     if "valid_vocab" not in change:
         with pytest.raises(error, match=re.escape(message)):
             ops.low_rank_logits(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": 0}, ValueError, "k must be in [1, 9] for V=9, got 0"),
+        ({"k": 10}, ValueError, "k must be in [1, 9] for V=9, got 10"),
+        ({"k": 33, "up": torch.ones(99, 3)}, ValueError, "k must be in [1, 32] for V=99, got 33"),
+        ({"valid_vocab": 10}, ValueError, "valid_vocab must be in [0, V=9], got 10"),
+        ({"dense": None}, TypeError, "dense must be a tensor, got NoneType"),
+        ({"dense": torch.ones(9, 4).half()}, TypeError, "dense must be torch.float32 as hidden is, got torch.float16"),
+        ({"dense": torch.ones(9, 5)}, ValueError, "dense must be [N, D=4] as hidden is [B, D], got (9, 5)"),
+        ({"dense": torch.ones(4, 9).T}, ValueError, "dense must be contiguous, got strides (1, 9) for shape (9, 4)"),
+        ({"dense": torch.ones(8, 4)}, ValueError, "dense must have V=9 rows or more without dense_rows, got 8"),
+        ({"dense": torch.ones(9, 4, device="meta")}, ValueError, "dense must be on cpu as hidden is, got meta"),
+        ({"dense_rows": torch.ones(9)}, TypeError, "dense_rows must be an int64 tensor, got torch.float32"),
+        ({"dense_rows": torch.ones(8).long()}, ValueError, "dense_rows must be [V=9], got (8,)"),
+    ],
+)
+def test_wrong_reranks(change, error, message):
+    """A candidate count or a dense head that does not fit the factors."""
+    arguments = {
+        "hidden": torch.ones(2, 4),
+        "down": torch.ones(3, 4),
+        "up": torch.ones(9, 3),
+        "dense": torch.ones(9, 4),
+        "k": 2,
+    }
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        ops.low_rank_rerank(**(arguments | change))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +285,7 @@ def test_torch_path_does_not_import_triton():
     """A CPU server without Triton, or vLLM's stub in its place, must be able to serve."""
     code = (
         "import sys, torch; sys.modules['triton'] = None; from vllm_slimspec import ops;"
-        "x = torch.ones(2, 2); ops.low_rank_argmax(x, x, x); ops.low_rank_logits(x, x, x); ops.prepare(x, x, 4)"
+        "x = torch.ones(2, 2); y = ops.pack(x, x); ops.low_rank_rerank(x, *y, x, 1);"
+        "ops.low_rank_argmax(x, x, x); ops.low_rank_logits(x, x, x); ops.prepare(x, x, 4)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,15 @@ those TorchSpec introduced (lightseekorg/TorchSpec, pull request 185):
 
     config.json    lm_head_rank: R   (TorchSpec: lm_head_rank_divisor, R = D // divisor)
                    draft_vocab_size: V   (below vocab_size with a d2t map; absent means vocab_size)
+                   lm_head_rerank: k   (optional: the k best are scored again, by the rows of a dense head)
+                   lm_head_rerank_rows: "target"   (optional: those rows are the target's; absent means lm_head.weight)
+                   lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
     *.safetensors  lm_head.down.weight [R, D], lm_head.up.weight [V, R], d2t [V] int64, and EAGLE-3's body
+                   lm_head.weight [V, D]   (re-rank by own rows)
+                   lm_head.up.scale [V, R / group] float32   (a quantised lm_head.up.weight; one a row without a group)
+
+A quantised up is float8_e4m3fn or int8 [V, R], or uint8 [V, R / 2] with the even column of int4 in the low nibble and
+value = nibble - 8; weight = value * scale. An up in floats under ``lm_head_quantization`` is quantised at load.
 
 Letters: D hidden size of the drafter, R rank, V draft vocabulary. Only safetensors are opened, and no code from a
 checkpoint is ever run. Every refusal is a :class:`CheckpointError`: one line with the file, the key and the cure.
@@ -16,7 +24,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 
 DOWN = "lm_head.down.weight"
 UP = "lm_head.up.weight"
+SCALE = "lm_head.up.scale"
 DENSE = "lm_head.weight"
 
 ARCHITECTURES = {"llama": "SlimSpecLlamaForCausalLMEagle3", "qwen3": "SlimSpecQwen3ForCausalLMEagle3"}
@@ -41,7 +50,10 @@ _STOCK_ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
-_UNSERVED_KEYS = ("lm_head_rerank", "lm_head_rerank_rows", "lm_head_quantization")
+_BYTES = {"F64": 8, "I64": 8, "I32": 4, **_FLOATS}
+MAX_RERANK = 32  # ops.MAX_K: what the kernels keep of each row
+_QUANTIZED = {"fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}
+_GROUPS = (32, 64, 128)
 
 Format = Literal["slimspec", "torchspec", "speculators", "eagle3"]
 
@@ -59,6 +71,10 @@ class HeadSpec:
     rank: int  # R
     draft_vocab_size: int  # V
     vocab_size: int  # the target's
+    rerank: int | None = None  # k
+    rerank_rows: Literal["own", "target"] = "own"
+    quantization: Literal["fp8", "int8", "int4"] | None = None
+    quantization_group: int | None = None  # columns of up that share a scale; None: all of a row
 
     @property
     def truncated(self) -> bool:
@@ -69,6 +85,15 @@ class HeadSpec:
     def parameters(self) -> int:
         """Numbers in the two factors: R * D + V * R."""
         return self.rank * (self.hidden_size + self.draft_vocab_size)
+
+    def bytes(self, element_size: int) -> int:
+        """Bytes that a draft step reads of the factors and scales, in a model dtype of ``element_size`` bytes."""
+        if self.quantization is None:
+            return self.parameters * element_size
+        halves = 1 if self.quantization == "int4" else 2
+        scales = self.rank // self.quantization_group if self.quantization_group else 1
+        down = self.rank * self.hidden_size * element_size
+        return down + self.draft_vocab_size * (self.rank * halves // 2 + 4 * scales)
 
     @property
     def dense_parameters(self) -> int:
@@ -95,12 +120,6 @@ def head_spec(config: Mapping[str, Any], where: str = "config.json") -> HeadSpec
         CheckpointError: a key is missing, has the wrong type or an impossible value.
     """
     flat = _flatten(config)
-    for key in _UNSERVED_KEYS:
-        if flat.get(key) is not None:
-            raise CheckpointError(
-                f"{where}: {key}={flat[key]!r} is not supported by this version of vllm-slimspec; "
-                "use a drafter without it, or a version that has it"
-            )
     hidden = _positive_int(flat, "hidden_size", where)
     vocab = _positive_int(flat, "vocab_size", where)
     draft_vocab = _positive_int({"draft_vocab_size": vocab, **_without_none(flat)}, "draft_vocab_size", where)
@@ -109,7 +128,16 @@ def head_spec(config: Mapping[str, Any], where: str = "config.json") -> HeadSpec
             f"{where}: draft_vocab_size={draft_vocab} is larger than vocab_size={vocab}; "
             "it must be the number of rows of lm_head.up.weight, at most vocab_size"
         )
-    return HeadSpec(_family(config, where), hidden, _rank(flat, hidden, where), draft_vocab, vocab)
+    rank = _rank(flat, hidden, where)
+    return HeadSpec(
+        family=_family(config, where),
+        hidden_size=hidden,
+        rank=rank,
+        draft_vocab_size=draft_vocab,
+        vocab_size=vocab,
+        **_rerank(flat, draft_vocab, where),
+        **_quantization(flat, rank, where),
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +150,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * {"F64": 8, "I64": 8, "BOOL": 1, **_FLOATS}.get(self.dtype, 1)
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)
@@ -173,7 +201,9 @@ class DraftCheckpoint:
         """
         if self.spec is None:
             return
-        for name in (DOWN, UP, *(["d2t"] if "d2t" in self.tensors else [])):
+        for name in (DOWN, UP, SCALE, DENSE, "d2t"):
+            if name not in self.tensors:
+                continue
             check_tensor(self.spec, name, self.load(name), str(self.tensors[name].file))
 
     def check_target(self, vocab_size: int, target: str) -> None:
@@ -192,8 +222,16 @@ class DraftCheckpoint:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of the head as stored."""
-        return sum(info.nbytes for name, info in self.tensors.items() if name.startswith("lm_head."))
+        """Bytes that a draft step reads: both factors and the scales, or a dense head."""
+        names = (DENSE,) if self.spec is None else (DOWN, UP, SCALE)
+        return sum(self.tensors[name].nbytes for name in names if name in self.tensors)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the [V, D] head that the factors replace, in their dtype."""
+        if self.spec is None:
+            return self.head_bytes
+        return self.spec.dense_parameters * _BYTES[self.tensors[DOWN].dtype]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -227,27 +265,32 @@ def check_head(spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]
     Raises:
         CheckpointError: a factor or d2t is missing, has another shape or dtype, or a dense head is there as well.
     """
-    expected = {DOWN: (spec.rank, spec.hidden_size), UP: (spec.draft_vocab_size, spec.rank)}
-    axes = {DOWN: "[rank, hidden_size]", UP: "[draft_vocab_size, rank]"}
-    for name, shape in expected.items():
+    for name, (shape, axes, allowed) in _expected(spec, tensors).items():
         if name not in tensors:
             raise CheckpointError(
-                f"{where}: tensor {name} is missing; a head of rank {spec.rank} needs {DOWN} and {UP} (convert again)"
+                f"{where}: tensor {name} is missing; a head of rank {spec.rank} needs {DOWN} and {UP}, {SCALE} if "
+                f"quantised and {DENSE} if it re-ranks by rows of its own (convert again)"
             )
         dtype, actual = tensors[name]
         if tuple(actual) != shape:
             raise CheckpointError(
-                f"{where}: tensor {name} has shape {list(actual)} but config.json says {axes[name]} = {list(shape)}; "
+                f"{where}: tensor {name} has shape {list(actual)} but config.json says {axes} = {list(shape)}; "
                 "make lm_head_rank, hidden_size and draft_vocab_size those of the tensors"
             )
-        if dtype not in _FLOATS:
+        if dtype not in allowed:
             raise CheckpointError(
-                f"{where}: tensor {name} has dtype {dtype}, allowed are {', '.join(_FLOATS)}; save it as one of these"
+                f"{where}: tensor {name} has dtype {dtype}, allowed are {', '.join(allowed)}; save it as one of these"
             )
-    if DENSE in tensors:
+    if DENSE in tensors and (spec.rerank is None or spec.rerank_rows == "target"):
+        without = "without lm_head_rerank" if spec.rerank is None else 'with lm_head_rerank_rows="target"'
         raise CheckpointError(
-            f"{where}: holds both the dense {DENSE} and the factors {DOWN}, {UP}, without lm_head_rerank; "
+            f"{where}: holds both the dense {DENSE} and the factors {DOWN}, {UP}, {without}; "
             "remove the one that is not meant"
+        )
+    if SCALE in tensors and tensors[UP][0] in _FLOATS:
+        raise CheckpointError(
+            f"{where}: tensor {SCALE} is there but {UP} is not quantised ({tensors[UP][0]}); "
+            "remove it, or store the quantised up and lm_head_quantization"
         )
     if spec.truncated:
         if "d2t" not in tensors:
@@ -263,11 +306,30 @@ def check_head(spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]
             )
 
 
+def _expected(
+    spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, tuple[tuple[int, ...], str, Iterable[str]]]:
+    """Name -> (shape, the shape in words, allowed dtypes) of the head's tensors."""
+    v, r, d = spec.draft_vocab_size, spec.rank, spec.hidden_size
+    out: dict[str, tuple[tuple[int, ...], str, Iterable[str]]] = {DOWN: ((r, d), "[rank, hidden_size]", _FLOATS)}
+    stored = tensors.get(UP, ("", ()))[0]
+    if spec.quantization is None or stored in _FLOATS:
+        out[UP] = ((v, r), "[draft_vocab_size, rank]", _FLOATS)
+    else:
+        columns = (r // 2, "rank / 2") if spec.quantization == "int4" else (r, "rank")
+        out[UP] = ((v, columns[0]), f"[draft_vocab_size, {columns[1]}]", (*_FLOATS, _QUANTIZED[spec.quantization]))
+        group = spec.quantization_group or r
+        out[SCALE] = ((v, r // group), "[draft_vocab_size, rank / lm_head_quantization_group]", ("F32",))
+    if spec.rerank is not None and spec.rerank_rows == "own":
+        out[DENSE] = ((v, d), "[draft_vocab_size, hidden_size]", _FLOATS)
+    return out
+
+
 def check_tensor(spec: HeadSpec, name: str, tensor: "torch.Tensor", where: str) -> None:
     """Refuse values that would silently spoil the drafts.
 
     Args:
-        name: ``lm_head.down.weight``, ``lm_head.up.weight`` (floats, any shape) or ``d2t`` (int64 [V]).
+        name: a tensor of the head, or ``d2t`` (int64 [V]).
 
     Raises:
         CheckpointError: NaN or Inf in a factor; a d2t entry outside the target's vocabulary, used twice, or not zero
@@ -295,8 +357,8 @@ def check_tensor(spec: HeadSpec, name: str, tensor: "torch.Tensor", where: str) 
                 f"{where}: d2t maps several draft ids to one target id; entries are offsets "
                 "(target id - draft id) and each target id may appear once, rebuild the map"
             )
-    elif not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
+    elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        count = int((~torch.isfinite(tensor.float())).sum())
         raise CheckpointError(
             f"{where}: tensor {name} holds {count} NaN or Inf values, all must be finite; "
             "convert again from a sound drafter"
@@ -307,7 +369,15 @@ def describe(tensor: "torch.Tensor") -> tuple[str, tuple[int, ...]]:
     """A tensor's dtype, by safetensors' name, and shape, as :func:`check_head` takes them."""
     import torch
 
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    names = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.int64: "I64",
+    }
     return names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
 
 
@@ -329,8 +399,9 @@ def write_checkpoint(
     config: Mapping[str, Any],
     tensors: Mapping[str, "torch.Tensor"],
     provenance: Mapping[str, Any],
+    card: str | None = None,
 ) -> DraftCheckpoint:
-    """Write a SlimSpec drafter, whole or not at all.
+    """Write a drafter, low-rank or dense, whole or not at all.
 
     Everything is written and checked in a folder beside the final one, which then takes its name.
 
@@ -339,6 +410,7 @@ def write_checkpoint(
         config: config.json, with the keys of this module's docstring.
         tensors: contiguous or not, any device; written as model.safetensors.
         provenance: slimspec.json: how this checkpoint came to be.
+        card: README.md, the model card, if there is one.
 
     Raises:
         CheckpointError: the folder is taken, or what was written would not be accepted by :meth:`DraftCheckpoint.open`.
@@ -360,9 +432,9 @@ def write_checkpoint(
         )
         for name, content in (("config.json", config), ("slimspec.json", provenance)):
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         written = DraftCheckpoint.open(partial)
-        if written.spec is None:
-            raise CheckpointError(f"{path}: config has no lm_head_rank; only low-rank drafters are written here")
         written.check_values()
         for file in partial.iterdir():
             _fsync(file)
@@ -463,6 +535,47 @@ def _rank(config: Mapping[str, Any], hidden: int, where: str) -> int:
             f"{where}: lm_head_rank={rank} is larger than hidden_size={hidden}; a rank is 1 to hidden_size"
         )
     return rank
+
+
+def _rerank(config: Mapping[str, Any], draft_vocab: int, where: str) -> dict[str, Any]:
+    k, rows = config.get("lm_head_rerank"), config.get("lm_head_rerank_rows")
+    if k is None:
+        if rows is not None:
+            raise CheckpointError(
+                f"{where}: lm_head_rerank_rows={rows!r} without lm_head_rerank; add how many candidates to score again"
+            )
+        return {}
+    most = min(MAX_RERANK, draft_vocab)
+    if _positive_int(config, "lm_head_rerank", where) > most:
+        raise CheckpointError(f"{where}: lm_head_rerank={k} must be 1 to {most}; 16 is a good value")
+    if rows not in (None, "target"):
+        raise CheckpointError(
+            f'{where}: lm_head_rerank_rows={rows!r} must be "target", or absent where {DENSE} holds the rows'
+        )
+    return {"rerank": k, "rerank_rows": rows or "own"}
+
+
+def _quantization(config: Mapping[str, Any], rank: int, where: str) -> dict[str, Any]:
+    kind, group = config.get("lm_head_quantization"), config.get("lm_head_quantization_group")
+    if kind is None:
+        if group is not None:
+            raise CheckpointError(
+                f"{where}: lm_head_quantization_group={group!r} without lm_head_quantization; "
+                f"add one of {', '.join(_QUANTIZED)}, or remove the group"
+            )
+        return {}
+    if kind not in _QUANTIZED:
+        raise CheckpointError(
+            f"{where}: lm_head_quantization={kind!r} is not known; allowed are {', '.join(_QUANTIZED)}"
+        )
+    if group is not None and (group not in _GROUPS or isinstance(group, bool) or rank % group):
+        raise CheckpointError(
+            f"{where}: lm_head_quantization_group={group!r} must be one of {', '.join(map(str, _GROUPS))} and divide "
+            f"lm_head_rank={rank}; choose another, or remove it for one scale a row"
+        )
+    if kind == "int4" and rank % 2:
+        raise CheckpointError(f"{where}: lm_head_rank={rank} must be even for int4, which stores two columns in a byte")
+    return {"quantization": kind, "quantization_group": group}
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:

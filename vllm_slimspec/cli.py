@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from vllm_slimspec import __version__
+from vllm_slimspec.convert.cli import EXAMPLE, convert
+from vllm_slimspec.train.cli import app as train
 
 app = typer.Typer(
     name="slimspec",
@@ -16,12 +18,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(epilog=EXAMPLE)(convert)
+app.add_typer(train, name="train")
 
 
 def main() -> None:
     """Run the command line; a CheckpointError becomes one line on stderr and exit code 1."""
     from vllm_slimspec.checkpoint import CheckpointError
 
+    if not {"inspect", "convert", "train"} & set(sys.argv[1:2]):
+        from vllm_slimspec.bench.head import app as bench  # imports torch, which would slow the others down
+
+        app.add_typer(bench, name="bench")
     try:
         app()
     except CheckpointError as error:
@@ -70,7 +78,6 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
     spec = checkpoint.spec
     if spec is None:
         return {"format": checkpoint.format, "head": "dense", "head_bytes": checkpoint.head_bytes}
-    element = checkpoint.head_bytes / spec.parameters
     return {
         "format": checkpoint.format,
         "family": spec.family,
@@ -80,7 +87,9 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
         "draft_vocab_size": spec.draft_vocab_size,
         "vocab_size": spec.vocab_size,
         "head_bytes": checkpoint.head_bytes,
-        "dense_bytes": round(spec.dense_parameters * element),
+        "dense_bytes": checkpoint.dense_bytes,
+        "quantization": spec.quantization,
+        "rerank": spec.rerank,
     }
 
 
@@ -92,7 +101,7 @@ def _print(report: dict[str, Any]) -> None:
     for key, value in report.items():
         if key.endswith("_bytes"):
             value = f"{value / 1e6:.2f} MB"
-        if key != "problems":
+        if key != "problems" and value is not None:
             table.add_row(key.replace("_", " "), str(value))
     if report.get("dense_bytes"):
         table.add_row("saves", f"{report['dense_bytes'] / report['head_bytes']:.2f}x")

@@ -2,30 +2,60 @@
 
 Letters in every signature: B rows (tokens being drafted), D hidden size, R rank, V draft vocabulary. A head is two
 factors, ``down`` [R, D] and ``up`` [V, R]: ``z = down(hidden)`` is rounded to the model dtype, a score is
-``z . up[v]``.
+``z . up[v]``. Everywhere ``up`` may also be a :class:`QuantizedUp`, and the two factors may be what :func:`pack` made
+of them at load, which is what to serve with.
 
 Every function takes ``impl``: "torch" (any device), "triton" (a GPU, or a CPU under ``TRITON_INTERPRET=1``) or "auto",
 which is Triton on a GPU and torch elsewhere; the environment variable ``SLIMSPEC_IMPL`` decides for "auto".
 Triton is imported on its first use. Arguments are checked in microseconds and nothing synchronises with the device,
 so that after :func:`prepare` every function can be captured in a CUDA graph.
+
+In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and -inf comes with id 0.
 """
 
 import functools
 import importlib.util
 import os
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_slimspec.cpu import RANK_MULTIPLE, PackedFactor
+from vllm_slimspec.quantized import QuantizedUp, pad_rank, quantize_up
+
+__all__ = [
+    "PackedFactor",
+    "QuantizedUp",
+    "best_of",
+    "low_rank_argmax",
+    "low_rank_logits",
+    "low_rank_rerank",
+    "low_rank_topk",
+    "pack",
+    "prepare",
+    "quantize_up",
+    "reduce_pairs",
+    "resolve_impl",
+]
+
 IMPLS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_K = 32
+"""The most candidates that :func:`low_rank_topk` and :func:`low_rank_rerank` return."""
+
+_BEST_GROUP = 1024  # entries whose maximum is taken first; CPUs vectorise that, and not the search for its place
+_TOP_GROUP = 128  # near sqrt(V / k), where choosing groups and choosing inside them cost the same
+
+Down: TypeAlias = Tensor | PackedFactor
+Up: TypeAlias = Tensor | QuantizedUp | PackedFactor
 
 
 def low_rank_logits(
     hidden: Tensor,  # [B, D]
-    down: Tensor,  # [R, D]
-    up: Tensor,  # [V, R]
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
     *,
     impl: str = "auto",
 ) -> Tensor:
@@ -33,45 +63,104 @@ def low_rank_logits(
 
     Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
     """
-    _check(hidden, down, up)
-    if resolve_impl(hidden.device, impl) == "triton":
+    if _check(hidden, down, up, impl) == "triton":
         from vllm_slimspec.kernels.low_rank_logits import low_rank_logits as kernel
 
         return kernel(hidden, down, up)
-    return F.linear(F.linear(hidden, down), up)
+    return _product(_product(hidden, down), up)
 
 
 def low_rank_argmax(
     hidden: Tensor,  # [B, D]
-    down: Tensor,  # [R, D]
-    up: Tensor,  # [V, R]
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
     *,
     valid_vocab: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Best vocabulary entry of each row -> (scores float32 [B], ids int64 [B]).
 
-    The lowest id wins a tie. A row with any NaN score is (NaN, 0); a row of -inf has id 0. Entries at and beyond
-    ``valid_vocab`` (padding) never win; with ``valid_vocab=0`` every row is (-inf, 0). Triton compares float32 scores,
-    torch scores rounded to the model dtype, which may tie or swap entries closer than that rounding.
+    Entries at and beyond ``valid_vocab`` (padding) never win; with ``valid_vocab=0`` every row is (-inf, 0). Triton
+    compares float32 scores, torch scores rounded to the model dtype, which may tie or swap entries closer than that
+    rounding. The idea of the fused argmax: FlashSampling (arXiv 2603.15854); the head: SlimSpec (arXiv 2605.10453).
 
     Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
     """
-    _check(hidden, down, up)
-    if valid_vocab is None:
-        valid_vocab = up.shape[0]
-    elif not 0 <= valid_vocab <= up.shape[0]:
-        raise ValueError(f"valid_vocab must be in [0, V={up.shape[0]}], got {valid_vocab}")
-    if resolve_impl(hidden.device, impl) == "triton":
+    implementation = _check(hidden, down, up, impl)
+    valid_vocab = _check_valid_vocab(valid_vocab, up)
+    if implementation == "triton":
+        from vllm_slimspec.kernels._tiles import gemm_wins
         from vllm_slimspec.kernels.low_rank_argmax import low_rank_argmax as kernel
 
-        return kernel(hidden, down, up, valid_vocab)
+        if not gemm_wins(hidden.device, hidden.shape[0], up):
+            return kernel(hidden, down, up, valid_vocab)
     if valid_vocab == 0:
         batch = hidden.shape[0]
         return hidden.new_full((batch,), float("-inf"), dtype=torch.float32), hidden.new_zeros(batch, dtype=torch.int64)
-    # a float32 max takes about half the time of a bfloat16 one on CPUs
-    values, ids = F.linear(F.linear(hidden, down), up[:valid_vocab]).float().max(dim=1)
-    return values, torch.where(values.isnan(), 0, ids)
+    values, ids = best_of(_product(_product(hidden, down), up)[:, :valid_vocab])
+    return values, torch.where(values > float("-inf"), ids, 0)  # false for NaN too
+
+
+def low_rank_topk(
+    hidden: Tensor,  # [B, D]
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
+    k: int,
+    *,
+    valid_vocab: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` best entries of each row, best first -> (scores float32 [B, k], ids int64 [B, k]).
+
+    The exact top-k, whatever the order of the vocabulary: no entry is lost because better ones sit beside it. Where
+    fewer than ``k`` entries are valid, the rest is (-inf, 0). Precision as :func:`low_rank_argmax`.
+
+    Raises TypeError or ValueError naming the argument where a dtype, shape, device, ``k`` (1 to 32, at most V) or
+    ``impl`` does not fit.
+    """
+    implementation = _check(hidden, down, up, impl)
+    valid_vocab = _check_valid_vocab(valid_vocab, up)
+    _check_k(k, up)
+    if implementation == "triton":
+        from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
+
+        return kernel(hidden, down, up, k, valid_vocab)
+    return _top(_product(_product(hidden, down), up)[:, :valid_vocab], k)
+
+
+def low_rank_rerank(
+    hidden: Tensor,  # [B, D]
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
+    dense: Tensor,  # [N, D]
+    k: int,
+    *,
+    dense_rows: Tensor | None = None,  # [V]
+    valid_vocab: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`low_rank_topk` rescored by a dense head -> (scores float32 [B, k], ids int64 [B, k]), best first.
+
+    A score is ``hidden . dense[row]``, accumulated in float32; the row of entry i is i, or ``dense_rows[i]`` (int64,
+    below N; not checked, since that would wait for the device). Column 0 is the dense head's argmax over the
+    candidates: SpecVocab's draft (arXiv 2602.13836).
+
+    Raises TypeError or ValueError naming the argument where a dtype, shape, device, ``k`` (1 to 32, at most V) or
+    ``impl`` does not fit.
+    """
+    implementation = _check(hidden, down, up, impl)
+    valid_vocab = _check_valid_vocab(valid_vocab, up)
+    _check_k(k, up)
+    _check_dense(hidden, up, dense, dense_rows)
+    if implementation == "triton":
+        from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
+
+        return kernel(hidden, down, up, k, valid_vocab, dense, dense_rows)
+    screened, ids = _top(_product(_product(hidden, down), up)[:, :valid_vocab], k)
+    rows = dense[ids if dense_rows is None else dense_rows[ids]]  # [B, k, D]
+    exact = torch.bmm(rows.float(), hidden.float()[:, :, None]).squeeze(2)
+    exact = torch.where(screened > float("-inf"), exact, screened)  # a row of NaN stays one
+    return _unpack_keys(_sort_keys(_pack_keys(exact, ids), k))
 
 
 def reduce_pairs(
@@ -82,8 +171,7 @@ def reduce_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Each row's highest value (float32) and its id (int64, below 2**31) -> (float32 [B], int64 [B]).
 
-    Exact, for the (value, global id) pairs of N tensor-parallel ranks in any order: the lowest id wins a tie, any NaN
-    makes the row (NaN, 0), a row of -inf has id 0.
+    Exact, for the (value, global id) pairs of N tensor-parallel ranks in any order.
 
     Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
     """
@@ -106,16 +194,65 @@ def reduce_pairs(
     return best, torch.where(best > float("-inf"), best_ids, 0)  # false for NaN too
 
 
-def prepare(
+def pack(
     down: Tensor,  # [R, D]
-    up: Tensor,  # [V, R]
+    up: Tensor | QuantizedUp,  # [V, R]
+    *,
+    impl: str = "auto",
+) -> tuple[Down, Up]:
+    """The two factors in the layout their device reads fastest, for every function here. Call it once, at load.
+
+    On a GPU the rank is padded with zeros to what the kernels read at a time; a factor that needs nothing is returned
+    as it is. On a CPU both become a :class:`PackedFactor`, which costs a copy of the factor (and a bfloat16 copy beside
+    a quantised one): drop the originals if nothing else reads them. Never store the result.
+
+    Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
+    """
+    implementation = _check(down.new_empty(0, down.shape[-1]), down, up, impl)
+    rank = up.shape[1]
+    if implementation == "triton":
+        from vllm_slimspec.kernels._tiles import rank_multiple
+
+        multiple = rank_multiple(rank, up.group_size if isinstance(up, QuantizedUp) else None)
+    else:
+        multiple = RANK_MULTIPLE if isinstance(up, QuantizedUp) else 1
+    extra = -rank % multiple
+    if extra:
+        down = F.pad(down, (0, 0, 0, extra))
+        up = pad_rank(up, rank + extra) if isinstance(up, QuantizedUp) else F.pad(up, (0, extra))
+    if implementation == "triton" or down.device.type != "cpu":
+        return down, up
+    return PackedFactor(down, down.dtype), PackedFactor(up, down.dtype)
+
+
+def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's highest of ``scores`` [B, V] and the first place that has it -> (float32 [B], int64 [B]), in torch.
+
+    In about a third of the time that ``scores.float().max(dim=1)`` takes on a CPU.
+    """
+    if scores.shape[1] <= _BEST_GROUP:
+        return scores.float().max(dim=1)
+    values, group = _group_maxima(scores, _BEST_GROUP).max(dim=1)
+    ids = _members(group[:, None], _BEST_GROUP, scores.shape[1])
+    place = scores.gather(1, ids).float().max(dim=1).indices
+    return values, ids.gather(1, place[:, None]).squeeze(1)
+
+
+def prepare(
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
     max_batch: int,
     *,
+    k: int | None = None,
+    dense: Tensor | None = None,  # [N, D]
+    dense_rows: Tensor | None = None,  # [V]
     impl: str = "auto",
 ) -> None:
     """Compile and launch every kernel variant that batches of 1 to ``max_batch`` rows can need.
 
-    Call it once, outside of CUDA-graph capture; afterwards nothing on the hot path compiles. Torch needs none of it.
+    With ``k`` those of :func:`low_rank_topk`, with ``dense`` (and ``dense_rows``) those of :func:`low_rank_rerank` too;
+    give what will be served. Call it once, outside of CUDA-graph capture; afterwards nothing on the hot path compiles.
+    Torch needs none of it.
     """
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
@@ -124,9 +261,13 @@ def prepare(
     from vllm_slimspec.kernels._tiles import BATCH_BUCKETS
 
     for batch in sorted({min(bucket, max_batch) for bucket in BATCH_BUCKETS}):
-        hidden = down.new_zeros(batch, down.shape[1])
+        hidden = torch.zeros(batch, down.shape[1], dtype=down.dtype, device=down.device)
         low_rank_argmax(hidden, down, up, impl="triton")
         low_rank_logits(hidden, down, up, impl="triton")
+        if k is not None:
+            low_rank_topk(hidden, down, up, k, impl="triton")
+            if dense is not None:
+                low_rank_rerank(hidden, down, up, dense, k, dense_rows=dense_rows, impl="triton")
 
 
 def resolve_impl(device: torch.device | str, impl: str = "auto") -> str:
@@ -152,25 +293,141 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _check(hidden: Tensor, down: Tensor, up: Tensor) -> None:
-    """Attribute comparisons only: this runs at every draft step."""
-    for name, tensor in (("hidden", hidden), ("down", down), ("up", up)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name} must be {hidden.dtype} as hidden is, got {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {tensor.device}")
+def _product(x: Tensor, factor: Up) -> Tensor:
+    """``x @ factor.T``, rounded to the dtype of ``x``."""
+    if isinstance(factor, PackedFactor):
+        return factor(x)
+    if isinstance(factor, QuantizedUp):
+        factor = factor.dequantize().to(x.dtype)
+    return F.linear(x, factor)
+
+
+def _group_maxima(scores: Tensor, group: int) -> Tensor:
+    """Maximum of every ``group`` neighbouring columns, the last group being what is left -> float32 [B, groups]."""
+    full = scores.shape[1] // group * group
+    maxima = scores[:, :full].unflatten(1, (-1, group)).amax(dim=2)
+    if full < scores.shape[1]:
+        maxima = torch.cat([maxima, scores[:, full:].amax(dim=1, keepdim=True)], dim=1)
+    return maxima.float()
+
+
+def _members(groups: Tensor, group: int, count: int) -> Tensor:
+    """Ids of the members of ``groups`` [B, n]; beyond ``count`` the last id again -> [B, n * group]."""
+    ids = groups[:, :, None] * group + torch.arange(group, device=groups.device)
+    return ids.flatten(1).clamp_(max=count - 1)
+
+
+def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The exact k best of each row, best first.
+
+    The k groups with the best maxima hold all k of them: were an entry's group worse than k others, k entries would be
+    better than it.
+    """
+    count = scores.shape[1]
+    if count > k * _TOP_GROUP:
+        maxima = _group_maxima(scores, _TOP_GROUP)
+        groups = torch.arange(maxima.shape[1], device=scores.device)
+        best_groups = 0x7FFFFFFF - (_sort_keys(_pack_keys(maxima, groups), k) & 0x7FFFFFFF)
+        ids = _members(best_groups, _TOP_GROUP, count)
+        values = scores.gather(1, ids).float()
+        # of the repeated last id one is enough
+        values[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], float("-inf"))
+    else:
+        ids = torch.arange(count, device=scores.device).expand(scores.shape[0], -1)
+        values = scores.float()
+    keys = _sort_keys(_pack_keys(values, ids), min(k, count))
+    return _unpack_keys(F.pad(keys, (0, k - keys.shape[1]), value=_NO_KEY))
+
+
+_NO_KEY = -0x7F800001 << 32 | 0x7FFFFFFF  # (-inf, 0)
+
+
+def _pack_keys(values: Tensor, ids: Tensor) -> Tensor:
+    """As in kernels/_pairs.py: one int64 whose order is that of (score, lowest id first), NaN above everything."""
+    bits = torch.where(values == 0, 0.0, values).view(torch.int32)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = torch.where(values.isnan(), 0x7FFFFFFF, order)
+    return (order.long() << 32) | (0x7FFFFFFF - ids)
+
+
+def _sort_keys(keys: Tensor, k: int) -> Tensor:
+    return keys.topk(k, dim=1).values
+
+
+def _unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted keys [B, k] -> (float32, int64); a row whose first is NaN is (NaN, 0) throughout."""
+    order = (keys >> 32).int()
+    values = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    values = torch.where(values[:, :1].isnan(), float("nan"), values)
+    return values, torch.where(values > float("-inf"), 0x7FFFFFFF - (keys & 0x7FFFFFFF), 0)
+
+
+def _check(hidden: Tensor, down: Down, up: Up, impl: str) -> str:
+    """Attribute comparisons only, since this runs at every draft step -> the implementation."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden must be a tensor, got {type(hidden).__name__}")
+    if not isinstance(down, Tensor | PackedFactor):
+        raise TypeError(f"down must be a tensor or a PackedFactor, got {type(down).__name__}")
+    if not isinstance(up, Tensor | QuantizedUp | PackedFactor):
+        raise TypeError(f"up must be a tensor, a QuantizedUp or a PackedFactor, got {type(up).__name__}")
+    for name, factor in (("hidden", hidden), ("down", down), ("up", up)):
+        if len(factor.shape) != 2:
+            raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(factor.shape)}")
+        if not isinstance(factor, QuantizedUp):
+            if factor.dtype not in DTYPES:
+                raise TypeError(f"{name} must be float32, float16 or bfloat16, got {factor.dtype}")
+            if factor.dtype != hidden.dtype:
+                raise TypeError(f"{name} must be {hidden.dtype} as hidden is, got {factor.dtype}")
+        if factor.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {factor.device}")
+        if isinstance(factor, Tensor) and name != "hidden" and not factor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, got strides {factor.stride()} for shape {tuple(factor.shape)}"
+            )
     if down.shape[1] != hidden.shape[1]:
         raise ValueError(f"down must be [R, D={hidden.shape[1]}] as hidden is [B, D], got {tuple(down.shape)}")
-    if up.shape[1] != down.shape[0] or up.numel() == 0:
+    if up.shape[1] != down.shape[0] or up.shape[0] * up.shape[1] == 0:
         raise ValueError(f"up must be [V, R={down.shape[0]}] with V, R >= 1, got {tuple(up.shape)}")
-    for name, tensor in (("down", down), ("up", up)):
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}"
-            )
+    implementation = resolve_impl(hidden.device, impl)
+    if implementation == "triton" and (isinstance(down, PackedFactor) or isinstance(up, PackedFactor)):
+        raise TypeError("down and up packed for torch cannot be read by impl='triton': pack them for it")
+    return implementation
+
+
+def _check_valid_vocab(valid_vocab: int | None, up: Up) -> int:
+    if valid_vocab is None:
+        return up.shape[0]
+    if not 0 <= valid_vocab <= up.shape[0]:
+        raise ValueError(f"valid_vocab must be in [0, V={up.shape[0]}], got {valid_vocab}")
+    return valid_vocab
+
+
+def _check_k(k: int, up: Up) -> None:
+    if not 1 <= k <= min(MAX_K, up.shape[0]):
+        raise ValueError(f"k must be in [1, {min(MAX_K, up.shape[0])}] for V={up.shape[0]}, got {k}")
+
+
+def _check_dense(hidden: Tensor, up: Up, dense: Tensor, dense_rows: Tensor | None) -> None:
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"dense must be a tensor, got {type(dense).__name__}")
+    if dense.dtype != hidden.dtype:
+        raise TypeError(f"dense must be {hidden.dtype} as hidden is, got {dense.dtype}")
+    if dense.device != hidden.device:
+        raise ValueError(f"dense must be on {hidden.device} as hidden is, got {dense.device}")
+    if dense.dim() != 2 or dense.shape[1] != hidden.shape[1]:
+        raise ValueError(f"dense must be [N, D={hidden.shape[1]}] as hidden is [B, D], got {tuple(dense.shape)}")
+    if not dense.is_contiguous():
+        raise ValueError(f"dense must be contiguous, got strides {dense.stride()} for shape {tuple(dense.shape)}")
+    if dense_rows is None:
+        if dense.shape[0] < up.shape[0]:
+            raise ValueError(f"dense must have V={up.shape[0]} rows or more without dense_rows, got {dense.shape[0]}")
+        return
+    if not isinstance(dense_rows, Tensor) or dense_rows.dtype != torch.int64:
+        kind = dense_rows.dtype if isinstance(dense_rows, Tensor) else type(dense_rows).__name__
+        raise TypeError(f"dense_rows must be an int64 tensor, got {kind}")
+    if dense_rows.shape != (up.shape[0],):
+        raise ValueError(f"dense_rows must be [V={up.shape[0]}], got {tuple(dense_rows.shape)}")
+    if dense_rows.device != hidden.device:
+        raise ValueError(f"dense_rows must be on {hidden.device} as hidden is, got {dense_rows.device}")
+    if not dense_rows.is_contiguous():
+        raise ValueError(f"dense_rows must be contiguous, got strides {dense_rows.stride()}")

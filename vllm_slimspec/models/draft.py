@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_slimspec import compat, ops
 from vllm_slimspec.checkpoint import (
     DENSE,
     DOWN,
+    SCALE,
     UP,
     CheckpointError,
     HeadSpec,
@@ -49,13 +51,26 @@ class LowRankDraft(_Eagle3):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.spec = spec
         self.low_rank_head = LowRankHead(spec, maybe_prefix(prefix, "low_rank_head"))
-        # Not read by the methods here, but Model Runner V2 compares `lm_head.weight` with the target's, unguarded.
+        # Without re-rank nothing here reads `lm_head`, but Model Runner V2 compares its weight with the target's.
         self.lm_head = self.low_rank_head
+        if spec.rerank is not None and spec.rerank_rows == "own":
+            self.lm_head = ParallelLMHead(
+                spec.draft_vocab_size, spec.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            )
+        elif spec.rerank is not None:
+            self.has_own_lm_head = False  # the one case where vLLM shall put the target's head into `lm_head`
+            if spec.truncated and self.low_rank_head.tp_size > 1:
+                raise CheckpointError(
+                    f'{draft.model}: lm_head_rerank_rows="target" with draft_vocab_size={spec.draft_vocab_size} below '
+                    f"vocab_size={spec.vocab_size} cannot be split over {self.low_rank_head.tp_size} tensor-parallel "
+                    "ranks; convert again with rows of its own, or serve with one rank"
+                )
         if not spec.truncated:
             self.draft_id_to_target_id = None  # vLLM before 0.32 keeps a map of zeros and pays a scatter for it
         self.source = draft.model
         self.max_batch = vllm_config.scheduler_config.max_num_seqs
         self.prepared = False
+        self.dense: tuple[torch.Tensor, torch.Tensor | None] | None = None  # re-rank: rows, and which of them
         self.announced: set[str] = set()
         compat.logger.info("%s", _headline(spec, self.low_rank_head, speculative))
 
@@ -69,21 +84,27 @@ class LowRankDraft(_Eagle3):
         # Both runners pass here with dummy inputs before they capture graphs, and V1 meets the head itself for the
         # first time in a live request: this is where its kernels get compiled.
         if not self.prepared and not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.low_rank_head.prepare(self.max_batch)
-            self.prepared = True
+            self._prepare()
         return super().forward(input_ids, positions, hidden_states, inputs_embeds)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The draft token of each row, without logits: [B, D] -> int64 [B], ids of the target's vocabulary."""
         self._announce("fused", "the fused path (get_top_tokens, no logits in memory)")
-        _, ids = self.low_rank_head.argmax(hidden_states)
+        _, ids = self.low_rank_head.argmax(hidden_states, *(self.dense or ()))
         d2t = self.draft_id_to_target_id
         return ids if d2t is None else ids + d2t[ids]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[B, D] -> [B, target vocabulary], -inf where a truncated draft vocabulary has no row."""
+        """[B, D] -> [B, target vocabulary], -inf where a truncated draft vocabulary has no row. Never re-ranks."""
         self._announce("dense", "the dense path (compute_logits)")
-        return super().compute_logits(self.low_rank_head.project(hidden_states))
+        head = self.low_rank_head
+        logits = self.logits_processor(head, head.project(hidden_states))
+        d2t = self.draft_id_to_target_id
+        if d2t is None or logits is None:
+            return logits
+        scattered = logits.new_full((logits.shape[0], self.spec.vocab_size), float("-inf"))
+        scattered[:, torch.arange(d2t.numel(), device=d2t.device) + d2t] = logits
+        return scattered
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the head ourselves and hand the body to vLLM; refuse a head that is not whole and finite."""
@@ -92,19 +113,52 @@ class LowRankDraft(_Eagle3):
         check_head(self.spec, {name: describe(tensor) for name, tensor in head.items()}, self.source)
         for name, tensor in head.items():
             check_tensor(self.spec, name, tensor, self.source)
-        self.low_rank_head.load(head[DOWN], head[UP])
+        self.low_rank_head.load(head)
+        if DENSE in head:
+            self.lm_head.weight_loader(self.lm_head.weight, head[DENSE])
+        self.prepared = False  # weights can be loaded again into a running engine
 
     def _take_head(
         self, weights: Iterable[tuple[str, torch.Tensor]], head: dict[str, torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            if name in (DOWN, UP, DENSE, "d2t"):
+            if name in (DOWN, UP, SCALE, DENSE, "d2t"):
                 head[name] = tensor
                 if name != "d2t" or not self.spec.truncated:
                     continue
             elif "lm_head" in name:
                 raise CheckpointError(f"{self.source}: tensor {name} is no part of a low-rank head; remove it")
             yield name, tensor
+
+    def _prepare(self) -> None:
+        if self.spec.rerank is not None:
+            self.dense = self._dense_rows()
+        self.low_rank_head.prepare(self.max_batch, *(self.dense or ()))
+        self.prepared = True
+
+    def _dense_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What re-ranking scores by: rows [N, D], and the row of each draft id (int64 [V]; None: the same number)."""
+        head, spec = self.low_rank_head, self.spec
+        if spec.rerank_rows == "own":
+            return self.lm_head.weight.data, None
+        rows = getattr(self.lm_head, "weight", None)
+        if (
+            not isinstance(rows, torch.Tensor)
+            or rows.dtype != head.down.dtype
+            or rows.dim() != 2
+            or rows.shape[1] != spec.hidden_size
+        ):
+            found = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, torch.Tensor) else "no plain weight"
+            raise CheckpointError(
+                f'{self.source}: lm_head_rerank_rows="target" needs the target\'s lm_head.weight as {head.down.dtype} '
+                f"[{spec.vocab_size}, {spec.hidden_size}], and it has {found}; convert again with rows of its own"
+            )
+        d2t = self.draft_id_to_target_id
+        if d2t is None:
+            return rows.data, None
+        ids = torch.zeros(head.weight.shape[0], dtype=torch.int64, device=d2t.device)  # padding: never a candidate
+        ids[: d2t.numel()] = torch.arange(d2t.numel(), device=d2t.device) + d2t
+        return rows.data, ids
 
     def _announce(self, path: str, words: str) -> None:
         if path not in self.announced:
@@ -119,14 +173,18 @@ def _base(model: type) -> type:
 
 def _headline(spec: HeadSpec, head: LowRankHead, speculative) -> str:
     size = head.weight.element_size()
-    device = head.weight.device
     if speculative.use_local_argmax_reduction:
-        path = f"fused argmax ({ops.resolve_impl(device)})"
+        path = f"fused argmax ({ops.resolve_impl(head.weight.device)})"
+        if spec.rerank is not None:
+            rows = "rows of its own" if spec.rerank_rows == "own" else "the target's rows"
+            path += f", the {spec.rerank} best scored again by {rows}"
     else:
         path = f"dense logits, because {compat.dense_reason(speculative) or 'use_local_argmax_reduction is false'}"
+        if spec.rerank is not None:
+            path += "; nothing is scored again"
+    rank = f"rank {spec.rank} of {spec.hidden_size}" + (f" in {spec.quantization}" if spec.quantization else "")
+    read, dense = spec.bytes(size), spec.dense_parameters * size
     return (
-        f"SlimSpec draft head: rank {spec.rank} of {spec.hidden_size}, {spec.draft_vocab_size} of "
-        f"{spec.vocab_size} tokens, {spec.parameters * size / 1e6:.1f} MB against "
-        f"{spec.dense_parameters * size / 1e6:.1f} MB dense ({spec.dense_parameters / spec.parameters:.1f}x less); "
-        f"{path}"
+        f"SlimSpec draft head: {rank}, {spec.draft_vocab_size} of {spec.vocab_size} tokens, {read / 1e6:.1f} MB "
+        f"against {dense / 1e6:.1f} MB dense ({dense / read:.1f}x less); {path}"
     )

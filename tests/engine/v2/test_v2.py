@@ -21,7 +21,8 @@ from vllm_slimspec.checkpoint import DOWN, UP
 VOCAB = 64
 HERE = Path(__file__).parent
 ENVIRONMENT = {
-    "PYTHONPATH": str(HERE / "cpu_backend"),  # where Triton and vLLM find the stub's entry points
+    # Where Triton and vLLM find the stub's entry points; what was there stays (another vLLM, under test-compat).
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "cpu_backend"), os.environ.get("PYTHONPATH")])),
     "TRITON_INTERPRET": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",

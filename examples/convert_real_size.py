@@ -1,0 +1,131 @@
+"""What a conversion costs at the sizes of Llama-3.1-8B, with synthetic weights: time, and memory at its highest.
+
+    python examples/convert_real_size.py build/real-size --json docs/results/convert-8b.json
+
+Writes a drafter (D=4096, V=128256, bfloat16) and 100,000 head states of random numbers, 2.6 GB in all, converts them at
+rank 512 and prints the minutes and gigabytes of the whole command, measuring included. How good the result is says
+nothing here: random heads have no low rank.
+
+Expected output: "7.5 minutes, 6.6 GiB at most" on two CPU cores that others used as well.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from vllm_slimspec.bench.results import Results, provenance
+from vllm_slimspec.convert.states import Rows, StatesWriter
+
+D, V, R, FF, HEADS, KV_HEADS = 4096, 128_256, 512, 14_336, 32, 8
+STATES, DOCUMENTS, K = 100_000, 400, 5
+CONFIG = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "hidden_size": D,
+    "intermediate_size": FF,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": 128,
+    "vocab_size": V,
+    "draft_vocab_size": V,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+}
+
+
+class Row(BaseModel):
+    """One conversion from end to end."""
+
+    D: int
+    V: int
+    R: int
+    states: int
+    minutes: float
+    peak_gib: float
+
+
+class RealSize(Results):
+    """What ``--json`` writes."""
+
+    kind: Literal["convert-real-size"] = "convert-real-size"
+    rows: list[Row]
+
+
+def write_drafter(folder: Path) -> None:
+    """Random weights; the head's rows shrink along random directions, as trained ones do."""
+    kv = D * KV_HEADS // HEADS
+    shapes = {
+        "fc.weight": (D, 3 * D),
+        "norm.weight": (D,),
+        "midlayer.hidden_norm.weight": (D,),
+        "midlayer.input_layernorm.weight": (D,),
+        "midlayer.post_attention_layernorm.weight": (D,),
+        "midlayer.self_attn.q_proj.weight": (D, 2 * D),
+        "midlayer.self_attn.k_proj.weight": (kv, 2 * D),
+        "midlayer.self_attn.v_proj.weight": (kv, 2 * D),
+        "midlayer.self_attn.o_proj.weight": (D, D),
+        "midlayer.mlp.gate_proj.weight": (FF, D),
+        "midlayer.mlp.up_proj.weight": (FF, D),
+        "midlayer.mlp.down_proj.weight": (D, FF),
+        "lm_head.weight": (V, D),
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def write_states(folder: Path) -> None:
+    """States that live mostly in some directions, a cycle of K from each place of each document."""
+    writer = StatesWriter(folder, {"target": "synthetic", "drafter": "synthetic", "K": K})
+    scale = torch.logspace(0, -2, D, dtype=torch.bfloat16)
+    group = DOCUMENTS // 20
+    for first in tqdm(range(0, DOCUMENTS, group), desc="Head states", disable=None):
+        places = STATES // DOCUMENTS // K
+        step = torch.arange(K).repeat(places * group)
+        pos = torch.arange(places).repeat_interleave(K).repeat(group) + step
+        doc = torch.arange(first, first + group).repeat_interleave(places * K)
+        hidden = torch.empty(len(pos), D, dtype=torch.bfloat16).normal_() * scale
+        writer.write(first // group, Rows(hidden, doc, step, pos, torch.randint(V, (len(pos),))))
+    writer.finish()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if not (args.folder / "drafter").exists():
+        write_drafter(args.folder / "drafter")
+    if not (args.folder / "states" / "index.json").exists():
+        write_states(args.folder / "states")
+    command = ["convert", str(args.folder / "drafter"), "--hidden-states", str(args.folder / "states")]
+    command += ["--rank", str(R), "--force", "--output-path", str(args.folder / "slim")]
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-m", "vllm_slimspec.convert", *command[1:]], check=True)
+    minutes = (time.monotonic() - start) / 60
+    gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"{minutes:.1f} minutes, {gigabytes:.1f} GiB at most")
+    if args.json:
+        row = Row(D=D, V=V, R=R, states=STATES, minutes=round(minutes, 2), peak_gib=round(gigabytes, 2))
+        device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        RealSize(rows=[row], device=device, **provenance()).write(args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Head states from a real engine, and conversions served by one: what is predicted is what happens."""
+
+import json
+
+import drafters
+import engines
+import pytest
+import torch
+from engines import generate
+
+from vllm_slimspec.bench.acceptance import from_engine
+from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftCheckpoint
+from vllm_slimspec.convert import collect as module
+from vllm_slimspec.convert.collect import collect
+from vllm_slimspec.convert.evaluate import evaluate
+from vllm_slimspec.convert.run import Options, convert
+from vllm_slimspec.convert.states import HeadStates, concatenate
+
+K, TOKENS = 3, 32
+OPTIONS = {k: v for k, v in engines.OPTIONS.items() if k != "enforce_eager"}
+
+
+@pytest.fixture(scope="module")
+def material(pair, tmp_path_factory):
+    """A stock drafter with a truncated vocabulary and a head of full rank, and its states over 12 answers."""
+    folder = tmp_path_factory.mktemp("convert")
+    p = pair("llama", "truncated")
+    checkpoint = DraftCheckpoint.open(p.drafter)
+    config = {k: v for k, v in checkpoint.config.items() if k != "lm_head_rank"}
+    config["architectures"] = ["LlamaForCausalLMEagle3"]
+    tensors = drafters.dense({name: checkpoint.load(name) for name in checkpoint.tensors})
+    noise = torch.randn(tensors[DENSE].shape, generator=torch.Generator().manual_seed(0))
+    tensors[DENSE] = tensors[DENSE] + 0.2 * tensors[DENSE].std() * noise
+    drafter = drafters.write(folder / "stock", config, tensors)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"input_ids": ids}) for ids in p.prompts))
+    states = collect(p.target, drafter, prompts, folder / "states", k=K, max_tokens=TOKENS, engine=OPTIONS)
+    return p, drafter, states, tensors
+
+
+def everything(states: HeadStates):
+    return concatenate([*states.read(held_out=True), *states.read(held_out=False)])
+
+
+def test_states_are_those_of_every_place(material):
+    """Catches: places left out or recorded twice, which no walk would show."""
+    p, _, states, _ = material
+    rows = everything(states)
+    for document, prompt in enumerate(p.prompts):
+        mine = rows[rows.doc == document]
+        starts = (mine.pos - mine.step)[mine.step == 0].tolist()
+        assert sorted(starts) == list(range(len(prompt) + 1, len(prompt) + TOKENS))
+        assert len(mine) == K * len(starts)
+
+
+@pytest.fixture(scope="module")
+def alone(material):
+    """What the target answers without a drafter."""
+    from vllm import LLM
+
+    p = material[0]
+    return generate(LLM(model=str(p.target), **engines.OPTIONS), p.prompts, TOKENS)
+
+
+@pytest.mark.parametrize("way", ["dense", "low-rank", "rerank", "speculators"])
+def test_predicted_is_what_the_engine_counts(way, material, alone, engine, tmp_path):
+    """Catches: states that are not those of service, a walk that is not the engine's, a head measured as another; and
+    a key that vLLM drops from the layout of speculators, a norm above all."""
+    p, drafter, states, tensors = material
+    rows, ids = everything(states), tensors["d2t"] + torch.arange(len(tensors[DENSE]))
+    if way == "dense":
+        predicted = evaluate(tensors[DENSE], {}, rows, ids).dense_tau
+        llm = engine(p.target, drafter, K, speculative={"method": "eagle3"})
+    else:
+        changes = {"rerank": {"rerank": 8}, "speculators": {"layout": "speculators"}}.get(way, {})
+        options = Options(
+            str(drafter), tmp_path / "out", str(p.target), hidden_states=states.path, force=True, **changes
+        )
+        written = convert(options).checkpoint
+        head = evaluate(tensors[DENSE], {"head": (written.load(DOWN), written.load(UP))}, rows, ids).heads["head"]
+        predicted = head.rerank[8].tau if way == "rerank" else head.tau
+        llm = engine(written.path) if way == "speculators" else engine(p.target, written.path, K)
+    assert generate(llm, p.prompts, TOKENS) == alone
+    assert from_engine(llm).length == pytest.approx(predicted.value, abs=1e-6)
+    assert predicted.value > 1.05
+
+
+def test_collection_goes_on_where_it_was(material, tmp_path, monkeypatch):
+    """Catches: documents asked again or left out, or numbered anew."""
+    p, drafter, states, _ = material
+    monkeypatch.setattr(module, "_DOCUMENTS", 5)
+    answer, asked = module._answer, []
+
+    def interrupted(llm, documents, max_tokens):
+        asked.append(len(documents))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(llm, documents, max_tokens)
+
+    monkeypatch.setattr(module, "_answer", interrupted)
+    arguments = (p.target, drafter, states.path.parent / "prompts.jsonl", tmp_path / "s")
+    with pytest.raises(KeyboardInterrupt):
+        collect(*arguments, k=K, max_tokens=TOKENS, engine=OPTIONS)
+    with pytest.raises(CheckpointError, match="did not end"):
+        HeadStates.open(tmp_path / "s")
+    again = collect(*arguments, k=K, max_tokens=TOKENS, engine=OPTIONS)
+    assert asked == [5, 5, 5, 2]
+    one, two = everything(states), everything(again)
+    order = [torch.argsort(r.doc * 10**6 + r.pos * 10 + r.step, stable=True) for r in (one, two)]
+    for column in ("doc", "pos", "step", "next_token"):
+        assert torch.equal(getattr(one, column)[order[0]], getattr(two, column)[order[1]])
+    torch.testing.assert_close(one.hidden[order[0]], two.hidden[order[1]], rtol=1e-4, atol=1e-4)

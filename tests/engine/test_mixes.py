@@ -1,0 +1,125 @@
+"""Re-ranking and quantised heads in real vLLM engines, alone and together, over full and truncated vocabularies."""
+
+from dataclasses import dataclass
+
+import drafters
+import pytest
+import torch
+from engines import drafter_of, generate, record
+
+from vllm_slimspec import ops
+from vllm_slimspec.bench.acceptance import from_engine
+from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, CheckpointError, DraftCheckpoint
+
+
+@dataclass
+class Trained:
+    """A pair, and its drafter's parts to build variants from."""
+
+    pair: object
+    config: dict
+    tensors: dict
+
+    def variant(self, folder, config, tensors):
+        """The drafter with some keys and tensors replaced."""
+        return drafters.write(folder, self.config | config, self.tensors | tensors)
+
+
+@pytest.fixture(scope="module")
+def trained(request, pair):
+    """Of a truncated vocabulary, unless a test asks for the full one."""
+    p = pair("llama", getattr(request, "param", "truncated"))
+    checkpoint = DraftCheckpoint.open(p.drafter)
+    return Trained(p, checkpoint.config, {name: checkpoint.load(name) for name in checkpoint.tensors})
+
+
+def _target_head(trained):
+    from safetensors.torch import load_file
+
+    return load_file(trained.pair.target / "model.safetensors")["lm_head.weight"]
+
+
+def _target_ids(trained):
+    """Target id of each draft id."""
+    d2t = trained.tensors.get("d2t", torch.zeros(len(trained.tensors[UP]), dtype=torch.int64))
+    return torch.arange(len(d2t)) + d2t
+
+
+@pytest.mark.parametrize("rows", ["own", "target"])
+@pytest.mark.parametrize("trained", ["full", "truncated"], indirect=True)
+def test_rerank(trained, engine, tmp_path, rows):
+    """Catches: drafts that are not the dense rows' choice among the candidates; rows of the wrong ids."""
+    head, ids, k = _target_head(trained), _target_ids(trained), 16
+    config, tensors = {"lm_head_rerank": k}, {DENSE: head[ids].clone()}
+    if rows == "target":
+        config, tensors = config | {"lm_head_rerank_rows": "target"}, {}
+    llm = engine(trained.pair.target, trained.variant(tmp_path / "drafter", config, tensors))
+    model = drafter_of(llm)
+    assert model.lm_head is not model.low_rank_head
+    recorded = record(model)
+    generate(llm, trained.pair.prompts[:8])
+    # Less than without: this drafter was trained with another head than the target's rows, which now have the word.
+    assert from_engine(llm).length > 1.2
+    assert recorded.dense == 0
+
+    down, up = trained.tensors[DOWN], trained.tensors[UP]
+    for hidden, drafted in recorded.fused:
+        candidates = (hidden @ down.T @ up.T).topk(k, dim=1).indices
+        exact = (head[ids][candidates] @ hidden[:, :, None]).squeeze(2)
+        best = candidates.gather(1, exact.argmax(dim=1, keepdim=True)).squeeze(1)
+        assert torch.equal(drafted, ids[best])
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "stored"), [("fp8", None, True), ("int8", 32, True), ("int4", None, True), ("int8", None, False)]
+)
+def test_quantised(pair, engine, tmp_path, kind, group, stored):
+    """Catches: scales of other rows, nibbles swapped, a quantised head that is silently served in floats."""
+    p = pair("llama", "truncated")
+    checkpoint = DraftCheckpoint.open(p.drafter)
+    tensors = {name: checkpoint.load(name) for name in checkpoint.tensors}
+    if group is not None:  # R = 16 has no group of 32: give it 16 more columns, of zeros
+        tensors[DOWN] = torch.nn.functional.pad(tensors[DOWN], (0, 0, 0, 16))
+        tensors[UP] = torch.nn.functional.pad(tensors[UP], (0, 16))
+    quantised = ops.quantize_up(tensors[UP], kind, group)
+    if stored:
+        tensors |= {UP: quantised.weight, SCALE: quantised.scale}
+    config = checkpoint.config | {"lm_head_quantization": kind, "lm_head_rank": len(tensors[DOWN])}
+    config |= {"lm_head_quantization_group": group} if group else {}
+    llm = engine(p.target, drafters.write(tmp_path / "drafter", config, tensors))
+    recorded = record(drafter_of(llm))
+    generate(llm, p.prompts[:8])
+    assert from_engine(llm).length > 1.4
+    assert recorded.dense == 0
+    ids = torch.arange(len(quantised.weight)) + tensors["d2t"]
+    for hidden, drafted in recorded.fused:
+        scores = hidden @ tensors[DOWN].T @ quantised.dequantize().T
+        best = scores.amax(dim=1)
+        chosen = scores.gather(1, torch.searchsorted(ids, drafted)[:, None])[:, 0]
+        assert (best - chosen <= 1e-5 * best.abs()).all()
+
+
+def test_int8_and_rerank_together(trained, engine, tmp_path):
+    """Catches: parts that work alone and not together, and outputs that a re-ranked draft changes."""
+    alone = generate(engine(trained.pair.target), trained.pair.prompts[:8])
+    config = {"lm_head_quantization": "int8", "lm_head_rerank": 16, "lm_head_rerank_rows": "target"}
+    llm = engine(trained.pair.target, trained.variant(tmp_path / "drafter", config, {}))
+    assert generate(llm, trained.pair.prompts[:8]) == alone
+    assert from_engine(llm).length > 1.2
+
+
+def test_dense_path_never_reranks(trained, engine, tmp_path):
+    """Catches: logits of the dense rows where the rejection sampler is told those of the factors; and rows of another
+    width than the head's, used instead of refused."""
+    config = {"lm_head_rerank": 16, "lm_head_rerank_rows": "target"}
+    folder = trained.variant(tmp_path / "drafter", config, {})
+    llm = engine(trained.pair.target, folder, speculative={"draft_sample_method": "probabilistic"})
+    model = drafter_of(llm)
+    generate(llm, trained.pair.prompts[:2], tokens=8)
+    hidden = torch.randn(3, drafters.D)
+    logits = model.compute_logits(hidden)[:, _target_ids(trained)]
+    torch.testing.assert_close(logits, hidden @ trained.tensors[DOWN].T @ trained.tensors[UP].T)
+
+    model.lm_head = torch.nn.Linear(8, 8)
+    with pytest.raises(CheckpointError, match="rows of its own"):
+        model._prepare()

@@ -1,0 +1,397 @@
+"""Conversion from end to end, without an engine: every public form in, a checked folder or one line out."""
+
+import json
+from pathlib import Path
+
+import drafters
+import pytest
+import torch
+import typer
+from drafters import D, R, V
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftCheckpoint
+from vllm_slimspec.convert.cli import convert as command
+from vllm_slimspec.convert.run import Options, convert, sweep
+from vllm_slimspec.convert.sources import Drafter, Target
+
+TRUNCATED = 64
+K = 3
+
+
+def write_target(folder: Path, head: torch.Tensor, **config) -> Path:
+    folder.mkdir()
+    sizes = {"hidden_size": D, "vocab_size": V, "num_hidden_layers": 4, "intermediate_size": 96}
+    (folder / "config.json").write_text(json.dumps(sizes | config))
+    name = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
+    save_file({name: head.contiguous()}, folder / "model.safetensors")
+    return folder
+
+
+def write_head_states(folder: Path, documents: int = 20, length: int = 12, hidden_size: int = D, **columns) -> Path:
+    """States of ``documents`` answers with a cycle from every place; by default with no column but ``hidden``."""
+    folder.mkdir()
+    n = documents * length * K
+    hidden = torch.randn(n, hidden_size, generator=torch.Generator().manual_seed(5))
+    save_file({"hidden": hidden, **columns}, folder / "states-00000.safetensors")
+    (folder / "index.json").write_text(json.dumps({"format": 1, "K": K}))
+    return folder
+
+
+def columns(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, documents: int = 20, length: int = 12):
+    """doc, step, pos, and a target that wants what the dense head drafts, but for every seventh token."""
+    step = torch.arange(K).repeat(documents * length)
+    start = torch.arange(length).repeat_interleave(K).repeat(documents)
+    wanted = ids[(hidden @ head.T).argmax(-1)]
+    wanted[::7] = (wanted[::7] + 1) % V
+    return {
+        "step": step.to(torch.uint8),
+        "doc": torch.arange(documents).repeat_interleave(length * K).int(),
+        "pos": (start + step).int(),
+        "next_token": wanted,
+    }
+
+
+def form(name: str, folder: Path) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A drafter whose head has rank R, in one of the public forms -> (folder, head [V, D], target ids [V])."""
+    vocab = V if name in ("specforge-full", "no-head", "torchspec", "slimspec", "speculators-full") else TRUNCATED
+    tensors = drafters.tensors(vocab)
+    dense = drafters.dense(tensors)
+    head, offsets = dense[DENSE], tensors.get("d2t", torch.zeros(vocab, dtype=torch.long))
+    config = drafters.config(architectures=["LlamaForCausalLMEagle3"], draft_vocab_size=vocab, lm_head_rank=None)
+    if name in ("eagle", "specforge-full"):
+        t2d = torch.zeros(V, dtype=torch.bool)
+        t2d[offsets + torch.arange(vocab)] = True
+        dense |= {"t2d": t2d, "d2t": offsets}
+    if name == "eagle":
+        config["architectures"] = ["LlamaForCausalLM"]
+    if name == "no-head":
+        del dense[DENSE]
+    if name.startswith("speculators"):
+        dense = {n.replace("midlayer.", "layers.0."): t for n, t in dense.items()}
+        top = {"draft_vocab_size": vocab, "speculators_model_type": "eagle3", "speculators_config": {}}
+        top["eagle_aux_hidden_state_layer_ids"] = config.pop("eagle_aux_hidden_state_layer_ids")
+        layer = {k: v for k, v in config.items() if k not in ("architectures", "draft_vocab_size", "rope_theta")}
+        layer["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0}
+        config = {"architectures": ["Eagle3Speculator"], **top, "transformer_layer_config": layer}
+    if name == "torchspec":
+        dense, config = tensors, drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
+        config["lm_head_rank_divisor"] = D // R
+    if name == "slimspec":
+        dense, config = tensors, drafters.config()
+    return drafters.write(folder, config, dense), head, offsets + torch.arange(vocab)
+
+
+FORMS = ("eagle", "specforge", "specforge-full", "speculators", "speculators-full", "no-head", "torchspec", "slimspec")
+
+
+@pytest.fixture
+def full_head():
+    """A head of rank R for the target's whole vocabulary; the forms' own is a part of the first one's rows."""
+    return drafters.dense(drafters.tensors())[DENSE]
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_head_of_rank_r_stays_what_it_was(name, weighted, tmp_path, full_head):
+    """Catches: a form that is read wrongly in any way: the head, its map, or the body."""
+    source, head, ids = form(name, tmp_path / "source")
+    target = write_target(tmp_path / "target", full_head)
+    states = write_head_states(tmp_path / "states")
+    options = Options(
+        str(source), tmp_path / "out", str(target), rank=R, hidden_states=states if weighted else None, force=True
+    )
+    done = convert(options)
+    down, up = done.checkpoint.load(DOWN), done.checkpoint.load(UP)
+    hidden = torch.randn(500, D)
+    torch.testing.assert_close(
+        (hidden @ down.T @ up.T).log_softmax(-1), (hidden @ head.T).log_softmax(-1), rtol=0, atol=1e-4
+    )
+    if weighted:
+        assert done.evaluation.heads["low-rank"].top1 == 1.0
+    offsets = ids - torch.arange(len(ids))
+    assert ("d2t" in done.checkpoint.tensors) == bool(offsets.any())
+    if "d2t" in done.checkpoint.tensors:
+        assert torch.equal(done.checkpoint.load("d2t"), offsets)
+    expected = {n.replace("midlayer.", "layers.0."): t for n, t in drafters.tensors().items() if "lm_head" not in n}
+    written = {n.replace("midlayer.", "layers.0."): n for n in done.checkpoint.tensors}
+    for tensor, value in expected.items():
+        if tensor != "d2t":
+            assert torch.equal(done.checkpoint.load(written[tensor]), value)
+    assert "t2d" not in written
+
+
+@pytest.mark.parametrize("name", ["torchspec", "slimspec"])
+def test_low_rank_passes_through(name, tmp_path):
+    """Catches: factors that were trained, replaced by a factorisation of their product."""
+    source, _, _ = form(name, tmp_path / "source")
+    if name == "slimspec":  # at a rank that is not the default
+        source = drafters.write(tmp_path / "other", drafters.config(lm_head_rank=5), drafters.tensors(rank=5))
+    done = convert(Options(str(source), tmp_path / "out"))
+    for tensor in (DOWN, UP):
+        assert torch.equal(done.checkpoint.load(tensor), DraftCheckpoint.open(source).load(tensor))
+
+
+def test_speculators_config_is_what_vllm_makes_of_it(tmp_path):
+    """Catches: a norm that vLLM assumes, or a rope that it reads from a nested key, lost on the way."""
+    source, _, _ = form("speculators", tmp_path / "source")
+    config = convert(Options(str(source), tmp_path / "out", rank=R)).checkpoint.config
+    assert config["norm_before_residual"] is True
+    assert (config["rope_theta"], config["rope_scaling"]) == (500000.0, {"rope_type": "llama3", "factor": 8.0})
+    assert config["architectures"] == ["SlimSpecLlamaForCausalLMEagle3"]
+    assert not {"speculators_config", "transformer_layer_config", "speculators_model_type"} & config.keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_vocabulary_from_the_targets_rows(tmp_path, full_head, tied):
+    """Catches: equality assumed instead of tested, or rows taken from the wrong ids."""
+    source, _, ids = form("specforge", tmp_path / "source")
+    checkpoint = DraftCheckpoint.open(source)
+    tensors = {n: checkpoint.load(n) for n in checkpoint.tensors} | {DENSE: full_head[ids].contiguous()}
+    source = drafters.write(tmp_path / "copy", checkpoint.config, tensors)
+    target = write_target(tmp_path / "target", full_head, tie_word_embeddings=tied)
+    states = write_head_states(tmp_path / "states")
+    done = convert(Options(str(source), tmp_path / "out", str(target), rank=R, vocab="full", hidden_states=states))
+    assert done.checkpoint.spec.draft_vocab_size == V
+    assert "d2t" not in done.checkpoint.tensors
+    assert done.evaluation.heads["low-rank"].top1 == 1.0
+
+
+def test_full_vocabulary_by_a_map(tmp_path):
+    """Catches: a map that is fitted wrongly, or rows of the drafter's own that it overwrites."""
+    torch.manual_seed(0)
+    target_head, linear = torch.randn(V, 12), torch.randn(12, D)
+    source, _, ids = form("specforge", tmp_path / "source")
+    checkpoint = DraftCheckpoint.open(source)
+    own = target_head[ids] @ linear
+    config = checkpoint.config | {"target_hidden_size": 12}
+    tensors = {n: checkpoint.load(n) for n in checkpoint.tensors} | {DENSE: own}
+    source = drafters.write(tmp_path / "mapped", config, tensors)
+    target = Target.open(write_target(tmp_path / "target", target_head, hidden_size=12))
+    drafter, residual = Drafter.open(source, target).full_vocabulary(target)
+    assert residual < 1e-4
+    torch.testing.assert_close(drafter.head, target_head @ linear, rtol=1e-3, atol=1e-3)
+    assert torch.equal(drafter.head[ids], own)
+
+
+def test_a_map_that_explains_nothing_is_refused(tmp_path):
+    """Catches: a full vocabulary made of noise."""
+    source, _, _ = form("specforge", tmp_path / "source")
+    target = write_target(tmp_path / "target", torch.randn(V, D))
+    with pytest.raises(CheckpointError, match=r"no linear map.*--vocab keep"):
+        convert(Options(str(source), tmp_path / "out", str(target), vocab="full"))
+
+
+def test_truncation_by_frequencies(tmp_path):
+    """Catches: rows and map that do not belong together."""
+    source, head, ids = form("specforge", tmp_path / "source")
+    (tmp_path / "counts.json").write_text(json.dumps({str(int(ids[i])): 100 - i for i in (5, 3, 60)}))
+    options = Options(str(source), tmp_path / "out", rank=3, vocab="3", frequencies=tmp_path / "counts.json")
+    checkpoint = convert(options).checkpoint
+    assert (checkpoint.load("d2t") + torch.arange(3)).tolist() == [int(ids[i]) for i in (3, 5, 60)]
+    torch.testing.assert_close(checkpoint.load(UP) @ checkpoint.load(DOWN), head[[3, 5, 60]], rtol=1e-3, atol=1e-4)
+
+
+def test_rerank_keeps_the_rows_or_says_whose_they_are(tmp_path, full_head):
+    """Catches: a gigabyte written for nothing, or the target's rows named where they are not the drafter's."""
+    target = write_target(tmp_path / "target", full_head)
+    own, head, _ = form("specforge", tmp_path / "own")
+    shared, _, _ = form("no-head", tmp_path / "shared")
+    states = write_head_states(tmp_path / "states")
+    first, second = (
+        convert(Options(str(s), tmp_path / o, str(target), rank=2, rerank=8, hidden_states=states, force=True))
+        for s, o in ((own, "a"), (shared, "b"))
+    )
+    assert torch.equal(first.checkpoint.load(DENSE), head)
+    assert first.checkpoint.config["lm_head_rerank"] == 8
+    assert "lm_head_rerank_rows" not in first.checkpoint.config
+    assert DENSE not in second.checkpoint.tensors
+    assert second.checkpoint.config["lm_head_rerank_rows"] == "target"
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+def test_quantised_up(kind, tmp_path):
+    """Catches: a quantised factor that is measured as another one than is written."""
+    source, _, _ = form("specforge", tmp_path / "source")
+    states = write_head_states(tmp_path / "states")
+    done = convert(Options(str(source), tmp_path / "out", rank=R, quantize=kind, hidden_states=states, force=True))
+    assert done.checkpoint.spec.quantization == kind
+    assert {"fp8": 0.8, "int8": 0.95, "int4": 0.5}[kind] < done.evaluation.heads["low-rank"].top1 < 1
+
+
+@pytest.fixture
+def lossy(tmp_path):
+    """A full-rank head, states with a target's tokens: at a low rank it cannot keep its promise."""
+    torch.manual_seed(0)
+    tensors = drafters.dense(drafters.tensors(TRUNCATED)) | {DENSE: torch.randn(TRUNCATED, D)}
+    ids = tensors["d2t"] + torch.arange(TRUNCATED)
+    config = drafters.config(architectures=["LlamaForCausalLMEagle3"], draft_vocab_size=TRUNCATED, lm_head_rank=None)
+    hidden = torch.randn(20 * 12 * K, D, generator=torch.Generator().manual_seed(5))
+    states = write_head_states(tmp_path / "states", **columns(hidden, tensors[DENSE], ids))
+    return drafters.write(tmp_path / "lossy", config, tensors), states
+
+
+def test_a_loss_is_refused_with_the_option_that_mends_it(lossy, tmp_path):
+    """Catches: a drafter written that nobody would want, or advice that does not work."""
+    source, states = lossy
+    options = Options(str(source), tmp_path / "out", rank=24, hidden_states=states)
+    with pytest.raises(CheckpointError, match=r"loses \d+.\d% of acceptance length.*--rerank 8 loses \d") as error:
+        convert(options)
+    assert "\n" not in str(error.value)
+    assert not options.output.exists()
+    done = convert(Options(**{**vars(options), "rerank": 8}))
+    assert done.outcome.loss < 0.03
+    forced = convert(Options(**{**vars(options), "output": tmp_path / "forced", "force": True}))
+    assert forced.outcome.loss > 0.03
+
+
+def test_sweep_names_the_fastest(lossy, tmp_path, full_head):
+    """Catches: a table in another order, or lower ranks that are not the best of their rank."""
+    source, states = lossy
+    target = write_target(tmp_path / "target", full_head)
+    evaluation, outcomes = sweep(Options(str(source), tmp_path / "out", str(target), hidden_states=states), [8, 2, 4])
+    assert [o.speedup for o in outcomes] == sorted((o.speedup for o in outcomes), reverse=True)
+    plain = {o.rank: o.quality.top1 for o in outcomes if o.rerank is None}
+    assert plain[32] > plain[16] > plain[8]
+    alone = convert(Options(str(source), tmp_path / "out", str(target), rank=8, hidden_states=states, force=True))
+    assert evaluation.heads["8"].top1 == pytest.approx(alone.outcome.quality.top1, abs=0.02)
+
+
+def test_provenance_and_card(lossy, tmp_path, full_head):
+    """Catches: a card that says something else than the checkpoint."""
+    source, states = lossy
+    target = write_target(tmp_path / "target", full_head)
+    convert(Options(str(source), tmp_path / "out", str(target), rank=24, rerank=32, hidden_states=states))
+    card = (tmp_path / "out" / "README.md").read_text()
+    provenance = json.loads((tmp_path / "out" / "slimspec.json").read_text())
+    measured = provenance["measured"]
+    assert f"rank 24 of {D}, {TRUNCATED} tokens, the best 32 scored again" in card
+    assert f"{measured['quality']['tau']['value']:.2f} (95%:" in card
+    assert f"vllm serve {target}" in card
+    assert provenance["source"]["drafter_sha256s"]
+    assert {"vllm-slimspec", "torch"} <= provenance["versions"].keys()
+
+
+def test_a_drafter_from_the_hub(tmp_path, monkeypatch):
+    """Catches: weights in pickles downloaded, or a traceback of the hub's client."""
+    source, head, _ = form("specforge", tmp_path / "source")
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == "org/gone":
+            raise OSError("Repository Not Found\nsee the log")
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert torch.equal(Drafter.open("org/drafter").head, head)
+    assert asked == [("org/drafter", ["*.json", "*.safetensors"])]
+    with pytest.raises(CheckpointError, match=r"^org/gone: no such folder, .*: Repository Not Found$"):
+        Drafter.open("org/gone")
+
+
+def _nan(folder: Path) -> Path:
+    hidden = torch.randn(100, D)
+    hidden[40, 3] = torch.nan
+    folder.mkdir()
+    save_file({"hidden": hidden}, folder / "states-00000.safetensors")
+    (folder / "index.json").write_text('{"format": 1}')
+    return folder
+
+
+def _bad(case: str, folder: Path) -> list[str]:
+    """The arguments of one mistake."""
+    full = torch.randn(V, D)
+    good, _, _ = form("specforge", folder / "good")
+    target = str(write_target(folder / "target", full))
+    match case:
+        case "target for a drafter":
+            return [target]
+        case "pickle":
+            (folder / "pickle").mkdir()
+            (folder / "pickle" / "config.json").write_text((good / "config.json").read_text())
+            torch.save({}, folder / "pickle" / "pytorch_model.bin")
+            return [str(folder / "pickle")]
+        case "other hidden size":
+            return [str(good), "--target", str(write_target(folder / "t", full[:, :32], hidden_size=32))]
+        case "other vocabulary":
+            return [str(good), "--target", str(write_target(folder / "t", full[:100], vocab_size=100))]
+        case "other tokenizer":
+            for place, token in ((good, "a"), (folder / "target", "b")):
+                (place / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {token: 0}}}))
+            return [str(good), "--target", target]
+        case "no target for a drafter without a head":
+            return [str(form("no-head", folder / "headless")[0])]
+        case "empty prompts":
+            (folder / "p.jsonl").write_text("\n\n")
+            return [str(good), "--target", target, "--calibration", str(folder / "p.jsonl")]
+        case "no states":
+            (folder / "s").mkdir()
+            return [str(good), "--hidden-states", str(folder / "s")]
+        case "states of another size":
+            return [str(good), "--hidden-states", str(write_head_states(folder / "s", hidden_size=32))]
+        case "NaN states":
+            return [str(good), "--hidden-states", str(_nan(folder / "s"))]
+        case "rank":
+            return [str(good), "--rank", "65"]
+        case "vocab":
+            return [str(good), "--vocab", "some"]
+        case "distil without states":
+            return [str(good), "--distil-steps", "5"]
+        case "taken":
+            (folder / "out").mkdir()
+            (folder / "out" / "mine").write_text("x")
+            return [str(good)]
+    raise AssertionError(case)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("target for a drafter", "no EAGLE-3 drafter"),
+        ("pickle", "pickle checkpoint can run code"),
+        ("other hidden size", "made for a target of hidden size 64"),
+        ("other vocabulary", "vocab_size=128 but"),
+        ("other tokenizer", "tokenizer is not that of"),
+        ("no target for a drafter without a head", "give --target"),
+        ("no states", "index.json: no such file"),
+        ("states of another size", "states have 32 numbers"),
+        ("NaN states", "row 40 holds NaN"),
+        ("rank", "rank 65 does not fit"),
+        ("vocab", "must be keep, full or a number"),
+        ("distil without states", "--distil-steps needs states"),
+        ("taken", "not an empty folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(case, message, tmp_path):
+    """Catches: a traceback, a wrong exit code, or half a drafter."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command)
+    arguments = _bad(case, tmp_path)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    result = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "out")])
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_the_command(lossy, tmp_path, full_head):
+    """Catches: flags that do not arrive, and tables that cannot be printed."""
+    source, states = lossy
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command)
+    target = write_target(tmp_path / "target", full_head)
+    common = [str(source), "--verifier", str(target), "--hidden-states", str(states)]
+    swept = CliRunner().invoke(app, [*common, "--output-path", str(tmp_path / "out"), "--sweep", "4,2"])
+    assert swept.exit_code == 0, swept.output
+    assert "rerank" in swept.stdout
+    assert not (tmp_path / "out").exists()
+    flags = ["--rank", "24", "--rerank", "16", "--quantize", "int8", "--distil-steps", "3", "--loss", "nla"]
+    written = CliRunner().invoke(app, [*common, "--output-path", str(tmp_path / "out"), *flags])
+    assert written.exit_code == 0, written.output
+    spec = DraftCheckpoint.open(tmp_path / "out").spec
+    assert (spec.rank, spec.rerank, spec.quantization) == (24, 16, "int8")
+    for wrong in (["--sweep", "a"], ["--engine-args", "["], ["--loss", "mse"]):
+        assert CliRunner().invoke(app, [*common, "--output-path", "x", *wrong]).exit_code == 2

@@ -1,0 +1,236 @@
+"""Head states on disk, and what follows from them: splits, resuming, the walk of a head through an answer."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_slimspec.bench.acceptance import Acceptance
+from vllm_slimspec.checkpoint import CheckpointError
+from vllm_slimspec.convert.collect import read_prompts, tokenise
+from vllm_slimspec.convert.evaluate import evaluate, predicted_speedup
+from vllm_slimspec.convert.states import HeadStates, Rows, StatesWriter, concatenate
+
+D, K = 16, 3
+RECIPE = {"target": "t", "drafter": "d", "K": K}
+
+
+def rows(document: int, places: int = 10, seed: int = 0) -> Rows:
+    """One document with a cycle from each place."""
+    torch.manual_seed(seed + document)
+    step = torch.arange(K).repeat(places)
+    pos = torch.arange(places).repeat_interleave(K) + step
+    n = places * K
+    return Rows(torch.randn(n, D), torch.full((n,), document), step, pos, torch.randint(5, (n,)))
+
+
+def collection(folder, documents=10) -> HeadStates:
+    writer = StatesWriter(folder, RECIPE)
+    for document in range(documents):
+        writer.write(document, rows(document))
+    return writer.finish()
+
+
+def test_what_is_written_is_read(tmp_path):
+    """Catches: a column of another type, or a row that is in both splits or in none."""
+    states = collection(tmp_path / "s")
+    assert (states.rows, states.hidden_size, states.dtype, states.steps) == (10 * 10 * K, D, torch.float32, K)
+    parts = [concatenate(list(states.read(held_out))) for held_out in (True, False)]
+    assert parts[0].doc.unique().tolist() == [0, 5]
+    assert sorted({*parts[0].doc.tolist(), *parts[1].doc.tolist()}) == list(range(10))
+    expected = rows(5)
+    read = parts[0][parts[0].doc == 5]
+    for column in ("hidden", "doc", "step", "pos", "next_token"):
+        assert torch.equal(getattr(read, column), getattr(expected, column))
+
+
+def test_a_sample_is_whole_documents(tmp_path):
+    """Catches: walks through answers with holes."""
+    sample = collection(tmp_path / "s").sample(False, limit=3 * 10 * K)
+    assert len(sample.doc.unique()) == 3
+    assert len(sample) == 3 * 10 * K
+
+
+def test_foreign_files_need_hidden_only(tmp_path):
+    """Catches: states of other tools refused for columns that they cannot know."""
+    (tmp_path / "index.json").write_text('{"format": 1}')
+    save_file({"hidden": torch.randn(3000, D)}, tmp_path / "states-00000.safetensors")
+    states = HeadStates.open(tmp_path)
+    held_out, rest = states.sample(True, 10_000), states.sample(False, 10_000)
+    assert len(held_out) + len(rest) == 3000
+    assert len(held_out) == pytest.approx(600, abs=300)
+    assert held_out.step is None
+
+
+def test_a_collection_goes_on_where_it_was(tmp_path):
+    """Catches: an unfinished folder taken for a whole one; work done twice; two recipes in one folder."""
+    first = StatesWriter(tmp_path / "s", RECIPE)
+    first.write(0, rows(0))
+    with pytest.raises(CheckpointError, match="did not end"):
+        HeadStates.open(tmp_path / "s")
+    second = StatesWriter(tmp_path / "s", RECIPE)
+    assert [second.has(group) for group in (0, 1)] == [True, False]
+    assert second.count() == 10 * K
+    with pytest.raises(CheckpointError, match="other values of K"):
+        StatesWriter(tmp_path / "s", RECIPE | {"K": 5})
+    second.write(1, rows(1))
+    assert second.finish().rows == 2 * 10 * K
+    assert StatesWriter(tmp_path / "s", RECIPE).complete
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "index.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "index.json").write_text('{"format": 9}'), "format 9 is not known"),
+        (lambda f: (f / "states-00003.safetensors").unlink(), "not those that index.json lists"),
+        (lambda f: save_file({"hidden": torch.ones(2, D)}, f / "states-00003.safetensors"), "sha256"),
+        (lambda f: [p.unlink() for p in f.glob("states-*")], "holds no states"),
+    ],
+)
+def test_a_spoilt_collection_is_refused(spoil, message, tmp_path):
+    """Catches: conversions calibrated on half a collection."""
+    collection(tmp_path / "s")
+    spoil(tmp_path / "s")
+    with pytest.raises(CheckpointError, match=message):
+        HeadStates.open(tmp_path / "s")
+
+
+def test_nan_is_refused_with_its_row(tmp_path):
+    """Catches: NaN that makes every statistic NaN, and is found much later."""
+    bad = rows(1)
+    bad.hidden[7, 2] = torch.nan
+    writer = StatesWriter(tmp_path / "s", RECIPE)
+    writer.write(0, rows(0))
+    writer.write(1, bad)
+    with pytest.raises(CheckpointError, match=r"states-00001.safetensors: row 7 holds NaN"):
+        concatenate(list(writer.finish().read(held_out=False)))
+
+
+def test_too_few_documents(tmp_path):
+    """Catches: a measurement on the states that were calibrated on."""
+    with pytest.raises(CheckpointError, match="of one split"):
+        collection(tmp_path / "s", documents=1).sample(False, 10)
+
+
+class Letters:
+    """A tokenizer of single letters, whose chat template marks the end."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(c) for c in text]}
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        return "".join(m["content"] for m in messages) + ">"
+
+
+def prompts(tmp_path, *lines, limit=8):
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(lines))
+    return tokenise(read_prompts(file), Letters(), limit, file)
+
+
+def test_every_form_of_prompt(tmp_path):
+    """Catches: a form that is read as another; the same prompt asked twice, which one walk would answer for both."""
+    lines = (
+        '{"prompt": "ab"}',
+        "",
+        '{"messages": [{"role": "user", "content": "ab"}]}',
+        '{"text": "a long document"}',
+        '{"input_ids": [1, 2]}',
+        '{"prompt": "ab"}',
+    )
+    found = prompts(tmp_path, *lines)
+    assert found == [[97, 98], [97, 98, 62], [ord(c) for c in "a long d"], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"prompt": "a"}', "{prompt}"], "p.jsonl:2: not a prompt"),
+        (['{"question": "a"}'], "p.jsonl:1: not a prompt"),
+        (['{"prompt": 3}'], "p.jsonl:1: not a prompt"),
+        (["[]"], "p.jsonl:1: not a prompt"),
+        (['{"messages": [{"role": "user"}]}'], "p.jsonl:1: the target's tokenizer refuses it"),
+        (['{"prompt": "abcdefghi"}'], "p.jsonl:1: the prompt has 9 tokens, 1 to 8 fit"),
+        (['{"prompt": ""}'], "p.jsonl:1: the prompt has 0 tokens"),
+        ([""], "holds no prompt"),
+    ],
+)
+def test_a_bad_line_is_named(lines, message, tmp_path):
+    """Catches: an error of a thousand lines that does not say which."""
+    with pytest.raises(CheckpointError, match=message) as error:
+        prompts(tmp_path, *lines)
+    assert "\n" not in str(error.value)
+
+
+def simulated_engine(wanted: list[list[int]], drafted: dict[tuple[int, int, int], int]) -> Acceptance:
+    """Counters of an engine that drafts ``drafted[document, start, step]`` while the target says ``wanted``."""
+    cycles, accepted = 0, 0
+    for document, tokens in enumerate(wanted):
+        place = 0
+        while place + K <= len(tokens):
+            hits = 0
+            while hits < K and drafted[document, place, hits] == tokens[place + hits]:
+                hits += 1
+            cycles, accepted, place = cycles + 1, accepted + hits, place + hits + 1
+    return Acceptance(cycles, accepted, ())
+
+
+def test_tau_is_what_an_engine_counts():
+    """Catches: places weighted alike, although an engine starts more cycles behind rejected drafts."""
+    torch.manual_seed(0)
+    vocab, length, documents = 6, 40, 8
+    dense, head = torch.randn(vocab, D), (torch.randn(4, D), torch.randn(vocab, 4))
+    wanted = torch.randint(vocab, (documents, length))
+    parts, best = [], {}
+    for document in range(documents):
+        places = torch.arange(length - K + 1)
+        pos = places.repeat_interleave(K) + torch.arange(K).repeat(len(places))
+        # Easy where the answer is in its first half: only then do the starts of cycles matter.
+        hidden = torch.randn(len(pos), D) + 4 * dense[wanted[document][pos]] * (pos < length // 2)[:, None]
+        step = torch.arange(K).repeat(len(places))
+        parts.append(Rows(hidden, torch.full_like(pos, document), step, pos, wanted[document][pos]))
+        for name, scores in (("dense", hidden @ dense.T), ("low", hidden @ head[0].T @ head[1].T)):
+            for p, j, token in zip(pos.tolist(), step.tolist(), scores.argmax(-1).tolist(), strict=True):
+                best[name, document, p - j, j] = token
+    found = evaluate(dense, {"low": head}, concatenate(parts), rerank=[2, vocab])
+    for name, tau in (("dense", found.dense_tau), ("low", found.heads["low"].tau)):
+        engine = simulated_engine(wanted.tolist(), {key[1:]: t for key, t in best.items() if key[0] == name})
+        assert tau.value == pytest.approx(engine.length)
+        assert tau.low < tau.value < tau.high
+    # Re-ranking everything is the dense head; re-ranking two is in between.
+    assert found.heads["low"].rerank[vocab].tau == found.dense_tau
+    assert found.heads["low"].rerank[vocab].top1 == 1.0
+    assert found.heads["low"].rerank[2].top1 == pytest.approx(found.heads["low"].recall[2])
+
+
+def test_metrics_of_the_head_itself():
+    """Catches: p and q swapped, or means over the wrong thing."""
+    torch.manual_seed(0)
+    dense, hidden = torch.randn(7, D), torch.randn(50, D)
+    states = Rows(hidden, torch.zeros(50, dtype=torch.long))
+    same = evaluate(dense, {"same": (torch.eye(D), dense)}, states).heads["same"]
+    assert (same.top1, same.recall[1], same.tau) == (1.0, 1.0, None)
+    assert same.overlap == pytest.approx(1)
+    assert same.kl == pytest.approx(0, abs=1e-6)
+    low = (torch.randn(3, D), torch.randn(7, 3))
+    other = evaluate(dense, {"other": low}, states).heads["other"]
+    p, q = (hidden @ dense.T).softmax(-1), (hidden @ low[0].T @ low[1].T).softmax(-1)
+    assert other.overlap == pytest.approx(float(torch.minimum(p, q).sum(-1).mean()), rel=1e-5)
+    assert other.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+
+
+def test_predicted_speedup_is_the_papers_equation():
+    """Catches: kappa or nu turned upside down."""
+    sizes = {"target_bytes": 100, "body_bytes": 5, "dense_bytes": 40, "k": 3}
+    before, after = 100 + 3 * (5 + 40), 100 + 3 * (5 + 8)
+    assert predicted_speedup(**sizes, head_bytes=8, rho=0.9) == pytest.approx(0.9 * before / after)
+    assert predicted_speedup(**sizes, head_bytes=40, rho=1.0) == 1
+
+
+def test_index_is_the_documented_one(tmp_path):
+    """Catches: a format that moves away from its description."""
+    collection(tmp_path / "s")
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    assert index.keys() == {"format", "D", "dtype", "K", "target", "drafter", "rows", "sha256s"}

@@ -1,0 +1,554 @@
+"""``slimspec bench head | roofline``: every draft head side by side, and how near each is to what memory allows."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from vllm_slimspec import ops
+from vllm_slimspec.bench.results import HeadResults, HeadRow, TunedRow, TunedTable, provenance
+from vllm_slimspec.bench.shapes import SHAPES, Shape
+from vllm_slimspec.cpu import PackedFactor
+
+HEADS = (
+    "full",
+    "full-packed",
+    "full-fp8",
+    "full-int8",
+    "trim-32k",
+    "trim-32k-scatter",
+    "trim-64k",
+    "trim-64k-scatter",
+    "spec-vocab",
+    "low-rank",
+    "low-rank-fp8",
+    "low-rank-int8",
+    "low-rank-int4",
+    "low-rank-rerank",
+    "low-rank-int8-rerank",
+)
+RERANK_K = 16
+SPEC_VOCAB_K = 2048  # assumed: the paper's value is not public
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+
+class Arm(NamedTuple):
+    """A head ready to be timed."""
+
+    name: str
+    run: Callable[[Tensor], Tensor]  # [B, D] -> ids int64 [B]
+    # [B, D] -> float32 [B, V] scores of what an id may be, and of what it must not fall below
+    score: Callable[[Tensor], tuple[Tensor, Tensor]]
+    bytes: int  # of weights that a call has to read for the first row
+    bytes_per_row: int  # and for every row
+
+
+class Weights:
+    """A random head of a shape, dense and low-rank, from which the arms take what they need."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(rows: int, columns: int) -> Tensor:
+            return torch.empty(rows, columns, dtype=dtype, device=device).normal_(
+                std=columns**-0.5, generator=generator
+            )
+
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.dense = normal(shape.vocab_size, shape.hidden_size)
+        self.down = normal(shape.rank, shape.hidden_size)
+        self.up = normal(shape.vocab_size, shape.rank)
+
+    def hidden(self, batch: int) -> Tensor:
+        """[B, D]."""
+        generator = torch.Generator().manual_seed(batch)
+        return torch.randn(batch, self.shape.hidden_size, generator=generator).to(self.device, self.dtype)
+
+    def arm(self, name: str) -> Arm | None:
+        """The head of this name, or None where its device has no kernel for it."""
+        if name.startswith("low-rank"):
+            return self._low_rank(name)
+        if name.startswith("trim"):
+            return self._trim(name)
+        if name == "spec-vocab":
+            return self._spec_vocab()
+        return self._full(name)
+
+    def _full(self, name: str) -> Arm | None:
+        cpu = self.device.type == "cpu"
+        arm = Arm(name, lambda hidden: F.linear(hidden, self.dense).argmax(dim=-1), self._dense_scores, 0, 0)
+        arm = arm._replace(bytes=self.dense.nbytes)
+        if name == "full":
+            return arm
+        if name == "full-fp8" and not cpu:
+            quantized = ops.quantize_up(self.dense, "fp8")
+            arm = arm._replace(run=partial(_scaled_mm_argmax, quantized), bytes=quantized.nbytes)
+            # its activations are rounded to fp8 as well: no reference that is not itself
+            return arm._replace(score=lambda hidden: _twice(_scaled_mm(quantized, hidden).float()))
+        if name == "full-fp8" or not cpu:
+            return None
+        if name == "full-packed":
+            packed = PackedFactor(self.dense, self.dtype)
+            return arm._replace(run=lambda hidden: ops.best_of(packed(hidden))[1])
+        quantized = ops.quantize_up(self.dense, "int8")
+        packed = PackedFactor(quantized, self.dtype)
+        return arm._replace(
+            run=lambda hidden: ops.best_of(packed(hidden))[1],
+            score=lambda hidden: _twice(_scores(hidden, quantized)),
+            bytes=quantized.nbytes,
+        )
+
+    def _trim(self, name: str) -> Arm:
+        rows = {"32k": 32768, "64k": 65536}[name.split("-")[1]]
+        trimmed = self.dense[:rows]
+        # some sorted selection of target ids, as a frequency list is
+        targets = torch.arange(rows, device=self.device) * (self.shape.vocab_size // rows)
+        offsets = targets - torch.arange(rows, device=self.device)
+
+        def in_draft_space(hidden: Tensor) -> Tensor:
+            ids = F.linear(hidden, trimmed).argmax(dim=-1)
+            return ids + offsets[ids]
+
+        def scattered(hidden: Tensor) -> Tensor:  # as vLLM does it
+            logits = F.linear(hidden, trimmed)
+            full = logits.new_full((hidden.shape[0], self.shape.vocab_size), float("-inf"))
+            full[:, targets] = logits
+            return full.argmax(dim=-1)
+
+        def score(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            full = torch.full((hidden.shape[0], self.shape.vocab_size), float("-inf"), device=self.device)
+            full[:, targets] = _scores(hidden, trimmed)
+            return _twice(full)
+
+        return Arm(name, scattered if name.endswith("scatter") else in_draft_space, score, trimmed.nbytes, 0)
+
+    def _spec_vocab(self) -> Arm:
+        """The paper's rival as it is described: a screen, a top-k over V, exact scores of those, and their argmax."""
+
+        def run(hidden: Tensor) -> Tensor:
+            ids = ops.low_rank_logits(hidden, *factors).topk(k, dim=1).indices
+            exact = torch.bmm(self.dense[ids], hidden[:, :, None]).squeeze(2)
+            return ids.gather(1, exact.argmax(dim=1, keepdim=True)).squeeze(1)
+
+        k = min(SPEC_VOCAB_K, self.shape.vocab_size)
+        factors = ops.pack(self.down, self.up)
+        row = k * self.shape.hidden_size * self.dtype.itemsize
+        return Arm("spec-vocab", run, partial(self._reranked, self.up, k), self.down.nbytes + self.up.nbytes, row)
+
+    def _low_rank(self, name: str) -> Arm:
+        kind = next((kind for kind in ("fp8", "int8", "int4") if kind in name), None)
+        up = ops.quantize_up(self.up, kind) if kind else self.up
+        factors = ops.pack(self.down, up)
+        read = self.down.nbytes + up.nbytes
+        if not name.endswith("rerank"):
+            return Arm(
+                name, lambda hidden: ops.low_rank_argmax(hidden, *factors)[1], partial(self._screened, up), read, 0
+            )
+        row = RERANK_K * self.shape.hidden_size * self.dtype.itemsize
+        return Arm(
+            name,
+            lambda hidden: ops.low_rank_rerank(hidden, *factors, self.dense, RERANK_K)[1][:, 0],
+            partial(self._reranked, up, RERANK_K),
+            read,
+            row,
+        )
+
+    def _dense_scores(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return _twice(_scores(hidden, self.dense))
+
+    def _screened(self, up: Tensor | ops.QuantizedUp, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return _twice(_scores(F.linear(hidden, self.down), up))
+
+    def _reranked(self, up: Tensor | ops.QuantizedUp, k: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact scores of the entries that may be, and of those that must be, among the best k of the screen."""
+        screen = _scores(F.linear(hidden, self.down), up)
+        last = screen.topk(k, dim=1).values[:, -1:]
+        slack = _rounding(screen, self.dtype)
+        exact = _scores(hidden, self.dense)
+        return (
+            exact.masked_fill(screen < last - slack, float("-inf")),
+            exact.masked_fill(screen < last + slack, float("-inf")),
+        )
+
+
+def check(arm: Arm, hidden: Tensor) -> None:
+    """Refuse to time a head that drafts the wrong token.
+
+    Raises ValueError naming the head where an id scores below the best by more than the rounding of the scores.
+    """
+    ids = arm.run(hidden)
+    may, must = arm.score(hidden)
+    gap = must.amax(dim=1) - may.gather(1, ids[:, None]).squeeze(1)
+    allowed = _rounding(may, hidden.dtype).squeeze(1)
+    if not (gap <= allowed).all():
+        row = int((gap - allowed).argmax())
+        raise ValueError(
+            f"{arm.name} is wrong at batch {len(hidden)}: id {int(ids[row])} of row {row} scores {float(gap[row]):.3g} "
+            f"below the best, rounding allows {float(allowed[row]):.3g}"
+        )
+
+
+def _twice(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return scores, scores
+
+
+def _rounding(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two scores rounded to ``dtype`` may swap when they are this near -> [B, 1]."""
+    finite = scores.masked_fill(scores.isinf(), 0)
+    return 2 * torch.finfo(dtype).eps * finite.abs().amax(dim=1, keepdim=True)
+
+
+def _scores(x: Tensor, weight: Tensor | ops.QuantizedUp) -> Tensor:
+    """``x @ weight.T`` in float32, a part at a time."""
+    if isinstance(weight, ops.QuantizedUp):
+        weight = weight.dequantize()
+    return torch.cat([x.float() @ rows.float().T for rows in weight.split(16384)], dim=1)
+
+
+def _scaled_mm(weight: ops.QuantizedUp, hidden: Tensor) -> Tensor:
+    scale = hidden.abs().amax(dim=1, keepdim=True).float() / 448
+    rounded = (hidden / scale).to(torch.float8_e4m3fn)
+    return torch._scaled_mm(rounded, weight.weight.T, scale, weight.scale.T, out_dtype=hidden.dtype)
+
+
+def _scaled_mm_argmax(weight: ops.QuantizedUp, hidden: Tensor) -> Tensor:
+    return _scaled_mm(weight, hidden).argmax(dim=-1)
+
+
+class Clock:
+    """Times calls with cold caches, the arms taking turns, so that a slow minute of the machine is everyone's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # larger than any L2 or L3 in use
+        self._flush = torch.zeros(64 << 20 if device.type == "cpu" else 256 << 20, dtype=torch.uint8, device=device)
+
+    def measure(self, calls: Sequence[Callable[[], Any]], repeats: int, tick: Callable[[], None]) -> list[list[float]]:
+        """Microseconds of every call, ``repeats`` times each."""
+        times: list[list[float]] = [[] for _ in calls]
+        ready = calls if self.device.type == "cpu" else [self._graph(call) for call in calls]
+        for turn in range(repeats + 2):
+            order = [(turn + i) % len(ready) for i in range(len(ready))]
+            for i, microseconds in zip(order, self._round([ready[i] for i in order]), strict=True):
+                if turn >= 2:  # the first turns warm up
+                    times[i].append(microseconds)
+            tick()
+        return times
+
+    def bandwidth(self) -> tuple[float, float]:
+        """GB/s of a copy (read plus written) and of a read, both of more than any cache holds."""
+        size = (128 << 20) if self.device.type == "cpu" else (1 << 30)
+        source = torch.ones(size // 2, dtype=torch.bfloat16, device=self.device)
+        target = torch.empty_like(source)
+        grid = source.view(1024, -1)
+        copy, read = self.measure([lambda: target.copy_(source), lambda: grid.amax(dim=1)], 11, lambda: None)
+        return 2 * size / statistics.median(copy) / 1e3, size / statistics.median(read) / 1e3
+
+    def _round(self, calls: list[Callable[[], Any]]) -> list[float]:
+        if self.device.type == "cpu":
+            times = []
+            for call in calls:
+                self._flush.add_(1)
+                start = time.perf_counter()
+                call()
+                times.append((time.perf_counter() - start) * 1e6)
+            return times
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
+        for call, (start, end) in zip(calls, events, strict=True):
+            self._flush.add_(1)  # and keeps the GPU busy while the host enqueues what follows
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+    def _graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+
+def measure(
+    shapes: Sequence[str],
+    heads: Sequence[str],
+    batches: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 21,
+    tick: Callable[[], None] = lambda: None,
+) -> HeadResults:
+    """Check, then time, every head at every shape and batch, and the memory they read from, in one run.
+
+    Heads that ``device`` has no kernel for are left out. ``tick`` is called after every turn of timing.
+
+    Raises ValueError for a head that drafts wrong tokens: nothing is timed then.
+    """
+    clock = Clock(device)
+    copy, read = clock.bandwidth()  # again at the end, and the better counts
+    rows: list[HeadRow] = []
+    with torch.inference_mode():
+        for shape in shapes:
+            weights = Weights(SHAPES[shape], dtype, device)
+            arms = [arm for name in heads if (arm := weights.arm(name))]
+            for batch in batches:
+                hidden = weights.hidden(batch)
+                for arm in arms:
+                    check(arm, hidden)
+                times = clock.measure([partial(arm.run, hidden) for arm in arms], repeats, tick)
+                for arm, microseconds in zip(arms, times, strict=True):
+                    p20, p50, p80 = (_quantile(microseconds, q) for q in (0.2, 0.5, 0.8))
+                    size = arm.bytes + batch * arm.bytes_per_row
+                    rows.append(
+                        HeadRow(
+                            head=arm.name,
+                            shape=shape,
+                            batch=batch,
+                            dtype=str(dtype).removeprefix("torch."),
+                            p20_us=round(p20, 2),
+                            p50_us=round(p50, 2),
+                            p80_us=round(p80, 2),
+                            bytes=size,
+                            percent_of_copy_bandwidth=0.0,
+                        )
+                    )
+            del weights, arms
+    copy, read = (max(pair) for pair in zip((copy, read), clock.bandwidth(), strict=True))
+    for row in rows:
+        row.percent_of_copy_bandwidth = round(100 * row.bytes / row.p50_us / 1e3 / copy, 1)
+    return HeadResults(
+        **provenance(),
+        device=_device_name(device),
+        threads=torch.get_num_threads(),
+        repeats=repeats,
+        copy_gb_s=round(copy, 2),
+        read_gb_s=round(read, 2),
+        rows=rows,
+    )
+
+
+def _quantile(values: Iterable[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[round(q * (len(ordered) - 1))]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def tune(shapes: Sequence[str], device: torch.device, tick: Callable[[], None] = lambda: None) -> TunedTable:
+    """Time every tiling worth trying, per form of `up`, rank and batch bucket, on a GPU.
+
+    Raises ValueError where ``device`` is not one.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"--tune needs a GPU: tilings are of its kernels; got device {device}")
+    from triton.runtime.errors import OutOfResources
+
+    from vllm_slimspec.kernels import _tiles
+    from vllm_slimspec.kernels.low_rank_argmax import low_rank_argmax
+
+    clock = Clock(device)
+    rows, gemm_rows = {}, []
+    for shape in shapes:
+        weights = Weights(SHAPES[shape], torch.bfloat16, device)
+        for kind in (None, "fp8", "int8", "int4"):
+            down, up = ops.pack(weights.down, ops.quantize_up(weights.up, kind) if kind else weights.up)
+            form, rank = _tiles.form_of(_tiles.factor_of(up)), up.shape[1]
+            for bucket in _tiles.BATCH_BUCKETS:
+                hidden = weights.hidden(bucket)
+                tried = {}
+                default = _tiles.default_tiling(bucket, rank, form)
+                for block_v, block_r, warps, stages in product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 5)):
+                    tiling = default._replace(block_v=block_v, block_r=block_r, num_warps=warps, num_stages=stages)
+                    if rank % block_r:
+                        continue
+                    call = partial(low_rank_argmax, hidden, down, up, up.shape[0], tiling)
+                    try:
+                        tried[tiling] = statistics.median(clock.measure([call], 7, tick)[0])
+                    except OutOfResources:
+                        continue
+                best = min(tried, key=tried.__getitem__)
+                row = TunedRow(form=form, rank=rank, batch=bucket, p50_us=round(tried[best], 2), **best._asdict())
+                rows[form, rank, bucket] = row
+        down, up = ops.pack(weights.down, weights.up)
+        for batch in (64, 128, 256, 512):
+            hidden = weights.hidden(batch)
+            best = _tiles.Tiling(**rows["bfloat16", up.shape[1], 64].model_dump(include=set(_tiles.Tiling._fields)))
+            calls = [
+                partial(low_rank_argmax, hidden, down, up, up.shape[0], best),
+                partial(ops.low_rank_argmax, hidden, down, up, impl="torch"),
+            ]
+            fused, unfused = map(statistics.median, clock.measure(calls, 11, tick))
+            if unfused < fused:
+                gemm_rows.append(batch)
+                break
+        else:
+            gemm_rows.append(1024)
+    return TunedTable(
+        **provenance(), device=_device_name(device), gemm_rows=max(gemm_rows), rows=[rows[key] for key in sorted(rows)]
+    )
+
+
+def _choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
+    names = list(allowed) if given == "all" else [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in allowed:
+            raise typer.BadParameter(f"{name!r} is not one of: all, {', '.join(allowed)}", param_hint=option)
+    return names
+
+
+def _batches(given: str) -> list[int]:
+    try:
+        batches = [int(batch) for batch in given.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or min(batches) < 1:
+        raise typer.BadParameter(f"{given!r} is not a list of batch sizes such as 1,8,64", param_hint="--batches")
+    return batches
+
+
+@contextmanager
+def _progress(total: int | None, text: str) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda: progress.advance(task)
+
+
+@app.command(epilog="Example: slimspec bench head --shapes llama-3.2-1b --batches 1,8,64 --json head.json")
+def head(
+    shapes: Annotated[str, typer.Option(help=f"all, or of: {', '.join(SHAPES)}.")] = "llama-3.1-8b",
+    heads: Annotated[str, typer.Option(help=f"all, or of: {', '.join(HEADS)}.")] = "all",
+    batches: Annotated[str, typer.Option(help="Rows drafted at once.")] = "1,8,64",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    repeats: Annotated[int, typer.Option(min=3, help="Timed calls of every head.")] = 21,
+    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    tune_: Annotated[bool, typer.Option("--tune", help="Instead: find this GPU's tilings, write its table.")] = False,
+) -> None:
+    """Time draft heads side by side in one run, with cold caches, after checking that each drafts the right token."""
+    shape_names = _choices(shapes, SHAPES, "--shapes")
+    head_names = _choices(heads, HEADS, "--heads")
+    sizes = _batches(batches)
+    try:
+        where = torch.device(device)
+        if tune_:
+            _tune(shape_names, where)
+            return
+        turns = len(shape_names) * len(sizes) * (repeats + 2)
+        with _progress(turns, "timing") as tick:
+            results = measure(shape_names, head_names, sizes, device=where, repeats=repeats, tick=tick)
+    except (RuntimeError, ValueError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    if json:
+        results.write(json)
+    _print(results)
+
+
+def _tune(shapes: Sequence[str], device: torch.device) -> None:
+    with _progress(None, "tuning") as tick:
+        table = tune(shapes, device, tick)
+    from vllm_slimspec.kernels._tiles import tuned_path
+
+    path = tuned_path(table.device)
+    table.write(path)
+    typer.echo(f"{len(table.rows)} tilings written to {path}")
+
+
+def _print(results: HeadResults) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{results.device}: copy {results.copy_gb_s} GB/s, read {results.read_gb_s} GB/s", highlight=False)
+    for shape, batch in dict.fromkeys((row.shape, row.batch) for row in results.rows):
+        rows = [row for row in results.rows if (row.shape, row.batch) == (shape, batch)]
+        full = next((row.p50_us for row in rows if row.head == "full"), None)
+        table = Table("head", title=f"{shape}, batch {batch}", title_justify="left")
+        for column in ("p20 us", "p50 us", "p80 us", "MB", "% of copy", "x full"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            ratio = f"{full / row.p50_us:.2f}" if full else ""
+            times = (f"{t:.0f}" if t >= 1000 else f"{t:.1f}" for t in (row.p20_us, row.p50_us, row.p80_us))
+            table.add_row(row.head, *times, f"{row.bytes / 1e6:.1f}", f"{row.percent_of_copy_bandwidth:.0f}", ratio)
+        console.print(table)
+
+
+@app.command(epilog="Example: slimspec bench roofline docs/results/head-cpu.json > docs/roofline.md")
+def roofline(results: Annotated[Path, typer.Argument(help="What `slimspec bench head --json` wrote.")]) -> None:
+    """Derive, per shape and batch, the least bytes and time of every head, and print measured times against it."""
+    try:
+        measured = HeadResults.model_validate_json(results.read_text())
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: {results}: {' '.join(str(error).split())[:200]}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(roofline_page(measured, results.as_posix()))
+
+
+def roofline_page(results: HeadResults, source: str) -> str:
+    """The page `docs/roofline.md`."""
+    bandwidth = max(results.read_gb_s, results.copy_gb_s)
+    lines = [
+        "# Roofline",
+        "",
+        f"Made by `slimspec bench roofline {source}`; measured on {results.device}.",
+        "",
+        "A draft head at small batches does nothing but read: its least time is the bytes of its weights over what",
+        "memory delivers. Bytes per call, in the model dtype (2 bytes) unless quantised:",
+        "",
+        "| head | bytes |",
+        "|---|---|",
+        "| full | 2 V D |",
+        "| trim-N | 2 N D |",
+        "| low-rank | 2 R D + 2 V R |",
+        "| low-rank-fp8, -int8 | 2 R D + V R + 4 V |",
+        "| low-rank-int4 | 2 R D + V R / 2 + 4 V |",
+        f"| ...-rerank | as above + {RERANK_K} x 2 D a row |",
+        f"| spec-vocab | low-rank + {SPEC_VOCAB_K} x 2 D a row |",
+        "",
+        f"In the same run a copy moved {results.copy_gb_s} GB/s (read plus written), a read {results.read_gb_s} GB/s;",
+        f"least time = bytes / {bandwidth} GB/s. On a CPU more than 100% is possible, since no plain read is the best",
+        "that memory can do; at larger batches it is bound by arithmetic, not by bytes, and falls behind the bound.",
+    ]
+    for shape, batch in dict.fromkeys((row.shape, row.batch) for row in results.rows):
+        lines += ["", f"## {shape}, batch {batch}", ""]
+        lines += [
+            "| head | MB | least ms | measured ms (p50) | least / measured | x full |",
+            "|---|---|---|---|---|---|",
+        ]
+        rows = [row for row in results.rows if (row.shape, row.batch) == (shape, batch)]
+        full = next((row.p50_us for row in rows if row.head == "full"), None)
+        for row in rows:
+            least = row.bytes / bandwidth / 1e3
+            ratio = f"{full / row.p50_us:.2f}" if full else ""
+            lines.append(
+                f"| {row.head} | {row.bytes / 1e6:.1f} | {least / 1e3:.3f} | {row.p50_us / 1e3:.3f} "
+                f"| {100 * least / row.p50_us:.0f}% | {ratio} |"
+            )
+    return "\n".join(lines)

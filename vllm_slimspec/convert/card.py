@@ -1,0 +1,100 @@
+"""The model card of a converted drafter, from nothing but its config and its provenance."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_CARD = """\
+---
+library_name: vllm
+{base_model}tags:
+- speculative-decoding
+- eagle3
+- vllm
+- slimspec
+---
+# {output}
+
+An EAGLE-3 drafter with a low-rank LM head (SlimSpec, [arXiv 2605.10453](https://arxiv.org/abs/2605.10453)), converted
+from `{drafter}` by [vllm-slimspec]({url}): rank {rank} of {hidden}, {tokens} tokens{extras}.
+
+## Serve it
+
+```bash
+pip install vllm-slimspec
+{serve}
+```
+
+## What the conversion costs
+
+{measured}
+
+## How it was made
+
+```
+{command}
+```
+
+{versions}. Everything else is in `slimspec.json`.
+"""
+
+URL = "https://pypi.org/project/vllm-slimspec/"
+
+
+def card(
+    config: Mapping[str, Any], provenance: Mapping[str, Any], *, target: str | None, output: str, k: int, alone: bool
+) -> str:
+    """README.md of a converted drafter.
+
+    Args:
+        config: its config.json in our layout.
+        provenance: its slimspec.json, as :mod:`vllm_slimspec.convert.run` writes it.
+        target: the model to serve it with, if it is known.
+        output: the name of the drafter.
+        k: draft tokens a cycle in the serve command.
+        alone: whether its config names the target, so that vLLM is started with the drafter only.
+    """
+    extras = ""
+    if "lm_head_rerank" in config:
+        rows = "the target's rows" if config.get("lm_head_rerank_rows") == "target" else "rows of its own"
+        extras += f", the best {config['lm_head_rerank']} scored again by {rows}"
+    if "lm_head_quantization" in config:
+        extras += f", `up` as {config['lm_head_quantization']}"
+    speculative = json.dumps({"model": output, "num_speculative_tokens": k})
+    serve = f"vllm serve {target or 'TARGET'} \\\n  --speculative-config '{speculative}'"
+    if alone:
+        serve = f"vllm serve {output}"
+    return _CARD.format(
+        base_model=f"base_model: {target}\n" if target else "",
+        output=output,
+        drafter=provenance["source"]["drafter"],
+        url=URL,
+        rank=config["lm_head_rank"],
+        hidden=config["hidden_size"],
+        tokens=config["draft_vocab_size"],
+        extras=extras,
+        serve=serve,
+        measured=_measured(provenance["measured"]),
+        command=" ".join(provenance["command"]),
+        versions=", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
+    )
+
+
+def _measured(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return "Nothing was measured: the factors are a plain SVD, made without hidden states."
+    quality, before = measured["quality"], measured["dense_tau"]
+    rows = [("same best token as the dense head", f"{quality['top1']:.1%}")]
+    rows += [(f"... among the best {k}", f"{share:.1%}") for k, share in quality["recall"].items() if k != "1"]
+    rows += [("overlap alpha", f"{quality['overlap']:.3f}"), ("KL, nats", f"{quality['kl']:.4f}")]
+    if quality["tau"] and before:
+        rows += [
+            (f"acceptance length, {name}", f"{tau['value']:.2f} (95%: {tau['low']:.2f} to {tau['high']:.2f})")
+            for name, tau in (("dense head", before), ("this head", quality["tau"]))
+        ]
+    rows.append(("bytes of the head a draft step reads", f"{measured['head_bytes']:,} of {measured['dense_bytes']:,}"))
+    if measured["speedup"]:
+        rows.append(("predicted speedup at batch 1 (by bytes)", f"{measured['speedup']:.2f}x"))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    where = f"On {measured['states']:,} held-out head states of {measured['documents']} documents, at temperature 0."
+    return f"{where}\n\n| | |\n|---|---|\n{table}"

@@ -1,0 +1,182 @@
+"""``slimspec convert``: any EAGLE-3 drafter to a SlimSpec one, measured before it is written."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vllm_slimspec.convert.evaluate import Evaluation
+    from vllm_slimspec.convert.run import Outcome
+
+EXAMPLE = """Example: slimspec convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --target meta-llama/Llama-3.1-8B-Instruct
+--calibration prompts.jsonl --rerank 16 --output-path slim"""
+
+
+class _Loss(StrEnum):
+    KL = "kl"
+    NLA = "nla"
+    LK_HYBRID = "lk_hybrid"
+
+
+class _Layout(StrEnum):
+    SLIMSPEC = "slimspec"
+    SPECULATORS = "speculators"
+
+
+class _Quantization(StrEnum):
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+def convert(
+    drafter: Annotated[str, typer.Argument(help="An EAGLE-3 drafter: a folder or a Hugging Face id.")],
+    output_path: Annotated[Path, typer.Option(help="The new drafter; work in progress goes to OUTPUT_PATH.run.")],
+    target: Annotated[str | None, typer.Option("--target", "--verifier", help="The target it drafts for.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help='JSONL of {"prompt"}, {"messages"} or {"text"}: run them through both models.'),
+    ] = None,
+    hidden_states: Annotated[Path | None, typer.Option(help="Head states of an earlier run or from elsewhere.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the head; instead of --rank-divisor.")] = None,
+    rank_divisor: Annotated[
+        int | None, typer.Option(min=1, help="Rank = hidden size // this. [default: 8, or as it is if low-rank]")
+    ] = None,
+    vocab: Annotated[str, typer.Option(help="keep, full (by the target's head), or how many tokens stay.")] = "keep",
+    frequencies: Annotated[Path | None, typer.Option(help='For --vocab N: JSON {"token id": count}.')] = None,
+    distil_steps: Annotated[int, typer.Option(min=0, help="Steps of head-only distillation.")] = 0,
+    loss: Annotated[_Loss, typer.Option(help="Of the distillation.")] = _Loss.KL,
+    lr: Annotated[float, typer.Option(help="Of the distillation, in units of the factors' size.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Of the distillation.")] = 0,
+    rerank: Annotated[int | None, typer.Option(min=1, help="Score this many candidates again, exactly.")] = None,
+    quantize: Annotated[_Quantization | None, typer.Option(help="Store the factor `up` in fewer bits.")] = None,
+    num_speculative_tokens: Annotated[int, typer.Option("-k", "--num-speculative-tokens", min=1, help="K.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of each calibration answer.")] = 256,
+    max_states: Annotated[int, typer.Option(min=1, help="Calibration stops there.")] = 100_000,
+    max_loss: Annotated[float, typer.Option(help="Of acceptance length; what loses more is not written.")] = 0.03,
+    force: Annotated[bool, typer.Option("--force", help="Write it whatever it loses.")] = False,
+    layout: Annotated[
+        _Layout, typer.Option("--format", help="speculators: `vllm serve OUTPUT_PATH` starts the target too.")
+    ] = _Layout.SLIMSPEC,
+    sweep: Annotated[str | None, typer.Option(help="Only measure rank divisors, such as 16,12,8,6,4.")] = None,
+    engine_args: Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")] = "{}",
+) -> None:
+    """Turn an EAGLE-3 drafter into a SlimSpec one, and say what it costs before writing it."""
+    from vllm_slimspec.convert import run
+    from vllm_slimspec.convert.distil import Recipe
+
+    divisors = _divisors(sweep)
+    options = run.Options(
+        drafter=drafter,
+        output=output_path,
+        target=target,
+        rank=rank,
+        rank_divisor=rank_divisor,
+        vocab=vocab,
+        frequencies=frequencies,
+        calibration=calibration,
+        hidden_states=hidden_states,
+        k=num_speculative_tokens,
+        max_tokens=max_tokens,
+        max_states=max_states,
+        distil=Recipe(distil_steps, loss.value, lr=lr, seed=seed) if distil_steps else None,
+        rerank=rerank,
+        quantize=None if quantize is None else quantize.value,
+        max_loss=max_loss,
+        force=force,
+        layout=layout.value,
+        engine=_engine(engine_args),
+    )
+    with _one_line_errors():
+        if divisors:
+            evaluation, outcomes = run.sweep(options, divisors)
+            _print_sweep(evaluation, outcomes)
+            _plot_sweep(outcomes, output_path.with_name(f"{output_path.name}.sweep.png"))
+            return
+        done = run.convert(options)
+    if done.evaluation is not None:
+        _print_sweep(done.evaluation, [done.outcome])
+    typer.echo(f"written: {done.checkpoint.path}")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _divisors(text: str | None) -> list[int]:
+    try:
+        divisors = [] if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of integers such as 16,8,4", param_hint="--sweep") from None
+    if any(d < 1 for d in divisors):
+        raise typer.BadParameter("divisors are 1 or more", param_hint="--sweep")
+    return divisors
+
+
+def _engine(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not JSON ({error})", param_hint="--engine-args") from None
+    if not isinstance(options, dict):
+        raise typer.BadParameter("must be a JSON object", param_hint="--engine-args")
+    return options
+
+
+def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rank", "rerank", "top-1", "acceptance", "loss", "head MB", "less", "speedup", box=None)
+    for o in outcomes:
+        assert o.quality is not None
+        assert o.loss is not None
+        tau = o.quality.tau
+        table.add_row(
+            str(o.rank),
+            str(o.rerank or "-"),
+            f"{o.quality.top1:.1%}",
+            f"{tau.value:.2f} ({tau.low:.2f}-{tau.high:.2f})" if tau else "unknown",
+            f"{o.loss:.1%}",
+            f"{o.head_bytes / 1e6:.2f}",
+            f"{o.dense_bytes / o.head_bytes:.1f}x",
+            f"{o.speedup:.2f}x" if o.speedup else "needs --target",
+        )
+    dense = evaluation.dense_tau
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{evaluation.states} held-out states of {evaluation.documents} documents"
+        + (f"; the dense head's acceptance length is {dense.value:.2f}" if dense else "")
+        + ". Speedup: of a whole cycle at batch 1, predicted from bytes."
+    )
+
+
+def _plot_sweep(outcomes: list["Outcome"], file: Path) -> None:
+    """Loss against bytes, a line for each number of candidates; without matplotlib, none."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        typer.echo("no plot: pip install 'vllm-slimspec[bench]'", err=True)
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for k in sorted({o.rerank for o in outcomes}, key=lambda k: k or 0):
+        line = sorted((o for o in outcomes if o.rerank == k), key=lambda o: o.rank)
+        label = "low-rank" if k is None else f"re-rank {k}"
+        axes.plot([o.rank for o in line], [100 * (o.loss or 0) for o in line], marker="o", label=label)
+    axes.set_xlabel("rank")
+    axes.set_ylabel("acceptance length lost, %")
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    typer.echo(f"plot: {file}")

@@ -1,0 +1,333 @@
+"""Head states from the real engine: the target and the stock drafter in vLLM, watched at the draft head.
+
+Each document is answered by the target, greedily. It is then asked again K + 1 times, from K + 1 neighbouring places of
+that answer, with the draft head's own answers replaced by the tokens that the target is known to want. Every draft is
+then accepted, each request moves K + 1 places a cycle, and together they start a cycle at every place of the answer. So
+every recorded state has the prefix it would have in service, where a draft step is reached only if all before it were
+accepted; and from the states of every place, the walk of any head through the documents can be followed exactly.
+"""
+
+import gc
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tqdm import tqdm
+
+from vllm_slimspec.checkpoint import CheckpointError
+from vllm_slimspec.convert.states import HeadStates, Rows, StatesWriter, sha256
+
+_FORMS: dict[str, type] = {"input_ids": list, "messages": list, "text": str, "prompt": str}
+_DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
+
+
+def collect(
+    target: str | Path,
+    drafter: str | Path,
+    prompts: str | Path,
+    folder: str | Path,
+    *,
+    k: int = 5,
+    max_tokens: int = 256,
+    max_states: int = 100_000,
+    engine: dict[str, Any] | None = None,
+) -> HeadStates:
+    """Record head states while the target answers prompts; a run that was killed goes on where it was.
+
+    Args:
+        target: Hugging Face folder or id.
+        drafter: an EAGLE-3 drafter that vLLM serves: its head's *inputs* are kept, whatever the head.
+        prompts: JSONL, see :func:`read_prompts`.
+        folder: where the states go.
+        k: draft steps of a cycle, as it will be served.
+        max_tokens: of each answer, at most.
+        max_states: stop after the group of documents that reaches it.
+        engine: arguments of ``vllm.LLM``.
+
+    Raises:
+        CheckpointError: the prompts are no use, the folder holds something else, or nothing could be recorded.
+    """
+    recipe = {
+        "target": str(target),
+        "drafter": str(drafter),
+        "prompts_sha256": sha256(_existing(Path(prompts))),
+        "K": k,
+        "max_tokens": max_tokens,
+        "max_states": max_states,
+    }
+    rows = read_prompts(prompts)
+    writer = StatesWriter(folder, recipe)
+    if writer.complete:
+        return HeadStates.open(folder)
+    with _engine(target, drafter, max(k, 2), engine or {}) as llm:
+        # An engine that stops after max_tokens has drafted up to k - 1 tokens beyond them.
+        length = llm.llm_engine.model_config.max_model_len - max_tokens - 2 * k
+        # skip_tokenizer_init leaves none, which is right where the prompts are token ids.
+        tokenizer = None if llm.llm_engine.model_config.skip_tokenizer_init else llm.get_tokenizer()
+        documents = tokenise(rows, tokenizer, length, prompts)
+        watcher = _Watcher(llm, k)
+        with tqdm(total=max_states, desc="Head states", unit="state", disable=None) as progress:
+            for group, first in enumerate(range(0, len(documents), _DOCUMENTS)):
+                if not writer.has(group):
+                    answered = _answer(llm, documents[first : first + _DOCUMENTS], max_tokens + k - 1)
+                    writer.write(group, watcher.record(llm, answered, first))
+                progress.update(writer.count() - progress.n)
+                if progress.n >= max_states:
+                    break
+    if not writer.count():
+        raise CheckpointError(
+            f"{prompts}: the target answered with fewer than {k} tokens everywhere, so there is no draft to watch; "
+            "give other prompts"
+        )
+    return writer.finish()
+
+
+def read_prompts(file: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """The lines of a JSONL file, with their numbers; empty ones are left out.
+
+    A line is one of ``{"prompt": text}``, ``{"messages": [...]}`` (by the chat template), ``{"text": document}`` (of
+    which the target continues the beginning) and ``{"input_ids": [...]}``.
+
+    Raises:
+        CheckpointError: no such file, nothing in it, or a line that is none of these.
+    """
+    rows = []
+    for number, line in enumerate(_existing(Path(file)).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not any(isinstance(row.get(key), kind) for key, kind in _FORMS.items()):
+            raise CheckpointError(
+                f'{file}:{number}: not a prompt; a line is {{"prompt": "..."}}, {{"messages": [...]}}, '
+                '{"text": "..."} or {"input_ids": [...]}'
+            )
+        rows.append((number, row))
+    if not rows:
+        raise CheckpointError(f"{file}: holds no prompt; write one JSON object a line")
+    return rows
+
+
+def tokenise(
+    rows: Sequence[tuple[int, dict[str, Any]]], tokenizer: Any, max_length: int, file: str | Path
+) -> list[list[int]]:
+    """Token ids of each different prompt.
+
+    Args:
+        rows: of :func:`read_prompts`.
+        tokenizer: the target's; None if all rows hold token ids.
+        max_length: a text is cut there; a longer prompt is refused.
+        file: how errors name the file.
+
+    Raises:
+        CheckpointError: a prompt is empty or too long, or the chat template refuses it.
+    """
+    documents: dict[tuple[int, ...], None] = {}
+    for number, row in rows:
+        try:
+            ids = _tokens(row, tokenizer, max_length)
+        except Exception as error:  # chat templates raise whatever their author chose
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{file}:{number}: the target's tokenizer refuses it ({reason}); mend it") from None
+        if not 1 <= len(ids) <= max_length:
+            raise CheckpointError(
+                f"{file}:{number}: the prompt has {len(ids)} tokens, 1 to {max_length} fit the model beside the "
+                "answer; shorten it, or lower --max-tokens"
+            )
+        documents[tuple(ids)] = None
+    return [list(ids) for ids in documents]
+
+
+def _tokens(row: Mapping[str, Any], tokenizer: Any, max_length: int) -> list[int]:
+    if "input_ids" in row:
+        return [int(i) for i in row["input_ids"]]
+    if "messages" in row:
+        chat = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+        return tokenizer(chat, add_special_tokens=False)["input_ids"]
+    if "text" in row:
+        return tokenizer(row["text"])["input_ids"][:max_length]
+    return tokenizer(row["prompt"])["input_ids"]
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; give a JSONL file of prompts")
+    return file
+
+
+@contextmanager
+def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, Any]) -> Iterator[Any]:
+    """An offline engine in this process, where its draft head can be reached; on Model Runner V1, which calls the head
+    from Python at every step (V2 replays it from CUDA graphs)."""
+    # Only before vLLM has read them, and only for the time of the engine.
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    with patch.dict(os.environ, environment):
+        from vllm import LLM
+
+        speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": k}
+        ours = {"speculative_config": speculative, "enforce_eager": True, "async_scheduling": False}
+        llm = LLM(model=str(target), **options | ours)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Answered:
+    tokens: list[int]  # the prompt and the target's greedy answer
+    prompt: int  # tokens of the prompt
+
+
+def _answer(llm: Any, documents: Sequence[list[int]], max_tokens: int) -> list[_Answered]:
+    outputs = _generate(llm, documents, [max_tokens] * len(documents), ignore_eos=False)
+    return [_Answered([*ids, *out], len(ids)) for ids, out in zip(documents, outputs, strict=True)]
+
+
+def _generate(llm: Any, prompts: Sequence[list[int]], lengths: Sequence[int], ignore_eos: bool) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=ignore_eos, detokenize=False) for n in lengths]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@dataclass
+class _Request:
+    """One walk through an answer; place c is the index of the token that a cycle drafts first."""
+
+    tokens: list[int]
+    first: int  # its first cycle
+    next: int  # its next one, if all drafts are accepted
+    cycles: dict[int, torch.Tensor] = field(default_factory=dict)  # c -> [K, D]
+
+    def wanted(self, place: int) -> int:
+        return self.tokens[place] if place < len(self.tokens) else self.tokens[-1]
+
+
+class _Watcher:
+    """Stands before a live draft head: keeps what goes in, and answers with the tokens that the target wants."""
+
+    def __init__(self, llm: Any, k: int) -> None:
+        self._runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        self._k = k
+        self._vocab = self._runner.model_config.get_vocab_size()
+        self._walks: dict[tuple[int, ...], _Request] = {}  # by prompt: the engine's own ids are its business
+        self._batch: list[_Request] = []
+        self._states: list[torch.Tensor] = []
+        self._places: list[int] = []
+        model = self._runner.drafter.model
+        self._wrap(self._runner.drafter, "propose", self._begin)
+        self._wrap(model, "get_top_tokens", self._top_tokens)
+        self._wrap(model, "compute_logits", self._logits)
+        model.register_forward_pre_hook(self._look_at_positions, with_kwargs=True)
+
+    def record(self, llm: Any, answered: Sequence[_Answered], first_document: int) -> Rows:
+        """Ask for each answer again from K + 1 places, and return the states of every cycle, document by document."""
+        walks: list[list[_Request]] = []
+        prompts: list[list[int]] = []
+        for document in answered:
+            starts = range(document.prompt, min(document.prompt + self._k + 1, len(document.tokens) - self._k))
+            walks.append([_Request(document.tokens, start + 1, start + 1) for start in starts])
+            prompts += [document.tokens[:start] for start in starts]
+        flat = [walk for group in walks for walk in group]
+        self._walks = {tuple(prompt): walk for prompt, walk in zip(prompts, flat, strict=True)}
+        lengths = [len(walk.tokens) - len(prompt) for prompt, walk in zip(prompts, flat, strict=True)]
+        outputs = _generate(llm, prompts, lengths, ignore_eos=True) if prompts else []
+        self._walks = {}
+        for prompt, walk, out in zip(prompts, flat, outputs, strict=True):
+            _forget_after_divergence(walk, [*prompt, *out])
+        parts = [_rows(group, first_document + i, self._k) for i, group in enumerate(walks)]
+        return _concatenate([p for p in parts if p is not None], self._runner.drafter.hidden_size)
+
+    @staticmethod
+    def _wrap(owner: Any, name: str, replacement: Any) -> None:
+        original = getattr(owner, name, None)
+        if original is not None:
+            setattr(owner, name, lambda *args, **kwargs: replacement(original, *args, **kwargs))
+
+    def _begin(self, propose: Any, *args: Any, **kwargs: Any) -> Any:
+        self._states, self._places, self._batch = [], [], []
+        if self._walks:
+            ids = self._runner.input_batch.req_ids
+            self._batch = [self._walks[tuple(self._runner.requests[i].prompt_token_ids)] for i in ids]
+        return propose(*args, **kwargs)
+
+    def _look_at_positions(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """The positions of draft step 1 say where the cycle really is: prefills in chunks, preempted requests and
+        rejected drafts move it from where it was expected."""
+        if len(self._states) == 1:
+            positions = kwargs["positions"]
+            places = positions[0] if positions.ndim == 2 else positions  # of M-RoPE, which is the same for text
+            self._places = (places[: len(self._batch)] + 1).tolist()
+
+    def _top_tokens(self, original: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return self._next_tokens(hidden) if self._batch else original(hidden)
+
+    def _logits(self, original: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if not self._batch:
+            return original(hidden)
+        logits = hidden.new_zeros(len(hidden), self._vocab)
+        return logits.scatter_(1, self._next_tokens(hidden)[:, None], 1.0)
+
+    def _next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        step = len(self._states)
+        self._states.append(hidden.clone())
+        tokens = [walk.wanted(walk.next + step) for walk in self._batch]
+        if len(self._states) == max(self._k, 2):
+            self._end()
+        return torch.tensor(tokens, device=hidden.device)
+
+    def _end(self) -> None:
+        states = torch.stack(self._states[: self._k], dim=1).cpu()  # [B, K, D]
+        for walk, place, state in zip(self._batch, self._places, states, strict=True):
+            if place != walk.next:
+                walk.next = max(walk.first, place + 1)
+                continue
+            if place + self._k <= len(walk.tokens):
+                walk.cycles[place] = state
+            walk.next = place + self._k + 1
+
+
+def _forget_after_divergence(walk: _Request, tokens: list[int]) -> None:
+    """Drop cycles behind the first token that the target chose differently the second time: a near tie, in half
+    precision and another batch."""
+    differing = [i for i, (a, b) in enumerate(zip(walk.tokens, tokens, strict=False)) if a != b]
+    if differing:
+        walk.cycles = {place: state for place, state in walk.cycles.items() if place <= differing[0]}
+
+
+def _rows(walks: Sequence[_Request], document: int, k: int) -> Rows | None:
+    cycles = sorted((place, state) for walk in walks for place, state in walk.cycles.items())
+    if not cycles:
+        return None
+    places = torch.tensor([place for place, _ in cycles])
+    step = torch.arange(k).repeat(len(cycles))
+    pos = places.repeat_interleave(k) + step
+    tokens = torch.tensor(walks[0].tokens)
+    return Rows(
+        hidden=torch.cat([state for _, state in cycles]),
+        doc=torch.full_like(pos, document),
+        step=step,
+        pos=pos,
+        next_token=tokens[pos],
+    )
+
+
+def _concatenate(parts: list[Rows], hidden_size: int) -> Rows:
+    from vllm_slimspec.convert.states import concatenate
+
+    nothing = torch.zeros(0, dtype=torch.long)
+    return concatenate(parts) if parts else Rows(torch.zeros(0, hidden_size), nothing, nothing, nothing, nothing)

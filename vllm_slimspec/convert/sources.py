@@ -1,0 +1,340 @@
+"""Every public form of an EAGLE-3 drafter, read as one: a config in this package's format, a body, and a dense head.
+
+    EAGLE, SafeAILab       midlayer.*, lm_head.weight of its own, d2t and t2d
+    SpecForge              the same; d2t and t2d also where they map nothing
+    speculators            layers.0.*, keys of the layer in transformer_layer_config, lm_head.weight (the target's rows)
+    no head                either body; the head is the target's
+    TorchSpec, SlimSpec    lm_head.down.weight and lm_head.up.weight: low-rank already, passed through
+
+Letters: D hidden size of the drafter, V its vocabulary.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vllm_slimspec.checkpoint import (
+    DENSE,
+    DOWN,
+    SCALE,
+    UP,
+    CheckpointError,
+    DraftCheckpoint,
+    HeadSpec,
+    TensorInfo,
+    _check_body,
+    _flatten,
+    _read_headers,
+    check_tensor,
+    head_spec,
+    read_config,
+)
+
+_CHUNK = 8192
+_MAX_RESIDUAL = 0.1  # of a least-squares map, relative, on rows that it was not fitted to
+_NOT_OURS = (
+    "transformer_layer_config",
+    "speculators_config",
+    "speculators_model_type",
+    "speculators_version",
+    "auto_map",
+)
+_HEAD_KEYS = (
+    "lm_head_rank",
+    "lm_head_rank_divisor",
+    "lm_head_rerank",
+    "lm_head_rerank_rows",
+    "lm_head_quantization",
+    "lm_head_quantization_group",
+)
+# What vLLM assumes of a speculators config that is silent (transformers_utils/configs/speculators/algos.py).
+_SPECULATORS_DEFAULTS = {"norm_before_residual": True, "norm_before_fc": False, "fc_norm": False, "norm_output": False}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What conversion needs of a target: its sizes, and its head where a drafter borrows it."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, target: str | os.PathLike[str]) -> "Target":
+        """Read a target's config.json.
+
+        Raises:
+            CheckpointError: no such folder or repository, or no sizes in its config.
+        """
+        path = fetch(target, ["*.json"])
+        config = read_config(path)
+        text = {**config, **(config.get("text_config") or {})}
+        for key in ("hidden_size", "vocab_size"):
+            if not isinstance(text.get(key), int):
+                raise CheckpointError(f"{path / 'config.json'}: {key} is missing; give the target's own folder")
+        return cls(str(target), path, text)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config["hidden_size"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config["vocab_size"]
+
+    def head(self) -> torch.Tensor:
+        """The target's LM head [vocab, hidden], of which only the file that holds it is fetched.
+
+        Raises:
+            CheckpointError: there is none in floats of that shape.
+        """
+        suffixes = ("lm_head.weight", "embed_tokens.weight")  # the second where they are tied
+        found = self._find(suffixes)
+        for suffix in suffixes[: 2 if self.config.get("tie_word_embeddings") else 1]:
+            for name in sorted(n for n in found if n.endswith(suffix)):
+                with safe_open(str(found[name]), framework="pt") as handle:
+                    head = handle.get_tensor(name)
+                shape = (self.vocab_size, self.hidden_size)
+                if not head.is_floating_point() or tuple(head.shape) != shape:
+                    raise CheckpointError(
+                        f"{found[name]}: {name} is {head.dtype} {list(head.shape)}, must be floats {list(shape)}; "
+                        "give the target before quantisation"
+                    )
+                return head
+        raise CheckpointError(f"{self.path}: holds no lm_head.weight in safetensors; give the target's own folder")
+
+    def _find(self, suffixes: tuple[str, ...]) -> dict[str, Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            names = {n: f for n, f in json.loads(index.read_text())["weight_map"].items() if n.endswith(suffixes)}
+            folder = fetch(self.name, ["*.json", *sorted(set(names.values()))])
+            return {name: folder / file for name, file in names.items()}
+        folder = fetch(self.name, ["*.json", "model.safetensors"])
+        return {name: info.file for name, info in _read_headers(folder).items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one verification reads: every weight but the embeddings, as bfloat16, from the config's sizes."""
+        c = self.config
+        d, ff = c["hidden_size"], c.get("intermediate_size", 4 * c["hidden_size"])
+        heads = c.get("num_attention_heads", 1)
+        head_dim = c.get("head_dim") or d // heads
+        kv = c.get("num_key_value_heads") or heads
+        layer = 2 * d * head_dim * (heads + kv) + 3 * d * ff
+        return 2 * (c.get("num_hidden_layers", 1) * layer + c["vocab_size"] * d)
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """A drafter with a dense head, whatever form it came in."""
+
+    path: Path
+    config: dict[str, Any]  # ours, without the keys of the head
+    body: dict[str, TensorInfo]  # what stays as it is
+    head: torch.Tensor  # [V, D]
+    factors: tuple[torch.Tensor, torch.Tensor] | None  # down [R, D], up [V, R] of one that is low-rank already
+    d2t: torch.Tensor | None  # int64 [V], None where draft ids are the target's
+    target_rows: bool  # whether the head was tested to be the target's rows (False: or not tested)
+
+    @classmethod
+    def open(cls, drafter: str | os.PathLike[str], target: Target | None = None) -> "Drafter":
+        """Read a drafter from a folder or the Hugging Face hub (safetensors only).
+
+        Args:
+            drafter: folder or repository id.
+            target: checked against the drafter, and compared with its head; needed where the drafter has no head.
+
+        Raises:
+            CheckpointError: no drafter, or not of this target.
+        """
+        checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
+        where = str(checkpoint.path)
+        config = _normalise(checkpoint)
+        d2t = checkpoint.load("d2t") if "d2t" in checkpoint.tensors else None
+        if d2t is not None and len(d2t) == config.get("vocab_size") and not bool(d2t.any()):
+            d2t = None  # SpecForge writes maps that map nothing
+        factors = None if checkpoint.spec is None else (checkpoint.load(DOWN), checkpoint.load(UP))
+        if SCALE in checkpoint.tensors:
+            raise CheckpointError(f"{where}: its factors are quantised; convert the drafter that they were made from")
+        if DENSE in checkpoint.tensors:
+            head = checkpoint.load(DENSE)
+        elif factors is not None:
+            head = (factors[1].float() @ factors[0].float()).to(factors[0].dtype)
+        elif target is None:
+            raise CheckpointError(f"{where}: has no {DENSE}, so its head is the target's; give --target")
+        else:
+            head = target.head()
+            head = head if d2t is None else head[d2t + torch.arange(len(d2t))]
+        config["draft_vocab_size"] = len(head)
+        # With any rank: this checks the sizes, the family and the map as they will be served.
+        spec = head_spec({**config, "lm_head_rank": 1}, f"{where}/config.json")
+        _check(checkpoint, spec, head, d2t)
+        body = {
+            n: info for n, info in checkpoint.tensors.items() if not n.startswith("lm_head") and n not in ("d2t", "t2d")
+        }
+        if target is not None:
+            _check_target(config, where, target)
+        ids = None if d2t is None else d2t + torch.arange(len(d2t))
+        same = target is not None and factors is None and _is_target_rows(head, target, ids)
+        return cls(checkpoint.path, config, body, head, factors, d2t, same)
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """int64 [V], the target id of each draft id; None where they are the same."""
+        return None if self.d2t is None else self.d2t + torch.arange(len(self.d2t))
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes that a draft step reads besides the head."""
+        return sum(info.nbytes for name, info in self.body.items() if not name.startswith("embed_tokens"))
+
+    def body_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that conversion leaves alone."""
+        for name, info in self.body.items():
+            with safe_open(str(info.file), framework="pt") as handle:
+                yield name, handle.get_tensor(name)
+
+    def full_vocabulary(self, target: Target) -> tuple["Drafter", float]:
+        """This drafter with a row for every token of the target.
+
+        Where the head is the target's rows, the rest are taken from there. Otherwise the least-squares map M with
+        head ~ target[ids] M makes them, and the rows that are there stay as they are.
+
+        Returns:
+            the drafter, and the map's relative residual on rows that it was not fitted to (0 without a map).
+
+        Raises:
+            CheckpointError: the residual is too large for a map to mean anything.
+        """
+        if self.ids is None:
+            return self, 0.0
+        source, residual = target.head(), 0.0
+        if self.target_rows:
+            head = source.to(self.head.dtype)
+        else:
+            head, residual = _mapped(self.head, source, self.ids)
+            if residual > _MAX_RESIDUAL:
+                raise CheckpointError(
+                    f"{self.path}: no linear map takes the target's head to this one (residual {residual:.2f}, "
+                    f"allowed is {_MAX_RESIDUAL}); keep the vocabulary with --vocab keep"
+                )
+        config = self.config | {"draft_vocab_size": len(head)}
+        return Drafter(self.path, config, self.body, head, None, None, self.target_rows), residual
+
+    def truncated(self, keep: torch.Tensor) -> "Drafter":
+        """This drafter with only these draft ids, int64 [N], ascending."""
+        ids = keep if self.ids is None else self.ids[keep]
+        config = self.config | {"draft_vocab_size": len(keep)}
+        d2t = ids - torch.arange(len(keep))
+        return Drafter(self.path, config, self.body, self.head[keep], None, d2t, self.target_rows)
+
+
+def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
+    """A local folder as it is, or the files of a Hugging Face repository, in its cache.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    path = Path(name)
+    if path.exists() or str(name).count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:  # its own classes, httpx's, OSError: all say why in their first line
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{name}: no such folder, and not from the Hugging Face hub: {reason}") from None
+
+
+def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:
+    """config.json as this package writes it, without the keys of the head."""
+    config = _flatten(checkpoint.config)
+    if checkpoint.format == "speculators":
+        config = {**_SPECULATORS_DEFAULTS, **config}
+        family = str(config.get("model_type", "llama"))
+        config["architectures"] = [f"Eagle3{family.capitalize()}ForCausalLM"]  # head_spec knows which there are
+    rope = config.pop("rope_parameters", None)
+    if isinstance(rope, dict):  # the newer spelling; the older one is read by every transformers that is supported
+        rope = dict(rope)
+        config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+    return {k: v for k, v in config.items() if k not in (*_NOT_OURS, *_HEAD_KEYS)} | {"tie_word_embeddings": False}
+
+
+def _check(checkpoint: DraftCheckpoint, spec: HeadSpec, head: torch.Tensor, d2t: torch.Tensor | None) -> None:
+    where = str(checkpoint.path)
+    if head.ndim != 2 or head.shape[1] != spec.hidden_size or not head.is_floating_point():
+        raise CheckpointError(
+            f"{where}: the head is {head.dtype} {list(head.shape)}, must be floats [V, {spec.hidden_size}] as "
+            "hidden_size says; give the target that this drafter was made for"
+        )
+    if spec.truncated and (d2t is None or len(d2t) != len(head)):
+        raise CheckpointError(
+            f"{where}: {len(head)} rows of the head for {spec.vocab_size} tokens, but d2t "
+            f"{'is missing' if d2t is None else f'lists {len(d2t)}'}; copy the drafter again"
+        )
+    for name, tensor in ((DENSE, head), *([("d2t", d2t)] if d2t is not None else [])):
+        check_tensor(spec, name, tensor, where)
+    _check_body(checkpoint.config, checkpoint.tensors, checkpoint.path)
+
+
+def _check_target(config: dict[str, Any], where: str, target: Target) -> None:
+    wanted = config.get("target_hidden_size") or config["hidden_size"]
+    if wanted != target.hidden_size:
+        raise CheckpointError(
+            f"{where}: made for a target of hidden size {wanted}, but {target.name} has {target.hidden_size}; "
+            "give the target that this drafter was made for"
+        )
+    if config["vocab_size"] != target.vocab_size:
+        raise CheckpointError(
+            f"{where}: vocab_size={config['vocab_size']} but {target.name} has {target.vocab_size}; "
+            "give the target that this drafter was made for"
+        )
+    tokenizers = [_vocabulary(folder / "tokenizer.json") for folder in (Path(where), target.path)]
+    if all(tokenizers) and tokenizers[0] != tokenizers[1]:
+        raise CheckpointError(
+            f"{where}: its tokenizer is not that of {target.name}; give the target that it was made for"
+        )
+
+
+def _vocabulary(tokenizer: Path) -> dict[str, int] | None:
+    if not tokenizer.is_file():
+        return None
+    return json.loads(tokenizer.read_text(encoding="utf-8")).get("model", {}).get("vocab")
+
+
+def _is_target_rows(head: torch.Tensor, target: Target, ids: torch.Tensor | None) -> bool:
+    if head.shape[1] != target.hidden_size:
+        return False
+    rows = target.head()
+    ids = torch.arange(len(rows)) if ids is None else ids
+    pieces = zip(head.split(_CHUNK), ids.split(_CHUNK), strict=True)
+    return len(head) == len(ids) and all(torch.equal(h, rows[i].to(h.dtype)) for h, i in pieces)
+
+
+def _mapped(head: torch.Tensor, source: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """``source`` [vocab, D'] mapped to the space of ``head`` [V, D], with the rows ``ids`` as they are in ``head``."""
+    fitted = torch.arange(len(ids)) % 10 != 0  # a tenth of the rows judges the map
+    wide = source.shape[1]
+    gram = torch.zeros(wide, wide, dtype=torch.float64)
+    cross = torch.zeros(wide, head.shape[1], dtype=torch.float64)
+    for rows in fitted.nonzero()[:, 0].split(_CHUNK):
+        x = source[ids[rows]].double()
+        gram += x.T @ x
+        cross += x.T @ head[rows].double()
+    gram.diagonal().add_(1e-9 * gram.diagonal().mean())
+    linear = torch.linalg.solve(gram, cross)
+    judged = (~fitted).nonzero()[:, 0]
+    truth = head[judged].double()
+    residual = float((source[ids[judged]].double() @ linear - truth).norm() / truth.norm())
+    mapped = torch.cat([(rows.double() @ linear).to(head.dtype) for rows in source.split(_CHUNK)])
+    mapped[ids] = head
+    return mapped, residual
