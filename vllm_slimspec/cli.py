@@ -26,7 +26,7 @@ def main() -> None:
     """Run the command line; a CheckpointError becomes one line on stderr and exit code 1."""
     from vllm_slimspec.checkpoint import CheckpointError
 
-    if not {"inspect", "convert", "train"} & set(sys.argv[1:2]):
+    if not {"inspect", "convert", "report", "train"} & set(sys.argv[1:2]):
         from vllm_slimspec.bench.head import app as bench  # imports torch, which would slow the others down
 
         app.add_typer(bench, name="bench")
@@ -58,20 +58,38 @@ def inspect(
     """Say what a drafter is, what its head costs against a dense one, and what would stop it from being served."""
     from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
 
-    report: dict[str, Any] = {"path": str(drafter), "servable": False, "problems": []}
+    found: dict[str, Any] = {"path": str(drafter), "servable": False, "problems": []}
     try:
         checkpoint = DraftCheckpoint.open(drafter)
-        report |= _describe(checkpoint)
+        found |= _describe(checkpoint)
         checkpoint.check_values()
-        report["servable"] = checkpoint.spec is not None
+        found["servable"] = checkpoint.spec is not None
     except CheckpointError as error:
-        report["problems"].append(str(error))
+        found["problems"].append(str(error))
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(json.dumps(found, indent=2))
     else:
-        _print(report)
-    if report["problems"]:
+        _print(found)
+    if found["problems"]:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: slimspec report docs/results/head-cpu.json --output-path docs/head-cpu.png")
+def report(
+    results: Annotated[Path, typer.Argument(help="What `slimspec bench head --json` wrote.")],
+    output_path: Annotated[Path, typer.Option(help="The picture, .png or .svg.")],
+    batch: Annotated[int, typer.Option(help="Rows drafted at once.")] = 1,
+) -> None:
+    """Draw measured heads beside the dense one."""
+    from vllm_slimspec.bench.report import plot_heads
+    from vllm_slimspec.bench.results import HeadResults
+
+    try:
+        plot_heads(HeadResults.model_validate_json(results.read_text()), output_path, batch)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"error: {results}: {' '.join(str(error).split())[:300]}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"written: {output_path}")
 
 
 def _describe(checkpoint: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ GROUP_SIZES = (32, 64, 128)
 _WEIGHT_DTYPE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 _LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.5}  # -8 to 7, so that both ends are off by half a step at most
 
+_ROWS = 16384  # quantised at a time: a head in float32 is twice its size, several times over
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedUp:
@@ -116,7 +118,13 @@ def quantize_up(
         raise ValueError(f"up must have an even rank R for int4, which keeps two columns a byte, got R={rank}")
     if group_size is not None:
         _check_group(group_size, rank)
-    groups = up.float().unflatten(1, (-1, group_size or rank))
+    parts = [_quantize_rows(rows, kind, group_size or rank) for rows in up.split(_ROWS)]
+    weight, scale = (torch.cat(column) for column in zip(*parts, strict=True))
+    return QuantizedUp(weight, scale, group_size)
+
+
+def _quantize_rows(up: Tensor, kind: str, group_size: int) -> tuple[Tensor, Tensor]:
+    groups = up.float().unflatten(1, (-1, group_size))
     largest = groups.abs().amax(dim=2)
     if not largest.isfinite().all():
         raise ValueError("up must be finite, got NaN or infinity in it")
@@ -124,13 +132,11 @@ def quantize_up(
     scale = torch.where(scale > 0, scale, 1.0)
     entries = (groups / scale[:, :, None]).flatten(1)
     if kind == "fp8":
-        weight = entries.clamp(-448, 448).to(torch.float8_e4m3fn)
-    elif kind == "int8":
-        weight = entries.round().clamp(-127, 127).to(torch.int8)
-    else:
-        nibbles = (entries.round().clamp(-8, 7) + 8).to(torch.uint8)
-        weight = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-    return QuantizedUp(weight, scale, group_size)
+        return entries.clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    if kind == "int8":
+        return entries.round().clamp(-127, 127).to(torch.int8), scale
+    nibbles = (entries.round().clamp(-8, 7) + 8).to(torch.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale
 
 
 def pad_rank(up: QuantizedUp, rank: int) -> QuantizedUp:

@@ -51,7 +51,7 @@ def convert(
     frequencies: Annotated[Path | None, typer.Option(help='For --vocab N: JSON {"token id": count}.')] = None,
     distil_steps: Annotated[int, typer.Option(min=0, help="Steps of head-only distillation.")] = 0,
     loss: Annotated[_Loss, typer.Option(help="Of the distillation.")] = _Loss.KL,
-    lr: Annotated[float, typer.Option(help="Of the distillation, in units of the factors' size.")] = 0.02,
+    lr: Annotated[float, typer.Option(help="Of the distillation, in units of the factors' size.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the distillation.")] = 0,
     rerank: Annotated[int | None, typer.Option(min=1, help="Score this many candidates again, exactly.")] = None,
     quantize: Annotated[_Quantization | None, typer.Option(help="Store the factor `up` in fewer bits.")] = None,

@@ -36,7 +36,7 @@ class Recipe:
 
     steps: int
     loss: Loss = "kl"
-    lr: float = 0.02  # in units of the factors' root mean square, which factorise makes the same for both
+    lr: float = 0.05  # in units of the factors' root mean square, which factorise makes the same for both
     batch: int = 512
     seed: int = 0
 
