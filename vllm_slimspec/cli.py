@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_slimspec import __version__
+from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.convert.cli import EXAMPLE, convert
 from vllm_slimspec.train.cli import app as train
 
@@ -84,11 +85,8 @@ def report(
     from vllm_slimspec.bench.report import plot_heads
     from vllm_slimspec.bench.results import HeadResults
 
-    try:
+    with one_line_errors():
         plot_heads(HeadResults.model_validate_json(results.read_text()), output_path, batch)
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"error: {results}: {' '.join(str(error).split())[:300]}", err=True)
-        raise typer.Exit(1) from None
     typer.echo(f"written: {output_path}")
 
 

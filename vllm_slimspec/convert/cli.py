@@ -1,13 +1,13 @@
 """``slimspec convert``: any EAGLE-3 drafter to a SlimSpec one, measured before it is written."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from vllm_slimspec.console import one_line_errors
 
 if TYPE_CHECKING:
     from vllm_slimspec.convert.evaluate import Evaluation
@@ -92,7 +92,7 @@ def convert(
         layout=layout.value,
         engine=_engine(engine_args),
     )
-    with _one_line_errors():
+    with one_line_errors():
         if divisors:
             evaluation, outcomes = run.sweep(options, divisors)
             _print_sweep(evaluation, outcomes)
@@ -102,15 +102,6 @@ def convert(
     if done.evaluation is not None:
         _print_sweep(done.evaluation, [done.outcome])
     typer.echo(f"written: {done.checkpoint.path}")
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _divisors(text: str | None) -> list[int]:

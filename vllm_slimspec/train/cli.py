@@ -3,13 +3,13 @@
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from vllm_slimspec.console import one_line_errors
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -27,15 +27,6 @@ class _HeadInit(StrEnum):
     RANDOM = "random"
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-
-
 @app.command(epilog="Example: slimspec train states --target T --documents docs.jsonl --output-path states")
 def states(
     target: Target,
@@ -49,7 +40,7 @@ def states(
     """Run the target over documents and keep the hidden states; run again, it resumes and mends broken files."""
     from vllm_slimspec.train.states import read_documents, write_states
 
-    with _one_line_errors():
+    with one_line_errors():
         write_states(target, read_documents(documents, target, max_length), output_path, layer_ids=target_layer_ids)
 
 
@@ -77,5 +68,5 @@ def fit(
     parser = argparse.ArgumentParser("slimspec train fit", add_help=False)
     add_config_cli_arguments(parser)
     flags = vars(parser.parse_args(context.args))
-    with _one_line_errors():
+    with one_line_errors():
         fit(target, data_path, output_path, head=head.value, rank=rank, head_init=head_init.value, **flags)
