@@ -104,3 +104,21 @@ import vllm_slimspec.kernels.low_rank_argmax
 print(is_kernels_available())
 """
     assert _run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(tmp_path)).split()[-1] == str(hugging_face)
+
+
+def test_command_without_torch(wheel, tmp_path):
+    """Catches: `slimspec --version`, `--help` or a traceback for want of what only vLLM brings."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = "import sys; sys.modules['torch'] = None; from vllm_slimspec.cli import main; main()"
+
+    def run(argument: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, argument]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    assert run("--version").stdout.startswith("vllm-slimspec ")
+    assert "convert" in run("--help").stdout
+    bench = run("bench")
+    assert bench.returncode == 1
+    assert bench.stderr.startswith("error: ")
+    assert "Traceback" not in bench.stderr

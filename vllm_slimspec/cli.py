@@ -27,10 +27,14 @@ def main() -> None:
     """Run the command line; a CheckpointError becomes one line on stderr and exit code 1."""
     from vllm_slimspec.checkpoint import CheckpointError
 
-    if not {"inspect", "convert", "report", "train"} & set(sys.argv[1:2]):
-        from vllm_slimspec.bench.head import app as bench  # imports torch, which would slow the others down
+    if sys.argv[1:2] in ([], ["-h"], ["--help"], ["bench"]):
+        try:
+            from vllm_slimspec.bench.head import app as bench  # imports torch, which would slow the others down
 
-        app.add_typer(bench, name="bench")
+            app.add_typer(bench, name="bench")
+        except ModuleNotFoundError as error:
+            if sys.argv[1:2] == ["bench"]:
+                sys.exit(f"error: {error}; install this package beside vLLM, which brings it")
     try:
         app()
     except CheckpointError as error:
