@@ -7,6 +7,7 @@ from vllm_slimspec.bench.results import HeadResults, HeadRow
 # What a reader compares first, in the order of the picture; everything else stays in the tables.
 _SHOWN = {
     "full": "dense",
+    "full-packed": "dense, repacked for the CPU",  # the harder baseline: vLLM's CPU backend repacks its head too
     "full-int8": "dense, int8",
     "trim-32k": "dense, 32k of the vocabulary",
     "low-rank": "low-rank",
