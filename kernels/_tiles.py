@@ -7,9 +7,10 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -117,6 +118,47 @@ def _table(device: torch.device) -> dict:
 def tuned_path(device_name: str) -> Path:
     """Where the table of a device lies: "NVIDIA H200" -> kernels/tuned/nvidia-h200.json."""
     return TUNED / f"{re.sub('[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+
+
+class Launch(NamedTuple):
+    """A pass over `up`: its input, its cut, and how to hand both to a kernel."""
+
+    z: Tensor  # [B, R]
+    factor: Factor
+    blocks: int  # of rows
+    tiles: int  # of entries
+    constants: dict[str, Any]
+
+    @property
+    def grid(self) -> tuple[int]:
+        """A program for every tile and block, those of one tile side by side, so that it comes from memory once."""
+        return (self.blocks * self.tiles,)
+
+
+def launch_of(
+    hidden: Tensor,  # [B, D]
+    down: Tensor,  # [R, D]
+    up: Tensor | QuantizedUp,  # [V, R]
+    entries: int,
+    tiling: Tiling | None,
+) -> Launch:
+    """Project ``hidden`` and cut the first ``entries`` rows of ``up`` by ``tiling``, or by that of the device."""
+    z = F.linear(hidden, down)
+    batch, rank = z.shape
+    factor = factor_of(up)
+    cut = tiling or tiling_for(z.device, batch, rank, factor)
+    constants = {
+        "R": rank,
+        "KIND": factor.kind,
+        "GROUP": factor.group,
+        "BLOCK_V": cut.block_v,
+        "BLOCK_B": cut.block_b,
+        "BLOCK_R": cut.block_r,
+        "UPCAST": INTERPRETED,
+        "num_warps": cut.num_warps,
+        "num_stages": cut.num_stages,
+    }
+    return Launch(z, factor, triton.cdiv(batch, cut.block_b), max(1, triton.cdiv(entries, cut.block_v)), constants)
 
 
 def rank_multiple(rank: int, group_size: int | None) -> int:

@@ -6,13 +6,12 @@ The idea of the fused argmax: FlashSampling (arXiv 2603.15854); the head: SlimSp
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vllm_slimspec.kernels._pairs import pack, unpack
-from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, as_float32, factor_of, tile_scores, tiling_for
+from vllm_slimspec.kernels._tiles import Tiling, as_float32, launch_of, tile_scores
 from vllm_slimspec.kernels.reduce_pairs import reduce_pairs
 from vllm_slimspec.quantized import QuantizedUp
 
@@ -38,7 +37,6 @@ def _tile_argmax_kernel(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    # programs that read the same tile of `up` run side by side, so that it comes from memory once
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     scores, ids, rows = tile_scores(
@@ -63,15 +61,11 @@ def low_rank_argmax(
     ``z = down(hidden)`` is rounded to the model dtype; scores are float32 and are compared unrounded. Safe under
     CUDA-graph capture once the batch bucket has run. Arguments are checked by :mod:`vllm_slimspec.ops`.
     """
-    z = F.linear(hidden, down)
-    batch, rank = z.shape
-    factor = factor_of(up)
-    tiling = tiling or tiling_for(z.device, batch, rank, factor)
-    blocks = triton.cdiv(batch, tiling.block_b)
-    tiles = max(1, triton.cdiv(valid_vocab, tiling.block_v))
+    z, factor, blocks, tiles, constants = launch = launch_of(hidden, down, up, valid_vocab, tiling)
+    batch = z.shape[0]
     values = torch.empty(batch, tiles, dtype=torch.float32, device=z.device)
     ids = torch.empty(batch, tiles, dtype=torch.int64, device=z.device)
-    _tile_argmax_kernel[(blocks * tiles,)](
+    _tile_argmax_kernel[launch.grid](
         z,
         factor.weight,
         factor.scale,
@@ -81,15 +75,7 @@ def low_rank_argmax(
         valid_vocab,
         blocks,
         tiles,
-        R=rank,
-        KIND=factor.kind,
-        GROUP=factor.group,
-        BLOCK_V=tiling.block_v,
-        BLOCK_B=tiling.block_b,
-        BLOCK_R=tiling.block_r,
-        UPCAST=INTERPRETED,
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        **constants,
     )
     return reduce_pairs(values, ids)
 

@@ -1,12 +1,11 @@
 """The logits of a low-rank head, for drafting that samples instead of taking the best."""
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, as_float32, factor_of, tile_scores, tiling_for
+from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, as_float32, launch_of, tile_scores
 from vllm_slimspec.quantized import QuantizedUp
 
 
@@ -43,14 +42,11 @@ def low_rank_logits(
     tiling: Tiling | None = None,
 ) -> Tensor:
     """``up(down(hidden))`` -> [B, V] in the model dtype, rounded once from a float32 sum."""
-    z = F.linear(hidden, down)
-    batch, rank = z.shape
-    factor = factor_of(up)
-    tiling = tiling or tiling_for(z.device, batch, rank, factor)
-    blocks = triton.cdiv(batch, tiling.block_b)
+    z, factor, blocks, _, constants = launch = launch_of(hidden, down, up, up.shape[0], tiling)
+    batch = z.shape[0]
     # the interpreter cannot round to bfloat16: let torch do it there
     logits = torch.empty(batch, up.shape[0], dtype=torch.float32 if INTERPRETED else z.dtype, device=z.device)
-    _logits_kernel[(blocks * triton.cdiv(up.shape[0], tiling.block_v),)](
+    _logits_kernel[launch.grid](
         z,
         factor.weight,
         factor.scale,
@@ -58,15 +54,7 @@ def low_rank_logits(
         batch,
         up.shape[0],
         blocks,
-        R=rank,
-        KIND=factor.kind,
-        GROUP=factor.group,
-        BLOCK_V=tiling.block_v,
-        BLOCK_B=tiling.block_b,
-        BLOCK_R=tiling.block_r,
-        UPCAST=INTERPRETED,
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        **constants,
     )
     return logits.to(z.dtype)
 

@@ -8,7 +8,6 @@ the order of the vocabulary loses none, and the pass over `up` keeps no lists. R
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,10 +19,9 @@ from vllm_slimspec.kernels._tiles import (
     Tiling,
     as_float32,
     entry_scores,
-    factor_of,
     form_of,
+    launch_of,
     tile_scores,
-    tiling_for,
 )
 from vllm_slimspec.quantized import QuantizedUp
 
@@ -144,17 +142,13 @@ def low_rank_topk(
     With ``dense``, rescored by and sorted by ``hidden . dense[row]``. Safe under CUDA-graph capture once the batch
     bucket has run. Arguments are checked by :mod:`vllm_slimspec.ops`.
     """
-    z = F.linear(hidden, down)
+    z, factor, blocks, _, constants = launch = launch_of(hidden, down, up, valid_vocab, tiling)
     batch, rank = z.shape
-    factor = factor_of(up)
-    tiling = tiling or tiling_for(z.device, batch, rank, factor)
-    blocks = triton.cdiv(batch, tiling.block_b)
     groups = triton.cdiv(valid_vocab, MEMBERS)
     maxima = torch.empty(batch, groups, dtype=torch.int32, device=z.device)
     values = torch.empty(batch, k, dtype=torch.float32, device=z.device)
     ids = torch.empty(batch, k, dtype=torch.int64, device=z.device)
-    form = {"R": rank, "KIND": factor.kind, "GROUP": factor.group, "MEMBERS": MEMBERS, "UPCAST": INTERPRETED}
-    _group_maxima_kernel[(blocks * triton.cdiv(valid_vocab, tiling.block_v),)](
+    _group_maxima_kernel[launch.grid](
         z,
         factor.weight,
         factor.scale,
@@ -163,12 +157,8 @@ def low_rank_topk(
         valid_vocab,
         blocks,
         groups,
-        BLOCK_V=tiling.block_v,
-        BLOCK_B=tiling.block_b,
-        BLOCK_R=tiling.block_r,
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-        **form,
+        MEMBERS=MEMBERS,
+        **constants,
     )
     _select_kernel[(batch,)](
         z,
@@ -184,28 +174,38 @@ def low_rank_topk(
         groups,
         K=k,
         D=0 if dense is None else hidden.shape[1],
-        **form,
+        MEMBERS=MEMBERS,
+        R=rank,
+        KIND=factor.kind,
+        GROUP=factor.group,
+        UPCAST=INTERPRETED,
         **select_blocks(k, form_of(factor)),
     )
     return values, ids
 
 
 def select_blocks(k: int, form: str) -> dict[str, int]:
-    """How the last launch is cut."""
+    """How the last launch is cut: the widest that none of the supported GPUs spills at.
+
+    But for float32, which nobody serves in: there more than 32 candidates with rerank spill up to 96 bytes.
+    """
     width = max(8, triton.next_power_of_2(k))
-    if "-g" in form or form.startswith("int4"):
-        block_r = 32
-    elif form == "float32":
-        block_r = 16
-    else:  # what none of the supported GPUs spills at
+    warps = 8
+    if form == "float32":
+        block_r = 16 if width <= 32 else 8
+    elif "-g" in form or form.startswith("int4"):
+        block_r, warps = 32, 8 if width <= 32 else 16
+    elif width <= 32:
         block_r = 32 if width > 16 and form.endswith("float16") else 64
+    else:
+        block_r, warps = 32, 16
     return {
         "WIDTH": width,
         "CHUNK": CHUNK,
         "BLOCK_B": BATCH_BUCKETS[0],
         "BLOCK_R": block_r,
-        "BLOCK_D": max(16, min(512, 8192 // width)),
-        "num_warps": 8,
+        "BLOCK_D": max(16, min(512, 8192 // width)) if width <= 32 else 64,
+        "num_warps": warps,
         "num_stages": 1,
     }
 

@@ -254,11 +254,13 @@ def test_every_fp8_code():
 @pytest.fixture
 def short_chunks(monkeypatch):
     """The interpreter's time goes by sorting steps; and small vocabularies shall take several chunks."""
-    monkeypatch.setattr(topk_kernel, "CHUNK", 32)
+    monkeypatch.setattr(topk_kernel, "CHUNK", 64)
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize(("batch", "vocab", "rank", "k"), [(2, 300, 64, 16), (1, 700, 122, 5), (1, 40, 16, 32)])
+@pytest.mark.parametrize(
+    ("batch", "vocab", "rank", "k"), [(2, 300, 64, 16), (1, 1100, 122, 5), (1, 40, 16, 32), (1, 1300, 32, 64)]
+)
 def test_topk(short_chunks, kind, batch, vocab, rank, k):
     """A candidate of a later chunk or a crowded group that is lost, or one that is not sorted in."""
     hidden, down, up = head(batch, vocab, rank, torch.float16)
@@ -273,9 +275,9 @@ def test_topk(short_chunks, kind, batch, vocab, rank, k):
 @settings(max_examples=10, deadline=None)
 @given(
     batch=st.integers(0, 2),
-    vocab=st.integers(1, 600),
-    k=st.integers(1, 32),
-    valid=st.integers(0, 600),
+    vocab=st.integers(1, 1200),
+    k=st.integers(1, ops.MAX_K),
+    valid=st.integers(0, 1200),
     seed=st.integers(0, 99),
 )
 def test_topk_ties_on_any_shape(batch, vocab, k, valid, seed):
@@ -283,7 +285,7 @@ def test_topk_ties_on_any_shape(batch, vocab, k, valid, seed):
     hidden, down, up = integer_head(batch, vocab, 3, seed=seed)
     k, valid = min(k, vocab), min(valid, vocab)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk_kernel, "CHUNK", 32)
+        patch.setattr(topk_kernel, "CHUNK", 64)
         values, ids = ops.low_rank_topk(hidden, down, up, k, valid_vocab=valid, impl="triton")
     expected = ops.low_rank_topk(hidden, down, up, k, valid_vocab=valid, impl="torch")
     assert torch.equal(values, expected[0])

@@ -29,6 +29,7 @@ CASES = [
     *[("argmax", "float16", 360, 1), ("argmax", "float32", 123, 64)],
     *[("logits", "bfloat16", 512, 64), ("maxima", "int8", 512, 64)],
     *[("select", "int4-g32", 512, 16), ("select", "fp8", 512, 32), ("rerank", "bfloat16", 512, 32)],
+    *[("rerank", form, 512, 64) for form in ("bfloat16", "int8", "int4-g32")],
     ("reduce_pairs", "float32", 0, 0),
 ]
 

@@ -78,7 +78,7 @@ def test_edges(scores, valid_vocab, value, best):
 @given(
     batch=st.integers(0, 4),
     vocab=st.integers(1, 5000),
-    k=st.integers(1, 32),
+    k=st.integers(1, ops.MAX_K),
     valid=st.integers(0, 5000),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
@@ -208,7 +208,7 @@ def test_wrong_calls(change, error, message):
     [
         ({"k": 0}, ValueError, "k must be in [1, 9] for V=9, got 0"),
         ({"k": 10}, ValueError, "k must be in [1, 9] for V=9, got 10"),
-        ({"k": 33, "up": torch.ones(99, 3)}, ValueError, "k must be in [1, 32] for V=99, got 33"),
+        ({"k": 65, "up": torch.ones(99, 3)}, ValueError, "k must be in [1, 64] for V=99, got 65"),
         ({"valid_vocab": 10}, ValueError, "valid_vocab must be in [0, V=9], got 10"),
         ({"dense": None}, TypeError, "dense must be a tensor, got NoneType"),
         ({"dense": torch.ones(9, 4).half()}, TypeError, "dense must be torch.float32 as hidden is, got torch.float16"),

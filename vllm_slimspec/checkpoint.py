@@ -38,7 +38,17 @@ UP = "lm_head.up.weight"
 SCALE = "lm_head.up.scale"
 DENSE = "lm_head.weight"
 
+HEAD_KEYS = frozenset(
+    {
+        *("lm_head_rank", "lm_head_rank_divisor", "lm_head_rerank", "lm_head_rerank_rows"),
+        *("lm_head_quantization", "lm_head_quantization_group"),
+    }
+)
+
 ARCHITECTURES = {"llama": "SlimSpecLlamaForCausalLMEagle3", "qwen3": "SlimSpecQwen3ForCausalLMEagle3"}
+
+# vLLM's own, for a dense head.
+DENSE_ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 
 # What other tools write for an EAGLE-3 drafter: TorchSpec, SpecForge and EAGLE; vLLM's own names; speculators.
 _STOCK_ARCHITECTURES = {
@@ -51,7 +61,8 @@ _STOCK_ARCHITECTURES = {
 }
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 _BYTES = {"F64": 8, "I64": 8, "I32": 4, **_FLOATS}
-MAX_RERANK = 32  # ops.MAX_K: what the kernels keep of each row
+_PIECE = 1 << 20  # numbers of a tensor that are looked at in one go
+MAX_RERANK = 64  # ops.MAX_K: what the kernels keep of each row
 _QUANTIZED = {"fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}
 _GROUPS = (32, 64, 128)
 
@@ -59,7 +70,15 @@ Format = Literal["slimspec", "torchspec", "speculators", "eagle3"]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: one line, with what is wrong, what is allowed and how to mend it."""
+    """A checkpoint that cannot be used: one line, with what is wrong, what is allowed and how to mend it.
+
+    What a checkpoint holds gets into the message, so characters that move a terminal's cursor are written as escapes,
+    and the middle of a very long message is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__(line if len(line) <= 1600 else f"{line[:1000]} ... {line[-500:]}")
 
 
 @dataclass(frozen=True)
@@ -176,11 +195,16 @@ class DraftCheckpoint:
         path = Path(folder)
         config = read_config(path)
         spec = head_spec(config, str(path / "config.json")) if is_low_rank(config) else None
-        tensors = _read_headers(path)
+        tensors = read_headers(path)
         if spec is not None:
             shapes = {name: (info.dtype, info.shape) for name, info in tensors.items()}
             check_head(spec, shapes, str(path))
-            _check_body(_flatten(config), tensors, path)
+            check_body(_flatten(config), tensors, path)
+        elif "fc.weight" in tensors and not any(name.endswith(".hidden_norm.weight") for name in tensors):
+            raise CheckpointError(
+                f"{path}: no tensor *.hidden_norm.weight, so this is an EAGLE or EAGLE-2 drafter, not an EAGLE-3 one; "
+                'vLLM serves it with "method": "eagle", without this package'
+            )
         elif not any(name.endswith(".hidden_norm.weight") for name in tensors):
             raise CheckpointError(
                 f"{path}: no tensor *.hidden_norm.weight, so this is no EAGLE-3 drafter; give the drafter's folder, "
@@ -206,6 +230,23 @@ class DraftCheckpoint:
                 continue
             check_tensor(self.spec, name, self.load(name), str(self.tensors[name].file))
 
+    @property
+    def flat(self) -> dict[str, Any]:
+        """config.json with the layer's keys of speculators' format at the top."""
+        return _flatten(self.config)
+
+    def provenance(self) -> dict[str, Any]:
+        """slimspec.json: how this checkpoint came to be; empty where another tool wrote it.
+
+        Raises:
+            CheckpointError: it is not a JSON object.
+        """
+        file = self.path / "slimspec.json"
+        if not os.path.lexists(file):
+            return {}
+        _check_place(file)
+        return _json_object(file)
+
     def check_target(self, vocab_size: int, target: str) -> None:
         """Refuse a target whose vocabulary is not the one this drafter was made for.
 
@@ -214,6 +255,46 @@ class DraftCheckpoint:
         """
         if self.spec is not None:
             check_vocabulary(self.spec, vocab_size, target, str(self.path / "config.json"))
+
+    def aux_layers(self) -> tuple[int, list[Any] | None]:
+        """How many of the target's layers the drafter reads, and which (None: vLLM's choice for the target)."""
+        eagle = self.flat.get("eagle_config")
+        eagle = eagle if isinstance(eagle, Mapping) else {}
+        ids = self.flat.get("eagle_aux_hidden_state_layer_ids") or eagle.get("layer_ids")
+        count, others = self.flat.get("num_aux_hidden_states"), eagle.get("eagle_aux_hidden_state_layer_ids")
+        if not isinstance(count, int) or count < 1:
+            count = len(others) if isinstance(others, list) and others else 3
+        return count, ids if isinstance(ids, list) else None
+
+    def check_sizes(self, hidden_size: int, layers: int, target: str) -> None:
+        """Refuse a target whose hidden states or embeddings do not fit: a model of another size with one tokenizer.
+
+        Args:
+            hidden_size: the target's.
+            layers: how many it has.
+
+        Raises:
+            CheckpointError: the drafter reads other widths, or layers that are not there.
+        """
+        cure = "use the drafter that was made for this target"
+        tensors = {name.removeprefix("model."): info for name, info in self.tensors.items()}
+        fc, (count, ids) = tensors.get("fc.weight"), self.aux_layers()
+        if fc is not None and fc.shape[1:] != (count * hidden_size,):
+            raise CheckpointError(
+                f"{self.path}: fc.weight takes {list(fc.shape)[1:]} numbers, but the target {target} gives {count} "
+                f"times {hidden_size}; {cure}"
+            )
+        if "embed_tokens.weight" not in tensors and self.flat.get("hidden_size") != hidden_size:
+            raise CheckpointError(
+                f"{self.path}: has no embeddings of its own, and those of the target {target} are {hidden_size} wide, "
+                f"not {self.flat.get('hidden_size')}; {cure}"
+            )
+        within = ids is None or all(isinstance(i, int) and 0 <= i <= layers for i in ids)
+        if fc is not None and not (within and (ids is None or len(set(ids)) == count)):
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: eagle_aux_hidden_state_layer_ids={ids} must be {count} different ids "
+                f"from 0 to {layers}, the layers of the target {target}; {cure}"
+            )
 
     def load(self, name: str) -> "torch.Tensor":
         """One tensor, on the CPU, in its stored dtype."""
@@ -243,15 +324,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the path of a drafter's folder")
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise CheckpointError(f"{file}: no such file; a drafter folder needs config.json beside its safetensors")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: holds {type(config).__name__}, must be a JSON object; copy the file again")
-    return config
+    _check_place(file)
+    return _json_object(file)
 
 
 def check_head(spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
@@ -357,12 +433,14 @@ def check_tensor(spec: HeadSpec, name: str, tensor: "torch.Tensor", where: str) 
                 f"{where}: d2t maps several draft ids to one target id; entries are offsets "
                 "(target id - draft id) and each target id may appear once, rebuild the map"
             )
-    elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-        count = int((~torch.isfinite(tensor.float())).sum())
-        raise CheckpointError(
-            f"{where}: tensor {name} holds {count} NaN or Inf values, all must be finite; "
-            "convert again from a sound drafter"
-        )
+    elif tensor.is_floating_point():
+        # In pieces: this runs while the target fills the memory of the machine.
+        count = sum(int((~torch.isfinite(part.float())).sum()) for part in tensor.flatten().split(_PIECE))
+        if count:
+            raise CheckpointError(
+                f"{where}: tensor {name} holds {count} NaN or Inf values, all must be finite; "
+                "convert again from a sound drafter"
+            )
 
 
 def describe(tensor: "torch.Tensor") -> tuple[str, tuple[int, ...]]:
@@ -416,20 +494,18 @@ def write_checkpoint(
         CheckpointError: the folder is taken, or what was written would not be accepted by :meth:`DraftCheckpoint.open`.
         OSError: the disk refuses; nothing is left behind.
     """
-    from safetensors.torch import save_file
-
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path}: exists and is not an empty folder; remove it or choose another output")
     path.parent.mkdir(parents=True, exist_ok=True)
+    for entry in path.parent.iterdir():  # of runs that were killed
+        if entry.name.startswith(f".{path.name}.") and entry.suffix == ".partial":
+            shutil.rmtree(entry, ignore_errors=True)
     partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            str(partial / "model.safetensors"),
-            metadata={"format": "pt"},
-        )
+        whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_tensors(whole, partial / "model.safetensors", {"format": "pt"})
         for name, content in (("config.json", config), ("slimspec.json", provenance)):
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if card is not None:
@@ -444,6 +520,21 @@ def write_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return DraftCheckpoint.open(path)
+
+
+def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk refuses, which safetensors says by an error of its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, str(file), metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file}: not written ({error}); make room and run it again") from None
 
 
 def architecture(spec: HeadSpec) -> str:
@@ -485,8 +576,8 @@ def _format(config: Mapping[str, Any]) -> Format:
 def _family(config: Mapping[str, Any], where: str) -> Literal["llama", "qwen3"]:
     if _format(config) == "speculators":
         model_type = _flatten(config).get("model_type", "llama")
-        if model_type in ARCHITECTURES:
-            return model_type
+        if isinstance(model_type, str) and model_type in ARCHITECTURES:
+            return model_type  # type: ignore[return-value]
         raise CheckpointError(
             f"{where}: model_type={model_type!r} in transformer_layer_config is not served; "
             f"allowed are {', '.join(sorted(ARCHITECTURES))}"
@@ -507,6 +598,8 @@ def _positive_int(config: Mapping[str, Any], key: str, where: str) -> int:
         raise CheckpointError(f"{where}: {key} is missing; add it (a positive integer)")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"{where}: {key}={value!r} must be a positive integer; correct it")
+    if value >= 1 << 31:  # ids travel as int32
+        raise CheckpointError(f"{where}: {key}={value} must be below 2**31; correct it")
     return value
 
 
@@ -564,11 +657,11 @@ def _quantization(config: Mapping[str, Any], rank: int, where: str) -> dict[str,
                 f"add one of {', '.join(_QUANTIZED)}, or remove the group"
             )
         return {}
-    if kind not in _QUANTIZED:
+    if not isinstance(kind, str) or kind not in _QUANTIZED:
         raise CheckpointError(
             f"{where}: lm_head_quantization={kind!r} is not known; allowed are {', '.join(_QUANTIZED)}"
         )
-    if group is not None and (group not in _GROUPS or isinstance(group, bool) or rank % group):
+    if group is not None and (not isinstance(group, int) or group not in _GROUPS or rank % group):
         raise CheckpointError(
             f"{where}: lm_head_quantization_group={group!r} must be one of {', '.join(map(str, _GROUPS))} and divide "
             f"lm_head_rank={rank}; choose another, or remove it for one scale a row"
@@ -578,7 +671,12 @@ def _quantization(config: Mapping[str, Any], rank: int, where: str) -> dict[str,
     return {"quantization": kind, "quantization_group": group}
 
 
-def _read_headers(path: Path) -> dict[str, TensorInfo]:
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """Name -> declared dtype and shape of every tensor in a folder's safetensors; no weights are read.
+
+    Raises:
+        CheckpointError: no safetensors there, one that is not whole, or a tensor that is in two files.
+    """
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
         with _safe_open(file) as handle:
@@ -593,22 +691,25 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        _check_place(file)
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if os.path.lexists(index):
+        _check_place(index)
+        found = _read_json(index, sum(file.stat().st_size for file in files))
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            names = set(found["weight_map"].values())
+        except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: no usable weight_map ({error!r}); copy the file again") from None
+        here = {file.name: file for file in files}
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            if name not in here:
                 raise CheckpointError(
                     f"{index}: weight_map names {name!r}, must be a .safetensors file of the same folder; "
-                    "copy the file again"
+                    "copy that file, or the index, again"
                 )
-            if not (path / name).is_file():
-                raise CheckpointError(f"{path / name}: no such file, but {index.name} names it; copy it again")
-        return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
+        return [here[name] for name in sorted(names)]
     if files:
         return files
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -626,25 +727,88 @@ def _safe_open(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with file.open("rb") as raw:
+            header, size = int.from_bytes(raw.read(8), "little"), os.fstat(raw.fileno()).st_size
+        _check_size(file, min(header, size), size)
         with safe_open(str(file), framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
 
 
-def _check_body(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> None:
-    """vLLM leaves a parameter that no tensor names at its random start, and drafts garbage: look before it does."""
-    needed = ["norm.weight"]
-    if (config.get("eagle_config") or {}).get("use_aux_hidden_state", True):
-        needed.append("fc.weight")
+def _read_json(file: Path, described: int) -> Any:
+    """A JSON file of any shape, of a size that suits the ``described`` bytes of weights."""
+    try:
+        _check_size(file, file.stat().st_size, described)
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    found = _read_json(file, 0)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: holds {type(found).__name__}, must be a JSON object; copy the file again")
+    return found
+
+
+def _check_size(file: Path, size: int, described: int) -> None:
+    """Refuse JSON that would take more memory, parsed (20 times its size at the worst), than what it describes."""
+    most = max(1 << 20, described // 16)
+    if size > most:
+        raise CheckpointError(
+            f"{file}: {size} bytes of JSON, at most {most} are read (1 MiB, or a sixteenth of the weights); "
+            "copy the file again"
+        )
+
+
+def _check_place(file: Path) -> None:
+    """Refuse what is no regular file of its own folder: a checkpoint must not make its reader open anything else."""
+    try:
+        real, root = file.resolve(strict=True), file.parent.resolve()
+    except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
+        raise CheckpointError(f"{file}: a link that cannot be followed ({error}); copy the file here") from None
+    # A snapshot in the hub's cache is a folder of links into the blobs beside it.
+    blobs = root.parent.parent / "blobs"
+    if not real.is_relative_to(root) and not (root.parent.name == "snapshots" and real.parent == blobs):
+        raise CheckpointError(f"{file}: a link out of its folder, to {real}, is not followed; copy the file here")
+    if not real.is_file():
+        raise CheckpointError(f"{file}: is no regular file; copy the checkpoint again")
+
+
+def check_body(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> None:
+    """Refuse a drafter without all of its layer: vLLM leaves what no tensor names at its random start.
+
+    Args:
+        config: its config.json, flat.
+        tensors: of :func:`read_headers`.
+        path: how errors name it.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing.
+    """
+    eagle = config.get("eagle_config")
     layers = config.get("num_hidden_layers", 1)
-    for i in range(layers if isinstance(layers, int) else 1):
-        parts = ("hidden_norm", "post_attention_layernorm", "self_attn.o_proj", "mlp.down_proj")
-        needed += [f"layers.{i}.{part}.weight" for part in parts if i == 0 or part != "hidden_norm"]
     present = {name.replace("midlayer.", "layers.0.") for name in tensors}
-    for name in needed:
+    for name in _body_names(
+        bool(eagle.get("use_aux_hidden_state", True)) if isinstance(eagle, Mapping) else True,
+        layers if isinstance(layers, int) else 1,
+    ):
         if name not in present:
             raise CheckpointError(
                 f"{path}: tensor {name.replace('layers.0.', 'midlayer.')} is missing; "
                 "this is not a whole EAGLE-3 drafter, copy it again"
             )
+
+
+def _body_names(aux: bool, layers: int) -> Iterator[str]:
+    yield "norm.weight"
+    if aux:
+        yield "fc.weight"
+    for i in range(layers):
+        parts = ("hidden_norm", "post_attention_layernorm", "self_attn.o_proj", "mlp.down_proj")
+        yield from (f"layers.{i}.{part}.weight" for part in parts if i == 0 or part != "hidden_norm")

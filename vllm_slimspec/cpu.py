@@ -3,7 +3,7 @@
 A bfloat16 factor is reordered by oneDNN, which then reads it at memory speed (the row-major one it does not). A
 quantised `up` keeps two forms: the ATen kernel for weight-only integers, which wins for the few rows of a small batch
 because it reads fewer bytes, and beside it the dequantised bfloat16 one, which wins from then on because its
-arithmetic is faster. The crossovers, measured on two Zen 4 cores at V=128256 and R=256, are the constants below.
+arithmetic is faster. The constants below are where; `slimspec bench head --tune` on a CPU measures both forms.
 Reading V in tiles was measured too and lost at every batch: a call per tile costs more than the logits' cache misses.
 """
 
@@ -52,12 +52,12 @@ class PackedFactor:
         self.shape = torch.Size(factor.shape)
         self.dtype = dtype
         self.device = factor.device
-        self._small_rows = 0
+        self.integer_rows = 0  # up to so many rows the integer form multiplies
         self._small: _Int8 | _Int4 | None = None
         self._scale: Tensor | None = None  # [N]
         if isinstance(factor, QuantizedUp):
             if dtype == torch.bfloat16:
-                self._small_rows, self._small = _integer_form(factor)
+                self.integer_rows, self._small = _integer_form(factor)
             if dtype == torch.bfloat16 and factor.group_size is None:
                 # every entry is a bfloat16 number, its product with the scale is not
                 self._scale = factor.scale.squeeze(1).to(dtype)
@@ -70,7 +70,7 @@ class PackedFactor:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, K] -> [B, N], rounded to the dtype."""
-        if 0 < x.shape[0] <= self._small_rows:
+        if 0 < x.shape[0] <= self.integer_rows:
             assert self._small is not None
             return self._small(x.contiguous())[:, : self.shape[0]]
         if self._weight.is_mkldnn:

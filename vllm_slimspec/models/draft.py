@@ -1,6 +1,7 @@
 """What makes a vLLM EAGLE-3 draft model a SlimSpec one; the families add nothing but their base class."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +51,8 @@ class LowRankDraft(_Eagle3):
         with compat.without_dense_head(_base(type(self))):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.spec = spec
-        self.low_rank_head = LowRankHead(spec, maybe_prefix(prefix, "low_rank_head"))
+        with _memory_for(draft.model, spec.bytes(torch.get_default_dtype().itemsize)):
+            self.low_rank_head = LowRankHead(spec, maybe_prefix(prefix, "low_rank_head"))
         # Without re-rank nothing here reads `lm_head`, but Model Runner V2 compares its weight with the target's.
         self.lm_head = self.low_rank_head
         if spec.rerank is not None and spec.rerank_rows == "own":
@@ -116,7 +118,8 @@ class LowRankDraft(_Eagle3):
         self.low_rank_head.load(head)
         if DENSE in head:
             self.lm_head.weight_loader(self.lm_head.weight, head[DENSE])
-        self.prepared = False  # weights can be loaded again into a running engine
+        if self.prepared:  # into a running engine, whose captured graphs never pass `forward` again
+            self._prepare()
 
     def _take_head(
         self, weights: Iterable[tuple[str, torch.Tensor]], head: dict[str, torch.Tensor]
@@ -133,7 +136,8 @@ class LowRankDraft(_Eagle3):
     def _prepare(self) -> None:
         if self.spec.rerank is not None:
             self.dense = self._dense_rows()
-        self.low_rank_head.prepare(self.max_batch, *(self.dense or ()))
+        with _memory_for(self.source, self.spec.bytes(self.low_rank_head.weight.element_size())):
+            self.low_rank_head.prepare(self.max_batch, *(self.dense or ()))
         self.prepared = True
 
     def _dense_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -164,6 +168,21 @@ class LowRankDraft(_Eagle3):
         if path not in self.announced:
             self.announced.add(path)
             compat.logger.info("SlimSpec: drafting by %s", words)
+
+
+@contextmanager
+def _memory_for(source: str, size: int) -> Iterator[None]:
+    """Within it, an allocation that fails says what it was for."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+            raise
+        raise MemoryError(
+            f"{source}: no memory for a draft head of {size / 1e6:.1f} MB beside what is loaded ({reason}); free the "
+            "device, serve over more ranks (--tensor-parallel-size), or convert the drafter to a lower rank"
+        ) from None
 
 
 def _base(model: type) -> type:

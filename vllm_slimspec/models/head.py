@@ -42,19 +42,20 @@ class LowRankHead(ParallelLMHead):
             up = stored.dequantize()
         self.down.data.copy_(tensors[DOWN])
         self.weight_loader(self.weight, up)
-        self.factors = None
 
     def prepare(
         self, max_batch: int, dense: torch.Tensor | None = None, dense_rows: torch.Tensor | None = None
     ) -> None:
         """Lay the factors out, and compile and run every kernel variant that up to ``max_batch`` rows can need.
 
-        Call it before graph capture, with what :meth:`argmax` will be given.
+        Call it before graph capture, with what :meth:`argmax` will be given, and again when weights were loaded again:
+        the factors stay where captured graphs read them.
         """
         up: torch.Tensor | ops.QuantizedUp = self.weight.data
         if self.spec.quantization is not None:
             up = self.quantized or ops.quantize_up(up, self.spec.quantization, self.spec.quantization_group)
-        self.factors = ops.pack(self.down.data, up)
+        factors = ops.pack(self.down.data, up)
+        self.factors = factors if self.factors is None else in_place(self.factors, factors)
         ops.prepare(*self.factors, max_batch, k=self.spec.rerank, dense=dense, dense_rows=dense_rows)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -99,3 +100,16 @@ class LowRankHead(ParallelLMHead):
         raw = up.weight[rows].view(torch.uint8)  # F.pad knows no float8
         weight = F.pad(raw, padding).view(up.weight.dtype)
         return ops.QuantizedUp(weight, F.pad(up.scale[rows], padding), up.group_size).to(self.weight.device)
+
+
+def in_place(old: tuple[ops.Down, ops.Up], new: tuple[ops.Down, ops.Up]) -> tuple[ops.Down, ops.Up]:
+    """``new`` in the memory of ``old``; where their layouts are a CPU's, which captures no graphs, just ``new``."""
+    for kept, fresh in zip(old, new, strict=True):
+        if isinstance(kept, ops.QuantizedUp) and isinstance(fresh, ops.QuantizedUp):
+            kept.weight.view(torch.uint8).copy_(fresh.weight.view(torch.uint8))
+            kept.scale.copy_(fresh.scale)
+        elif isinstance(kept, torch.Tensor) and isinstance(fresh, torch.Tensor):
+            kept.copy_(fresh)
+        else:
+            return new
+    return old
