@@ -1,6 +1,7 @@
 """Conversion from end to end, without an engine: every public form in, a checked folder or one line out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import drafters
@@ -9,12 +10,18 @@ import torch
 import typer
 from drafters import D, R, V
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftCheckpoint
 from vllm_slimspec.convert.cli import convert as command
+from vllm_slimspec.convert.cli import sweep_figure
+from vllm_slimspec.convert.distil import Recipe
 from vllm_slimspec.convert.run import Options, convert, sweep
 from vllm_slimspec.convert.sources import Drafter, Target
+from vllm_slimspec.convert.states import HeadStates
+from vllm_slimspec.convert.vocabulary import counts_from_text
 
 TRUNCATED = 64
 K = 3
@@ -193,6 +200,119 @@ def test_truncation_by_frequencies(tmp_path):
     torch.testing.assert_close(checkpoint.load(UP) @ checkpoint.load(DOWN), head[[3, 5, 60]], rtol=1e-3, atol=1e-4)
 
 
+def test_a_text_begins_and_ends_in_any_vocabulary(tmp_path, full_head):
+    """Catches: a drafter that can never draft the end of a text; a count of other files or other places; ties that go
+    to rare ids."""
+    target = write_target(tmp_path / "target", full_head, bos_token_id=100)
+    (target / "generation_config.json").write_text('{"eos_token_id": [90, 9]}')  # 9 has no row in the drafter
+    source, _, _ = form("specforge", tmp_path / "source")
+    (tmp_path / "text.jsonl").write_text('{"input_ids": [40, 40, 6]}\n{"input_ids": [6, 41, 41, 41, 40]}\n')
+    options = Options(str(source), tmp_path / "out", str(target), rank=2, vocab="5", prompts=tmp_path / "text.jsonl")
+    checkpoint = convert(options).checkpoint
+    kept = checkpoint.load("d2t") + torch.arange(5)
+    assert kept.tolist() == [0, 6, 40, 90, 100]  # 41 has no row either
+
+
+def test_text_is_counted_by_the_targets_tokenizer(tmp_path, full_head):
+    """Catches: a corpus counted in other ids than the target's; messages without their template; a long text cut."""
+    target = write_target(tmp_path / "target", full_head)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.chat_template = "{% for message in messages %}t7 {{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(target)
+    lines = [
+        {"text": "t4 " * 5000 + "t6"},
+        {"prompt": "t6 t9"},
+        {"messages": [{"role": "user", "content": "t9 t9"}, {"role": "assistant", "content": "t9"}]},
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    counts = counts_from_text(tmp_path / "text.jsonl", str(target), V)
+    assert {i: int(n) for i, n in enumerate(counts) if n} == {4: 5000, 6: 2, 7: 2, 9: 4}
+
+
+def test_the_targets_answers_say_which_tokens_stay(tmp_path):
+    """Catches: held-out answers that decide what they measure; a token counted once for each draft step."""
+    source, _, ids = form("specforge", tmp_path / "source")
+    hidden = torch.randn(20 * 12 * K, D, generator=torch.Generator().manual_seed(5))
+    states = columns(hidden, torch.randn(TRUNCATED, D), ids)
+    first, held_out = states["step"] == 0, states["doc"] % 5 == 0
+    states["next_token"][:] = 8
+    states["next_token"][first & ~held_out] = torch.tensor([20, 22, 22, 20, 24, 22]).repeat(32)
+    states["next_token"][held_out] = 60
+    write_head_states(tmp_path / "states", **states)
+    options = Options(str(source), tmp_path / "out", vocab="3", head="dense", hidden_states=tmp_path / "states")
+    checkpoint = convert(Options(**{**vars(options), "force": True})).checkpoint
+    assert (checkpoint.load("d2t") + torch.arange(3)).tolist() == [20, 22, 24]
+
+
+def test_a_distillation_goes_on_for_the_same_tokens_only(tmp_path):
+    """Catches: rows of one vocabulary that are taken for those of another of the same size."""
+    source, _, ids = form("specforge", tmp_path / "source")
+    states = write_head_states(tmp_path / "states")
+    for name in ("a", "b", "a"):
+        chosen = ids[:8] if name == "a" else ids[8:16]
+        (tmp_path / "counts.json").write_text(json.dumps({str(int(i)): 1 for i in chosen}))
+        options = Options(str(source), tmp_path / "out", rank=2, vocab="8", frequencies=tmp_path / "counts.json")
+        convert(replace(options, hidden_states=states, distil=Recipe(2), force=True))
+        options.output.rename(tmp_path / f"{name}{len(list(tmp_path.iterdir()))}")
+    assert len(list(options.run.glob("distil-*.pt"))) == 2
+
+
+def test_a_dense_head_to_compare_with(tmp_path, full_head):
+    """Catches: a truncated drafter that EAGLE's tools or vLLM read otherwise than it was measured."""
+    source, head, ids = form("speculators", tmp_path / "source")
+    (tmp_path / "counts.json").write_text(json.dumps({str(int(ids[i])): i for i in (5, 3, 60, 7)}))
+    options = Options(
+        str(source), tmp_path / "out", head="dense", vocab="4", frequencies=tmp_path / "counts.json", layout="slimspec"
+    )
+    done = convert(options)
+    checkpoint = done.checkpoint
+    keep = [3, 5, 7, 60]
+    assert checkpoint.format == "eagle3"
+    assert checkpoint.config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert checkpoint.config["draft_vocab_size"] == 4
+    assert not any(key.startswith("lm_head") for key in checkpoint.config)
+    assert {n for n in checkpoint.tensors if n.startswith("lm_head")} == {DENSE}
+    assert torch.equal(checkpoint.load(DENSE), head[keep])
+    assert torch.equal(checkpoint.load("d2t") + torch.arange(4), ids[keep])
+    assert checkpoint.load("t2d").nonzero()[:, 0].tolist() == ids[keep].tolist()
+    assert done.outcome.head_bytes == head[keep].nbytes
+    assert "dense LM head for 4 of" in (tmp_path / "out" / "README.md").read_text()
+    assert torch.equal(Drafter.open(tmp_path / "out").head, head[keep])
+
+
+@pytest.mark.parametrize("head", ["dense", "low-rank"])
+def test_what_truncation_loses_is_measured(head, tmp_path):
+    """Catches: a truncated head compared with itself, which it always agrees with."""
+    source, dense, ids = form("specforge", tmp_path / "source")
+    (tmp_path / "counts.json").write_text(json.dumps({str(int(i)): 1 for i in ids[:32]}))
+    states = write_head_states(tmp_path / "states")
+    options = Options(
+        str(source),
+        tmp_path / "out",
+        head=head,
+        rank=R if head == "low-rank" else None,
+        vocab="32",
+        frequencies=tmp_path / "counts.json",
+        hidden_states=states,
+        force=True,
+    )
+    done = convert(options)
+    hidden = HeadStates.open(states).sample(True, 10**6).hidden
+    scores = hidden @ dense.T
+    kept = float((scores.argmax(-1) < 32).double().mean())
+    quality = done.outcome.quality
+    assert 0.2 < kept < 0.8
+    assert quality.top1 == pytest.approx(kept)  # of rank R, the factors are exact
+    assert done.outcome.loss == pytest.approx(1 - kept)
+    p, q = scores.softmax(-1)[:, :32], scores[:, :32].softmax(-1)
+    assert quality.overlap == pytest.approx(float(torch.minimum(p, q).sum(-1).mean()), rel=1e-3)
+    assert quality.kl is None
+    with pytest.raises(CheckpointError, match=r"larger --vocab|--distill-steps"):
+        convert(Options(**{**vars(options), "force": False, "output": tmp_path / "refused"}))
+
+
 def test_rerank_keeps_the_rows_or_says_whose_they_are(tmp_path, full_head):
     """Catches: a gigabyte written for nothing, or the target's rows named where they are not the drafter's."""
     target = write_target(tmp_path / "target", full_head)
@@ -258,6 +378,28 @@ def test_sweep_names_the_fastest(lossy, tmp_path, full_head):
     assert evaluation.heads["8"].top1 == pytest.approx(alone.outcome.quality.top1, abs=0.02)
 
 
+def test_the_plot_shows_what_was_measured(lossy, tmp_path, full_head):
+    """Catches: a line through the wrong heads, ranks out of order, a share taken for percent; a file that is no PNG."""
+    source, states = lossy
+    options = Options(str(source), tmp_path / "out", hidden_states=states)
+    _, outcomes = sweep(options, [8, 2, 4])
+    (axes,) = sweep_figure(outcomes).axes
+    lines = {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axes.lines}
+    assert {"low-rank", "re-rank 8", "re-rank 16", "re-rank 32"} <= lines.keys()
+    for label, points in lines.items():
+        k = None if label == "low-rank" else int(label.removeprefix("re-rank "))
+        expected = {o.rank: 100 * o.loss for o in outcomes if o.rerank == k}
+        assert [rank for rank, _ in points] == [8, 16, 32]
+        assert dict(points) == pytest.approx(expected)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command)
+    arguments = [str(source), "--hidden-states", str(states), "--output-path", str(tmp_path / "out"), "--sweep", "8,4"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    picture = (tmp_path / "out.sweep.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(picture) > 10_000
+
+
 def test_provenance_and_card(lossy, tmp_path, full_head):
     """Catches: a card that says something else than the checkpoint."""
     source, states = lossy
@@ -305,6 +447,8 @@ def _bad(case: str, folder: Path) -> list[str]:
     full = torch.randn(V, D)
     good, _, _ = form("specforge", folder / "good")
     target = str(write_target(folder / "target", full))
+    counts = str(folder / "counts.json")
+    (folder / "counts.json").write_text("{}")
     match case:
         case "target for a drafter":
             return [target]
@@ -326,6 +470,13 @@ def _bad(case: str, folder: Path) -> list[str]:
         case "empty prompts":
             (folder / "p.jsonl").write_text("\n\n")
             return [str(good), "--target", target, "--calibration", str(folder / "p.jsonl")]
+        case "malformed prompts":
+            (folder / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
+            return [str(good), "--target", target, "--calibration", str(folder / "p.jsonl")]
+        case "long prompts":
+            LlamaConfig(vocab_size=V, hidden_size=D, max_position_embeddings=300).save_pretrained(folder / "target")
+            (folder / "p.jsonl").write_text(json.dumps({"input_ids": [1] * 40}) + "\n" + '{"input_ids": [1]}')
+            return [str(good), "--target", target, "--calibration", str(folder / "p.jsonl")]
         case "no states":
             (folder / "s").mkdir()
             return [str(good), "--hidden-states", str(folder / "s")]
@@ -337,8 +488,38 @@ def _bad(case: str, folder: Path) -> list[str]:
             return [str(good), "--rank", "65"]
         case "vocab":
             return [str(good), "--vocab", "some"]
+        case "more tokens than rows":
+            return [str(good), "--vocab", "65", "--frequencies", counts]
+        case "fewer tokens than begin and end a text":
+            (folder / "target" / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
+            return [str(good), "--target", target, "--vocab", "1", "--frequencies", counts]
+        case "nothing to count by":
+            return [str(good), "--vocab", "8"]
+        case "counts of another vocabulary":
+            (folder / "counts.json").write_text('{"128": 3}')
+            return [str(good), "--vocab", "8", "--frequencies", counts]
+        case "negative count":
+            (folder / "counts.json").write_text('{"12": -3}')
+            return [str(good), "--vocab", "8", "--frequencies", counts]
+        case "counts that are no object":
+            (folder / "counts.json").write_text("[1, 2]")
+            return [str(good), "--vocab", "8", "--frequencies", counts]
+        case "text of another vocabulary":
+            (folder / "p.jsonl").write_text('{"input_ids": [1]}\n{"input_ids": [1, 128]}')
+            return [str(good), "--target", target, "--vocab", "8", "--prompts", str(folder / "p.jsonl")]
+        case "text without a tokenizer":
+            (folder / "p.jsonl").write_text('{"text": "x"}')
+            return [str(good), "--target", target, "--vocab", "8", "--prompts", str(folder / "p.jsonl")]
+        case "two counts":
+            return [str(good), "--vocab", "8", "--prompts", "p.jsonl", "--frequencies", counts]
+        case "counts for nothing":
+            return [str(good), "--frequencies", counts]
+        case "sweep of what is not swept":
+            return [str(good), "--sweep", "8,4", "--rerank", "8"]
+        case "rank of a dense head":
+            return [str(good), "--head", "dense", "--rank", "8"]
         case "distil without states":
-            return [str(good), "--distil-steps", "5"]
+            return [str(good), "--distill-steps", "5"]
         case "taken":
             (folder / "out").mkdir()
             (folder / "out" / "mine").write_text("x")
@@ -355,17 +536,33 @@ def _bad(case: str, folder: Path) -> list[str]:
         ("other vocabulary", "vocab_size=128 but"),
         ("other tokenizer", "tokenizer is not that of"),
         ("no target for a drafter without a head", "give --target"),
+        ("empty prompts", "holds no prompt"),
+        ("malformed prompts", "p.jsonl:2: not a prompt"),
+        ("long prompts", "p.jsonl:1: the prompt has 40 tokens, 1 to 34 fit"),
         ("no states", "index.json: no such file"),
         ("states of another size", "states have 32 numbers"),
         ("NaN states", "row 40 holds NaN"),
         ("rank", "rank 65 does not fit"),
         ("vocab", "must be keep, full or a number"),
-        ("distil without states", "--distil-steps needs states"),
+        ("more tokens than rows", "number of tokens from 1 to 64"),
+        ("fewer tokens than begin and end a text", "number of tokens from 2 to 64"),
+        ("nothing to count by", "give --frequencies, --prompts"),
+        ("counts of another vocabulary", "token 128 with count 3"),
+        ("negative count", "token 12 with count -3"),
+        ("counts that are no object", "must be a JSON object"),
+        ("text of another vocabulary", "p.jsonl:2: token ids are 0 to 127"),
+        ("text without a tokenizer", "no tokenizer to read the prompts by"),
+        ("two counts", "give one"),
+        ("counts for nothing", "belong to --vocab N"),
+        ("sweep of what is not swept", "leave out --distill-steps"),
+        ("rank of a dense head", "--head dense has no factors"),
+        ("distil without states", "need states to learn from"),
         ("taken", "not an empty folder"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(case, message, tmp_path):
-    """Catches: a traceback, a wrong exit code, or half a drafter."""
+def test_bad_input_is_one_line_and_writes_nothing(case, message, tmp_path, monkeypatch):
+    """Catches: a traceback, a wrong exit code, half a drafter, or an engine that starts before the prompts are read."""
+    monkeypatch.setattr("vllm_slimspec.convert.collect._engine", lambda *_: pytest.fail("an engine was started"))
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(command)
     arguments = _bad(case, tmp_path)
@@ -388,7 +585,7 @@ def test_the_command(lossy, tmp_path, full_head):
     assert swept.exit_code == 0, swept.output
     assert "rerank" in swept.stdout
     assert not (tmp_path / "out").exists()
-    flags = ["--rank", "24", "--rerank", "16", "--quantize", "int8", "--distil-steps", "3", "--loss", "nla"]
+    flags = ["--rank", "24", "--rerank", "16", "--quantize", "int8", "--distill-steps", "3", "--loss", "nla"]
     written = CliRunner().invoke(app, [*common, "--output-path", str(tmp_path / "out"), *flags])
     assert written.exit_code == 0, written.output
     spec = DraftCheckpoint.open(tmp_path / "out").spec

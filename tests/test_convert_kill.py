@@ -1,59 +1,125 @@
-"""A conversion that is killed at any point of its writing leaves the whole drafter or none, and can be run again."""
+"""Whatever is killed at any point of its writing leaves the whole thing or none, and goes on when it is run again."""
 
+import json
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-from test_convert import form
+import typer
+from test_convert import form, write_head_states
+from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftCheckpoint
+from vllm_slimspec.convert import collect as module
+from vllm_slimspec.convert import distil as distil_module
+from vllm_slimspec.convert import states
+from vllm_slimspec.convert.cli import convert as command
+from vllm_slimspec.convert.distil import Recipe, distil
+from vllm_slimspec.convert.evaluate import Factors
+from vllm_slimspec.convert.factorise import factorise
 from vllm_slimspec.convert.run import Options, convert
+from vllm_slimspec.convert.sources import Drafter, Target
+from vllm_slimspec.convert.states import Document, HeadStates, Rows
+
+_PRELOAD = ["transformers.models.llama.configuration_llama", "pytest", "typer.testing"]
+_PRELOAD += [f"vllm_slimspec.convert.{name}" for name in ("cli", "collect", "run", "distil")]
 
 
-def _convert(options: Options, kill_at: int, log: str) -> None:
-    """Convert in a process of its own, and die at the n-th point: before or after a write, an fsync, a rename."""
-    import safetensors.torch
+class Watch:
+    """Dies at the n-th point, each of which is before or after a call of something that writes."""
 
-    torch.set_num_threads(1)
-    points = 0
+    def __init__(self, kill_at: int, log: str) -> None:
+        self.kill_at, self.log, self.points = kill_at, log, 0
 
-    def watch(owner, name):
-        original = getattr(owner, name)
+    def step(self, when: str, name: str) -> None:
+        self.points += 1
+        with open(self.log, "a") as file:
+            print(when, name, file=file)
+        if self.points == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        def step(when):
-            nonlocal points
-            points += 1
-            with open(log, "a") as file:
-                print(when, name, file=file)
-            if points == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def over(self, owner, *names: str) -> None:
+        for name in names:
+            setattr(owner, name, self.around(getattr(owner, name), name))
 
+    def around(self, original, name):
         def watched(*args, **kwargs):
-            step("before")
+            self.step("before", name)
             result = original(*args, **kwargs)
-            step("after")
+            self.step("after", name)
             return result
 
-        setattr(owner, name, watched)
+        return watched
 
-    watch(safetensors.torch, "save_file")
-    watch(Path, "write_text")
-    watch(Path, "rename")
-    watch(os, "fsync")
+
+def _convert(watch: Watch, options: Options) -> None:
+    import safetensors.torch
+
+    watch.over(safetensors.torch, "save_file")
+    watch.over(Path, "write_text", "rename")
+    watch.over(os, "fsync")
     convert(options)
+
+
+class Table:
+    """In the place of a watched engine: its states and answers follow from the documents."""
+
+    def __init__(self, llm=None, k=3) -> None:
+        pass
+
+    def record(self, llm, documents):
+        rows = [Rows(torch.full((2, 4), float(d.number)), *(torch.full((2,), d.number),) * 4) for d in documents]
+        return states.concatenate(rows)
+
+    @staticmethod
+    def answer(llm, documents, first, max_tokens):
+        return [Document(first + i, [*ids, 7], len(ids)) for i, ids in enumerate(documents)]
+
+
+def _collect(watch: Watch | None, folder: Path) -> None:
+    answer = Table.answer if watch is None else watch.around(Table.answer, "answer")
+    fakes = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": answer}
+    with patch.multiple(module, limits=lambda *_: (100, 64), **fakes):
+        if watch:
+            watch.over(states, "save_tensors")
+            watch.over(Path, "write_text", "replace")
+            watch.over(os, "fsync")
+        module.collect("target", "drafter", folder.with_suffix(".jsonl"), folder, k=3, max_tokens=8)
+
+
+def _distil(watch: Watch | None, checkpoint: Path) -> Factors:
+    torch.manual_seed(0)
+    dense, hidden = torch.randn(60, 16), torch.randn(200, 16)
+    if watch:
+        watch.over(torch, "save")
+        watch.over(Path, "replace")
+        watch.over(os, "fsync")
+    with patch.object(distil_module, "_EVERY", 2):
+        return distil(dense, factorise(dense, 3), hidden[:150], hidden[150:], Recipe(4, batch=16), checkpoint)
+
+
+def _child(work, kill_at: int, log: str, *arguments) -> None:
+    torch.set_num_threads(1)
+    work(Watch(kill_at, log), *arguments)
 
 
 @pytest.fixture(scope="module")
 def run():
-    """Start a conversion in a fresh process, which has everything imported; returns its exit code."""
+    """Do some work in a fresh process, which has everything imported, and die at a point; returns its exit code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm_slimspec.convert.run", "test_convert_kill"])
+    # What takes long to import; this module itself is not on the path of the fork server.
+    context.set_forkserver_preload(_PRELOAD)
 
-    def start(options, kill_at, log):
-        process = context.Process(target=_convert, args=(options, kill_at, str(log)))
+    def start(work, kill_at, log, *arguments):
+        process = context.Process(target=_child, args=(work, kill_at, str(log), *arguments))
         process.start()
         process.join(60)
         return process.exitcode
@@ -66,32 +132,101 @@ def test_killed_anywhere(run, tmp_path):
     source, _, _ = form("specforge", tmp_path / "source")
     options = Options(str(source), tmp_path / "out", rank=4, rerank=8)
     log = tmp_path / "log"
-    assert run(Options(**{**vars(options), "output": tmp_path / "whole"}), -1, log) == 0
+    assert run(_convert, -1, log, replace(options, output=tmp_path / "whole")) == 0
     points = log.read_text().splitlines()
     assert {"before save_file", "after write_text", "before fsync", "after rename"} <= set(points)
     expected = DraftCheckpoint.open(tmp_path / "whole")
     for point, name in enumerate(points, 1):
-        assert run(options, point, log) == -signal.SIGKILL, name
+        assert run(_convert, point, log, options) == -signal.SIGKILL, name
+        assert len(list(tmp_path.glob(".out.*.partial"))) <= 1, name  # those before it are put away
         assert options.output.exists() == (point >= 1 + points.index("after rename")), name
         if options.output.exists():
             written = DraftCheckpoint.open(options.output)
             for tensor in (DOWN, UP, DENSE):
                 assert torch.equal(written.load(tensor), expected.load(tensor))
             break
+    assert not list(tmp_path.glob(".out.*.partial"))
     with pytest.raises(CheckpointError, match="not an empty folder"):
         convert(options)
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    """Catches: half a file under the name of a drafter."""
+def test_collection_killed_anywhere(run, tmp_path):
+    """Catches: half a file counted as a group, a group that is asked again or left out, an index before its files."""
+    lines = [json.dumps({"input_ids": [i, i + 1]}) for i in range(20)]  # two groups of at most 16
+    for name in ("whole", "out"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    log, folder = tmp_path / "log", tmp_path / "out"
+    assert run(_collect, -1, log, tmp_path / "whole") == 0
+    points = log.read_text().splitlines()
+    assert points.count("after answer") == 2
+    whole = HeadStates.open(tmp_path / "whole")
+    assert len(whole.documents(held_out=False)) == 16
+    for point, name in enumerate(points, 1):
+        assert run(_collect, point, log, folder) == -signal.SIGKILL, name
+        if not (folder / "index.json").exists():
+            with pytest.raises(CheckpointError, match=r"did not end|no such file"):
+                HeadStates.open(folder)
+        written = len(list(folder.glob("states-*.safetensors")))
+        with patch.object(Table, "answer", side_effect=Table.answer) as asked:
+            _collect(None, folder)
+        assert asked.call_count == 2 - written, name
+        assert HeadStates.open(folder).index["sha256s"] == whole.index["sha256s"], name
+        shutil.rmtree(folder)
+
+
+def test_distillation_killed_anywhere(run, tmp_path):
+    """Catches: half a checkpoint taken for one; steps done again from the wrong place, or not at all."""
+    log = tmp_path / "log"
+    expected = _distil(None, tmp_path / "whole.pt")
+    assert run(_distil, -1, log, tmp_path / "child.pt") == 0
+    points = log.read_text().splitlines()
+    assert points.count("after replace") == 2
+    for point, name in enumerate(points, 1):
+        checkpoint = tmp_path / f"{point}.pt"
+        assert run(_distil, point, log, checkpoint) == -signal.SIGKILL, name
+        for a, b in zip(_distil(None, checkpoint), expected, strict=True):
+            assert torch.equal(a, b), name
+
+
+def _on_a_full_disk(where: str, answer, folder: Path, source: Path, recorded: Path) -> None:
+    """No file may grow beyond 2000 bytes, which is what a full disk looks like to those who write."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command)
+    arguments = [str(source), "--output-path", str(folder / "out"), "--force"]
+    if where == "distillation":
+        arguments += ["--hidden-states", str(recorded), "--distill-steps", "3"]
+    if where == "states":
+        arguments += ["--target", "target", "--calibration", str(folder / "p.jsonl")]
+        fakes = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
+        faked = patch.multiple(module, limits=lambda *_: (100, 300), **fakes)
+        with faked, patch.object(Target, "open"), patch.object(Drafter, "open"):
+            result = CliRunner().invoke(app, arguments)
+    else:
+        result = CliRunner().invoke(app, arguments)
+    answer.send((result.exit_code, result.stderr))
+
+
+@pytest.mark.parametrize("where", ["drafter", "states", "distillation"])
+def test_a_full_disk_is_one_line(where, tmp_path):
+    """Catches: half a file under the name of a whole one, or left on the full disk; errors of safetensors and torch,
+    which are no OSError, as a traceback."""
     source, _, _ = form("specforge", tmp_path / "source")
-    import safetensors.torch
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    recorded = write_head_states(tmp_path / "recorded")
+    lines = [json.dumps({"input_ids": [i] * 30}) for i in range(16)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(OSError, match="No space left"):
-        convert(Options(str(source), tmp_path / "out", rank=4))
-    assert sorted(tmp_path.rglob("*")) == before
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe()
+    process = context.Process(target=_on_a_full_disk, args=(where, sender, tmp_path, source, recorded))
+    process.start()
+    process.join(120)
+    exit_code, stderr = receiver.recv()
+    assert exit_code == 1
+    expected = ("Distilling", "Head states", "no --calibration and no --hidden-states: this is plain SVD")
+    (line,) = [line for line in stderr.strip().splitlines() if not line.startswith(expected)]
+    assert line.startswith("error: ")
+    assert "not written" in line
+    files = [p.name for p in sorted(tmp_path.rglob("*")) if p not in before and p.is_file()]
+    assert files == (["recipe.json"] if where == "states" else [])

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from vllm_slimspec.bench.acceptance import Acceptance
 from vllm_slimspec.checkpoint import CheckpointError
-from vllm_slimspec.convert.collect import read_prompts, tokenise
 from vllm_slimspec.convert.evaluate import evaluate, predicted_speedup
+from vllm_slimspec.convert.prompts import read_prompts, tokenise
 from vllm_slimspec.convert.states import HeadStates, Rows, StatesWriter, concatenate
 
 D, K = 16, 3
@@ -126,8 +126,8 @@ class Letters:
 
 def prompts(tmp_path, *lines, limit=8):
     file = tmp_path / "p.jsonl"
-    file.write_text("\n".join(lines))
-    return tokenise(read_prompts(file), Letters(), limit, file)
+    file.write_bytes("\n".join(lines).encode())
+    return tokenise(read_prompts(file), Letters(), 256, limit, file)
 
 
 def test_every_form_of_prompt(tmp_path):
@@ -138,10 +138,11 @@ def test_every_form_of_prompt(tmp_path):
         '{"messages": [{"role": "user", "content": "ab"}]}',
         '{"text": "a long document"}',
         '{"input_ids": [1, 2]}',
-        '{"prompt": "ab"}',
+        '{"prompt": "ab"}\r',
+        '{"prompt": "\x85"}',
     )
     found = prompts(tmp_path, *lines)
-    assert found == [[97, 98], [97, 98, 62], [ord(c) for c in "a long d"], [1, 2]]
+    assert found == [[97, 98], [97, 98, 62], [ord(c) for c in "a long d"], [1, 2], [0x85]]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,8 @@ def test_every_form_of_prompt(tmp_path):
         (['{"messages": [{"role": "user"}]}'], "p.jsonl:1: the target's tokenizer refuses it"),
         (['{"prompt": "abcdefghi"}'], "p.jsonl:1: the prompt has 9 tokens, 1 to 8 fit"),
         (['{"prompt": ""}'], "p.jsonl:1: the prompt has 0 tokens"),
+        (['{"prompt": "\u20ac"}'], "p.jsonl:1: token ids are 0 to 255 in the target's vocabulary, here 8364"),
+        (['{"input_ids": ["x"]}'], "p.jsonl:1: the target's tokenizer refuses it"),
         ([""], "holds no prompt"),
     ],
 )

@@ -1,6 +1,7 @@
 """Head states from a real engine, and conversions served by one: what is predicted is what happens."""
 
 import json
+from dataclasses import replace
 
 import drafters
 import engines
@@ -13,6 +14,7 @@ from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftChec
 from vllm_slimspec.convert import collect as module
 from vllm_slimspec.convert.collect import collect
 from vllm_slimspec.convert.evaluate import evaluate
+from vllm_slimspec.convert.joint import JointRecipe
 from vllm_slimspec.convert.run import Options, convert
 from vllm_slimspec.convert.states import HeadStates, concatenate
 
@@ -62,15 +64,22 @@ def alone(material):
     return generate(LLM(model=str(p.target), **engines.OPTIONS), p.prompts, TOKENS)
 
 
-@pytest.mark.parametrize("way", ["dense", "low-rank", "rerank", "speculators"])
+@pytest.mark.parametrize("way", ["dense", "truncated", "low-rank", "rerank", "speculators"])
 def test_predicted_is_what_the_engine_counts(way, material, alone, engine, tmp_path):
-    """Catches: states that are not those of service, a walk that is not the engine's, a head measured as another; and
-    a key that vLLM drops from the layout of speculators, a norm above all."""
+    """Catches: states that are not those of service, a walk that is not the engine's, a head measured as another; a
+    map of a truncated dense drafter that stock vLLM reads otherwise; and a key that vLLM drops from the layout of
+    speculators, a norm above all."""
     p, drafter, states, tensors = material
     rows, ids = everything(states), tensors["d2t"] + torch.arange(len(tensors[DENSE]))
     if way == "dense":
         predicted = evaluate(tensors[DENSE], {}, rows, ids).dense_tau
         llm = engine(p.target, drafter, K, speculative={"method": "eagle3"})
+    elif way == "truncated":
+        options = Options(str(drafter), tmp_path / "out", str(p.target), head="dense", vocab="150", force=True)
+        written = convert(replace(options, hidden_states=states.path)).checkpoint
+        head, kept = written.load(DENSE), written.load("d2t") + torch.arange(150)
+        predicted = evaluate(head, {}, rows, kept).dense_tau
+        llm = engine(p.target, written.path, K, speculative={"method": "eagle3"})
     else:
         changes = {"rerank": {"rerank": 8}, "speculators": {"layout": "speculators"}}.get(way, {})
         options = Options(
@@ -85,17 +94,32 @@ def test_predicted_is_what_the_engine_counts(way, material, alone, engine, tmp_p
     assert predicted.value > 1.05
 
 
+def test_a_jointly_trained_drafter_is_served_as_it_was_measured(material, alone, engine, tmp_path):
+    """Catches: states recorded from another drafter than the one that is written, or at other places; a body that vLLM
+    computes otherwise than it was trained."""
+    p, drafter, states, _ = material
+    recipe = JointRecipe(8, lr=2e-3, flags={"total_seq_len": 256, "hidden_states_dtype": "float32"})
+    options = Options(str(drafter), tmp_path / "out", str(p.target), hidden_states=states.path, joint=recipe)
+    done = convert(replace(options, force=True, engine=OPTIONS))
+    llm = engine(p.target, done.checkpoint.path, K)
+    held_out = range(0, len(p.prompts), 5)
+    assert generate(llm, [p.prompts[i] for i in held_out], TOKENS) == [alone[i] for i in held_out]
+    assert from_engine(llm).length == pytest.approx(done.outcome.quality.tau.value, abs=1e-6)
+    untrained = convert(replace(options, output=tmp_path / "untrained", joint=None, force=True)).outcome
+    assert done.outcome.loss < untrained.loss
+
+
 def test_collection_goes_on_where_it_was(material, tmp_path, monkeypatch):
     """Catches: documents asked again or left out, or numbered anew."""
     p, drafter, states, _ = material
     monkeypatch.setattr(module, "_DOCUMENTS", 5)
     answer, asked = module._answer, []
 
-    def interrupted(llm, documents, max_tokens):
+    def interrupted(llm, documents, first, max_tokens):
         asked.append(len(documents))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return answer(llm, documents, max_tokens)
+        return answer(llm, documents, first, max_tokens)
 
     monkeypatch.setattr(module, "_answer", interrupted)
     arguments = (p.target, drafter, states.path.parent / "prompts.jsonl", tmp_path / "s")

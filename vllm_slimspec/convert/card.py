@@ -15,13 +15,11 @@ library_name: vllm
 ---
 # {output}
 
-An EAGLE-3 drafter with a low-rank LM head (SlimSpec, [arXiv 2605.10453](https://arxiv.org/abs/2605.10453)), converted
-from `{drafter}` by [vllm-slimspec]({url}): rank {rank} of {hidden}, {tokens} tokens{extras}.
+{what}
 
 ## Serve it
 
 ```bash
-pip install vllm-slimspec
 {serve}
 ```
 
@@ -37,6 +35,13 @@ pip install vllm-slimspec
 
 {versions}. Everything else is in `slimspec.json`.
 """
+
+_LOW_RANK = """\
+An EAGLE-3 drafter with a low-rank LM head (SlimSpec, [arXiv 2605.10453](https://arxiv.org/abs/2605.10453)), converted
+from `{drafter}` by [vllm-slimspec]({url}): rank {rank} of {hidden}, {tokens} tokens{extras}."""
+_DENSE = """\
+An EAGLE-3 drafter with a dense LM head for {tokens} of {vocabulary} tokens, made from `{drafter}` by
+[vllm-slimspec]({url}). vLLM serves it as it is."""
 
 URL = "https://pypi.org/project/vllm-slimspec/"
 
@@ -54,26 +59,30 @@ def card(
         k: draft tokens a cycle in the serve command.
         alone: whether its config names the target, so that vLLM is started with the drafter only.
     """
-    extras = ""
+    low_rank, extras = "lm_head_rank" in config, ""
     if "lm_head_rerank" in config:
         rows = "the target's rows" if config.get("lm_head_rerank_rows") == "target" else "rows of its own"
         extras += f", the best {config['lm_head_rerank']} scored again by {rows}"
     if "lm_head_quantization" in config:
         extras += f", `up` as {config['lm_head_quantization']}"
-    speculative = json.dumps({"model": output, "num_speculative_tokens": k})
+    method = {} if low_rank else {"method": "eagle3"}
+    speculative = json.dumps({**method, "model": output, "num_speculative_tokens": k})
     serve = f"vllm serve {target or 'TARGET'} \\\n  --speculative-config '{speculative}'"
     if alone:
         serve = f"vllm serve {output}"
     return _CARD.format(
         base_model=f"base_model: {target}\n" if target else "",
         output=output,
-        drafter=provenance["source"]["drafter"],
-        url=URL,
-        rank=config["lm_head_rank"],
-        hidden=config["hidden_size"],
-        tokens=config["draft_vocab_size"],
-        extras=extras,
-        serve=serve,
+        what=(_LOW_RANK if low_rank else _DENSE).format(
+            drafter=provenance["source"]["drafter"],
+            url=URL,
+            rank=config.get("lm_head_rank"),
+            hidden=config["hidden_size"],
+            tokens=config["draft_vocab_size"],
+            vocabulary=config["vocab_size"],
+            extras=extras,
+        ),
+        serve=f"pip install vllm-slimspec\n{serve}" if low_rank else serve,
         measured=_measured(provenance["measured"]),
         command=" ".join(provenance["command"]),
         versions=", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
@@ -86,7 +95,9 @@ def _measured(measured: Mapping[str, Any] | None) -> str:
     quality, before = measured["quality"], measured["dense_tau"]
     rows = [("same best token as the dense head", f"{quality['top1']:.1%}")]
     rows += [(f"... among the best {k}", f"{share:.1%}") for k, share in quality["recall"].items() if k != "1"]
-    rows += [("overlap alpha", f"{quality['overlap']:.3f}"), ("KL, nats", f"{quality['kl']:.4f}")]
+    rows.append(("overlap alpha", f"{quality['overlap']:.3f}"))
+    if quality["kl"] is not None:
+        rows.append(("KL, nats", f"{quality['kl']:.4f}"))
     if quality["tau"] and before:
         rows += [
             (f"acceptance length, {name}", f"{tau['value']:.2f} (95%: {tau['low']:.2f} to {tau['high']:.2f})")

@@ -10,11 +10,18 @@ import typer
 from vllm_slimspec.console import one_line_errors
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from vllm_slimspec.convert.evaluate import Evaluation
     from vllm_slimspec.convert.run import Outcome
 
 EXAMPLE = """Example: slimspec convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --target meta-llama/Llama-3.1-8B-Instruct
 --calibration prompts.jsonl --rerank 16 --output-path slim"""
+
+
+class _Head(StrEnum):
+    LOW_RANK = "low-rank"
+    DENSE = "dense"
 
 
 class _Loss(StrEnum):
@@ -45,14 +52,37 @@ def convert(
     hidden_states: Annotated[Path | None, typer.Option(help="Head states of an earlier run or from elsewhere.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the head; instead of --rank-divisor.")] = None,
     rank_divisor: Annotated[
-        int | None, typer.Option(min=1, help="Rank = hidden size // this. [default: 8, or as it is if low-rank]")
+        int | None,
+        typer.Option(min=1, help="Rank = hidden size // this.", show_default="8, or as it is if low-rank"),
     ] = None,
+    head: Annotated[
+        _Head, typer.Option(help="A dense head is for comparison, with --vocab N; stock vLLM serves it.")
+    ] = _Head.LOW_RANK,
     vocab: Annotated[str, typer.Option(help="keep, full (by the target's head), or how many tokens stay.")] = "keep",
-    frequencies: Annotated[Path | None, typer.Option(help='For --vocab N: JSON {"token id": count}.')] = None,
-    distil_steps: Annotated[int, typer.Option(min=0, help="Steps of head-only distillation.")] = 0,
-    loss: Annotated[_Loss, typer.Option(help="Of the distillation.")] = _Loss.KL,
-    lr: Annotated[float, typer.Option(help="Of the distillation, in units of the factors' size.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="Of the distillation.")] = 0,
+    frequencies: Annotated[
+        Path | None,
+        typer.Option(help='For --vocab N: JSON {"token id": count}.', show_default="counted in the target's answers"),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="For --vocab N: JSONL of text to count tokens in.")] = None,
+    distill_steps: Annotated[
+        int, typer.Option("--distill-steps", "--distil-steps", min=0, help="Steps of distillation: the head alone.")
+    ] = 0,
+    joint_steps: Annotated[
+        int, typer.Option(min=0, help="Then, steps of training: head, fc and layer together, by speculators' trainer.")
+    ] = 0,
+    loss: Annotated[_Loss, typer.Option(help="Of both.")] = _Loss.KL,
+    lr: Annotated[float, typer.Option(help="Of the head alone, in units of the factors' size.")] = 0.05,
+    joint_lr: Annotated[float, typer.Option(help="Of training together.")] = 4e-4,
+    seed: Annotated[int, typer.Option(help="Of both.")] = 0,
+    train_states: Annotated[
+        Path | None,
+        typer.Option(
+            help="For --joint-steps: a folder of `slimspec train states`.", show_default="the calibration answers"
+        ),
+    ] = None,
+    train_args: Annotated[
+        str, typer.Option(help="JSON for --joint-steps: any flag of `speculators train`, with underscores.")
+    ] = "{}",
     rerank: Annotated[int | None, typer.Option(min=1, help="Score this many candidates again, exactly.")] = None,
     quantize: Annotated[_Quantization | None, typer.Option(help="Store the factor `up` in fewer bits.")] = None,
     num_speculative_tokens: Annotated[int, typer.Option("-k", "--num-speculative-tokens", min=1, help="K.")] = 5,
@@ -69,28 +99,35 @@ def convert(
     """Turn an EAGLE-3 drafter into a SlimSpec one, and say what it costs before writing it."""
     from vllm_slimspec.convert import run
     from vllm_slimspec.convert.distil import Recipe
+    from vllm_slimspec.convert.joint import JointRecipe
 
     divisors = _divisors(sweep)
+    flags = _json(train_args, "--train-args")
     options = run.Options(
         drafter=drafter,
         output=output_path,
         target=target,
         rank=rank,
         rank_divisor=rank_divisor,
+        head=head.value,
         vocab=vocab,
         frequencies=frequencies,
+        prompts=prompts,
         calibration=calibration,
         hidden_states=hidden_states,
         k=num_speculative_tokens,
         max_tokens=max_tokens,
         max_states=max_states,
-        distil=Recipe(distil_steps, loss.value, lr=lr, seed=seed) if distil_steps else None,
+        distil=Recipe(distill_steps, loss.value, lr=lr, seed=seed) if distill_steps else None,
+        joint=JointRecipe(joint_steps, loss.value, joint_lr, seed, str(train_states) if train_states else None, flags)
+        if joint_steps
+        else None,
         rerank=rerank,
         quantize=None if quantize is None else quantize.value,
         max_loss=max_loss,
         force=force,
         layout=layout.value,
-        engine=_engine(engine_args),
+        engine=_json(engine_args, "--engine-args"),
     )
     with one_line_errors():
         if divisors:
@@ -114,13 +151,13 @@ def _divisors(text: str | None) -> list[int]:
     return divisors
 
 
-def _engine(text: str) -> dict[str, Any]:
+def _json(text: str, option: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
     except ValueError as error:
-        raise typer.BadParameter(f"not JSON ({error})", param_hint="--engine-args") from None
+        raise typer.BadParameter(f"not JSON ({error})", param_hint=option) from None
     if not isinstance(options, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint="--engine-args")
+        raise typer.BadParameter("must be a JSON object", param_hint=option)
     return options
 
 
@@ -134,7 +171,7 @@ def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
         assert o.loss is not None
         tau = o.quality.tau
         table.add_row(
-            str(o.rank),
+            str(o.rank or "dense"),
             str(o.rerank or "-"),
             f"{o.quality.top1:.1%}",
             f"{tau.value:.2f} ({tau.low:.2f}-{tau.high:.2f})" if tau else "unknown",
@@ -146,6 +183,10 @@ def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
     dense = evaluation.dense_tau
     console = Console()
     console.print(table)
+    fastest = outcomes[0]
+    if len(outcomes) > 1 and fastest.speedup:
+        rerank = f" with --rerank {fastest.rerank}" if fastest.rerank else ""
+        console.print(f"best predicted speed: --rank {fastest.rank}{rerank}, {fastest.speedup:.2f}x", style="bold")
     console.print(
         f"{evaluation.states} held-out states of {evaluation.documents} documents"
         + (f"; the dense head's acceptance length is {dense.value:.2f}" if dense else "")
@@ -154,20 +195,29 @@ def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
 
 
 def _plot_sweep(outcomes: list["Outcome"], file: Path) -> None:
-    """Loss against bytes, a line for each number of candidates; without matplotlib, none."""
+    """Write :func:`sweep_figure`; without matplotlib, say so."""
     try:
-        from matplotlib.figure import Figure
+        figure = sweep_figure(outcomes)
     except ImportError:
         typer.echo("no plot: pip install 'vllm-slimspec[bench]'", err=True)
         return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for k in sorted({o.rerank for o in outcomes}, key=lambda k: k or 0):
-        line = sorted((o for o in outcomes if o.rerank == k), key=lambda o: o.rank)
-        label = "low-rank" if k is None else f"re-rank {k}"
-        axes.plot([o.rank for o in line], [100 * (o.loss or 0) for o in line], marker="o", label=label)
-    axes.set_xlabel("rank")
-    axes.set_ylabel("acceptance length lost, %")
-    axes.legend()
     figure.savefig(file, dpi=150)
     typer.echo(f"plot: {file}")
+
+
+def sweep_figure(outcomes: list["Outcome"]) -> "Figure":
+    """Loss of acceptance length in percent against the rank, a line for each number of candidates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for k in sorted({o.rerank or 0 for o in outcomes}):
+        points = sorted((o.rank or 0, 100 * (o.loss or 0)) for o in outcomes if (o.rerank or 0) == k)
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"re-rank {k}" if k else "low-rank")
+    axes.set_xlabel("rank of the head")
+    axes.set_xticks(sorted({o.rank or 0 for o in outcomes}))
+    axes.set_ylabel("acceptance length lost, %")
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure

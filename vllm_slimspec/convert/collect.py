@@ -8,9 +8,8 @@ accepted; and from the states of every place, the walk of any head through the d
 """
 
 import gc
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from vllm_slimspec.checkpoint import CheckpointError
-from vllm_slimspec.convert.states import HeadStates, Rows, StatesWriter, sha256
+from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
+from vllm_slimspec.convert.states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
 
-_FORMS: dict[str, type] = {"input_ids": list, "messages": list, "text": str, "prompt": str}
 _DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
 
 
@@ -43,7 +42,7 @@ def collect(
     Args:
         target: Hugging Face folder or id.
         drafter: an EAGLE-3 drafter that vLLM serves: its head's *inputs* are kept, whatever the head.
-        prompts: JSONL, see :func:`read_prompts`.
+        prompts: JSONL, see :mod:`vllm_slimspec.convert.prompts`.
         folder: where the states go.
         k: draft steps of a cycle, as it will be served.
         max_tokens: of each answer, at most.
@@ -53,30 +52,31 @@ def collect(
     Raises:
         CheckpointError: the prompts are no use, the folder holds something else, or nothing could be recorded.
     """
+    rows = read_prompts(Path(prompts))
     recipe = {
         "target": str(target),
         "drafter": str(drafter),
-        "prompts_sha256": sha256(_existing(Path(prompts))),
+        "prompts_sha256": sha256(Path(prompts)),
         "K": k,
         "max_tokens": max_tokens,
         "max_states": max_states,
     }
-    rows = read_prompts(prompts)
     writer = StatesWriter(folder, recipe)
     if writer.complete:
         return HeadStates.open(folder)
-    with _engine(target, drafter, max(k, 2), engine or {}) as llm:
-        # An engine that stops after max_tokens has drafted up to k - 1 tokens beyond them.
-        length = llm.llm_engine.model_config.max_model_len - max_tokens - 2 * k
-        # skip_tokenizer_init leaves none, which is right where the prompts are token ids.
-        tokenizer = None if llm.llm_engine.model_config.skip_tokenizer_init else llm.get_tokenizer()
-        documents = tokenise(rows, tokenizer, length, prompts)
+    options = engine or {}
+    vocab_size, max_model_len = limits(target, options)
+    # An engine that stops after max_tokens has drafted up to k - 1 tokens beyond them.
+    length = max_model_len - max_tokens - 2 * k
+    tokenizer = open_tokenizer(rows, str(options.get("tokenizer", target)))
+    documents = tokenise(rows, tokenizer, vocab_size, length, Path(prompts))
+    with _engine(target, drafter, max(k, 2), options) as llm:
         watcher = _Watcher(llm, k)
         with tqdm(total=max_states, desc="Head states", unit="state", disable=None) as progress:
             for group, first in enumerate(range(0, len(documents), _DOCUMENTS)):
                 if not writer.has(group):
-                    answered = _answer(llm, documents[first : first + _DOCUMENTS], max_tokens + k - 1)
-                    writer.write(group, watcher.record(llm, answered, first))
+                    answered = _answer(llm, documents[first : first + _DOCUMENTS], first, max_tokens + k - 1)
+                    writer.write(group, watcher.record(llm, answered), answered)
                 progress.update(writer.count() - progress.n)
                 if progress.n >= max_states:
                     break
@@ -88,79 +88,49 @@ def collect(
     return writer.finish()
 
 
-def read_prompts(file: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """The lines of a JSONL file, with their numbers; empty ones are left out.
-
-    A line is one of ``{"prompt": text}``, ``{"messages": [...]}`` (by the chat template), ``{"text": document}`` (of
-    which the target continues the beginning) and ``{"input_ids": [...]}``.
-
-    Raises:
-        CheckpointError: no such file, nothing in it, or a line that is none of these.
-    """
-    rows = []
-    for number, line in enumerate(_existing(Path(file)).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or not any(isinstance(row.get(key), kind) for key, kind in _FORMS.items()):
-            raise CheckpointError(
-                f'{file}:{number}: not a prompt; a line is {{"prompt": "..."}}, {{"messages": [...]}}, '
-                '{"text": "..."} or {"input_ids": [...]}'
-            )
-        rows.append((number, row))
-    if not rows:
-        raise CheckpointError(f"{file}: holds no prompt; write one JSON object a line")
-    return rows
-
-
-def tokenise(
-    rows: Sequence[tuple[int, dict[str, Any]]], tokenizer: Any, max_length: int, file: str | Path
-) -> list[list[int]]:
-    """Token ids of each different prompt.
+def collect_again(
+    target: str | Path,
+    drafter: str | Path,
+    documents: Sequence[Document],
+    folder: str | Path,
+    *,
+    k: int,
+    engine: dict[str, Any] | None = None,
+) -> HeadStates:
+    """Record the head states of another drafter over documents that the target has answered before.
 
     Args:
-        rows: of :func:`read_prompts`.
-        tokenizer: the target's; None if all rows hold token ids.
-        max_length: a text is cut there; a longer prompt is refused.
-        file: how errors name the file.
+        target, drafter, folder, k, engine: as for :func:`collect`.
+        documents: of :meth:`HeadStates.documents`; they keep their numbers.
 
     Raises:
-        CheckpointError: a prompt is empty or too long, or the chat template refuses it.
+        CheckpointError: the folder holds something else.
     """
-    documents: dict[tuple[int, ...], None] = {}
-    for number, row in rows:
-        try:
-            ids = _tokens(row, tokenizer, max_length)
-        except Exception as error:  # chat templates raise whatever their author chose
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{file}:{number}: the target's tokenizer refuses it ({reason}); mend it") from None
-        if not 1 <= len(ids) <= max_length:
-            raise CheckpointError(
-                f"{file}:{number}: the prompt has {len(ids)} tokens, 1 to {max_length} fit the model beside the "
-                "answer; shorten it, or lower --max-tokens"
-            )
-        documents[tuple(ids)] = None
-    return [list(ids) for ids in documents]
+    writer = StatesWriter(folder, {"target": str(target), "drafter": str(drafter), "K": k})
+    if writer.complete:
+        return HeadStates.open(folder)
+    with (
+        _engine(target, drafter, max(k, 2), engine or {}) as llm,
+        tqdm(total=len(documents), desc="Head states", unit="doc", disable=None) as progress,
+    ):
+        watcher = _Watcher(llm, k)
+        for group, first in enumerate(range(0, len(documents), _DOCUMENTS)):
+            part = documents[first : first + _DOCUMENTS]
+            if not writer.has(group):
+                writer.write(group, watcher.record(llm, part), part)
+            progress.update(len(part))
+    return writer.finish()
 
 
-def _tokens(row: Mapping[str, Any], tokenizer: Any, max_length: int) -> list[int]:
-    if "input_ids" in row:
-        return [int(i) for i in row["input_ids"]]
-    if "messages" in row:
-        chat = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
-        return tokenizer(chat, add_special_tokens=False)["input_ids"]
-    if "text" in row:
-        return tokenizer(row["text"])["input_ids"][:max_length]
-    return tokenizer(row["prompt"])["input_ids"]
+def limits(target: str | Path, options: dict[str, Any]) -> tuple[int, int]:
+    """The target's vocabulary and the longest sequence, as an engine with these options will have them."""
+    from vllm import EngineArgs
 
-
-def _existing(file: Path) -> Path:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; give a JSONL file of prompts")
-    return file
+    try:
+        config = EngineArgs(model=str(target), **options).create_model_config()
+    except Exception as error:  # pydantic, transformers and vLLM raise classes of their own
+        raise CheckpointError(f"{target}: vLLM does not take it as a target ({' '.join(str(error).split())})") from None
+    return config.get_vocab_size(), config.max_model_len
 
 
 @contextmanager
@@ -185,15 +155,10 @@ def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, 
                 torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class _Answered:
-    tokens: list[int]  # the prompt and the target's greedy answer
-    prompt: int  # tokens of the prompt
-
-
-def _answer(llm: Any, documents: Sequence[list[int]], max_tokens: int) -> list[_Answered]:
+def _answer(llm: Any, documents: Sequence[list[int]], first: int, max_tokens: int) -> list[Document]:
     outputs = _generate(llm, documents, [max_tokens] * len(documents), ignore_eos=False)
-    return [_Answered([*ids, *out], len(ids)) for ids, out in zip(documents, outputs, strict=True)]
+    pairs = enumerate(zip(documents, outputs, strict=True), first)
+    return [Document(number, [*ids, *out], len(ids)) for number, (ids, out) in pairs]
 
 
 def _generate(llm: Any, prompts: Sequence[list[int]], lengths: Sequence[int], ignore_eos: bool) -> list[list[int]]:
@@ -234,7 +199,7 @@ class _Watcher:
         self._wrap(model, "compute_logits", self._logits)
         model.register_forward_pre_hook(self._look_at_positions, with_kwargs=True)
 
-    def record(self, llm: Any, answered: Sequence[_Answered], first_document: int) -> Rows:
+    def record(self, llm: Any, answered: Sequence[Document]) -> Rows:
         """Ask for each answer again from K + 1 places, and return the states of every cycle, document by document."""
         walks: list[list[_Request]] = []
         prompts: list[list[int]] = []
@@ -249,7 +214,7 @@ class _Watcher:
         self._walks = {}
         for prompt, walk, out in zip(prompts, flat, outputs, strict=True):
             _forget_after_divergence(walk, [*prompt, *out])
-        parts = [_rows(group, first_document + i, self._k) for i, group in enumerate(walks)]
+        parts = [_rows(group, document.number, self._k) for document, group in zip(answered, walks, strict=True)]
         return _concatenate([p for p in parts if p is not None], self._runner.drafter.hidden_size)
 
     @staticmethod
@@ -327,7 +292,5 @@ def _rows(walks: Sequence[_Request], document: int, k: int) -> Rows | None:
 
 
 def _concatenate(parts: list[Rows], hidden_size: int) -> Rows:
-    from vllm_slimspec.convert.states import concatenate
-
     nothing = torch.zeros(0, dtype=torch.long)
     return concatenate(parts) if parts else Rows(torch.zeros(0, hidden_size), nothing, nothing, nothing, nothing)

@@ -161,7 +161,11 @@ def _chunk(dense: torch.Tensor) -> int:
 def _save(file: Path, state: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
-    torch.save(state, part)
-    with part.open("rb") as handle:
-        os.fsync(handle.fileno())
-    part.replace(file)
+    try:
+        torch.save(state, part)
+        with part.open("rb") as handle:
+            os.fsync(handle.fileno())
+        part.replace(file)
+    except (OSError, RuntimeError) as error:  # the second is how torch says that the disk refuses
+        part.unlink(missing_ok=True)
+        raise OSError(f"{file}: not written ({error}); make room and run it again") from None

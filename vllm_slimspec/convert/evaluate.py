@@ -8,17 +8,21 @@ c + a + 1. At temperature 0 that is what the engine does. Letters: N states, D h
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
+from vllm_slimspec.bench.bootstrap import interval
+from vllm_slimspec.bench.speedup import speedup
 from vllm_slimspec.convert.states import Rows
+from vllm_slimspec.ops import MAX_K
 
-RERANK = (8, 16, 32)  # candidates that are tried
+RERANK = tuple(k for k in (8, 16, 32, 64) if k <= MAX_K)  # candidates that are tried
 _LOGITS = 2**25  # at once: 128 MiB in float32
-_RESAMPLES = 1000
 
-Factors = tuple[torch.Tensor, torch.Tensor]  # down [R, D], up [V, R]
+Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # down [R, D], up [V, R]
+Head: TypeAlias = Factors | torch.Tensor  # or dense, [V, D]
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,16 @@ class Tau:
 
 @dataclass(frozen=True)
 class Quality:
-    """A head against the dense head on the same states; ``tau`` is None where the target's tokens are unknown."""
+    """A head against the dense one, on the same states.
+
+    ``tau`` is None where the target's tokens are unknown, ``kl`` where tokens were left out.
+    """
 
     top1: float  # share of states with the same best token
     tau: Tau | None
     recall: dict[int, float]  # k -> share of states whose best dense token is among the k best
     overlap: float  # alpha: mean over states of the sum over tokens of min(p, q)
-    kl: float  # mean KL(dense || head), nats
+    kl: float | None  # mean KL(dense || head), nats
     rerank: "dict[int, Quality]"  # k -> with the k best scored again by the dense rows; top1 and tau only differ
 
 
@@ -55,40 +62,50 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     dense: torch.Tensor,
-    heads: Mapping[str, Factors],
+    heads: Mapping[str, Head],
     states: Rows,
     ids: torch.Tensor | None = None,
     *,
     rerank: Iterable[int] = RERANK,
+    uncut: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    moved: torch.Tensor | None = None,
 ) -> Evaluation:
     """Compare heads with the dense one.
 
     Args:
-        dense: [V, D].
-        heads: name -> factors, on the device of ``dense``.
+        dense: [V, D], the rows that re-ranking scores by.
+        heads: name -> factors, or a dense head of its own, [V, D]; on the device of ``dense``.
         states: held-out rows, whole documents.
         ids: int64 [V], the target id of each draft id; None where they are the same.
         rerank: candidates k to try, those above V are left out.
+        uncut: the head and ids that ``dense`` is a part of, to compare with; None: ``dense`` itself.
+        moved: [N, D], the states at the same places of ``heads`` whose body is another one; None: the same body.
     """
     ks = sorted({k for k in rerank if k <= len(dense)})
-    totals = {name: _Totals(ks) for name in heads}
+    reference, reference_ids = (dense, ids) if uncut is None else (uncut[0].to(dense), uncut[1])
+    vocabularies = _Vocabularies(*(_given(i, h) for h, i in ((reference, reference_ids), (dense, ids))))
+    totals = {name: _Totals(ks, vocabularies) for name in heads}
     tokens = {name: [] for name in ("dense", *((n, k) for n in heads for k in (1, *ks)))}  # type: ignore[var-annotated]
-    for hidden in states.hidden.split(max(1, _LOGITS // len(dense))):
-        hidden = hidden.to(dense)
-        reference = (hidden @ dense.T).float()
-        best = reference.argmax(-1)
+    chunk = max(1, _LOGITS // max(len(dense), len(reference)))
+    own = states.hidden if moved is None else moved
+    for hidden, inputs in zip(states.hidden.split(chunk), own.split(chunk), strict=True):
+        hidden, inputs = hidden.to(dense), inputs.to(dense)
+        wanted = (hidden @ reference.T).float()
+        exact = wanted if uncut is None else (hidden @ dense.T).float()
+        best = vocabularies.uncut[wanted.argmax(-1)]
         tokens["dense"].append(best)
-        for name, (down, up) in heads.items():
-            scores = (hidden @ down.T @ up.T).float()
+        for name, head in heads.items():
+            scores = (inputs @ head.T if isinstance(head, torch.Tensor) else inputs @ head[0].T @ head[1].T).float()
             candidates = scores.topk(max(ks, default=1), dim=-1).indices
-            totals[name].add(reference, scores, candidates, best)
-            tokens[name, 1].append(candidates[:, 0])
-            exact = reference.gather(1, candidates)
+            found = vocabularies.head[candidates]
+            totals[name].add(wanted, scores, found, best)
+            tokens[name, 1].append(found[:, 0])
+            again = exact.gather(1, candidates)
             for k in ks:
-                tokens[name, k].append(candidates.gather(1, exact[:, :k].argmax(-1, keepdim=True))[:, 0])
-    found = {key: torch.cat(parts).cpu() for key, parts in tokens.items()}
-    agreement = {key: float((t == found["dense"]).double().mean()) for key, t in found.items()}
-    tau = {key: _tau(states, t if ids is None else ids[t]) for key, t in found.items()}
+                tokens[name, k].append(found.gather(1, again[:, :k].argmax(-1, keepdim=True))[:, 0])
+    drafted = {key: torch.cat(parts).cpu() for key, parts in tokens.items()}
+    agreement = {key: float((t == drafted["dense"]).double().mean()) for key, t in drafted.items()}
+    tau = {key: _tau(states, t) for key, t in drafted.items()}
     return Evaluation(
         states=len(states),
         documents=len(states.doc.unique()),
@@ -105,12 +122,35 @@ def evaluate(
     )
 
 
-class _Totals:
-    def __init__(self, ks: Sequence[int]) -> None:
-        self.hits, self.overlap, self.kl = dict.fromkeys((1, *ks), 0), 0.0, 0.0
+def _given(ids: torch.Tensor | None, head: torch.Tensor) -> torch.Tensor:
+    """The target id of each row of a head, int64 [V], on its device."""
+    return torch.arange(len(head), device=head.device) if ids is None else ids.to(head.device)
 
-    def add(self, reference: torch.Tensor, scores: torch.Tensor, candidates: torch.Tensor, best: torch.Tensor) -> None:
-        p, q = reference.log_softmax(-1), scores.log_softmax(-1)
+
+class _Vocabularies:
+    """The target ids of the head to compare with and of those compared, and where both have a row."""
+
+    def __init__(self, uncut: torch.Tensor, head: torch.Tensor) -> None:
+        self.uncut, self.head = uncut.to(head.device), head
+        shared = torch.isin(self.uncut, head)
+        self.same = bool(shared.all())
+        order = head.argsort()
+        self._of_uncut = shared.nonzero()[:, 0]
+        self._of_head = order[torch.searchsorted(head[order], self.uncut[shared])]
+
+    def align(self, wanted: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities, both [B, number of shared tokens]."""
+        p, q = wanted.log_softmax(-1), scores.log_softmax(-1)
+        return (p, q) if self.same else (p[:, self._of_uncut], q[:, self._of_head])
+
+
+class _Totals:
+    def __init__(self, ks: Sequence[int], vocabularies: _Vocabularies) -> None:
+        self.hits, self.overlap, self.kl = dict.fromkeys((1, *ks), 0), 0.0, 0.0
+        self._vocabularies = vocabularies
+
+    def add(self, wanted: torch.Tensor, scores: torch.Tensor, candidates: torch.Tensor, best: torch.Tensor) -> None:
+        p, q = self._vocabularies.align(wanted, scores)
         self.overlap += float(torch.minimum(p, q).exp().sum(dtype=torch.float64))
         self.kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
         hit = candidates == best[:, None]
@@ -119,7 +159,8 @@ class _Totals:
 
     def means(self, n: int) -> dict:
         recall = {k: count / n for k, count in self.hits.items()}
-        return {"recall": recall, "overlap": self.overlap / n, "kl": max(0.0, self.kl / n)}
+        kl = max(0.0, self.kl / n) if self._vocabularies.same else None
+        return {"recall": recall, "overlap": self.overlap / n, "kl": kl}
 
 
 def _tau(states: Rows, drafted: torch.Tensor) -> Tau | None:
@@ -135,12 +176,9 @@ def _tau(states: Rows, drafted: torch.Tensor) -> Tau | None:
         cycle = accepted.setdefault(int(doc[row]), {}).setdefault(int(start[row]), np.zeros(k, dtype=bool))
         cycle[step[row]] = hit[row]
     walks = np.array([_walk(cycles) for cycles in accepted.values()])  # [documents, (cycles, accepted)]
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(len(walks), size=(_RESAMPLES, len(walks)))
-    samples = walks[drawn].sum(1)
-    low, high = np.quantile(1 + samples[:, 1] / samples[:, 0], (0.025, 0.975))
-    cycles, total = walks.sum(0)
-    return Tau(float(1 + total / cycles), float(low), float(high))
+    cycles, total = walks.T
+    low, high = interval(len(walks), lambda drawn: 1 + total[drawn].sum(1) / cycles[drawn].sum(1))
+    return Tau(float(1 + total.sum() / cycles.sum()), low, high)
 
 
 def _walk(cycles: Mapping[int, np.ndarray]) -> tuple[int, int]:
@@ -171,5 +209,4 @@ def predicted_speedup(
 
     """
     kappa = k * dense_bytes / (target_bytes + k * (body_bytes + dense_bytes))
-    nu = dense_bytes / head_bytes
-    return rho / (1 - kappa + kappa / nu)
+    return speedup(rho, kappa, nu=dense_bytes / head_bytes)

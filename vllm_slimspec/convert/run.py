@@ -16,6 +16,7 @@ import torch
 from vllm_slimspec.checkpoint import (
     ARCHITECTURES,
     DENSE,
+    DENSE_ARCHITECTURES,
     DOWN,
     SCALE,
     UP,
@@ -26,13 +27,15 @@ from vllm_slimspec.checkpoint import (
 )
 from vllm_slimspec.convert.card import card
 from vllm_slimspec.convert.distil import Recipe, distil
-from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Quality, Tau, evaluate, predicted_speedup
+from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
 from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
+from vllm_slimspec.convert.joint import JointRecipe, train_jointly
 from vllm_slimspec.convert.sources import Drafter, Target
 from vllm_slimspec.convert.speculators import speculators_config
-from vllm_slimspec.convert.states import HeadStates, Rows, sha256
+from vllm_slimspec.convert.states import HeadStates, Rows, common, concatenate, sha256
+from vllm_slimspec.convert.vocabulary import counts_from_file, counts_from_states, counts_from_text, kept
 from vllm_slimspec.ops import MAX_K
-from vllm_slimspec.quantized import QuantizedUp, quantize_up
+from vllm_slimspec.quantized import quantize_up
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +54,17 @@ class Options:
     target: str | None = None
     rank: int | None = None
     rank_divisor: int | None = None  # where no rank is given; neither: that of low-rank factors, or D // 8
+    head: Literal["low-rank", "dense"] = "low-rank"
     vocab: str = "keep"  # keep, full, or a number of tokens
     frequencies: Path | None = None
+    prompts: Path | None = None
     calibration: Path | None = None
     hidden_states: Path | None = None
     k: int = 5
     max_tokens: int = 256
     max_states: int = 100_000
     distil: Recipe | None = None
+    joint: JointRecipe | None = None  # after it
     rerank: int | None = None
     quantize: Literal["fp8", "int8", "int4"] | None = None
     max_loss: float = 0.03
@@ -76,7 +82,7 @@ class Options:
 class Outcome:
     """What one head costs and saves, against the drafter as it came."""
 
-    rank: int
+    rank: int | None  # None: a dense head
     rerank: int | None
     quality: Quality | None  # None: there were no states to measure on
     loss: float | None  # of expected acceptance length, or of top-1 agreement where the target's tokens are unknown
@@ -98,6 +104,7 @@ class Conversion:
         self.drafter, self.residual = self._choose_vocabulary()
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.dense = self.drafter.head.to(device)
+        self._moved: Rows | None = None  # held-out states of a body that was trained on
 
     def rank(self, rank: int | None, divisor: int | None) -> int:
         """R from a rank or a divisor of D; without either, that of factors which are there already, or D // 8.
@@ -134,28 +141,69 @@ class Conversion:
         hidden = self.states.sample(False, _DISTIL_STATES).hidden
         # What is kept is chosen on the last tenth: the held-out states stay unseen until they measure the result.
         cut = len(hidden) * 9 // 10
-        made_from = [self.origin, len(factors[0]), asdict(recipe)]
-        key = hash_of(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
-        return distil(self.dense, factors, hidden[:cut], hidden[cut:], recipe, self.options.run / f"distil-{key}.pt")
+        checkpoint = self.options.run / f"distil-{self._key(factors, recipe)}.pt"
+        return distil(self.dense, factors, hidden[:cut], hidden[cut:], recipe, checkpoint)
 
-    def evaluate(self, heads: Mapping[str, Factors], rerank: Sequence[int] = RERANK) -> Evaluation | None:
-        """Heads on the held-out states; None without states."""
+    def train_jointly(self, factors: Factors, recipe: JointRecipe) -> Factors:
+        """The factors after training with fc and layer, whose drafter takes the place of the one that came.
+
+        Its states are recorded over the held-out documents, and from then on heads are measured on those.
+        """
+        assert self.states is not None
+        assert self.options.target is not None
+        from vllm_slimspec.convert.collect import collect_again
+
+        documents = self.states.documents(held_out=True)
+        folder = self.options.run / f"joint-{self._key(factors, recipe)}"
+        self.drafter = train_jointly(self.drafter, factors, self.options.target, self.states, recipe, folder)
+        drafter, engine = self.drafter.path, dict(self.options.engine)
+        states = collect_again(self.options.target, drafter, documents, folder / "states", k=self.k, engine=engine)
+        self._moved = concatenate(list(states.read(held_out=True)))
+        assert self.drafter.factors is not None
+        down, up = self.drafter.factors
+        return down.to(self.dense.device), up.to(self.dense.device)
+
+    def _key(self, factors: Factors, recipe: Recipe | JointRecipe) -> str:
+        """One name for everything that a distillation follows from."""
+        head, d2t = self.options.distil, self.drafter.d2t
+        tokens = None if d2t is None else hash_of(d2t.numpy().tobytes()).hexdigest()
+        made_from = [self.origin, tokens, len(factors[0]), asdict(recipe), None if head is None else asdict(head)]
+        return hash_of(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+
+    def evaluate(self, heads: Mapping[str, Head], rerank: Sequence[int] = RERANK) -> Evaluation | None:
+        """Heads on the held-out states, against the dense one; None without states.
+
+        Which dense one: that of the drafter as it came, so that tokens which are left out count as lost; with
+        ``--vocab full`` the larger one, for choosing a token that was out of reach is no loss.
+        """
         if self._held_out is None:
             return None
-        return evaluate(self.dense, heads, self._held_out, self.drafter.ids, rerank=rerank)
+        cut = len(self.drafter.head) < len(self.source.head)
+        uncut = (self.source.head, self.source.ids) if cut else None
+        states, moved = self._held_out, None
+        if self._moved is not None:
+            states, rows = common(self._held_out, self._moved)
+            moved = rows.hidden
+        return evaluate(self.dense, heads, states, self.drafter.ids, rerank=rerank, uncut=uncut, moved=moved)
 
     def outcome(
-        self, head: Factors, up_bytes: int, evaluation: Evaluation | None, name: str, rerank: int | None
+        self, rank: int | None, head_bytes: int, evaluation: Evaluation | None, name: str, rerank: int | None
     ) -> Outcome:
-        """What the head ``name`` of an evaluation, with or without re-ranking, costs and saves."""
-        rank, hidden = head[0].shape
-        element = self.drafter.head.element_size()
+        """What the head ``name`` of an evaluation costs and saves.
+
+        Args:
+            rank: its rank; None: it is dense.
+            head_bytes: as it is stored, without the rows of re-ranking.
+            evaluation: of it, if there are states.
+            name: its name there.
+            rerank: candidates that are scored again, if any.
+        """
         dense_bytes = self.source.head.nbytes
-        head_bytes = up_bytes + rank * hidden * element + (rerank or 0) * hidden * element
+        head_bytes += (rerank or 0) * self.dense[0].nbytes
         quality, rho, speedup = None, None, None
         if evaluation is not None:
             quality = evaluation.heads[name] if rerank is None else evaluation.heads[name].rerank[rerank]
-            before = evaluation.dense_tau if self.drafter is self.source else self._source_tau
+            before = evaluation.dense_tau
             rho = quality.tau.value / before.value if quality.tau and before else quality.top1
         if rho is not None and self.target is not None:
             speedup = predicted_speedup(
@@ -167,6 +215,11 @@ class Conversion:
                 rho=rho,
             )
         return Outcome(rank, rerank, quality, None if rho is None else 1 - rho, head_bytes, dense_bytes, speedup)
+
+    @property
+    def family(self) -> str:
+        """Of the drafter's body: llama or qwen3."""
+        return head_spec({**self.drafter.config, "lm_head_rank": 1}).family
 
     @property
     def k(self) -> int:
@@ -187,12 +240,6 @@ class Conversion:
     @cached_property
     def _held_out(self) -> Rows | None:
         return None if self.states is None else self.states.sample(True, _HELD_OUT_STATES)
-
-    @cached_property
-    def _source_tau(self) -> Tau | None:
-        """Of the drafter as it came, where its vocabulary was changed."""
-        assert self._held_out is not None
-        return evaluate(self.source.head, {}, self._held_out, self.source.ids).dense_tau
 
     @cached_property
     def _second_moment(self) -> torch.Tensor:
@@ -219,28 +266,25 @@ class Conversion:
             if self.target is None:
                 raise CheckpointError("--vocab full takes the missing rows from the target's head; give --target")
             return source.full_vocabulary(self.target)
-        if not wanted.isdigit() or not 1 <= int(wanted) <= len(source.head):
-            raise CheckpointError(
-                f"--vocab {wanted}: must be keep, full or a number of tokens from 1 to {len(source.head)}"
-            )
-        weights = self._frequencies()
-        keep = weights.argsort(descending=True, stable=True)[: int(wanted)].sort().values
-        return source.truncated(keep), 0.0
+        if not wanted.isdigit():
+            raise CheckpointError(f"--vocab {wanted}: must be keep, full or a number of tokens")
+        return source.truncated(kept(source, self.target, self._counts(), int(wanted))), 0.0
 
-    def _frequencies(self) -> torch.Tensor:
-        """How often each draft token is wanted [V]: from a file, or by the dense head on the states."""
-        file = self.options.frequencies
-        if file is None:
-            if self.states is None:
-                raise CheckpointError("--vocab N keeps the most frequent tokens; give --frequencies or --calibration")
-            hidden = self.states.sample(False, _PROBABILITY_STATES).hidden
-            return token_probabilities(self.source.head, hidden.to(self.source.head))
-        try:
-            counts = {int(token): float(n) for token, n in json.loads(file.read_text(encoding="utf-8")).items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f'{file}: must be a JSON object {{"token id": count}} ({error}); mend it') from None
-        ids = range(len(self.source.head)) if self.source.ids is None else self.source.ids.tolist()
-        return torch.tensor([counts.get(token, 0.0) for token in ids], dtype=torch.float64)
+    def _counts(self) -> torch.Tensor:
+        """How often each of the target's tokens is wanted: by a file, by text, or by the target's answers."""
+        options, size = self.options, self.source.config["vocab_size"]
+        if options.frequencies is not None:
+            return counts_from_file(options.frequencies, size)
+        if options.prompts is not None:
+            if options.target is None:
+                raise CheckpointError("--prompts is counted by the target's tokenizer; give --target")
+            return counts_from_text(options.prompts, options.target, size)
+        if self.states is None:
+            raise CheckpointError(
+                "--vocab N keeps the most frequent tokens; give --frequencies, --prompts, --calibration or "
+                "--hidden-states to count them by"
+            )
+        return counts_from_states(self.states, self.source, size, _PROBABILITY_STATES)
 
 
 @dataclass(frozen=True)
@@ -262,28 +306,54 @@ def convert(options: Options) -> Converted:
     """
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise CheckpointError(f"{options.output}: exists and is not an empty folder; remove it or choose another")
-    if options.rerank is not None and options.rerank > MAX_K:
-        raise CheckpointError(
-            f"--rerank {options.rerank}: at most {MAX_K} candidates can be served; 8 to {MAX_K} are useful"
-        )
-    if options.layout == "speculators" and options.target is None:
-        raise CheckpointError("--format speculators names the target to start; give --target")
+    _check(options)
     work = Conversion(options)
+    made = _dense(work) if options.head == "dense" else _low_rank(work)
+    # Dense rows are of no use to a head without factors, and not of the same body as one that was trained with it.
+    alone = made.rank is None or options.joint is not None
+    tried = () if alone else (*RERANK, *filter(None, [options.rerank]))
+    evaluation = work.evaluate({_NAME: made.head}, tried)
+    outcome = work.outcome(made.rank, made.nbytes, evaluation, _NAME, options.rerank)
+    if outcome.loss is not None and outcome.loss > options.max_loss and not options.force:
+        assert evaluation is not None
+        ks = evaluation.heads[_NAME].rerank
+        reranked = {k: work.outcome(made.rank, made.nbytes, evaluation, _NAME, k) for k in ks}
+        raise CheckpointError(f"{options.output}: not written, {_cure(options, outcome, reranked)}")
+    return Converted(_write(work, made, evaluation, outcome), evaluation, outcome)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A head as it is measured, and as it is stored: tensors, and the keys of config.json that go with them."""
+
+    head: Head
+    rank: int | None
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _dense(work: Conversion) -> _Made:
+    return _Made(work.dense, None, {DENSE: work.dense}, {"architectures": [DENSE_ARCHITECTURES[work.family]]})
+
+
+def _low_rank(work: Conversion) -> _Made:
+    options = work.options
     down, up = work.factors(work.rank(options.rank, options.rank_divisor))
     if options.distil is not None:
         down, up = work.distil((down, up), options.distil)
-    stored: torch.Tensor | QuantizedUp = up
-    if options.quantize is not None:
-        stored = quantize_up(up, options.quantize)
-        up = stored.dequantize().to(down.dtype)
-    evaluation = work.evaluate({_NAME: (down, up)}, [*RERANK, *filter(None, [options.rerank])])
-    outcome = work.outcome((down, up), stored.nbytes, evaluation, _NAME, options.rerank)
-    if outcome.loss is not None and outcome.loss > options.max_loss and not options.force:
-        assert evaluation is not None
-        tried = evaluation.heads[_NAME].rerank
-        reranked = {k: work.outcome((down, up), stored.nbytes, evaluation, _NAME, k) for k in tried}
-        raise CheckpointError(f"{options.output}: not written, {_cure(options, outcome, reranked)}")
-    return Converted(_write(work, down, stored, evaluation, outcome), evaluation, outcome)
+    if options.joint is not None:
+        down, up = work.train_jointly((down, up), options.joint)
+    config: dict[str, Any] = {"architectures": [ARCHITECTURES[work.family]], "lm_head_rank": len(down)}
+    if options.quantize is None:
+        return _Made((down, up), len(down), {DOWN: down, UP: up}, config)
+    stored = quantize_up(up, options.quantize)
+    tensors = {DOWN: down, UP: stored.weight, SCALE: stored.scale}
+    config["lm_head_quantization"] = stored.kind
+    return _Made((down, stored.dequantize().to(down.dtype)), len(down), tensors, config)
 
 
 def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[Outcome]]:
@@ -295,6 +365,12 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
     Raises:
         CheckpointError: the input is bad, or there is nothing to measure on.
     """
+    _check(options)
+    if options.distil or options.joint or options.rerank or options.quantize or options.head == "dense":
+        raise CheckpointError(
+            "--sweep measures every rank with and without re-ranking, and nothing else; leave out --distill-steps, "
+            "--joint-steps, --rerank, --quantize and --head"
+        )
     work = Conversion(options)
     if work.states is None:
         raise CheckpointError("--sweep measures, so it needs --calibration or --hidden-states")
@@ -305,21 +381,53 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
     evaluation = work.evaluate(heads)
     assert evaluation is not None
     outcomes = [
-        work.outcome(head, head[1].numel() * head[1].element_size(), evaluation, name, k)
+        work.outcome(len(head[0]), sum(factor.nbytes for factor in head), evaluation, name, k)
         for name, head in heads.items()
         for k in (None, *evaluation.heads[name].rerank)
     ]
     return evaluation, sorted(outcomes, key=lambda o: o.speedup or 1 - (o.loss or 0), reverse=True)
 
 
+def _check(options: Options) -> None:
+    """Refuse what contradicts itself, before anything is read."""
+    if options.rerank is not None and options.rerank > MAX_K:
+        raise CheckpointError(
+            f"--rerank {options.rerank}: at most {MAX_K} candidates can be served; 8 to {MAX_K} are useful"
+        )
+    if options.layout == "speculators" and options.target is None:
+        raise CheckpointError("--format speculators names the target to start; give --target")
+    if options.frequencies is not None and options.prompts is not None:
+        raise CheckpointError("--frequencies and --prompts are two counts of one vocabulary; give one")
+    if options.vocab in ("keep", "full") and (options.frequencies or options.prompts):
+        raise CheckpointError(f"--frequencies and --prompts belong to --vocab N, not to --vocab {options.vocab}")
+    if options.head == "dense" and (
+        options.rank or options.rank_divisor or options.distil or options.joint or options.rerank or options.quantize
+    ):
+        raise CheckpointError(
+            "--head dense has no factors; leave out --rank, --rank-divisor, --distill-steps, --joint-steps, --rerank "
+            "and --quantize"
+        )
+    if options.rerank and options.joint is not None:
+        raise CheckpointError(
+            "--joint-steps moves the body away from the dense rows that --rerank scores by; leave one of them out"
+        )
+
+
 def _open_states(options: Options) -> HeadStates | None:
     if options.hidden_states is not None and options.calibration is not None:
         raise CheckpointError("--calibration and --hidden-states are two sources of one thing; give one")
+    if options.joint is not None and options.target is None:
+        raise CheckpointError("--joint-steps runs the target; give --target")
     if options.hidden_states is not None:
-        return HeadStates.open(options.hidden_states)
+        states = HeadStates.open(options.hidden_states)
+        if options.joint is not None:
+            states.documents(held_out=False)  # to be told now, and not after the head was distilled
+        return states
     if options.calibration is None:
-        if options.distil is not None:
-            raise CheckpointError("--distil-steps needs states to learn from; give --calibration or --hidden-states")
+        if options.distil is not None or options.joint is not None:
+            raise CheckpointError(
+                "--distill-steps and --joint-steps need states to learn from; give --calibration or --hidden-states"
+            )
         return None
     if options.target is None:
         raise CheckpointError("--calibration runs the target; give --target")
@@ -343,35 +451,28 @@ def _cure(options: Options, outcome: Outcome, reranked: Mapping[int, Outcome]) -
     enough = [k for k, o in reranked.items() if o.loss is not None and o.loss <= options.max_loss]
     if enough:
         return f"{words}--rerank {enough[0]} loses {reranked[enough[0]].loss:.1%}"
-    if options.distil is None:
-        return f"{words}try --distil-steps 200, or a smaller --rank-divisor"
+    if options.head == "dense":
+        return f"{words}keep more tokens with a larger --vocab, or write it all the same with --force"
+    if options.distil is None and options.joint is None:
+        return f"{words}try --distill-steps 400, or a smaller --rank-divisor"
+    if options.joint is None and options.rerank is None:
+        return f"{words}try --joint-steps 200 as well, or a smaller --rank-divisor"
     return f"{words}try a smaller --rank-divisor, or write it all the same with --force"
 
 
-def _write(
-    work: Conversion,
-    down: torch.Tensor,
-    up: torch.Tensor | QuantizedUp,
-    evaluation: Evaluation | None,
-    outcome: Outcome,
-) -> DraftCheckpoint:
+def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome: Outcome) -> DraftCheckpoint:
     options, drafter = work.options, work.drafter
-    config = drafter.config | {"lm_head_rank": len(down)}
-    config["architectures"] = [ARCHITECTURES[head_spec(config).family]]
-    tensors = {**dict(drafter.body_tensors()), DOWN: down}
-    if isinstance(up, QuantizedUp):
-        config["lm_head_quantization"] = up.kind
-        tensors |= {UP: up.weight, SCALE: up.scale}
-    else:
-        tensors[UP] = up
+    config, tensors = drafter.config | made.config, {**dict(drafter.body_tensors()), **made.tensors}
     if options.rerank is not None:
         config["lm_head_rerank"] = options.rerank
         if drafter.target_rows:
             config["lm_head_rerank_rows"] = "target"
         else:
             tensors[DENSE] = drafter.head
-    if drafter.d2t is not None:
+    if drafter.ids is not None and drafter.d2t is not None:
         tensors["d2t"] = drafter.d2t
+        if made.rank is None:  # vLLM does without, EAGLE's and SpecForge's own tools do not
+            tensors["t2d"] = torch.zeros(config["vocab_size"], dtype=torch.bool).index_fill_(0, drafter.ids, True)
     measured = None
     if evaluation is not None:
         tau = evaluation.dense_tau

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,18 @@ from safetensors import safe_open
 from vllm_slimspec.checkpoint import (
     DENSE,
     DOWN,
+    HEAD_KEYS,
     SCALE,
     UP,
     CheckpointError,
     DraftCheckpoint,
     HeadSpec,
     TensorInfo,
-    _check_body,
-    _flatten,
-    _read_headers,
+    check_body,
     check_tensor,
     head_spec,
     read_config,
+    read_headers,
 )
 
 _CHUNK = 8192
@@ -44,14 +45,6 @@ _NOT_OURS = (
     "speculators_model_type",
     "speculators_version",
     "auto_map",
-)
-_HEAD_KEYS = (
-    "lm_head_rank",
-    "lm_head_rank_divisor",
-    "lm_head_rerank",
-    "lm_head_rerank_rows",
-    "lm_head_quantization",
-    "lm_head_quantization_group",
 )
 # What vLLM assumes of a speculators config that is silent (transformers_utils/configs/speculators/algos.py).
 _SPECULATORS_DEFAULTS = {"norm_before_residual": True, "norm_before_fc": False, "fc_norm": False, "norm_output": False}
@@ -79,6 +72,16 @@ class Target:
             if not isinstance(text.get(key), int):
                 raise CheckpointError(f"{path / 'config.json'}: {key} is missing; give the target's own folder")
         return cls(str(target), path, text)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, where chat models name all the tokens that end a text; empty without one."""
+        file = self.path / "generation_config.json"
+        try:
+            config = json.loads(file.read_bytes()) if file.is_file() else {}
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from None
+        return config if isinstance(config, dict) else {}
 
     @property
     def hidden_size(self) -> int:
@@ -116,7 +119,7 @@ class Target:
             folder = fetch(self.name, ["*.json", *sorted(set(names.values()))])
             return {name: folder / file for name, file in names.items()}
         folder = fetch(self.name, ["*.json", "model.safetensors"])
-        return {name: info.file for name, info in _read_headers(folder).items()}
+        return {name: info.file for name, info in read_headers(folder).items()}
 
     @property
     def nbytes(self) -> int:
@@ -229,6 +232,8 @@ class Drafter:
 
     def truncated(self, keep: torch.Tensor) -> "Drafter":
         """This drafter with only these draft ids, int64 [N], ascending."""
+        if len(keep) == len(self.head):
+            return self
         ids = keep if self.ids is None else self.ids[keep]
         config = self.config | {"draft_vocab_size": len(keep)}
         d2t = ids - torch.arange(len(keep))
@@ -255,7 +260,7 @@ def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
 
 def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     """config.json as this package writes it, without the keys of the head."""
-    config = _flatten(checkpoint.config)
+    config = checkpoint.flat
     if checkpoint.format == "speculators":
         config = {**_SPECULATORS_DEFAULTS, **config}
         family = str(config.get("model_type", "llama"))
@@ -266,7 +271,7 @@ def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:
         config["rope_theta"] = rope.pop("rope_theta", 10000.0)
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = rope
-    return {k: v for k, v in config.items() if k not in (*_NOT_OURS, *_HEAD_KEYS)} | {"tie_word_embeddings": False}
+    return {k: v for k, v in config.items() if k not in (*_NOT_OURS, *HEAD_KEYS)} | {"tie_word_embeddings": False}
 
 
 def _check(checkpoint: DraftCheckpoint, spec: HeadSpec, head: torch.Tensor, d2t: torch.Tensor | None) -> None:
@@ -283,7 +288,7 @@ def _check(checkpoint: DraftCheckpoint, spec: HeadSpec, head: torch.Tensor, d2t:
         )
     for name, tensor in ((DENSE, head), *([("d2t", d2t)] if d2t is not None else [])):
         check_tensor(spec, name, tensor, where)
-    _check_body(checkpoint.config, checkpoint.tensors, checkpoint.path)
+    check_body(checkpoint.flat, checkpoint.tensors, checkpoint.path)
 
 
 def _check_target(config: dict[str, Any], where: str, target: Target) -> None:

@@ -1,7 +1,8 @@
 """Head states on disk: the exact inputs of a draft head, with what the target wanted there.
 
     index.json                 {"format": 1, "D", "dtype", "K", "target", "drafter", "sha256s", "rows"}
-    states-NNNNN.safetensors   hidden [N, D]; step uint8, doc int32, pos int32, next_token int64, all [N]
+    states-NNNNN.safetensors   hidden [N, D]; step uint8, doc int32, pos int32, next_token int64, all [N];
+                               tokens int64 [T] and documents int64 [n, 3] (doc, its tokens, those of the prompt)
 
 A row is the head's input at draft step ``step`` (0 to K - 1), when it drafts the token at place ``pos`` of document
 ``doc``; ``next_token`` is the target's own greedy token there (-1: unknown). The drafter was fed the target's greedy
@@ -13,16 +14,15 @@ has no index.json.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from vllm_slimspec.checkpoint import CheckpointError
+from vllm_slimspec.checkpoint import CheckpointError, save_tensors
 
 FORMAT = 1
 _HELD_OUT = 5  # one document in five
@@ -48,6 +48,15 @@ class Rows:
         columns = (self.step, self.pos, self.next_token)
         step, pos, next_token = (None if c is None else c[index] for c in columns)
         return Rows(self.hidden[index], self.doc[index], step, pos, next_token)
+
+
+@dataclass(frozen=True)
+class Document:
+    """What was answered, and how: a prompt and the target's greedy answer."""
+
+    number: int
+    tokens: list[int]  # the prompt and the answer
+    prompt: int  # tokens of the prompt
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,27 @@ class HeadStates:
         parts = [rows[torch.isin(rows.doc, chosen)] for rows in self.read(held_out)]
         return concatenate([rows for rows in parts if len(rows)])
 
+    def documents(self, held_out: bool) -> list[Document]:
+        """The documents of one split that were answered to record the states.
+
+        Raises:
+            CheckpointError: they were not kept.
+        """
+        found = []
+        for file in self.files:
+            with safe_open(str(file), framework="pt") as handle:
+                if "documents" not in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    raise CheckpointError(
+                        f"{file}: the answers are not beside the states; record them again with --calibration"
+                    )
+                sizes, tokens = handle.get_tensor("documents"), handle.get_tensor("tokens")
+            parts = tokens.split(sizes[:, 1].tolist())
+            found += [
+                Document(number, part.tolist(), prompt)
+                for (number, _, prompt), part in zip(sizes.tolist(), parts, strict=True)
+            ]
+        return [document for document in found if (document.number % _HELD_OUT == 0) == held_out]
+
     def _documents(self) -> Iterator[list[int]]:
         before = 0
         for file in self.files:
@@ -161,6 +191,18 @@ def concatenate(parts: list[Rows]) -> Rows:
     return Rows(torch.cat([p.hidden for p in parts]), doc, column("step"), column("pos"), column("next_token"))
 
 
+def common(one: Rows, other: Rows) -> tuple[Rows, Rows]:
+    """The rows of both at the places and draft steps that both have, in one order; the columns must be known."""
+    keys = []
+    for rows in (one, other):
+        assert rows.pos is not None
+        assert rows.step is not None
+        keys.append((rows.doc << 40) + (rows.pos << 8) + rows.step)
+    order = [key.argsort() for key in keys]
+    keep = [torch.isin(keys[i][order[i]], keys[1 - i]) for i in (0, 1)]
+    return one[order[0][keep[0]]], other[order[1][keep[1]]]
+
+
 class StatesWriter:
     """Writes a collection group by group; a run that was killed goes on with the first group that is not there.
 
@@ -173,11 +215,9 @@ class StatesWriter:
             found = {key: value for key, value in _read_index(self.path).items() if key in recipe}
         elif (self.path / "recipe.json").is_file():
             found = json.loads((self.path / "recipe.json").read_text(encoding="utf-8"))
+        elif self.path.exists() and (not self.path.is_dir() or any(self._others())):
+            raise CheckpointError(f"{self.path}: holds other files; remove them or choose another folder")
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise CheckpointError(f"{self.path}: holds other files; remove them or choose another folder")
-            _write(self.path / "recipe.json", lambda part: part.write_text(json.dumps(recipe), encoding="utf-8"))
             return
         if found != recipe:
             changed = sorted(key for key in recipe if found.get(key) != recipe[key])
@@ -194,12 +234,20 @@ class StatesWriter:
         """Whether this group was written."""
         return self._file(group).is_file()
 
-    def write(self, group: int, rows: Rows) -> None:
-        """Keep the rows of a group, which may be none, for good."""
+    def write(self, group: int, rows: Rows, documents: Sequence[Document] = ()) -> None:
+        """Keep the rows of a group, which may be none, and what they are of; the first one makes the folder."""
+        if not (self.path / "recipe.json").is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self._recipe)
+            _write(self.path / "recipe.json", lambda part: part.write_text(text, encoding="utf-8"))
         tensors = {"hidden": rows.hidden.contiguous()}
         for name, dtype in _COLUMNS.items():
             tensors[name] = getattr(rows, name).to(dtype).contiguous()
-        _write(self._file(group), lambda part: save_file(tensors, str(part)))
+        tensors["tokens"] = torch.tensor([token for d in documents for token in d.tokens], dtype=torch.long)
+        tensors["documents"] = torch.tensor(
+            [[d.number, len(d.tokens), d.prompt] for d in documents], dtype=torch.long
+        ).view(-1, 3)
+        _write(self._file(group), lambda part: save_tensors(tensors, part))
 
     def count(self) -> int:
         """Rows written so far, by this run and those before it."""
@@ -220,6 +268,10 @@ class StatesWriter:
         _write(self.path / "index.json", lambda part: part.write_text(json.dumps(index, indent=2), encoding="utf-8"))
         return HeadStates.open(self.path)
 
+    def _others(self) -> Iterator[Path]:
+        """Files that no run of this class left there, killed or not."""
+        return (file for file in self.path.iterdir() if not file.name.endswith(".part"))
+
     def _file(self, group: int) -> Path:
         return self.path / f"states-{group:05d}.safetensors"
 
@@ -233,10 +285,14 @@ def sha256(file: Path) -> str:
 def _write(file: Path, write: Callable[[Path], Any]) -> None:
     """Write beside the file and rename, so that a name is there only with all its bytes."""
     part = file.with_name(f".{file.name}.part")
-    write(part)
-    with part.open("rb") as handle:
-        os.fsync(handle.fileno())
-    part.replace(file)
+    try:
+        write(part)
+        with part.open("rb") as handle:
+            os.fsync(handle.fileno())
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
 
 
 def _read_index(path: Path) -> dict[str, Any]:

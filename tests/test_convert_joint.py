@@ -1,0 +1,301 @@
+"""Joint distillation: the real trainer goes on from the converted drafter, and hands back the same drafter, trained."""
+
+from dataclasses import replace
+
+import drafters
+import pytest
+import torch
+from drafters import D, R, V
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
+from vllm_slimspec.convert import run
+from vllm_slimspec.convert.distil import Recipe
+from vllm_slimspec.convert.joint import JointRecipe, train_jointly
+from vllm_slimspec.convert.run import Options, convert
+from vllm_slimspec.convert.sources import Drafter
+from vllm_slimspec.convert.states import Document, HeadStates, Rows, StatesWriter, common
+from vllm_slimspec.train.launch import SlimSpecTrainer
+from vllm_slimspec.train.states import write_states
+
+K, DOCUMENTS = 3, 20
+DRAFT_V = V // 2
+FLAGS = {"total_seq_len": 64, "hidden_states_dtype": "float32", "optimizer": "adamw", "checkpoint_freq": 1.0}
+RECIPE = JointRecipe(steps=4, lr=1e-2, flags=FLAGS)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        tie_word_embeddings=False,
+    )
+    folder = tmp_path_factory.mktemp("target")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def answers() -> list[Document]:
+    generator = torch.Generator().manual_seed(0)
+    return [Document(i, torch.randint(V, (30,), generator=generator).tolist(), 10) for i in range(DOCUMENTS)]
+
+
+def states_of(folder, documents, hidden_seed=0) -> HeadStates:
+    """Random states of every place of these documents."""
+    writer = StatesWriter(folder, {"K": K})
+    for group, document in enumerate(documents):
+        starts = torch.arange(document.prompt + 1, len(document.tokens) - K + 1)
+        step = torch.arange(K).repeat(len(starts))
+        pos = starts.repeat_interleave(K) + step
+        hidden = torch.randn(len(pos), D, generator=torch.Generator().manual_seed(hidden_seed + document.number))
+        doc = torch.full_like(pos, document.number)
+        writer.write(group, Rows(hidden, doc, step, pos, torch.tensor(document.tokens)[pos]), [document])
+    return writer.finish()
+
+
+@pytest.fixture
+def states(tmp_path):
+    return states_of(tmp_path / "states", answers())
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The weights that each training starts from."""
+    seen = []
+    original = SlimSpecTrainer.setup_optimizer
+
+    def setup_optimizer(self):
+        original(self)
+        seen.append({name: t.clone() for name, t in self.model.state_dict().items()})
+
+    monkeypatch.setattr(SlimSpecTrainer, "setup_optimizer", setup_optimizer)
+    return seen
+
+
+def dense_drafter(folder, **config):
+    tensors = drafters.dense(drafters.tensors(DRAFT_V))
+    settings = {"lm_head_rank": None, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": DRAFT_V}
+    return drafters.write(folder, drafters.config(**settings | config), tensors)
+
+
+def factors(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(R, D, generator=generator), torch.randn(DRAFT_V, R, generator=generator)
+
+
+def renamed(name: str) -> str:
+    return name.replace("midlayer.", "layers.0.")
+
+
+def test_training_goes_on_from_the_converted_drafter(target, states, tmp_path, started):
+    """Catches: a body, a head or a map that starts anew; one that does not learn; and a run without its last steps."""
+    source = Drafter.open(dense_drafter(tmp_path / "source"))
+    down, up = factors()
+    trained = train_jointly(source, (down, up), str(target), states, RECIPE, tmp_path / "run")
+
+    (start,) = started
+    expected = {renamed(name): t for name, t in source.body_tensors()} | {"d2t": source.d2t}
+    expected |= {"lm_head.down.weight": down, "lm_head.up.weight": up}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(start[name], tensor, rtol=0, atol=0)
+    assert torch.equal(start["t2d"].nonzero()[:, 0], source.ids)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    rows = model.lm_head.weight[source.ids].detach()
+    torch.testing.assert_close(start["verifier_lm_head.weight"], rows, rtol=0, atol=0)
+    embeddings = model.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(start["embed_tokens.weight"], embeddings, rtol=0, atol=0)
+
+    after = {renamed(name): t for name, t in trained.body_tensors()}
+    assert after.keys() == {renamed(name) for name in source.body}
+    assert [name for name in after if torch.equal(after[name], start[name])] == []
+    assert not torch.equal(trained.factors[0], down)
+    assert not torch.equal(trained.factors[1], up)
+    assert torch.equal(trained.d2t, source.d2t)
+    assert trained.config == source.config
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["drafter"]
+
+
+def test_embeddings_of_its_own_stay(target, states, tmp_path, started):
+    """Catches: the target's embeddings in their place, in training or in what is written."""
+    folder, own = dense_drafter(tmp_path / "source"), torch.randn(V, D)
+    checkpoint = DraftCheckpoint.open(folder)
+    tensors = {name: checkpoint.load(name) for name in checkpoint.tensors} | {"embed_tokens.weight": own}
+    source = Drafter.open(drafters.write(tmp_path / "own", checkpoint.config, tensors))
+    trained = train_jointly(source, factors(), str(target), states, replace(RECIPE, steps=1), tmp_path / "run")
+    assert torch.equal(started[0]["embed_tokens.weight"], own)
+    assert torch.equal(dict(trained.body_tensors())["embed_tokens.weight"], own)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The first and the last step of each training, and how many an epoch has."""
+    seen = []
+    original = SlimSpecTrainer.run_training
+
+    def run_training(self):
+        first = self.global_step
+        original(self)
+        seen.append((first, self.global_step, len(self.train_loader)))
+
+    monkeypatch.setattr(SlimSpecTrainer, "run_training", run_training)
+    return seen
+
+
+def test_it_takes_as_many_steps_as_it_is_told(target, states, tmp_path, steps):
+    """Catches: speculators ending an epoch at the last step, and taking one more in every other."""
+    source = Drafter.open(dense_drafter(tmp_path / "source"))
+    for wanted in (2, 11):
+        train_jointly(source, factors(), str(target), states, replace(RECIPE, steps=wanted), tmp_path / f"{wanted}")
+    assert [done for _, done, _ in steps] == [2, 11]
+    assert 2 < steps[0][2] < 11  # less than an epoch, and more than one
+
+
+def test_held_out_answers_are_not_learnt(target, states, tmp_path, monkeypatch):
+    """Catches: a drafter measured on what it was trained on."""
+    from vllm_slimspec.train import states as module
+
+    seen = []
+    monkeypatch.setattr(module, "write_states", lambda _, documents, *args, **kwargs: seen.extend(documents))
+    monkeypatch.setattr("vllm_slimspec.train.launch.fit", lambda *args, **kwargs: pytest.skip.Exception)
+    source = Drafter.open(dense_drafter(tmp_path / "source"))
+    with pytest.raises(CheckpointError, match="no such folder"):  # nothing was trained
+        train_jointly(source, factors(), str(target), states, RECIPE, tmp_path / "run")
+    assert seen == [d.tokens for d in answers() if d.number % 5]
+
+
+def test_other_documents_to_learn_from(target, states, tmp_path, steps):
+    """Catches: the recorded answers learnt all the same; states of layers that the drafter does not look at; somebody's
+    states put away with the run's own files."""
+    source = Drafter.open(dense_drafter(tmp_path / "source"))
+    documents = [d.tokens for d in answers()] * 3
+    for name, layers in (("data", [1, 2, 3]), ("others", [0, 1, 2])):
+        write_states(target, documents, tmp_path / name, layer_ids=layers)
+    recipe = replace(RECIPE, steps=1, data=str(tmp_path / "data"))
+    train_jointly(source, factors(), str(target), states, recipe, tmp_path / "run")
+    assert steps[0][2] > 20  # steps an epoch: of 7 with the recorded answers
+    assert (tmp_path / "data" / "states.json").exists()
+    with pytest.raises(CheckpointError, match=r"layers \[0, 1, 2\], and this drafter looks at \[1, 2, 3\]"):
+        train_jointly(
+            source, factors(), str(target), states, replace(recipe, data=str(tmp_path / "others")), tmp_path / "again"
+        )
+    assert not (tmp_path / "again").exists()
+
+
+def test_it_goes_on_where_it_was(target, states, tmp_path, monkeypatch, steps):
+    """Catches: a body trained twice over, or from its beginning again; work that is done being done again."""
+    source = Drafter.open(dense_drafter(tmp_path / "source"))
+    recipe = replace(RECIPE, steps=9, flags=FLAGS | {"checkpoint_freq": 0.5})
+    whole = train_jointly(source, factors(), str(target), states, recipe, tmp_path / "whole")
+    original, saved = SlimSpecTrainer.maybe_save_checkpoint, []
+
+    def killed(self, epoch, local_step=0):
+        original(self, epoch, local_step)
+        saved.append(self.global_step)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(SlimSpecTrainer, "maybe_save_checkpoint", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_jointly(source, factors(), str(target), states, recipe, tmp_path / "run")
+    monkeypatch.setattr(SlimSpecTrainer, "maybe_save_checkpoint", original)
+    again = train_jointly(source, factors(), str(target), states, recipe, tmp_path / "run")
+    assert [s[:2] for s in steps] == [(0, 9), (saved[0], 9)]
+    assert 0 < saved[0] < 7  # inside of the first epoch
+    for name, tensor in dict(whole.body_tensors()).items():
+        torch.testing.assert_close(dict(again.body_tensors())[name], tensor, rtol=1e-4, atol=1e-5)
+    train_jointly(source, factors(), str(target), states, recipe, tmp_path / "run")
+    assert len(steps) == 2
+
+
+def test_a_body_that_speculators_does_not_have_is_refused(target, states, tmp_path):
+    """Catches: a tensor that is left at random because it has another name or shape, and gigabytes written first."""
+    config, tensors = drafters.config(lm_head_rank=None, architectures=["LlamaForCausalLMEagle3"]), drafters.tensors()
+    tensors = drafters.dense(tensors) | {"midlayer.self_attn.q_proj.bias": torch.zeros(64)}
+    source = Drafter.open(drafters.write(tmp_path / "source", config, tensors))
+    given = torch.randn(R, D), torch.randn(V, R)
+    with pytest.raises(CheckpointError, match=r"q_proj.bias is \(64,\) .* has none.*--distill-steps"):
+        train_jointly(source, given, str(target), states, RECIPE, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_common_rows_are_those_of_one_place(tmp_path):
+    """Catches: a draft compared with that of another place, where one of the two was not recorded."""
+    one, other = (torch.tensor(keys) for keys in ([3, 1, 2, 7], [7, 5, 3, 1]))
+    rows = [Rows(k[:, None].float(), k // 4, k % 2, k, k) for k in (one, other)]
+    a, b = common(*rows)
+    assert a.pos.tolist() == b.pos.tolist() == [1, 3, 7]
+    assert a.hidden[:, 0].tolist() == b.hidden[:, 0].tolist() == [1, 3, 7]
+
+
+def test_a_trained_drafter_is_measured_on_its_own_states(target, states, tmp_path, monkeypatch):
+    """Catches: a trained head measured on states of the old body; a body that is measured and not written; a card that
+    speaks of the old one."""
+    recorded = []
+
+    def collect_again(name, drafter, documents, folder, *, k, engine):
+        recorded.append((str(name), [d.number for d in documents], k, engine))
+        return states_of(folder, documents, hidden_seed=100)
+
+    monkeypatch.setattr("vllm_slimspec.convert.collect.collect_again", collect_again)
+    options = Options(
+        str(dense_drafter(tmp_path / "source")),
+        tmp_path / "out",
+        str(target),
+        rank=R,
+        hidden_states=states.path,
+        joint=RECIPE,
+        force=True,
+        engine={"max_model_len": 64},
+    )
+    done = convert(options)
+    assert recorded == [(str(target), [0, 5, 10, 15], K, {"max_model_len": 64})]
+    trained = next((tmp_path / "out.run").glob("joint-*/drafter"))
+    expected = Drafter.open(trained)
+    for name, tensor in expected.body_tensors():
+        assert torch.equal(done.checkpoint.load(name), tensor)
+    down, up = done.checkpoint.load("lm_head.down.weight"), done.checkpoint.load("lm_head.up.weight")
+    assert torch.equal(up, expected.factors[1])
+    moved = states_of(tmp_path / "moved", [d for d in answers() if d.number % 5 == 0], hidden_seed=100)
+    old, new = (next(iter(s.read(held_out=True))).hidden for s in (states, moved))
+    assert not torch.equal(old, new)
+    drafted = run.concatenate(list(moved.read(held_out=True))).hidden @ down.T @ up.T
+    dense = run.concatenate(list(states.read(held_out=True))).hidden @ Drafter.open(options.drafter).head.T
+    same = float((drafted.argmax(-1) == dense.argmax(-1)).double().mean())
+    assert done.outcome.quality.top1 == pytest.approx(same)
+    assert done.checkpoint.config["draft_vocab_size"] == DRAFT_V
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rerank": 8}, "leave one of them out"),
+        ({"target": None}, "give --target"),
+        ({"hidden_states": None}, "need states to learn from"),
+    ],
+)
+def test_what_joint_distillation_needs(changes, message, target, states, tmp_path):
+    """Catches: hours of training before the first question."""
+    options = Options(
+        str(dense_drafter(tmp_path / "source")), tmp_path / "out", str(target), hidden_states=states.path, joint=RECIPE
+    )
+    with pytest.raises(CheckpointError, match=message):
+        convert(replace(options, **changes))
+
+
+def test_states_from_elsewhere_have_no_answers(target, tmp_path):
+    """Catches: a KeyError deep in the reader, after the head was distilled for an hour."""
+    (tmp_path / "s").mkdir()
+    save_file({"hidden": torch.randn(3000, D)}, tmp_path / "s" / "states-00000.safetensors")
+    (tmp_path / "s" / "index.json").write_text('{"format": 1}')
+    source = str(dense_drafter(tmp_path / "source"))
+    options = Options(source, tmp_path / "out", str(target), hidden_states=tmp_path / "s", joint=RECIPE)
+    with pytest.raises(CheckpointError, match="the answers are not beside the states"):
+        convert(replace(options, distil=Recipe(3)))
+    assert not options.run.exists()
