@@ -58,12 +58,21 @@ class Pair:
 def build(folder: Path) -> Pair:
     """Train whatever is not there yet: ``target/``, ``drafter/`` and ``prompts.jsonl`` in ``folder``."""
     target, drafter, prompts = folder / "target", folder / "drafter", folder / "prompts.jsonl"
-    key = _hash([Path(tiny_target.__file__)], platform.python_version())
-    _once(target, key, lambda: tiny_target.build(target))
-    key = _hash(_SOURCES, key)
-    _once(prompts, key, lambda: write_prompts(target, prompts))
-    _once(drafter, key, lambda: train_drafter(target, drafter))
-    return Pair(target, drafter, [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()])
+    key = build_target(target)
+    once(prompts, key, lambda: write_prompts(target, prompts))
+    once(drafter, key, lambda: train_drafter(target, drafter))
+    return Pair(target, drafter, read_prompts(prompts))
+
+
+def build_target(target: Path) -> str:
+    """Train the target if it is not there yet.
+
+    Returns:
+        A hash of everything that it, and what is trained with it, is made from.
+    """
+    key = hashed([Path(tiny_target.__file__)], platform.python_version())
+    once(target, key, lambda: tiny_target.build(target))
+    return hashed(_SOURCES, key)
 
 
 def write_prompts(target: Path, file: Path, count: int = 64) -> None:
@@ -75,6 +84,11 @@ def write_prompts(target: Path, file: Path, count: int = 64) -> None:
         text for text in texts if len(tokenizer(text)["input_ids"]) == PROMPT_TOKENS and tiny_target.EOS not in text
     )
     file.write_text("".join(json.dumps({"prompt": next(whole)}) + "\n" for _ in range(count)))
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts that ``write_prompts`` wrote."""
+    return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
 
 
 def write_documents(target: Path, file: Path) -> None:
@@ -112,7 +126,7 @@ def train_drafter(target: Path, drafter: Path) -> None:
     shutil.rmtree(work)
 
 
-def _once(place: Path, key: str, make: Callable[[], None]) -> None:
+def once(place: Path, key: str, make: Callable[[], None]) -> None:
     """Make ``place``, unless it was made from the same inputs before."""
     made_from = place.with_name(f".{place.name}.made-from")
     if place.exists() and made_from.exists() and made_from.read_text() == key:
@@ -124,7 +138,8 @@ def _once(place: Path, key: str, make: Callable[[], None]) -> None:
     made_from.write_text(key)
 
 
-def _hash(files: Iterable[Path], *more: str) -> str:
+def hashed(files: Iterable[Path], *more: str) -> str:
+    """SHA-256 of these files and strings."""
     return hashlib.sha256(b"\0".join([file.read_bytes() for file in files] + [m.encode() for m in more])).hexdigest()
 
 

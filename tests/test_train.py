@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from speculators import SpeculatorModel
 from speculators.models.eagle3 import Eagle3DraftModel
 from speculators.train import trainer as speculators_trainer
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from tiny_training import DOCUMENTS, DRAFT_V, FLAGS, LAYERS, D, R, V, write_work
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import DraftCheckpoint
@@ -22,36 +23,7 @@ from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.states import hidden_states, write_states
 from vllm_slimspec.train.store import state_file
 
-V, D, R, DRAFT_V = 96, 32, 4, 40
-LAYERS = [0, 1, 3]
-SHAPE: dict[str, Any] = {
-    "vocab_size": V,
-    "hidden_size": D,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "tie_word_embeddings": False,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-}
-FLAGS: dict[str, Any] = {
-    "rank": R,
-    "epochs": 2,
-    "lr": 3e-3,
-    "scheduler_warmup_steps": 2,
-    "total_seq_len": 96,
-    "hidden_states_dtype": "float32",
-}
 ONE_STEP = {**FLAGS, "epochs": 1, "max_steps": 1}
-DOCUMENTS = [[(i * step + step) % V for i in range(24)] for step in range(1, 31)]
 BODY = {
     "fc.weight",
     "input_norm.weight",
@@ -64,15 +36,7 @@ BODY = {
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Two random targets and the hidden states of one."""
-    folder = tmp_path_factory.mktemp("train")
-    torch.manual_seed(0)
-    for name, config in (("llama", LlamaConfig), ("qwen3", Qwen3Config)):
-        model = AutoModelForCausalLM.from_config(config(**SHAPE), dtype=torch.float32)
-        torch.nn.init.normal_(model.lm_head.weight)  # a target with opinions: something to learn
-        model.save_pretrained(folder / name)
-    write_states(folder / "llama", DOCUMENTS, folder / "states", layer_ids=LAYERS)
-    return folder
+    return write_work(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture
@@ -281,9 +245,19 @@ def test_a_run_is_quiet(work, tmp_path, capfd, caplog, recwarn):
     assert [str(warning.message) for warning in recwarn] == []
 
 
+def test_losses_by_name(work, tmp_path, losses):
+    """Catches: a name that is passed on and not used; three losses that are one."""
+    for name in ("kl", "nla", "lk_hybrid"):
+        arguments = ["fit", "--target", work / "llama", "--data-path", work / "states"]
+        flags = ["--loss", name, "--max-steps", "1", "--total-seq-len", "96", "--hidden-states-dtype", "float32"]
+        result = CliRunner().invoke(app, [*map(str, arguments), *flags, "--output-path", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+    assert len(set(losses)) == len(losses) == 3
+
+
 def test_a_dense_head_is_not_lost_silently(work, tmp_path):
     fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
-    (checkpoint,) = (p for p in (tmp_path / "d.run").iterdir() if p.is_dir() and p.name.isdigit())
+    (checkpoint,) = (p for p in (tmp_path / "d.run/checkpoints").iterdir() if p.name.isdigit())
     SlimSpecEagle3Model.from_pretrained(str(checkpoint))
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors["lm_head.down.weight"], tensors["lm_head.up.weight"]

@@ -1,15 +1,18 @@
-"""The model that was trained is the model that is served: same states into the head, same drafts, place by place.
+"""What training learns from and what it makes, against the real engine."""
 
-Catches what acceptance alone only hints at: another norm, another rotary embedding, other target layers, tokens and
-states one place apart.
-"""
+import json
 
+import engines
 import pytest
 import torch
 from engines import drafter_of, generate, record
 from speculators.models.eagle3.data import shift_batch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.cli import app
+from vllm_slimspec.train.answers import write_answers
 from vllm_slimspec.train.model import SlimSpecEagle3Config, SlimSpecEagle3Model
 from vllm_slimspec.train.states import hidden_states
 
@@ -20,7 +23,7 @@ K = 2
 def trained(request, pair):
     """A pair, and its drafter as speculators has it."""
     p = pair(*request.param.split("-"))
-    checkpoint = max(p.drafter.with_name("drafter.run").glob("[0-9]*"), key=lambda epoch: int(epoch.name))
+    checkpoint = max(p.drafter.with_name("drafter.run").glob("checkpoints/[0-9]*"), key=lambda epoch: int(epoch.name))
     config = SlimSpecEagle3Config.from_pretrained(str(checkpoint))
     config.transformer_layer_config._attn_implementation = "sdpa"
     return p, SlimSpecEagle3Model.from_pretrained(str(checkpoint), config=config).eval()
@@ -56,6 +59,11 @@ def drafts_in_training(model, target, ids: torch.Tensor) -> list[tuple[torch.Ten
 
 
 def test_training_and_serving_draft_alike(trained, engine):
+    """The model that was trained is the model that is served: same states into the head, same drafts, place by place.
+
+    Catches what acceptance alone only hints at: another norm, another rotary embedding, other target layers, tokens and
+    states one place apart.
+    """
     p, model = trained
     target = AutoModelForCausalLM.from_pretrained(p.target).eval()
     llm = engine(p.target, p.drafter, k=K)
@@ -79,3 +87,36 @@ def test_training_and_serving_draft_alike(trained, engine):
                 accepted += int(draft[0] == ids[known + step])
             known += accepted + 1
     assert min(compared) > 20
+
+
+def test_one_command_from_prompts_to_a_drafter(pair, engine, tmp_path):
+    """Catches: stages that do not fit together; hours of answers before a refusal; a second run that overwrites."""
+    p = pair()
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"input_ids": prompt}) + "\n" for prompt in p.prompts))
+    arguments = f"train --target {p.target} --prompts {tmp_path}/prompts.jsonl --output-path {tmp_path}/drafter"
+    arguments += " --max-tokens 24 --temperature 0 --rank 8 --target-layer-ids 1 2 3 --total-seq-len 128 --epochs 2"
+    options = json.dumps({name: engines.OPTIONS[name] for name in ("dtype", "max_model_len", "enforce_eager")})
+    result = CliRunner().invoke(app, [*arguments.split(), "--engine-args", options])
+    assert result.exit_code == 0, result.output
+    assert DraftCheckpoint.open(tmp_path / "drafter").spec.rank == 8
+    assert generate(engine(p.target, tmp_path / "drafter"), p.prompts[:2]) == generate(engine(p.target), p.prompts[:2])
+    again = CliRunner().invoke(app, arguments.split())
+    assert again.exit_code == 1
+    assert (
+        again.stderr
+        == f"error: {tmp_path}/drafter: exists and is not an empty folder; remove it or choose another output\n"
+    )
+
+
+def test_answers_are_the_targets_own(pair, engine, tmp_path):
+    """Catches: prompts and answers that are mixed up, an answer that goes on after its end, or is cut before it."""
+    p = pair()
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"input_ids": prompt}) + "\n" for prompt in p.prompts))
+    options = engines.OPTIONS | {"skip_tokenizer_init": False}
+    assert write_answers(p.target, prompts, output, temperature=0.0, max_tokens=16, engine=options) == len(p.prompts)
+    expected = generate(engine(p.target), p.prompts, tokens=16)
+    end = AutoModelForCausalLM.from_pretrained(p.target).config.eos_token_id
+    for line, prompt, answer in zip(output.read_text().splitlines(), p.prompts, expected, strict=True):
+        stop = answer.index(end) + 1 if end in answer else len(answer)
+        assert json.loads(line) == {"input_ids": prompt + answer[:stop], "prompt_tokens": len(prompt)}

@@ -1,19 +1,31 @@
-"""``slimspec train states | fit``: the stages of training, each on its own."""
+"""Train a SlimSpec drafter: ``answers``, ``states`` and ``fit``, or all three (``run``, which may be left out)."""
 
 import argparse
+import json
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from vllm_slimspec.console import one_line_errors
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
 
-Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
+class _Stages(TyperGroup):
+    """``slimspec train --prompts ...`` is ``slimspec train run --prompts ...``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_Stages, no_args_is_help=True, help=__doc__)
+_PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 class _Head(StrEnum):
@@ -27,46 +39,212 @@ class _HeadInit(StrEnum):
     RANDOM = "random"
 
 
-@app.command(epilog="Example: slimspec train states --target T --documents docs.jsonl --output-path states")
+Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
+Prompts = Annotated[
+    Path,
+    typer.Option(help='JSONL, a line {"prompt": ...}, {"messages": [...]}, {"text": ...} or {"input_ids": [...]}.'),
+]
+Drafter = Annotated[Path, typer.Option(help="The new drafter; everything else goes to OUTPUT_PATH.run.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, help="Of the answers. [default: as the target's generation_config.json says]")
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+EngineArgs = Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens kept of each document.")]
+Layers = Annotated[
+    list[int] | None, typer.Option(help="A layer whose input the drafter sees; repeat. [default: 2, n/2, n-3]")
+]
+Head = Annotated[_Head, typer.Option(help="A dense head is for comparison; stock vLLM serves it.")]
+Rank = Annotated[int | None, typer.Option(help="Rank of the head. [default: hidden size / 8]")]
+Init = Annotated[_HeadInit, typer.Option(help="How the head starts.")]
+Loss = Annotated[
+    str | None, typer.Option(help="kl, nla or lk_hybrid; --loss-fn takes any of speculators. [default: kl]")
+]
+ShowPlan = Annotated[bool, typer.Option("--plan", help="Say what the run will come to, and stop.")]
+Tflops = Annotated[float | None, typer.Option(min=0, help="For hours in the plan: a device's sustained TFLOP/s ...")]
+Terabytes = Annotated[float | None, typer.Option(min=0, help="... and the TB/s that it reads.")]
+
+
+@app.command(
+    context_settings=_PASSES_FLAGS_ON,
+    epilog="Example: slimspec train --target T --prompts prompts.jsonl --output-path drafter --rank 512 --epochs 3",
+)
+def run(
+    context: typer.Context,
+    target: Target,
+    prompts: Prompts,
+    output_path: Drafter,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = 512,
+    engine_args: EngineArgs = "{}",
+    max_length: MaxLength = 2048,
+    head: Head = _Head.LOW_RANK,
+    rank: Rank = None,
+    head_init: Init = _HeadInit.WEIGHTED_SVD,
+    loss: Loss = None,
+    plan: ShowPlan = False,
+    tflops: Tflops = None,
+    terabytes: Terabytes = None,
+) -> None:
+    """All three stages, from prompts to a drafter; run again, it goes on where it stopped."""
+    data = Path(f"{output_path}.run")
+    with one_line_errors():
+        flags = _flags(context, loss, head=head.value, rank=rank, head_init=head_init.value)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "several processes fit, but one answers: run `answers`, `states`, then torchrun with `fit`"
+            )
+        from vllm_slimspec.train.launch import resolve
+
+        config = resolve(target, data / "states", output_path, **flags)  # before anything that takes hours
+        if plan:
+            from vllm_slimspec.train.answers import read_lengths
+            from vllm_slimspec.train.plan import Data
+
+            lengths = [n + max_tokens for n in read_lengths(target, prompts)]
+            _show_plan(config, Data(lengths, len(lengths) * max_tokens), output_path, tflops, terabytes)
+            return
+    answers(target, prompts, data / "answers.jsonl", temperature, max_tokens, engine_args)
+    states(target, data / "answers.jsonl", data / "states", max_length, flags.get("target_layer_ids"))
+    _fit(target, data / "states", output_path, flags)
+
+
+@app.command(epilog="Example: slimspec train answers --target T --prompts prompts.jsonl --output-path answers.jsonl")
+def answers(
+    target: Target,
+    prompts: Prompts,
+    output_path: Annotated[Path, typer.Option(help="JSONL for `states`.")],
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = 512,
+    engine_args: EngineArgs = "{}",
+) -> None:
+    """Let the target answer prompts, by vLLM; run again, it goes on where it stopped."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    with one_line_errors():
+        from vllm_slimspec.train.answers import write_answers
+
+        try:
+            engine = dict(json.loads(engine_args))
+        except (TypeError, ValueError):
+            raise ValueError(f"--engine-args {engine_args}: not a JSON object of arguments; quote it as one") from None
+        write_answers(target, prompts, output_path, temperature=temperature, max_tokens=max_tokens, engine=engine)
+
+
+@app.command(epilog="Example: slimspec train states --target T --documents answers.jsonl --output-path states")
 def states(
     target: Target,
     documents: Annotated[Path, typer.Option(help='JSONL, a line {"text": ...} or {"input_ids": [...]}.')],
     output_path: Annotated[Path, typer.Option(help="Where the hidden states go.")],
-    max_length: Annotated[int, typer.Option(help="Tokens kept of each document.")] = 2048,
-    target_layer_ids: Annotated[
-        list[int] | None, typer.Option(help="A layer whose input the drafter sees; repeat. [default: 2, n/2, n-3]")
+    max_length: MaxLength = 2048,
+    target_layer_ids: Layers = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(min=1, help="States of the first so many only; the others come from a server while training."),
     ] = None,
 ) -> None:
     """Run the target over documents and keep the hidden states; run again, it resumes and mends broken files."""
-    from vllm_slimspec.train.states import read_documents, write_states
-
     with one_line_errors():
-        write_states(target, read_documents(documents, target, max_length), output_path, layer_ids=target_layer_ids)
+        from vllm_slimspec.train.states import read_documents, write_states
+
+        found = read_documents(documents, target, max_length)
+        write_states(target, found, output_path, layer_ids=target_layer_ids, keep=keep)
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=_PASSES_FLAGS_ON,
     epilog="Example: slimspec train fit --target T --data-path states --output-path drafter --epochs 3 --lr 1e-3",
 )
 def fit(
     context: typer.Context,
     target: Target,
     data_path: Annotated[Path, typer.Option(help="The folder that `states` wrote.")],
-    output_path: Annotated[Path, typer.Option(help="The new drafter; checkpoints go to OUTPUT_PATH.run.")],
-    head: Annotated[_Head, typer.Option(help="A dense head is for comparison; stock vLLM serves it.")] = _Head.LOW_RANK,
-    rank: Annotated[int | None, typer.Option(help="Rank of the head. [default: hidden size / 8]")] = None,
-    head_init: Annotated[_HeadInit, typer.Option(help="How the head starts.")] = _HeadInit.WEIGHTED_SVD,
+    output_path: Drafter,
+    head: Head = _Head.LOW_RANK,
+    rank: Rank = None,
+    head_init: Init = _HeadInit.WEIGHTED_SVD,
+    loss: Loss = None,
+    plan: ShowPlan = False,
+    tflops: Tflops = None,
+    terabytes: Terabytes = None,
 ) -> None:
     """Train a drafter by the paper's recipe; any flag of `speculators train` may follow and wins."""
+    with one_line_errors():
+        flags = _flags(context, loss, head=head.value, rank=rank, head_init=head_init.value)
+        if plan:
+            from vllm_slimspec.train.launch import resolve
+            from vllm_slimspec.train.plan import data_of
+
+            config = resolve(target, data_path, output_path, **flags)
+            _show_plan(config, data_of(data_path), output_path, tflops, terabytes)
+            return
+    _fit(target, data_path, output_path, flags)
+
+
+@app.command(
+    context_settings=_PASSES_FLAGS_ON,
+    epilog="Example: slimspec train plan --target T --documents 500000 --prompt-tokens 200 --answer-tokens 600",
+)
+def plan(
+    context: typer.Context,
+    target: Annotated[str, typer.Option("--target", "--verifier", help="The target; its config.json is enough.")],
+    documents: Annotated[int, typer.Option(min=2, help="How many.")],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each.")],
+    answer_tokens: Annotated[int, typer.Option(min=0, help="Of each.")],
+    head: Head = _Head.LOW_RANK,
+    rank: Rank = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Devices that fit.")] = 1,
+    tflops: Tflops = None,
+    terabytes: Terabytes = None,
+) -> None:
+    """What a run would come to, on paper: steps, memory, disk, operations, hours."""
+    with one_line_errors():
+        from vllm_slimspec.train.launch import resolve
+        from vllm_slimspec.train.plan import Data
+
+        config = resolve(target, "states", "drafter", **_flags(context, None, head=head.value, rank=rank))
+        data = Data([prompt_tokens + answer_tokens] * documents, answer_tokens * documents)
+        _show_plan(config, data, Path("drafter"), tflops, terabytes, ranks)
+
+
+def _flags(context: typer.Context, loss: str | None, **flags: Any) -> dict[str, Any]:
+    """Our flags, and those of speculators that follow them.
+
+    Raises:
+        ValueError: no such loss.
+    """
     from speculators.train.config.resolution import add_config_cli_arguments
 
-    from vllm_slimspec.train.launch import fit
+    from vllm_slimspec.train.launch import LOSSES
 
-    handler = logging.StreamHandler(sys.stderr)
-    logging.getLogger("vllm_slimspec").addHandler(handler)
-    logging.getLogger("vllm_slimspec").setLevel(logging.INFO)
+    if loss is not None and loss not in LOSSES:
+        raise ValueError(f"--loss {loss}: no such loss; choose one of {', '.join(LOSSES)}")
     parser = argparse.ArgumentParser("slimspec train fit", add_help=False)
     add_config_cli_arguments(parser)
-    flags = vars(parser.parse_args(context.args))
+    return {**vars(parser.parse_args(context.args)), **({"loss_fn": LOSSES[loss]} if loss else {}), **flags}
+
+
+def _fit(target: str, data: Path, output: Path, flags: dict[str, Any]) -> None:
+    log = logging.getLogger("vllm_slimspec")
+    log.addHandler(logging.StreamHandler(sys.stderr))
+    log.setLevel(logging.INFO)
     with one_line_errors():
-        fit(target, data_path, output_path, head=head.value, rank=rank, head_init=head_init.value, **flags)
+        from vllm_slimspec.train.launch import fit
+
+        try:
+            fit(target, data, output, **flags)
+        except KeyboardInterrupt as stopped:
+            typer.echo(str(stopped), err=True)
+            raise typer.Exit(130) from None
+
+
+def _show_plan(
+    config: Any, data: Any, output: Path, tflops: float | None, terabytes: float | None, ranks: int | None = None
+) -> None:
+    from rich.console import Console
+
+    from vllm_slimspec.train.plan import make_plan
+
+    found = make_plan(config, data, output, ranks=ranks or int(os.environ.get("WORLD_SIZE", "1")))
+    console = Console()
+    for table in found.tables(tflops, terabytes):
+        console.print(table)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_slimspec.checkpoint import ARCHITECTURES, DraftCheckpoint, write_checkpoint
+from vllm_slimspec.checkpoint import ARCHITECTURES, DENSE_ARCHITECTURES, DraftCheckpoint, write_checkpoint
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 
 _LAYER_KEYS = (
@@ -24,8 +24,6 @@ _LAYER_KEYS = (
 )
 # vLLM's drafters read these from config.json; each changes the arithmetic, none can be seen in every checkpoint.
 _NORM_KEYS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-# vLLM's own names, for a dense head.
-_DENSE_ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 _NOT_SERVED = ("verifier_lm_head.", "verifier_norm.", "t2d")
 
 
@@ -59,7 +57,7 @@ def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, An
     rope = dict(layer.rope_parameters)
     theta = rope.pop("rope_theta")
     config: dict[str, Any] = {
-        "architectures": [(ARCHITECTURES if model.config.lm_head_rank else _DENSE_ARCHITECTURES)[layer.model_type]],
+        "architectures": [(ARCHITECTURES if model.config.lm_head_rank else DENSE_ARCHITECTURES)[layer.model_type]],
         "model_type": layer.model_type,
         **({"lm_head_rank": model.config.lm_head_rank} if model.config.lm_head_rank else {}),
         "draft_vocab_size": model.config.draft_vocab_size,

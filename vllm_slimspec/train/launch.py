@@ -5,41 +5,44 @@ runs on happily) and its EAGLE-3 defaults by the *name* "eagle3". So the run kee
 model stands under it. Everything that is replaced in speculators is replaced in :func:`slimspec_in_speculators`.
 """
 
+import json
 import logging
 import os
+import statistics
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, ValidationError
 from speculators import SpeculatorModel
 from speculators.train import checkpointer as speculators_checkpointer
 from speculators.train import cli as speculators_cli
+from speculators.train import distributed as topology
 from speculators.train import trainer as speculators_trainer
 from speculators.train.config import TrainConfig
 from speculators.train.logger import setup_metric_logger
-from speculators.train.trainer import Trainer
-from tqdm import tqdm
 from transformers import AutoConfig
 
 import vllm_slimspec
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.train.export import export
+from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
 from vllm_slimspec.train.quiet import quiet
+from vllm_slimspec.train.replaced import replaced
 from vllm_slimspec.train.store import check_states, read_layer_ids
+from vllm_slimspec.train.trainer import ServerGone, SlimSpecTrainer, metrics_file, settle
 
 logger = logging.getLogger(__name__)
 
-BETAS = (0.9, 0.95)
-
-# The paper's, in speculators' names. Its batch of 64 sequences is expressed as tokens in a step: total_seq_len x ranks.
+# The paper's, in speculators' names; betas (0.9, 0.95), eps 1e-8 and clipping at 1.0 have no flag. Its batch of 64
+# sequences is expressed as tokens in a step: total_seq_len x ranks. It does not name its loss.
 RECIPE: Mapping[str, Any] = {
     "epochs": 10,
     "optimizer": "adamw",
@@ -48,7 +51,29 @@ RECIPE: Mapping[str, Any] = {
     "scheduler_type": "cosine",
     "scheduler_warmup_steps": 100,
     "loss_fn": "kl_div",
+    "checkpoint_freq": 0.1,  # of an epoch: so much is done again after a kill, at the most
+    "max_consecutive_generation_failures": 1,  # speculators would go on without the documents that a server lost
 }
+LOSSES = {"kl": "kl_div", "nla": "nla", "lk_hybrid": "lk_hybrid"}
+# What makes a run another run: a checkpoint of one is not resumed with another.
+_IDENTITY = (
+    "verifier_name_or_path",
+    "data_path",
+    "from_pretrained",
+    "lm_head_rank",
+    "head_init",
+    "draft_vocab_size",
+    "draft_arch",
+    "num_layers",
+    "total_seq_len",
+    "seed",
+    "optimizer",
+    "lr",
+    "loss_fn",
+    "epochs",
+    "max_steps",
+    "train_data_ratio",
+)
 # The shape of a fresh drafter, where no --draft-config or --from-pretrained gives one. Without it, the layer silently
 # becomes a sliding window of 2048.
 _SHAPE: Mapping[str, Any] = {"full_attention_indices": [0]}
@@ -66,47 +91,6 @@ class SlimSpecTrainConfig(TrainConfig):
         return {**super().flatten(), "lm_head_rank": self.lm_head_rank, "head_init": self.head_init}
 
 
-class SlimSpecTrainer(Trainer):
-    """speculators' trainer with the paper's betas and lossless checkpoints, on a machine without an accelerator too."""
-
-    held_out: dict[str, float] | None = None  # the last validation
-    interrupted = False
-
-    def setup_trainer(self) -> None:
-        if not torch.accelerator.is_available():
-            self.local_rank = self.device_type = "cpu"
-        # bf16 otherwise: a resumed run would not be the run that was stopped.
-        self.checkpointer.save_checkpoint = partial(self.checkpointer.save_checkpoint, float_dtype=torch.float32)
-        super().setup_trainer()
-
-    def setup_optimizer(self) -> None:
-        super().setup_optimizer()
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, torch.optim.AdamW):
-                for group in optimizer.param_groups:
-                    group["betas"] = BETAS
-
-    def run_training(self) -> None:
-        steps = self.config.max_steps or self.config.num_epochs * len(self.train_loader)
-        silent = None if self.rank == 0 else True  # None: where stderr is no terminal
-        with tqdm(total=steps, initial=self.global_step, desc="Training", unit="step", disable=silent) as self.progress:
-            super().run_training()
-
-    def train_epoch(self, epoch: int) -> None:
-        super().train_epoch(epoch, step_callback=self.progress.update)
-
-    def val_epoch(self, epoch: int) -> dict[str, float] | None:
-        self.held_out = super().val_epoch(epoch)
-        if self.held_out:
-            rates = [f"{rate:.3f}" for key, rate in self.held_out.items() if key.startswith("full_acc_")]
-            logger.info("epoch %d: held-out loss %.3f, accepted by place %s", epoch, self.held_out["loss_epoch"], rates)
-        return self.held_out
-
-    def maybe_save_checkpoint(self, epoch: int | str, local_step: int = 0) -> None:
-        self.interrupted = epoch == "interrupted"
-        super().maybe_save_checkpoint(epoch, local_step)
-
-
 @contextmanager
 def slimspec_in_speculators() -> Iterator[list[SlimSpecTrainer]]:
     """Inside, ``speculators train --speculator-type eagle3`` trains our model with our trainer.
@@ -116,18 +100,27 @@ def slimspec_in_speculators() -> Iterator[list[SlimSpecTrainer]]:
     """
     trainers: list[SlimSpecTrainer] = []
 
-    def make_trainer(*args: Any) -> SlimSpecTrainer:
-        trainers.append(SlimSpecTrainer(*args))
+    def make_trainer(model: Any, config: Any, *loaders: Any) -> SlimSpecTrainer:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            settle(config.save_path)
+        if dist.is_initialized():
+            dist.barrier()
+        trainers.append(SlimSpecTrainer(model, config, *loaders))
         return trainers[-1]
 
-    with (
-        patch.dict(SpeculatorModel.registry, eagle3=SlimSpecEagle3Model),
-        patch.object(speculators_cli, "Trainer", make_trainer),
-        patch.object(speculators_trainer, "tqdm", lambda loader, **_: loader),  # one bar for the run, not one an epoch
-        patch.object(speculators_cli, "setup_root_logger", lambda: None),  # how to log is the caller's
-        patch.object(speculators_cli, "setup_metric_logger", _setup_metrics),
-        nullcontext() if torch.accelerator.is_available() else _no_accelerator(),
-    ):
+    with ExitStack() as stack:
+        for place, values in (
+            (SpeculatorModel, {"registry": {**(SpeculatorModel.registry or {}), "eagle3": SlimSpecEagle3Model}}),
+            (speculators_cli, {"Trainer": make_trainer, "setup_metric_logger": _setup_metrics}),
+            (speculators_cli, {"setup_root_logger": lambda: None}),  # how to log is the caller's
+            (speculators_trainer, {"tqdm": lambda loader, **_: loader}),  # one bar for the run, not one an epoch
+        ):
+            stack.enter_context(replaced(place, **values))
+        if not torch.accelerator.is_available():
+            # speculators waits for, and loads checkpoints to, a GPU without asking whether there is one
+            stack.enter_context(replaced(torch.accelerator, synchronize=lambda: None))
+            stack.enter_context(replaced(speculators_checkpointer, get_current_device=lambda: "cpu"))
+            stack.enter_context(replaced(speculators_cli, maybe_setup_distributed=_setup_gloo))
         yield trainers
 
 
@@ -141,36 +134,102 @@ def fit(
     rank: int | None = None,
     head_init: HeadInit = "weighted-svd",
     **flags: Any,
-) -> DraftCheckpoint:
+) -> DraftCheckpoint | None:
     """Train a SlimSpec drafter for ``target`` and write it to ``output``.
 
     Args:
         target: Hugging Face folder or id.
-        data: a folder of hidden states, see :mod:`vllm_slimspec.train.states`.
-        output: the drafter; must not exist, or be empty. Checkpoints of the run go to ``<output>.run`` and are resumed
-            from there.
+        data: a folder of hidden states, see :mod:`vllm_slimspec.train.states`; speculators' own will do.
+        output: the drafter; must not exist, or be empty. Everything else goes to ``<output>.run``: the checkpoints,
+            from which a run that was stopped or killed is resumed, metrics.jsonl and training.png.
         head: ``dense`` for a drafter to compare with: the ordinary head, trained like the factors and served by vLLM.
         rank: R of a low-rank head; default D // 8.
         head_init: how the factors start, see :meth:`SlimSpecEagle3Model.init_head`.
         flags: any flag of ``speculators train``, with underscores; they win over :data:`RECIPE`.
 
+    Returns:
+        the drafter; None in all but the first process of torchrun.
+
+    Raises:
+        ValueError: a value is not allowed, the output is taken, or the run there is another one.
+        OSError: the disk is full, or the vLLM server of ``on_missing="generate"`` is gone. Checkpoints are kept.
+        KeyboardInterrupt: the run was interrupted; its checkpoint is kept.
+    """
+    config = resolve(target, data, output, head=head, rank=rank, head_init=head_init, **flags)
+    run = config.flatten()
+    if not (Path(data) / "dataset_info.json").exists():
+        raise ValueError(f"{data}: holds no training data; make it with `slimspec train states` first")
+    if run["draft_vocab_size"] and not (Path(data) / "token_freq.pt").exists():
+        raise ValueError(f"{data}: no token_freq.pt to choose a vocabulary by; write the states again")
+    output, checkpoints = Path(output), Path(run["save_path"])
+    process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+    check_states(Path(data), missing_is_wrong=run["on_missing"] == "raise", part=process, parts=processes)
+    if process == 0:
+        _claim(output, run)
+    with slimspec_in_speculators() as trainers:
+        try:
+            speculators_cli.main(config)
+        except ServerGone as error:
+            raise ConnectionError(
+                f"{run['vllm_endpoint']}: no hidden states any more ({error}); start vLLM again and repeat the "
+                "command, it goes on from here"
+            ) from None
+    (trainer,) = trainers
+    if trainer.interrupted:
+        raise KeyboardInterrupt(f"stopped; the checkpoint is in {checkpoints}")
+    if process:
+        return None
+    # Not the model of the trainer, which torchrun may have wrapped or cut to pieces.
+    last = max((path for path in checkpoints.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    model = SlimSpecEagle3Model.from_pretrained(str(last))
+    metrics = metrics_file(checkpoints)
+    speed = _speed(model, run, metrics)
+    logger.info("%d steps, %.0f tokens and %.3g TFLOP a second on each device", trainer.global_step, *speed.values())
+    target_config = AutoConfig.from_pretrained(str(target)).get_text_config()
+    checkpoint = export(
+        model,
+        output,
+        dtype=target_config.dtype or torch.bfloat16,
+        provenance={
+            "command": sys.argv,
+            "versions": {
+                "vllm-slimspec": vllm_slimspec.__version__,
+                **{name: version(name) for name in ("speculators", "torch", "transformers")},
+            },
+            "target": str(target),
+            "flags": {key: run[key] for key in sorted(run) if run[key] is not None},
+            "steps": trainer.global_step,
+            "held_out": trainer.held_out,
+            **speed,
+        },
+    )
+    plot_metrics(metrics, metrics.with_name("training.png"))
+    return checkpoint
+
+
+def resolve(
+    target: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    head: Literal["low-rank", "dense"] = "low-rank",
+    rank: int | None = None,
+    head_init: HeadInit = "weighted-svd",
+    **flags: Any,
+) -> SlimSpecTrainConfig:
+    """The configuration of a run, as :func:`fit` takes it; the data may be still to come, and nothing is written.
+
     Raises:
         ValueError: a value is not allowed, or the output is taken.
-        KeyboardInterrupt: the run was interrupted; its checkpoint is kept.
     """
     _require_speculators()
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists and is not an empty folder; remove it or choose another output")
-    if not (Path(data) / "dataset_info.json").exists():
-        raise ValueError(f"{data}: holds no training data; make it with `slimspec train states` first")
-    if flags.get("draft_vocab_size") and not (Path(data) / "token_freq.pt").exists():
-        raise ValueError(f"{data}: no token_freq.pt to choose a vocabulary by; write the states again")
     layer_ids = read_layer_ids(Path(data))
     if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
         raise ValueError(f"{data}: holds the states of layers {layer_ids}; leave target_layer_ids out or write others")
-    target_config = AutoConfig.from_pretrained(str(target)).get_text_config()
-    hidden = target_config.hidden_size
+    hidden = AutoConfig.from_pretrained(str(target)).get_text_config().hidden_size
     rank = hidden // 8 if rank is None else rank
     if not 1 <= rank <= hidden:
         raise ValueError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
@@ -186,41 +245,57 @@ def fit(
         **flags,
         "verifier_name_or_path": str(target),
         "data_path": str(data),
-        "save_path": f"{output}.run",
+        "save_path": f"{output}.run/checkpoints",
         "lm_head_rank": rank if head == "low-rank" else 0,
         "head_init": head_init,
     }
     unknown = run.keys() - SlimSpecTrainConfig().flatten().keys()
     if unknown:
         raise ValueError(f"unknown flags {sorted(unknown)}; `speculators train --help` lists them")
+    if "tensorboard" in str(run.get("logger", "")) and not find_spec("tensorboard"):
+        raise ValueError("--logger tensorboard: that package is not installed; pip install tensorboard")
     try:
-        config = SlimSpecTrainConfig.from_sources(cli=run, argv=sys.argv)
+        return SlimSpecTrainConfig.from_sources(cli=run, argv=sys.argv)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
-    if os.environ.get("RANK", "0") == "0":  # of torchrun: one process is enough
-        check_states(Path(data), missing_is_wrong=run["on_missing"] == "raise")
-    with slimspec_in_speculators() as trainers:
-        speculators_cli.main(config)
-    (trainer,) = trainers
-    if trainer.interrupted:
-        raise KeyboardInterrupt(f"stopped; the checkpoint is in {output}.run")
-    return export(
-        trainer.model,
-        output,
-        dtype=target_config.dtype or torch.bfloat16,
-        provenance={
-            "command": sys.argv,
-            "versions": {
-                "vllm-slimspec": vllm_slimspec.__version__,
-                **{name: version(name) for name in ("speculators", "torch", "transformers")},
-            },
-            "target": str(target),
-            "flags": run,
-            "steps": trainer.global_step,
-            "held_out": trainer.held_out,
-        },
-    )
+
+
+def _speed(model: SlimSpecEagle3Model, run: Mapping[str, Any], metrics: Path) -> dict[str, float]:
+    """Tokens and 1e12 operations a second on each device, by the median step; a plan takes the latter as --tflops."""
+    from vllm_slimspec.train.plan import drafter_operations
+
+    steps = [line["tokens_per_s"] for line in read_metrics(metrics) if line["split"] == "train"]
+    tokens = statistics.median(steps) if steps else 0.0
+    operations = drafter_operations(model, run["ttt_steps"], run["total_seq_len"])
+    return {"tokens_per_s": tokens, "tflops": tokens * operations / 1e12}
+
+
+def _claim(output: Path, run: Mapping[str, Any]) -> None:
+    """Make ``<output>.run`` the place of this run, unless it is that of another.
+
+    Raises:
+        ValueError: it is another's.
+        OSError: a checkpoint does not fit the disk.
+    """
+    folder = Path(f"{output}.run")
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = {key: run[key] for key in _IDENTITY}
+    file = folder / "run.json"
+    theirs = json.loads(file.read_text()) if file.exists() else mine
+    differing = [f"{key}={theirs.get(key)!r} there, {mine[key]!r} now" for key in mine if theirs.get(key) != mine[key]]
+    if differing:
+        raise ValueError(f"{folder}: holds another run ({', '.join(differing)}); remove it or choose another output")
+    file.write_text(json.dumps(mine, indent=2) + "\n")
+
+
+def _setup_gloo() -> None:
+    """speculators' ``maybe_setup_distributed`` for torchrun on CPUs: it asks for an accelerator first."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    dist.init_process_group("gloo")
+    topology._rank, topology._world_size, topology._is_distributed = dist.get_rank(), dist.get_world_size(), True
+    topology._init_sp_process_groups(topology._rank, topology._world_size, 1)
 
 
 def _setup_metrics(**options: Any) -> None:
@@ -229,17 +304,7 @@ def _setup_metrics(**options: Any) -> None:
     level = logging.getLogger("speculators").level or logging.WARNING
     setup_metric_logger(**options)
     logging.getLogger("speculators").setLevel(level)
-    logging.getLogger("speculators.metrics").propagate = level <= logging.INFO
-
-
-@contextmanager
-def _no_accelerator() -> Iterator[None]:
-    """speculators waits for, and loads checkpoints to, a GPU without asking whether there is one."""
-    with (
-        patch.object(torch.accelerator, "synchronize", lambda: None),
-        patch.object(speculators_checkpointer, "get_current_device", lambda: "cpu"),
-    ):
-        yield
+    logging.getLogger(METRICS).propagate = level <= logging.INFO
 
 
 def _require_speculators() -> None:

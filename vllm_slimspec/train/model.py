@@ -5,17 +5,18 @@ speculators freezes its dense head, a copy of the target's rows; here the factor
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-from unittest.mock import patch
 
 import torch
 from pydantic import Field
 from speculators import SpeculatorModel, SpeculatorModelConfig, reload_schemas
+from speculators.losses import resolve_loss_config
 from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 from speculators.models.eagle3 import core as eagle3_core
 from speculators.utils.loading import list_checkpoint_keys
 from torch import nn
 
 from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
+from vllm_slimspec.train.replaced import replaced
 from vllm_slimspec.train.store import read_final_states
 
 HeadInit = Literal["weighted-svd", "svd", "random"]
@@ -113,10 +114,17 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             return SlimSpecEagle3Config(lm_head_rank=kwargs["lm_head_rank"], **fields)
 
         # The parent names its own config class; everything else it does is what we want.
-        with patch.object(eagle3_core, "Eagle3SpeculatorConfig", config):
+        with replaced(eagle3_core, Eagle3SpeculatorConfig=config):
             model = super().from_training_args(verifier_config, t2d=t2d, d2t=d2t, **kwargs)
         model.init_head(kwargs["head_init"], kwargs["data_path"])
         return model
+
+    @staticmethod
+    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ``forward`` is called with in training and in validation, which also measures alpha = 1 - TV."""
+        training, validation = Eagle3DraftModel.get_trainer_kwargs(**kwargs)
+        distance = resolve_loss_config("tv", kwargs["loss_implementation"])["tv"][0]
+        return training, {**validation, "loss_config": {"tv": (distance, 0.0), **validation["loss_config"]}}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "SlimSpecEagle3Model":

@@ -52,6 +52,7 @@ def write_states(
     folder: str | Path,
     *,
     layer_ids: list[int] | None = None,
+    keep: int | None = None,
     tokens_per_batch: int = 8192,
 ) -> None:
     """Run the target over documents and keep its hidden states, in the target's own dtype.
@@ -63,6 +64,7 @@ def write_states(
         documents: token ids, each document at least 2 tokens.
         folder: where to write; empty, or the states of the same target, layers and documents.
         layer_ids: the target layers whose inputs the drafter sees; default (2, n // 2, n - 3).
+        keep: states of so many documents only, where the others are to come from a server while training.
         tokens_per_batch: padded tokens in one forward pass (a longer document goes alone).
 
     Raises:
@@ -70,6 +72,7 @@ def write_states(
     """
     path = Path(folder)
     model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
+    _blocks(model)  # before anything is written
     layers = resolve_target_layer_ids(layer_ids, str(target))
     vocab = model.config.get_text_config().vocab_size
     for i, ids in enumerate(documents):
@@ -80,9 +83,10 @@ def write_states(
     _claim(path, {"target": str(target), "layer_ids": layers, "sha256": _fingerprint(model, layers, documents)})
 
     model.to(torch.accelerator.current_accelerator() or "cpu")
-    todo = [i for i, ids in enumerate(documents) if flaw(path, i, ids)]
-    with tqdm(total=len(documents), desc="Hidden states", unit="doc", disable=None) as progress:
-        progress.update(len(documents) - len(todo))
+    kept = documents[:keep]
+    todo = [i for i, ids in enumerate(kept) if flaw(path, i, ids)]
+    with tqdm(total=len(kept), desc="Hidden states", unit="doc", disable=None) as progress:
+        progress.update(len(kept) - len(todo))
         for indices in _batches(todo, [len(documents[i]) for i in todo], tokens_per_batch):
             batch = [torch.tensor(documents[i], dtype=torch.long) for i in indices]
             for i, ids, states in zip(indices, batch, hidden_states(model, batch, layers), strict=True):
@@ -97,6 +101,21 @@ def write_states(
     }
     torch.save(dict(Counter(token for ids in documents for token in ids)), path / "token_freq.pt")
     Dataset.from_dict(rows).with_format("torch").save_to_disk(path)  # last: without it a folder is not complete
+
+
+def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder's layers.
+
+    Raises:
+        ValueError: it keeps them elsewhere.
+    """
+    blocks = getattr(model.get_decoder(), "layers", None)
+    if blocks is None:
+        raise ValueError(
+            f"{type(model).__name__} keeps no decoder layers in .layers, so their inputs cannot be had; "
+            "give a target such as Llama or Qwen3"
+        )
+    return blocks
 
 
 def _claim(path: Path, identity: dict[str, object]) -> None:
@@ -132,10 +151,7 @@ def hidden_states(
         batch: token ids int64 [T], of any lengths.
         layer_ids: from 0 to the number of layers (which stands for the last layer's output).
     """
-    decoder = model.get_decoder()
-    blocks = getattr(decoder, "layers", None)
-    if blocks is None:
-        raise ValueError(f"{type(model).__name__} keeps no decoder layers in .layers; give a Llama or Qwen3 target")
+    blocks = _blocks(model)
     seen: dict[int, torch.Tensor] = {}
 
     def enter(i):
@@ -149,7 +165,7 @@ def hidden_states(
     try:
         # Padding on the right needs no mask: a causal model cannot look at it.
         padded = torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True)
-        decoder(input_ids=padded.to(model.device), use_cache=False)
+        model.get_decoder()(input_ids=padded.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -30,11 +30,19 @@ def state_file(folder: Path, i: int) -> Path:
 
 
 def write_state(folder: Path, i: int, ids: torch.Tensor, states: torch.Tensor) -> None:
-    """Keep the states [T, n_aux + 1, D] of document ``i``, int64 [T]; the file is whole or not there."""
+    """Keep the states [T, n_aux + 1, D] of document ``i``, int64 [T]; the file is whole or not there.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     file = state_file(folder, i)
     unfinished = file.with_suffix(".part")
     tensors = {"hidden_states": states, "token_ids": ids}
-    save_file(tensors, unfinished, metadata={"crc32": str(_checksum(tensors))})
+    try:
+        save_file(tensors, unfinished, metadata={"crc32": str(_checksum(tensors))})
+    except SafetensorError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{file}: not written ({error}); what is there is kept, make room and repeat it") from None
     os.replace(unfinished, file)
 
 
@@ -64,15 +72,23 @@ def flaw(folder: Path, i: int, ids: Sequence[int]) -> str | None:
     return None
 
 
-def check_states(folder: Path, *, missing_is_wrong: bool = True) -> None:
+def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, parts: int = 1) -> None:
     """Read every file once, so that no run trains on a broken one or stops at it hours later.
+
+    Args:
+        folder: the data set.
+        missing_is_wrong: documents without states are errors.
+        part: of ``parts`` processes that share the work, this one.
+        parts: processes.
 
     Raises:
         ValueError: names the first broken file.
     """
     documents = load_from_disk(folder).with_format(None)["input_ids"]
     flaws = []
-    for i, ids in enumerate(tqdm(documents, desc="Checking states", unit="doc", disable=None)):
+    silent = True if part else None  # None: where stderr is no terminal
+    for i in tqdm(range(part, len(documents), parts), desc="Checking states", unit="doc", disable=silent):
+        ids = documents[i]
         if missing_is_wrong or state_file(folder, i).exists():
             found = flaw(folder, i, ids)
             flaws += [found] if found else []

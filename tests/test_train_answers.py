@@ -1,0 +1,134 @@
+"""The target's answers, with an engine that is played: every prompt once, whatever is killed, and one-line errors."""
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from tiny_training import V, write_work
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from vllm_slimspec.bench.answers import EngineError
+from vllm_slimspec.checkpoint import CheckpointError
+from vllm_slimspec.cli import app
+from vllm_slimspec.train import answers as module
+from vllm_slimspec.train.answers import write_answers
+from vllm_slimspec.train.states import read_documents
+
+PROMPTS = [[i, i + 1, i + 2] for i in range(1, 11)]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return write_work(tmp_path_factory.mktemp("answers")) / "llama"
+
+
+class Engine:
+    """Answers [a, b, c] with [c, seed], and dies after some prompts."""
+
+    def __init__(self):
+        self.asked, self.dies_after = [], None
+
+    def get_default_sampling_params(self):
+        return SimpleNamespace(temperature=0.7)
+
+    def generate(self, prompts, params, use_tqdm):
+        if self.dies_after is not None and len(self.asked) + len(prompts) > self.dies_after:
+            raise RuntimeError("EngineCore encountered\nan issue")
+        self.asked += [prompt["prompt_token_ids"] for prompt in prompts]
+        self.params = params
+        answers = [[p["prompt_token_ids"][-1], q.seed] for p, q in zip(prompts, params, strict=True)]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer)]) for answer in answers]
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    played = Engine()
+
+    @contextmanager
+    def start(target, options):
+        yield played
+
+    monkeypatch.setattr(module, "_engine", start)
+    monkeypatch.setattr(module, "_TOGETHER", 3)
+    monkeypatch.setattr(module, "limits", lambda target, options: (V, 64))
+    return played
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in [*PROMPTS, PROMPTS[0]]))
+    return file
+
+
+def test_answers_are_documents(target, engine, prompts, tmp_path):
+    assert write_answers(target, prompts, tmp_path / "a.jsonl", temperature=0.0, max_tokens=2) == len(PROMPTS)
+    expected = [[*prompt, prompt[-1], seed] for seed, prompt in enumerate(PROMPTS)]
+    assert read_documents(tmp_path / "a.jsonl", target, max_length=64) == expected
+    assert engine.params[0].temperature == 0.0
+    assert engine.params[0].max_tokens == 2
+    assert write_answers(target, prompts, tmp_path / "a.jsonl", temperature=0.0, max_tokens=2) == len(PROMPTS)
+    assert engine.asked == PROMPTS  # the second call asked nothing
+
+
+def test_nothing_is_lost_and_nothing_asked_twice(target, engine, prompts, tmp_path):
+    """Catches: a line torn by a kill that stays, or an answer that is left out or doubled behind it."""
+    write_answers(target, prompts, tmp_path / "whole.jsonl", max_tokens=2)
+    assert engine.params[0].temperature == 0.7  # the target's own, where none is given
+    engine.asked, engine.dies_after = [], 7
+    with pytest.raises(EngineError, match=r"vLLM failed \(EngineCore encountered an issue\); repeat the command"):
+        write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
+    assert not (tmp_path / "a.jsonl").exists()
+    with (tmp_path / "a.jsonl.part").open("ab") as file:
+        file.write(b'{"input_ids": [7, 8')
+    engine.dies_after = None
+    write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
+    assert engine.asked == PROMPTS
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_other_answers_are_not_continued(target, engine, prompts, tmp_path):
+    """Catches: greedy and sampled answers, or those of two targets, in one file."""
+    write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
+    with pytest.raises(ValueError, match="holds answers of another target, prompts or sampling"):
+        write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2, temperature=1.0)
+    (tmp_path / "mine.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="was not written by this command"):
+        write_answers(target, prompts, tmp_path / "mine.jsonl", max_tokens=2)
+    assert (tmp_path / "mine.jsonl").read_text() == "{}"
+
+
+def test_bad_prompts_are_named_before_an_engine_starts(target, engine, prompts, tmp_path):
+    with prompts.open("a") as file:
+        file.write(json.dumps({"input_ids": [1] * 63}) + "\n")
+    with pytest.raises(CheckpointError, match=r"prompts\.jsonl:12: the prompt has 63 tokens, 1 to 62 fit"):
+        write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
+    assert engine.asked == []
+    assert not list(tmp_path.glob("a.jsonl*"))
+
+
+def test_no_chat_template_is_one_line(target, engine, tmp_path):
+    """Catches: transformers' advice over many lines, or a conversation that is read without its roles."""
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(target)
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "t1 t2"}]}) + "\n")
+    arguments = ["train", "answers", "--target", str(target), "--prompts", str(file)]
+    result = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "a.jsonl"), "--max-tokens", "2"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {file}:1: the target's tokenizer refuses it (")
+    assert "chat_template" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("a.jsonl*"))
+
+
+def test_bad_engine_arguments_are_one_line(target, engine, prompts, tmp_path):
+    arguments = ["train", "answers", "--target", str(target), "--prompts", str(prompts), "--engine-args", "[1"]
+    result = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "a.jsonl")])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: --engine-args [1: not a JSON object")
+    assert engine.asked == []

@@ -1,0 +1,80 @@
+"""A plan's figures are those of the run: steps, parameters, bytes, and operations as torch counts them."""
+
+import pytest
+import torch
+from tiny_training import DRAFT_V, FLAGS, write_work
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from vllm_slimspec.cli import app
+from vllm_slimspec.train.launch import fit, resolve
+from vllm_slimspec.train.plan import build_empty, data_of, drafter_operations, make_plan, target_operations
+from vllm_slimspec.train.trainer import SlimSpecTrainer
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return write_work(tmp_path_factory.mktemp("plan"))
+
+
+def size(*files) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize("flags", [FLAGS, {**FLAGS, "draft_arch": "qwen3", "draft_vocab_size": DRAFT_V}])
+def test_a_plan_is_what_is_done(work, tmp_path, monkeypatch, flags):
+    """Catches: parameters that are counted twice, or operations of a step that training does not take."""
+    flags = {**flags, "draft_attn_impl": "eager"}  # torch does not count the operations of its CPU flash attention
+    trainers, operations = [], []
+    train_epoch = SlimSpecTrainer.train_epoch
+
+    def counted(self, epoch):
+        trainers.append(self)
+        with FlopCounterMode(display=False) as counter:
+            train_epoch(self, epoch)
+        operations.append(counter.get_total_flops())
+
+    monkeypatch.setattr(SlimSpecTrainer, "train_epoch", counted)
+    config = resolve(work / "llama", work / "states", tmp_path / "d", **flags)
+    plan = make_plan(config, data_of(work / "states"), tmp_path / "d")
+    fit(work / "llama", work / "states", tmp_path / "d", **flags)
+
+    model = trainers[0].model
+    assert plan.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert plan.steps == trainers[0].global_step
+    states, run = plan.stages
+    assert states.disk == pytest.approx(size(*(work / "states/hidden_states").iterdir()), rel=0.1)  # and headers
+    checkpoint = tmp_path / "d.run/checkpoints/1"
+    written = size(checkpoint / "model.safetensors", checkpoint / "optimizer_state_dict.pt")
+    assert plan.checkpoint_bytes == pytest.approx(written, rel=0.15)  # names and headers weigh something at this size
+    assert run.operations == pytest.approx(sum(operations), rel=0.05)
+
+
+def test_operations_of_the_target(work):
+    model = AutoModelForCausalLM.from_pretrained(work / "llama", attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(24)[None], use_cache=False)
+    assert target_operations(model, [24]) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model(torch.arange(24)[None], use_cache=False)
+    assert target_operations(model, [24], head=False) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_a_rank_costs_what_it_says(work, tmp_path):
+    empty = {
+        rank: build_empty(resolve(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "rank": rank}))
+        for rank in (4, 8)
+    }
+    more = drafter_operations(empty[8], 3, 96) - drafter_operations(empty[4], 3, 96)
+    assert more == 3 * 3 * 2 * 4 * (32 + 96)  # three draft steps, forward and twice that backward, 4 ranks of D + V
+
+
+def test_the_plan_starts_nothing(work, tmp_path):
+    arguments = ["train", "fit", "--target", str(work / "llama"), "--data-path", str(work / "states"), "--plan"]
+    result = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "d"), "--rank", "4", "--epochs", "3"])
+    assert result.exit_code == 0, result.output
+    assert "30 documents, 720 tokens" in result.output
+    assert "in 3 epochs" in result.output
+    assert not list(tmp_path.iterdir())

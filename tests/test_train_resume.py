@@ -1,0 +1,180 @@
+"""A run that is killed or stopped, anywhere, and repeated is the run that was never interrupted."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import FLAGS, write_work
+
+from vllm_slimspec.train import trainer as trainer_module
+from vllm_slimspec.train.launch import fit, resolve
+from vllm_slimspec.train.metrics import read_metrics
+from vllm_slimspec.train.plan import data_of, make_plan
+from vllm_slimspec.train.trainer import SlimSpecTrainer
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = write_work(tmp_path_factory.mktemp("resume"))
+    fit(folder / "llama", folder / "states", folder / "whole", **FLAGS)
+    return folder
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The optimiser steps that are taken, as (epoch, step of the epoch)."""
+    seen: list[tuple[int, int]] = []
+    original = SlimSpecTrainer._stepped
+
+    def stepped(self):
+        try:
+            original(self)
+        finally:
+            seen.append(self._place)
+
+    monkeypatch.setattr(SlimSpecTrainer, "_stepped", stepped)
+    return seen
+
+
+def _fit_and_die(folder: Path, moment: str, count: int) -> None:
+    """In a process of its own: fit, and be killed at the ``count``-th call of what ``moment`` names."""
+    torch.set_num_threads(1)
+    owner, name = {
+        "step": (SlimSpecTrainer, "_stepped"),
+        "optimizer": (torch, "save"),
+        "checkpoint": (trainer_module, "_publish"),
+        "rename": (Path, "rename"),
+        "validation": (SlimSpecTrainer, "val_epoch"),
+    }[moment]
+    original, calls = getattr(owner, name), 0
+
+    def watched(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, watched)
+    fit(folder / "llama", folder / "states", folder / f"{moment}-{count}", **FLAGS)
+
+
+@pytest.fixture(scope="module")
+def fit_and_die():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm_slimspec.train.launch", "test_train_resume"])
+
+    def start(*args):
+        process = context.Process(target=_fit_and_die, args=args)
+        process.start()
+        process.join(120)
+        return process.exitcode
+
+    return start
+
+
+def same_drafter(one: Path, other: Path) -> None:
+    tensors = load_file(other / "model.safetensors")
+    torch.testing.assert_close(load_file(one / "model.safetensors"), tensors, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("moment", "count"),
+    [("step", 1), ("step", 4), ("optimizer", 3), ("checkpoint", 5), ("rename", 4), ("rename", 5), ("validation", 2)],
+)
+def test_killed_anywhere(work, fit_and_die, taken, moment, count):
+    """Catches: half a checkpoint, one of weights and moments of different steps, an epoch that is trained again."""
+    whole, output = work / "whole", work / f"{moment}-{count}"
+    assert fit_and_die(work, moment, count) == -signal.SIGKILL
+    done = json_of(work / f"{moment}-{count}.run")
+    fit(work / "llama", work / "states", output, **FLAGS)
+
+    total = json.loads((whole / "slimspec.json").read_text())["steps"]
+    again = json.loads((output / "slimspec.json").read_text())
+    assert again["steps"] == total
+    assert len(taken) == total - done  # nothing of the last whole checkpoint is done twice
+    assert again["held_out"] == json.loads((whole / "slimspec.json").read_text())["held_out"]
+    same_drafter(output, whole)
+    steps = [
+        line["step"] for line in read_metrics(work / f"{output.name}.run/metrics.jsonl") if line["split"] == "train"
+    ]
+    assert steps == list(range(total))
+    leftovers = [p.name for p in (work / f"{output.name}.run/checkpoints").iterdir() if p.name.startswith(".")]
+    assert not leftovers
+
+
+def json_of(run: Path) -> int:
+    """Steps of the newest whole checkpoint of a run that was killed."""
+    found = [json.loads(file.read_text()) for file in run.glob("checkpoints/[0-9]*/training_state.json")]
+    return max((state["global_step"] for state in found), default=0)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_between_two_steps(work, tmp_path, taken, monkeypatch, sign):
+    """Catches: a checkpoint from the middle of a step, or one that is kept and never resumed (as in speculators)."""
+    original = SlimSpecTrainer._stepped
+
+    def stepped(self):
+        if self.global_step == 4:
+            os.kill(os.getpid(), sign)
+        original(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SlimSpecTrainer, "_stepped", stepped)
+        with pytest.raises(KeyboardInterrupt, match="the checkpoint is in"):
+            fit(work / "llama", work / "states", tmp_path / "d", **FLAGS, checkpoint_freq=1.0)
+    assert not (tmp_path / "d").exists()
+    assert len(taken) == 4
+    fit(work / "llama", work / "states", tmp_path / "d", **FLAGS, checkpoint_freq=1.0)
+    assert len(taken) == json.loads((tmp_path / "d/slimspec.json").read_text())["steps"]
+    same_drafter(tmp_path / "d", work / "whole")
+
+
+def test_max_steps_is_the_end(work, tmp_path, taken):
+    """Catches: speculators' one more step in each epoch that is left."""
+    fit(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "epochs": 5, "max_steps": 9})
+    assert len(taken) == 9
+
+
+def test_another_run_is_not_resumed(work, tmp_path):
+    """Catches: weights of one rank, vocabulary or schedule continued as if they were of another."""
+    fit(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "max_steps": 1})
+    (tmp_path / "d").rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"d\.run: holds another run \(lm_head_rank=4 there, 8 now\)"):
+        fit(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "max_steps": 1, "rank": 8})
+
+
+def test_two_processes(work, tmp_path):
+    """Catches: two processes that write one drafter, one that writes the wrapped model's names, or does every step."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FLAGS.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "vllm_slimspec.train", "fit", f"--target={work / 'llama'}", f"--data-path={work / 'states'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, f"--output-path={tmp_path / 'd'}", *flags], env=environment, check=True)
+    found, whole = (json.loads((folder / "slimspec.json").read_text()) for folder in (tmp_path / "d", work / "whole"))
+    config = resolve(work / "llama", work / "states", tmp_path / "unused", **FLAGS)
+    assert found["steps"] == make_plan(config, data_of(work / "states"), "unused", ranks=2).steps < whole["steps"]
+    assert load_file(tmp_path / "d/model.safetensors").keys() == load_file(work / "whole/model.safetensors").keys()
+    train = [line["step"] for line in read_metrics(tmp_path / "d.run/metrics.jsonl") if line["split"] == "train"]
+    assert train == list(range(found["steps"]))
+
+
+def test_metrics_and_picture(work):
+    """Catches: alpha of another position, steps that are missing, a run without a picture."""
+    lines = read_metrics(work / "whole.run/metrics.jsonl")
+    held_out = [line for line in lines if line["split"] == "held-out"]
+    assert [line["epoch"] for line in held_out] == [0, 1]
+    for line in held_out:
+        assert len(line["accepted"]) == len(line["alpha"]) == 3
+        assert line["length"] == pytest.approx(1 + sum(line["accepted"]))
+        assert all(0 < alpha < 1 for alpha in line["alpha"])
+    train = [line for line in lines if line["split"] == "train"]
+    assert all(line["loss"] > 0 and line["tokens_per_s"] > 0 for line in train)
+    assert (work / "whole.run/training.png").read_bytes().startswith(b"\x89PNG")

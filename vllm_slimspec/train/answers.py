@@ -1,0 +1,149 @@
+"""The target's own answers to prompts, by vLLM: what a drafter is judged on, and so what it should learn from.
+
+OUTPUT.jsonl         {"input_ids": [...], "prompt_tokens": 17}, a line for each different prompt, in their order
+OUTPUT.jsonl.json    what they are the answers of: target, prompts, sampling
+OUTPUT.jsonl.part    while it grows; the same command goes on where it was killed
+"""
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_slimspec.bench.answers import EngineError
+from vllm_slimspec.convert.collect import limits
+from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
+
+_TOGETHER = 1024  # prompts; so much is answered again after a kill, at the most
+
+
+def write_answers(
+    target: str | Path,
+    prompts: str | Path,
+    output: str | Path,
+    *,
+    temperature: float | None = None,
+    max_tokens: int = 512,
+    engine: Mapping[str, Any] | None = None,
+) -> int:
+    """Let the target answer every prompt; called again with the same arguments it resumes.
+
+    Args:
+        target: Hugging Face folder or id.
+        prompts: JSONL file, see :mod:`vllm_slimspec.convert.prompts`; a prompt that is there twice is asked once.
+        output: JSONL file for :func:`vllm_slimspec.train.states.read_documents`.
+        temperature: of sampling; default as the target's generation_config.json says.
+        max_tokens: of an answer.
+        engine: further arguments of ``vllm.LLM``.
+
+    Returns:
+        answers in the file.
+
+    Raises:
+        CheckpointError: a line is no prompt, does not fit, or cannot be tokenised; or vLLM does not take the target.
+        ValueError: the output holds the answers of another target, other prompts or other sampling.
+        EngineError: vLLM failed. What was answered is kept.
+    """
+    output, options = Path(output), dict(engine or {})
+    rows = read_prompts(Path(prompts))
+    tokenizer = open_tokenizer(rows, str(target))
+    vocab_size, length = limits(target, options)
+    documents = tokenise(rows, tokenizer, vocab_size, length - max_tokens, Path(prompts))
+    made_from = {
+        "target": str(target),
+        "prompts": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+    }
+    _claim(output, made_from)
+    if output.exists():
+        return len(documents)
+    part = output.with_name(f"{output.name}.part")
+    with part.open("ab+") as file, tqdm(total=len(documents), desc="Answers", unit="prompt", disable=None) as progress:
+        done = _whole_lines(file)
+        progress.update(done)
+        with _engine(target, options) as llm:
+            for first in range(done, len(documents), _TOGETHER):
+                batch = documents[first : first + _TOGETHER]
+                for prompt, answer in zip(batch, _ask(llm, batch, first, temperature, max_tokens), strict=True):
+                    line = {"input_ids": prompt + answer, "prompt_tokens": len(prompt)}
+                    file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                progress.update(len(batch))
+    part.replace(output)
+    return len(documents)
+
+
+def read_lengths(target: str | Path, prompts: str | Path) -> list[int]:
+    """Tokens of each different prompt.
+
+    Raises:
+        CheckpointError: as :func:`write_answers`.
+    """
+    rows = read_prompts(Path(prompts))
+    tokenizer = open_tokenizer(rows, str(target))
+    vocab_size, length = limits(target, {})
+    return [len(prompt) for prompt in tokenise(rows, tokenizer, vocab_size, length, Path(prompts))]
+
+
+def _ask(
+    llm: Any, prompts: Sequence[list[int]], first: int, temperature: float | None, max_tokens: int
+) -> Iterator[list[int]]:
+    """The answers; the same ones again after a kill, because each prompt has a seed of its own."""
+    params = []
+    for place in range(len(prompts)):
+        params.append(llm.get_default_sampling_params())
+        params[-1].max_tokens, params[-1].detokenize, params[-1].seed = max_tokens, False, first + place
+        if temperature is not None:
+            params[-1].temperature = temperature
+    try:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    except Exception as error:  # whatever a dying engine raises
+        raise EngineError(f"vLLM failed ({_line(error)}); repeat the command, it goes on from here") from None
+    for request in outputs:
+        yield list(request.outputs[0].token_ids)
+
+
+@contextmanager
+def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
+    from vllm import LLM
+
+    try:
+        llm = LLM(model=str(target), **options)
+    except Exception as error:
+        raise EngineError(f"{target}: vLLM does not start ({_line(error)})") from None
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def _claim(output: Path, made_from: dict[str, Any]) -> None:
+    file = output.with_name(f"{output.name}.json")
+    if file.exists() and json.loads(file.read_text()) != made_from:
+        raise ValueError(f"{output}: holds answers of another target, prompts or sampling; choose another output")
+    if output.exists() and not file.exists():
+        raise ValueError(f"{output}: exists and was not written by this command; choose another output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(made_from, indent=2) + "\n")
+
+
+def _whole_lines(file: Any) -> int:
+    """How many lines are whole; one that was torn by a kill is cut off."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
+    return content.count(b"\n")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,228 @@
+"""What a run will come to, before anything is started: steps, memory, disk, operations.
+
+Parameters are counted on the models themselves, built without memory (torch's meta device). Operations are those of the
+matrix products and of attention (what a mask hides too, as torch counts), 2 for a multiply and add. The rest (norms,
+softmaxes, the optimiser) is left out, and so is what a device loses by waiting: the hours are for the throughput given.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+from rich.table import Table
+from speculators.train import cli as speculators_cli
+from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from vllm_slimspec.train.launch import SlimSpecTrainConfig
+from vllm_slimspec.train.model import SlimSpecEagle3Model
+from vllm_slimspec.train.quiet import quiet
+from vllm_slimspec.train.replaced import replaced
+
+AT_ONCE = 256  # requests that vLLM answers together, so often are the target's weights read for all of them
+_ADAM = 8  # bytes of both moments
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on."""
+
+    lengths: list[int]  # tokens of each document
+    answered: int = 0  # of all tokens, those that the target has still to write
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, on the whole data."""
+
+    name: str
+    operations: float
+    bytes_read: float  # of weights and states
+    disk: float  # bytes that it leaves
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is not started."""
+
+    documents: int
+    tokens: int
+    ranks: int
+    tokens_per_step: int
+    mean_length: float
+    steps: int
+    epochs: int
+    trained: int  # parameters
+    frozen: int
+    weights_bytes: int  # on each device: weights, gradients and moments
+    logits_bytes: int  # on each device: of all draft steps of a training step, kept for the backward pass
+    checkpoint_bytes: int
+    stages: list[Stage]
+    output: str
+    beside: list[str]  # files in <output>.run
+
+    def hours(self, stage: Stage, tflops: float, terabytes: float) -> float:
+        """Device hours at a sustained throughput, whichever of the two limits."""
+        return max(stage.operations / tflops, stage.bytes_read / terabytes) / 1e12 / 3600
+
+    def tables(self, tflops: float | None = None, terabytes: float | None = None) -> list[Table]:
+        """For a terminal."""
+        run = Table(show_header=False, box=None)
+        for name, value in (
+            ("data", f"{self.documents:,} documents, {self.tokens:,} tokens"),
+            ("steps", f"{self.steps:,} in {self.epochs} epochs on {self.ranks} device(s)"),
+            ("tokens a step", f"{self.tokens_per_step:,}, or {self.tokens_per_step / self.mean_length:.0f} documents"),
+            ("a batch of 64", f"--total-seq-len {math.ceil(64 * self.mean_length / self.ranks):,}"),
+            ("trained", f"{self.trained:,} parameters, beside {self.frozen:,} frozen ones"),
+            ("memory a device", f"{_gb(self.weights_bytes)} weights, {_gb(self.logits_bytes)} logits (estimate)"),
+            ("a checkpoint", f"{_gb(self.checkpoint_bytes)}, one is kept for each epoch"),
+            ("written", f"{self.output}; {self.output}.run with {', '.join(self.beside)}"),
+        ):
+            run.add_row(name, value)
+        stages = Table("stage", "operations", "bytes read", "left on disk", box=None)
+        if tflops and terabytes:
+            stages.add_column(f"device hours at {tflops:g} TFLOP/s, {terabytes:g} TB/s")
+        for stage in self.stages:
+            cells = [stage.name, f"{stage.operations:.2e}", _gb(stage.bytes_read), _gb(stage.disk)]
+            if tflops and terabytes:
+                cells.append(f"{self.hours(stage, tflops, terabytes):,.1f}")
+            stages.add_row(*cells)
+        return [run, stages]
+
+
+@quiet()
+def make_plan(config: SlimSpecTrainConfig, data: Data, output: str | Path, *, ranks: int = 1) -> Plan:
+    """Count; the target's config.json is all that is read of it.
+
+    Args:
+        config: of :func:`vllm_slimspec.train.launch.resolve`.
+        data: all of it, the held-out part too.
+        output: the drafter.
+        ranks: devices.
+    """
+    run = config.flatten()
+    name = run["verifier_name_or_path"]
+    target_config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        target = AutoModelForCausalLM.from_config(target_config)
+    drafter = build_empty(config)
+    itemsize = (target_config.get_text_config().dtype or torch.bfloat16).itemsize
+    states = _bytes_of_states(drafter, data, itemsize)
+    trained, frozen = (sum(p.numel() for p in drafter.parameters() if p.requires_grad is r) for r in (True, False))
+    kept = trained + (drafter.embed_tokens.weight.numel())
+    ratio = run["train_data_ratio"]
+    in_training = data.lengths[: int(len(data.lengths) * ratio)]
+    per_epoch = len(MultipackDistributedBatchSamplerV2(run["total_seq_len"], in_training, ranks, 0, seed=run["seed"]))
+    steps = run["max_steps"] or run["epochs"] * per_epoch
+    logits = run["total_seq_len"] * drafter.draft_vocab_size
+    weights = itemsize * sum(p.numel() for p in target.parameters())
+    passes = math.ceil(data.answered / AT_ONCE)
+    stages = [
+        Stage("states", target_operations(target, data.lengths, head=False), states["read"] + weights, states["disk"]),
+        Stage(
+            "fit",
+            steps * run["total_seq_len"] * ranks * drafter_operations(drafter, run["ttt_steps"], run["total_seq_len"]),
+            states["disk"] * ratio * (steps / per_epoch),
+            (kept * _FLOAT + trained * _ADAM) * math.ceil(steps / per_epoch),
+        ),
+    ]
+    if data.answered:
+        # A prompt is read as it is answered: every token passes through the target once.
+        stages.insert(0, Stage("answers", target_operations(target, data.lengths), passes * weights, 8.0 * data.tokens))
+    shards = ranks if run["fsdp_shard"] else 1
+    return Plan(
+        documents=len(data.lengths),
+        tokens=data.tokens,
+        ranks=ranks,
+        tokens_per_step=run["total_seq_len"] * ranks,
+        mean_length=data.tokens / len(data.lengths),
+        steps=steps,
+        epochs=run["epochs"],
+        trained=trained,
+        frozen=frozen,
+        weights_bytes=(trained * (2 * _FLOAT + _ADAM) + frozen * _FLOAT) // shards,
+        # a draft step keeps its logits in bfloat16 and their softmax in float32; the target's are kept once
+        logits_bytes=(run["ttt_steps"] + 1) * logits * (2 + _FLOAT),
+        checkpoint_bytes=kept * _FLOAT + trained * _ADAM,
+        stages=stages,
+        output=str(output),
+        beside=[
+            *(["answers.jsonl", "states"] if data.answered else []),
+            "checkpoints",
+            "metrics.jsonl",
+            "training.png",
+        ],
+    )
+
+
+def build_empty(config: SlimSpecTrainConfig) -> SlimSpecEagle3Model:
+    """The drafter of a run, without memory behind its tensors."""
+    run = config.flatten()
+    vocab = (
+        run["draft_vocab_size"] or AutoConfig.from_pretrained(run["verifier_name_or_path"]).get_text_config().vocab_size
+    )
+    with (
+        torch.device("meta"),
+        replaced(
+            SlimSpecEagle3Model,
+            load_verifier_weights=lambda self: None,
+            load_vocab_mappings=lambda self, *_: None,
+            init_head=lambda self, *_: None,
+        ),
+    ):
+        return speculators_cli.build_draft_model(argparse.Namespace(**run), SlimSpecEagle3Model, None, None, vocab)
+
+
+def target_operations(target: PreTrainedModel, lengths: list[int], *, head: bool = True) -> float:
+    """One forward pass of a dense causal language model over documents of these lengths."""
+    config = target.config.get_text_config()
+    looked_up, output = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    matrices = sum(p.numel() for p in target.parameters()) - looked_up.numel()  # a lookup is no product
+    matrices += output.numel() * (int(head) - int(output is not looked_up))
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    attention = 4.0 * config.num_hidden_layers * width * sum(n * n for n in lengths)
+    return 2.0 * matrices * sum(lengths) + attention
+
+
+def drafter_operations(drafter: SlimSpecEagle3Model, ttt_steps: int, length: int) -> float:
+    """Of one token in training: the forward pass over all draft steps, the teacher's logits, and the backward pass.
+
+    Args:
+        drafter: as it is trained.
+        ttt_steps: draft steps.
+        length: tokens of a step; attention is computed over all of them and then masked.
+    """
+    once = drafter.fc.weight.numel()
+    every = sum(p.numel() for p in [*drafter.layers.parameters(), *drafter.lm_head.parameters()] if p.ndim == 2)
+    teacher = drafter.verifier_lm_head.weight.numel()
+    layer = drafter.config.transformer_layer_config
+    width = layer.num_attention_heads * (layer.head_dim or layer.hidden_size // layer.num_attention_heads)
+    keys = sum(length * (step + 1) for step in range(ttt_steps))  # those of the earlier steps stay
+    attention = 4.0 * layer.num_hidden_layers * width * keys
+    # a product costs two more on the way back
+    return 2.0 * (3 * once + 3 * ttt_steps * every + teacher) + 3 * attention
+
+
+def data_of(folder: Path) -> Data:
+    """The documents of a folder of states."""
+    return Data(list(load_from_disk(folder).with_format(None)["seq_len"]))
+
+
+def _bytes_of_states(drafter: SlimSpecEagle3Model, data: Data, itemsize: int) -> dict[str, float]:
+    slots = len(drafter.target_layer_ids) + 1
+    return {"disk": float(data.tokens * (slots * drafter.hidden_size * itemsize + 8)), "read": 8.0 * data.tokens}
+
+
+def _gb(count: float) -> str:
+    unit = 1e12 if count >= 1e12 else 1e9 if count >= 1e8 else 1e6
+    return f"{count / unit:,.{1 if count >= unit else 2}f} {({1e12: 'TB', 1e9: 'GB', 1e6: 'MB'})[unit]}"

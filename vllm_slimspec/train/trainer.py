@@ -1,0 +1,160 @@
+"""speculators' trainer, as this package needs it: the paper's betas, checkpoints that survive anything, and metrics.
+
+A checkpoint is written beside the last one and takes its place only when it is whole. It holds float32 and the place in
+the epoch, so a run that was stopped or killed goes on as if it had not been: the same batches, the same steps.
+"""
+
+import logging
+import shutil
+import signal
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+from safetensors import SafetensorError
+from speculators.train.graceful_shutdown import TrainingInterruptedError
+from speculators.train.trainer import Trainer, TrainerConfig
+from tqdm import tqdm
+
+from vllm_slimspec.train.metrics import METRICS, MetricsFile
+
+logger = logging.getLogger(__name__)
+
+BETAS = (0.9, 0.95)
+_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
+
+
+class ServerGone(RuntimeError):
+    """The server that gives hidden states while training does not answer any more."""
+
+
+class _AllSteps(Exception):
+    """``max_steps`` are done."""
+
+
+class SlimSpecTrainer(Trainer):
+    """speculators' trainer; on a machine without an accelerator too."""
+
+    held_out: dict[str, float] | None = None  # the last validation
+    interrupted = False
+    _place: tuple[int, int] | None = None  # epoch and steps of it, inside of one
+    _asked_to_stop = False
+
+    def setup_trainer(self) -> None:
+        if not torch.accelerator.is_available():
+            self.local_rank = self.device_type = "cpu"
+        # bf16 otherwise: a resumed run would not be the run that was stopped.
+        self.checkpointer.save_checkpoint = partial(self.checkpointer.save_checkpoint, float_dtype=torch.float32)
+        super().setup_trainer()
+
+    def setup_optimizer(self) -> None:
+        super().setup_optimizer()
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.AdamW):
+                for group in optimizer.param_groups:
+                    group["betas"] = BETAS
+
+    def run_training(self) -> None:
+        steps = self.config.max_steps or self.config.num_epochs * len(self.train_loader)
+        silent = None if self.rank == 0 else True  # None: where stderr is no terminal
+        decay = (self.config.train_call_kwargs or {})["ttt_step_loss_decay"]
+        reports = logging.getLogger(METRICS)
+        file = MetricsFile(metrics_file(self.checkpointer.path), self.global_step, decay) if self.rank == 0 else None
+        if file:
+            reports.addHandler(file)
+        try:
+            with tqdm(total=steps, initial=self.global_step, desc="Training", unit="step", disable=silent) as bar:
+                self.progress = bar
+                with suppress(_AllSteps):
+                    super().run_training()
+            if not self.interrupted and self.held_out is None:  # killed between the last step and its evaluation
+                self.val_epoch(max(self.current_epoch - 1, 0))
+        finally:
+            if file:
+                reports.removeHandler(file)
+                file.close()
+
+    def train_epoch(self, epoch: int) -> None:
+        if self.config.max_steps is not None and self.global_step >= self.config.max_steps:
+            raise _AllSteps  # speculators would take one step more in every epoch that is left
+        if not self.is_distributed:
+            # speculators would stop inside of a step, and never resume from there
+            for sign in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(sign, self._ask_to_stop)
+        self._place = (epoch, self._resume_local_step if epoch == self.current_epoch else 0)
+        try:
+            super().train_epoch(epoch, step_callback=self._stepped)
+        except RuntimeError as error:
+            if "circuit breaker" not in str(error):
+                raise
+            self.maybe_save_checkpoint("interrupted")  # it is raised between two steps
+            raise ServerGone(error) from None
+        self._place = None
+
+    def val_epoch(self, epoch: int) -> dict[str, float] | None:
+        self.held_out = super().val_epoch(epoch)
+        if self.held_out and self.rank == 0:
+            rates = [f"{rate:.3f}" for key, rate in self.held_out.items() if key.startswith("full_acc_")]
+            logger.info("epoch %d: held-out loss %.3f, accepted by place %s", epoch, self.held_out["loss_epoch"], rates)
+        return self.held_out
+
+    def maybe_save_checkpoint(self, epoch: int | str, local_step: int = 0) -> None:
+        if epoch == "interrupted":
+            self.interrupted = True
+            if self._place is None or self.is_distributed:  # the ranks may be at different steps
+                return
+            epoch, local_step = self._place
+            self.config: TrainerConfig = self.config._replace(checkpoint_freq=0.5, save_best=False)  # whatever it was
+        path = self.checkpointer.path
+        self.checkpointer.path = path / _UNFINISHED
+        try:
+            super().maybe_save_checkpoint(epoch, local_step)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of pathlib, torch.save and safetensors
+            raise OSError(
+                f"{path}: a checkpoint was not written ({error}); the last one is whole, make room and repeat the "
+                "command"
+            ) from None
+        finally:
+            self.checkpointer.path = path
+        if self.rank == 0:
+            _publish(path, str(epoch))
+
+    def _ask_to_stop(self, sign: int, frame: FrameType | None) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+
+    def _stepped(self) -> None:
+        self.progress.update()
+        assert self._place is not None
+        self._place = (self._place[0], self._place[1] + 1)
+        if self._asked_to_stop:
+            raise TrainingInterruptedError
+
+
+def metrics_file(checkpoints: str | Path) -> Path:
+    """Where the metrics of the run with these checkpoints are."""
+    return Path(checkpoints).parent / "metrics.jsonl"
+
+
+def _publish(path: Path, name: str) -> None:
+    """The unfinished checkpoint ``name``, if there is one, in the place of the last one of this name."""
+    unfinished = path / _UNFINISHED / name
+    if unfinished.exists():
+        if (path / name).exists():
+            (path / name).rename(path / f"{name}{_REPLACED}")
+        unfinished.rename(path / name)
+    settle(path)
+
+
+def settle(path: str | Path) -> None:
+    """Put away what a run that was killed while it wrote a checkpoint has left in its folder."""
+    path = Path(path)
+    shutil.rmtree(path / _UNFINISHED, ignore_errors=True)
+    for replaced in path.glob(f"*{_REPLACED}"):
+        if replaced.with_suffix("").exists():
+            shutil.rmtree(replaced)
+        else:  # killed between the two renames
+            replaced.rename(replaced.with_suffix(""))
