@@ -68,7 +68,6 @@ def test_command(tmp_path):
         (["head", "--shapes", "llama-9"], 2, "'llama-9' is not one of"),
         (["head", "--heads", "full,fast"], 2, "'fast' is not one of"),
         (["head", "--batches", "1,0"], 2, "'1,0' is not a list of batch sizes"),
-        (["head", "--tune", "--device", "cpu"], 1, "error: --tune needs a GPU"),
         (["roofline", "nowhere.json"], 1, "error: nowhere.json: "),
     ],
 )

@@ -1,12 +1,9 @@
 """``slimspec bench head | roofline``: every draft head side by side, and how near each is to what memory allows."""
 
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,7 +13,8 @@ import typer
 from torch import Tensor
 
 from vllm_slimspec import ops
-from vllm_slimspec.bench.results import HeadResults, HeadRow, TunedRow, TunedTable, provenance
+from vllm_slimspec.bench.options import choices, positive_ints, progress
+from vllm_slimspec.bench.results import HeadResults, HeadRow, provenance
 from vllm_slimspec.bench.shapes import SHAPES, Shape
 from vllm_slimspec.cpu import PackedFactor
 
@@ -57,7 +55,13 @@ class Arm(NamedTuple):
 class Weights:
     """A random head of a shape, dense and low-rank, from which the arms take what they need."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        dense: Tensor | None = None,  # [V, D], of which the first are taken; random if None
+    ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(rows: int, columns: int) -> Tensor:
@@ -66,7 +70,7 @@ class Weights:
             )
 
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.dense = normal(shape.vocab_size, shape.hidden_size)
+        self.dense = normal(shape.vocab_size, shape.hidden_size) if dense is None else dense[: shape.vocab_size]
         self.down = normal(shape.rank, shape.hidden_size)
         self.up = normal(shape.vocab_size, shape.rank)
 
@@ -112,9 +116,8 @@ class Weights:
     def _trim(self, name: str) -> Arm:
         rows = {"32k": 32768, "64k": 65536}[name.split("-")[1]]
         trimmed = self.dense[:rows]
-        # some sorted selection of target ids, as a frequency list is
-        targets = torch.arange(rows, device=self.device) * (self.shape.vocab_size // rows)
-        offsets = targets - torch.arange(rows, device=self.device)
+        offsets = trimmed_offsets(rows, self.shape.vocab_size).to(self.device)
+        targets = torch.arange(rows, device=self.device) + offsets
 
         def in_draft_space(hidden: Tensor) -> Tensor:
             ids = F.linear(hidden, trimmed).argmax(dim=-1)
@@ -180,6 +183,11 @@ class Weights:
             exact.masked_fill(screen < last - slack, float("-inf")),
             exact.masked_fill(screen < last + slack, float("-inf")),
         )
+
+
+def trimmed_offsets(rows: int, vocab_size: int) -> Tensor:
+    """The map d2t of a drafter of ``rows`` tokens -> int64 [rows]: some sorted selection, as a frequency list is."""
+    return torch.arange(rows) * (vocab_size // rows - 1)
 
 
 def check(arm: Arm, hidden: Tensor) -> None:
@@ -315,7 +323,7 @@ def measure(
                     check(arm, hidden)
                 times = clock.measure([partial(arm.run, hidden) for arm in arms], repeats, tick)
                 for arm, microseconds in zip(arms, times, strict=True):
-                    p20, p50, p80 = (_quantile(microseconds, q) for q in (0.2, 0.5, 0.8))
+                    p20, p50, p80 = (quantile(microseconds, q) for q in (0.2, 0.5, 0.8))
                     size = arm.bytes + batch * arm.bytes_per_row
                     rows.append(
                         HeadRow(
@@ -336,7 +344,7 @@ def measure(
         row.percent_of_copy_bandwidth = round(100 * row.bytes / row.p50_us / 1e3 / copy, 1)
     return HeadResults(
         **provenance(),
-        device=_device_name(device),
+        device=device_name(device),
         threads=torch.get_num_threads(),
         repeats=repeats,
         copy_gb_s=round(copy, 2),
@@ -345,100 +353,20 @@ def measure(
     )
 
 
-def _quantile(values: Iterable[float], q: float) -> float:
+def quantile(values: Iterable[float], q: float) -> float:
+    """The measured value nearest to the quantile ``q``."""
     ordered = sorted(values)
     return ordered[round(q * (len(ordered) - 1))]
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """How results name ``device``; a CPU with its threads and instruction set."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def tune(shapes: Sequence[str], device: torch.device, tick: Callable[[], None] = lambda: None) -> TunedTable:
-    """Time every tiling worth trying, per form of `up`, rank and batch bucket, on a GPU.
-
-    Raises ValueError where ``device`` is not one.
-    """
-    if device.type != "cuda":
-        raise ValueError(f"--tune needs a GPU: tilings are of its kernels; got device {device}")
-    from triton.runtime.errors import OutOfResources
-
-    from vllm_slimspec.kernels import _tiles
-    from vllm_slimspec.kernels.low_rank_argmax import low_rank_argmax
-
-    clock = Clock(device)
-    rows, gemm_rows = {}, []
-    for shape in shapes:
-        weights = Weights(SHAPES[shape], torch.bfloat16, device)
-        for kind in (None, "fp8", "int8", "int4"):
-            down, up = ops.pack(weights.down, ops.quantize_up(weights.up, kind) if kind else weights.up)
-            form, rank = _tiles.form_of(_tiles.factor_of(up)), up.shape[1]
-            for bucket in _tiles.BATCH_BUCKETS:
-                hidden = weights.hidden(bucket)
-                tried = {}
-                default = _tiles.default_tiling(bucket, rank, form)
-                for block_v, block_r, warps, stages in product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 5)):
-                    tiling = default._replace(block_v=block_v, block_r=block_r, num_warps=warps, num_stages=stages)
-                    if rank % block_r:
-                        continue
-                    call = partial(low_rank_argmax, hidden, down, up, up.shape[0], tiling)
-                    try:
-                        tried[tiling] = statistics.median(clock.measure([call], 7, tick)[0])
-                    except OutOfResources:
-                        continue
-                best = min(tried, key=tried.__getitem__)
-                row = TunedRow(form=form, rank=rank, batch=bucket, p50_us=round(tried[best], 2), **best._asdict())
-                rows[form, rank, bucket] = row
-        down, up = ops.pack(weights.down, weights.up)
-        for batch in (64, 128, 256, 512):
-            hidden = weights.hidden(batch)
-            best = _tiles.Tiling(**rows["bfloat16", up.shape[1], 64].model_dump(include=set(_tiles.Tiling._fields)))
-            calls = [
-                partial(low_rank_argmax, hidden, down, up, up.shape[0], best),
-                partial(ops.low_rank_argmax, hidden, down, up, impl="torch"),
-            ]
-            fused, unfused = map(statistics.median, clock.measure(calls, 11, tick))
-            if unfused < fused:
-                gemm_rows.append(batch)
-                break
-        else:
-            gemm_rows.append(1024)
-    return TunedTable(
-        **provenance(), device=_device_name(device), gemm_rows=max(gemm_rows), rows=[rows[key] for key in sorted(rows)]
-    )
-
-
-def _choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
-    names = list(allowed) if given == "all" else [name.strip() for name in given.split(",")]
-    for name in names:
-        if name not in allowed:
-            raise typer.BadParameter(f"{name!r} is not one of: all, {', '.join(allowed)}", param_hint=option)
-    return names
-
-
-def _batches(given: str) -> list[int]:
-    try:
-        batches = [int(batch) for batch in given.split(",")]
-    except ValueError:
-        batches = []
-    if not batches or min(batches) < 1:
-        raise typer.BadParameter(f"{given!r} is not a list of batch sizes such as 1,8,64", param_hint="--batches")
-    return batches
-
-
-@contextmanager
-def _progress(total: int | None, text: str) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda: progress.advance(task)
 
 
 @app.command(epilog="Example: slimspec bench head --shapes llama-3.2-1b --batches 1,8,64 --json head.json")
@@ -449,19 +377,21 @@ def head(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cuda" if torch.cuda.is_available() else "cpu",
     repeats: Annotated[int, typer.Option(min=3, help="Timed calls of every head.")] = 21,
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
-    tune_: Annotated[bool, typer.Option("--tune", help="Instead: find this GPU's tilings, write its table.")] = False,
+    tune: Annotated[
+        bool, typer.Option(help="Instead: find this GPU's tilings and write its table; on a CPU, time its crossovers.")
+    ] = False,
 ) -> None:
     """Time draft heads side by side in one run, with cold caches, after checking that each drafts the right token."""
-    shape_names = _choices(shapes, SHAPES, "--shapes")
-    head_names = _choices(heads, HEADS, "--heads")
-    sizes = _batches(batches)
+    shape_names = choices(shapes, SHAPES, "--shapes")
+    head_names = choices(heads, HEADS, "--heads")
+    sizes = positive_ints(batches, "--batches", "batch sizes")
     try:
         where = torch.device(device)
-        if tune_:
-            _tune(shape_names, where)
+        if tune:
+            _tune(shape_names, where, repeats, json)
             return
         turns = len(shape_names) * len(sizes) * (repeats + 2)
-        with _progress(turns, "timing") as tick:
+        with progress(turns, "timing") as tick:
             results = measure(shape_names, head_names, sizes, device=where, repeats=repeats, tick=tick)
     except (RuntimeError, ValueError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
@@ -471,12 +401,26 @@ def head(
     _print(results)
 
 
-def _tune(shapes: Sequence[str], device: torch.device) -> None:
-    with _progress(None, "tuning") as tick:
+def _tune(shapes: Sequence[str], device: torch.device, repeats: int, json: Path | None) -> None:
+    from vllm_slimspec.bench.tune import crossovers, tune
+
+    if device.type == "cpu":
+        with progress(None, "timing") as tick:
+            found = crossovers(shapes, repeats, tick)
+        if json:
+            found.write(json)
+        for row in found.rows:
+            faster = "integers" if row.integer_us < row.bfloat16_us else "bfloat16"
+            typer.echo(
+                f"{row.shape} {row.kind} rows={row.batch}: integers {row.integer_us:.0f} us, "
+                f"bfloat16 {row.bfloat16_us:.0f} us: {faster}"
+            )
+        return
+    with progress(None, "tuning") as tick:
         table = tune(shapes, device, tick)
     from vllm_slimspec.kernels._tiles import tuned_path
 
-    path = tuned_path(table.device)
+    path = json or tuned_path(table.device)
     table.write(path)
     typer.echo(f"{len(table.rows)} tilings written to {path}")
 

@@ -59,6 +59,44 @@ class HeadResults(Results):
     rows: list[HeadRow]
 
 
+class CycleRow(_Record):
+    """One head in one engine: K draft steps and their verification, as the engine ran them."""
+
+    head: str
+    shape: str
+    rank: int | None  # of a low-rank head
+    num_speculative_tokens: int  # K
+    batch: int
+    context: int  # tokens of each prompt
+    dtype: str
+    cycles: int  # timed
+    cycle_ms_p20: float
+    cycle_ms_p50: float
+    cycle_ms_p80: float
+    # of the K draft heads of a cycle: cycle(this head) - cycle(a head that returns a constant id), medians
+    head_ms: float
+    # one call alone, with cold caches, in the same process: independent of the cycle
+    head_alone_us_p50: float
+    accepted: float  # draft tokens a request and cycle; near 0 with random weights
+    kappa: float  # (cycle(full) - cycle(null)) / cycle(full), of this shape, K, batch and context
+    nu: float | None  # head_alone_us_p50(full) / head_alone_us_p50; None for the constant id
+    ratio: float  # cycle_ms_p50 / cycle_ms_p50(full)
+    predicted_ratio: float | None  # 1 - kappa + kappa / nu: eq. 4 of arXiv 2605.10453 at equal acceptance
+    # from one more round with clocks around the parts, where nothing is compiled: medians of a cycle
+    verify_ms: float | None  # the target's forward pass and logits
+    body_ms: float | None  # the drafter's K forward passes
+    wrapped_head_ms: float | None  # the K heads
+
+
+class CycleResults(Results):
+    """``slimspec bench cycle``."""
+
+    kind: Literal["cycle"] = "cycle"
+    threads: int
+    rounds: int
+    rows: list[CycleRow]
+
+
 class TunedRow(_Record):
     """The best tiling of one form of `up`, rank and batch bucket."""
 
@@ -79,6 +117,137 @@ class TunedTable(Results):
     kind: Literal["tuned"] = "tuned"
     gemm_rows: int  # from so many rows on an unfused GEMM is faster
     rows: list[TunedRow]
+
+
+class CrossoverRow(_Record):
+    """Both forms that a CPU keeps of one quantised `up`, multiplied by so many rows."""
+
+    kind: str
+    shape: str
+    batch: int
+    integer_us: float
+    bfloat16_us: float
+
+
+class CrossoverResults(Results):
+    """``slimspec bench head --tune`` on a CPU; medians."""
+
+    kind: Literal["crossover"] = "crossover"
+    threads: int
+    repeats: int
+    rows: list[CrossoverRow]
+
+
+class AcceptanceRow(_Record):
+    """One drafter over one set of prompts at one temperature."""
+
+    head: str
+    prompt_set: str
+    temperature: float
+    num_speculative_tokens: int
+    rank: int | None  # None: dense
+    draft_vocab_size: int
+    rerank: int | None
+    head_bytes: int  # that a draft step reads
+    dense_bytes: int  # of a dense head over the same vocabulary
+    length: float
+    low: float  # 95%, by drawing prompts anew
+    high: float
+    per_position: list[float]  # share of all cycles whose draft at position 1, 2, ... was accepted
+    cycles: list[int]  # of each prompt
+    accepted: list[int]  # draft tokens of each prompt
+    tokens: int  # answered
+    equal: int | None  # answers that are the target's own, token for token; None where they were sampled
+    near_ties: int | None  # the others whose first difference was a near tie
+    largest_gap: float | None  # by so much did the target prefer its own token at a first difference, in nats
+
+
+class AcceptanceResults(Results):
+    """``slimspec bench acceptance``."""
+
+    kind: Literal["acceptance"] = "acceptance"
+    target: str
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    max_tokens: int
+    rows: list[AcceptanceRow]
+
+
+class ServeRow(_Record):
+    """One drafter behind a server at one concurrency, as ``vllm bench serve`` counted; ``none`` is the target alone."""
+
+    head: str
+    concurrency: int
+    completed: int
+    failed: int
+    output_tokens: int
+    duration_s: float
+    tokens_per_s: float  # of output
+    ttft_ms_p50: float
+    ttft_ms_p80: float
+    itl_ms_p50: float
+    itl_ms_p80: float
+    tpot_ms_p50: float  # the mean time of a token of one request, so that cycles with several tokens count as such
+    tpot_ms_p80: float
+    length: float | None  # acceptance length; None without a drafter
+
+
+class ServeResults(Results):
+    """``slimspec bench serve``."""
+
+    kind: Literal["serve"] = "serve"
+    target: str
+    hidden_size: int
+    vocab_size: int
+    prompt_set: str
+    num_speculative_tokens: int
+    max_tokens: int
+    rows: list[ServeRow]
+
+
+class AblationRow(_Record):
+    """One drafter: a head, trained from one seed and served over the held-out prompts."""
+
+    head: str
+    rank: int | None  # None: dense
+    seed: int
+    held_out_loss: float  # of training
+    length: float
+    per_position: list[float]  # share of all cycles whose draft at position 1, 2, ... was accepted
+    cycles: list[int]  # of each prompt
+    accepted: list[int]  # draft tokens of each prompt
+    equal: int  # answers that are the target's own, token for token
+
+
+class AblationArm(_Record):
+    """A head over all of its seeds."""
+
+    head: str
+    rank: int | None
+    head_bytes: int  # that a draft step reads
+    length: float  # mean over the seeds
+    std: float  # between the seeds, with n - 1
+    low: float  # 95% of the mean, by drawing prompts anew
+    high: float
+    of_dense: float  # mean / the dense head's mean
+    of_dense_low: float  # 95%, the same prompts drawn for both
+    of_dense_high: float
+
+
+class AblationResults(Results):
+    """``make ablation``."""
+
+    kind: Literal["ablation"] = "ablation"
+    hidden_size: int
+    vocab_size: int
+    steps: int  # of each drafter
+    tokens: int  # that each was trained on
+    num_speculative_tokens: int
+    prompts: int
+    max_tokens: int
+    arms: list[AblationArm]
+    rows: list[AblationRow]
 
 
 def provenance() -> dict[str, Any]:

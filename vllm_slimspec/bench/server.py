@@ -15,7 +15,7 @@ from types import TracebackType
 import httpx
 
 
-class ServerError(RuntimeError):
+class ServerError(ChildProcessError):
     """The server did not come up; the message names its log."""
 
 
@@ -50,10 +50,16 @@ class Server:
         self.timeout = timeout
         self.waiting = waiting
         self.env = {**os.environ, **(env or {})}
-        vllm = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        if vllm is None:
-            raise ServerError("no `vllm` command beside this Python; install vLLM into this environment")
-        self.command = [vllm, "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        self.command = [
+            vllm_command(),
+            "serve",
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *arguments,
+        ]
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Server":
@@ -114,6 +120,18 @@ class Server:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def vllm_command() -> str:
+    """The `vllm` beside this Python, or the one on PATH.
+
+    Raises:
+        ServerError: neither is there.
+    """
+    found = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        raise ServerError("no `vllm` command beside this Python; install vLLM into this environment")
+    return found
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""Pictures of measured results."""
+"""One picture of `bench head`: how many times faster than the dense head each one drafts."""
 
 from pathlib import Path
 

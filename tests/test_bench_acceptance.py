@@ -1,0 +1,236 @@
+"""``slimspec bench acceptance | prompts | serve`` without an engine: what is counted, judged and refused."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_slimspec.bench import answers, compare, serve
+from vllm_slimspec.bench.acceptance import Acceptance
+from vllm_slimspec.bench.answers import Answers, EngineError, Found, Question, ask
+from vllm_slimspec.bench.bootstrap import interval
+from vllm_slimspec.bench.cli import app
+from vllm_slimspec.bench.prompts import Benchmark, convert
+from vllm_slimspec.bench.results import AcceptanceRow
+
+ALONE = Answers(
+    tokens=[[1, 2, 3], [4, 5, 6]],
+    accepted=None,
+    top=[
+        [{1: -0.1, 7: -3.0}, {2: -0.5, 8: -0.50005, 9: -2.0}, {3: -0.1, 8: -3.0}],
+        [{4: -0.1, 7: -3.0}, {5: -0.1, 8: -3.0}, {6: -0.1, 8: -3.0}],
+    ],
+)
+
+
+def drafted(*tokens):
+    return Answers(tokens=list(tokens), accepted=[Acceptance(2, 1, (1, 0))] * len(tokens), top=None)
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ([1, 2, 3], (2, 0, 0.0)),
+        ([1, 8, 9], (1, 1, 5e-5)),  # a tie but for rounding; what follows is another text
+        ([1, 9, 3], (1, 0, 1.5)),
+        ([1, 77, 3], (1, 0, 1.5)),  # not among the best: further than the last of them
+        ([7, 2, 3], (1, 0, 2.9)),
+    ],
+)
+def test_first_differences_are_judged(first, expected):
+    """Catches: rounding taken for a fault, a fault taken for rounding, a text judged after it went another way."""
+    found = compare.compare(ALONE, drafted(first, [4, 5, 6]))
+    assert (found.equal, found.near_ties) == expected[:2]
+    assert found.largest_gap == pytest.approx(expected[2])
+
+
+def _row(equal, near_ties, cycles=2):
+    return AcceptanceRow.model_construct(
+        head="low-rank", prompt_set="p", equal=equal, near_ties=near_ties, largest_gap=0.3, cycles=[9] * cycles
+    )
+
+
+def test_a_changed_answer_ends_the_run():
+    """Catches: a table of acceptance lengths of drafts that changed what the target says."""
+    compare._check(_row(1, 1), "float32")
+    compare._check(_row(None, None), "float32")
+    compare._check(_row(0, 0), "bfloat16")  # where rounding may pass any tie
+    with pytest.raises(ValueError, match=r"low-rank: 1 of 2 answers to p are not the target.s own, by up to 0\.3 nats"):
+        compare._check(_row(1, 0), "float32")
+
+
+def test_histogram_is_what_the_counters_say():
+    """Catches: positions counted from the wrong end, cycles without an accepted draft forgotten."""
+    found = answers._of_histogram([4, 3, 2, 1])  # 10 cycles: 4 accepted none, 3 one, 2 two, 1 all three
+    assert found == Acceptance(10, 10, (6, 3, 1))
+    assert found.length == 2.0
+
+
+def test_interval_holds_the_truth():
+    """Catches: an interval of single prompts instead of means, of another level, or that moves from run to run."""
+    import numpy as np
+
+    values = np.random.default_rng(1).normal(3, 1, size=400)
+    low, high = interval(400, lambda drawn: values[drawn].mean(1))
+    assert low < values.mean() < high
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.12)
+    assert (low, high) == interval(400, lambda drawn: values[drawn].mean(1))
+
+
+QUESTION = Question(
+    target="t",
+    drafter=None,
+    num_speculative_tokens=3,
+    prompts=[[1]],
+    temperatures=[0.0],
+    max_tokens=2,
+    ignore_eos=False,
+    engine={},
+)
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Processes that would have been started: what each one does is given."""
+    started = []
+
+    class Process:
+        returncode = 0
+
+    def run(command, stdout, stderr):
+        started.append(command)
+        file, made_from = Path(command[4]), command[5]
+        if len(started) > 2:
+            stdout.write(b"loading\nValueError: no such model\n")
+            Process.returncode = 1
+        else:
+            found = Found(made_from=made_from, device="d", dtype="float32", answers=[drafted([1])])
+            file.write_text(found.model_dump_json())
+        return Process
+
+    monkeypatch.setattr(answers.subprocess, "run", run)
+    return started
+
+
+def test_an_answered_question_is_not_asked_again(engines, tmp_path):
+    """Catches: hours lost with a killed run; and answers of other prompts taken for these."""
+    file = tmp_path / "a.json"
+    assert ask(QUESTION, file) == ask(QUESTION, file)
+    assert len(engines) == 1
+    ask(QUESTION.model_copy(update={"prompts": [[2]]}), file)
+    assert len(engines) == 2
+    with pytest.raises(EngineError, match=r"code 1 \(ValueError: no such model\); see .*a\.log"):
+        ask(QUESTION, file)
+    assert not list(tmp_path.glob("*.question"))
+
+
+def test_a_drafter_that_changed_is_asked_again(engines, tmp_path):
+    """Catches: the acceptance length of yesterday's weights."""
+    drafter = tmp_path / "drafter"
+    drafter.mkdir()
+    (drafter / "model.safetensors").write_bytes(b"1")
+    question = QUESTION.model_copy(update={"drafter": str(drafter)})
+    ask(question, tmp_path / "a.json")
+    (drafter / "model.safetensors").write_bytes(b"22")
+    ask(question, tmp_path / "a.json")
+    assert len(engines) == 2
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "line", "question"),
+    [
+        (
+            "mt-bench",
+            {"question_id": 81, "category": "writing", "turns": ["Compose a post.", "Rewrite it."], "reference": []},
+            "Compose a post.",
+        ),
+        (
+            "humaneval",
+            {
+                "task_id": "HumanEval/0",
+                "prompt": "def f():\n",
+                "entry_point": "f",
+                "canonical_solution": "",
+                "test": "",
+            },
+            "def f():\n",
+        ),
+        (
+            "gsm8k",
+            {"question": "Natalia sold clips to 48 friends.", "answer": "#### 72"},
+            "Natalia sold clips to 48 friends.",
+        ),
+    ],
+)
+def test_benchmarks_become_prompts(benchmark, line, question, tmp_path):
+    """Catches: the answer in the prompt, a gzipped file read as text, prompts that `bench acceptance` refuses."""
+    from vllm_slimspec.convert.prompts import read_prompts
+
+    source, made = tmp_path / "source", tmp_path / "made" / "prompts.jsonl"
+    text = json.dumps(line) + "\n\n" + json.dumps(line) + "\n"
+    source.write_bytes(gzip.compress(text.encode()) if benchmark == "humaneval" else text.encode())
+    command = ["prompts", str(source), "--from", benchmark, "--output-path", str(made)]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.output
+    assert [row for _, row in read_prompts(made)] == [{"messages": [{"role": "user", "content": question}]}] * 2
+    assert convert([text.split("\n")[0]], Benchmark(benchmark), raw=True) == [{"prompt": question}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "q"}', "line 2 is not one of mt-bench's own file"),
+        ('{"turns": []}', "line 2 is not one of mt-bench's own file"),
+        ("[1]", "line 2 is not one of mt-bench's own file"),
+        ("{", "line 2 is not one of mt-bench's own file"),
+    ],
+)
+def test_another_file_is_refused(line, message, tmp_path):
+    """Catches: a traceback, or a prompt file that ends where the mistake is."""
+    (tmp_path / "f").write_text('{"turns": ["a"]}\n' + line)
+    command = ["prompts", str(tmp_path / "f"), "--from", "mt-bench", "--output-path", str(tmp_path / "out.jsonl")]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 1
+    assert message in " ".join(run.output.split())
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--drafter", "full"], 2, "'full' is not NAME=FOLDER"),
+        (["--drafter", "a=x", "--drafter", "a=y"], 2, "'a=y' is there twice"),
+        (["--drafter", "a=x", "--temperature", "hot"], 2, "'hot' is not a list of temperatures"),
+        (["--drafter", "a=x", "--engine-args", "[]"], 2, "must be a JSON object"),
+        (["--drafter", "a=nowhere", "--temperature", "0,1"], 1, "--temperature 1: vLLM's CPU backend"),
+        (["--drafter", "a=nowhere"], 1, "error: t: no such folder"),
+    ],
+)
+def test_wrong_usage(arguments, code, message, monkeypatch):
+    """Catches: an engine started, minutes spent, before a mistake in the command is found."""
+    import torch
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(compare, "ask", lambda *_: pytest.fail("an engine was started"))
+    run = CliRunner().invoke(app, ["acceptance", "--target", "t", "--prompts", "p.jsonl", *arguments])
+    assert run.exit_code == code
+    assert message in " ".join(run.output.replace("│", " ").split())
+
+
+def test_row_of_the_load_generator():
+    """Catches: a field of vLLM's result file under another name, or taken for another. The file is one that
+    `vllm bench serve` of 0.32.0 saved for the tiny target of the examples and a dense drafter, without its lists."""
+    saved = json.loads((Path(__file__).parent / "data" / "vllm-bench-serve.json").read_text())
+    row = serve.row("low-rank", 2, saved)
+    assert (row.completed, row.failed) == (saved["num_prompts"], 0)
+    assert row.tokens_per_s == pytest.approx(row.output_tokens / row.duration_s)
+    assert row.ttft_ms_p50 == pytest.approx(saved["median_ttft_ms"])
+    assert row.itl_ms_p50 == pytest.approx(saved["median_itl_ms"])
+    assert row.tpot_ms_p50 == pytest.approx(saved["median_tpot_ms"])
+    # a cycle yields several tokens at once, so that a token takes less than the time between arrivals
+    assert row.tpot_ms_p50 < row.itl_ms_p50
+    assert row.length == pytest.approx(1 + saved["spec_decode_accepted_tokens"] / saved["spec_decode_num_drafts"])
+    del saved["spec_decode_acceptance_length"]
+    assert serve.row("none", 2, saved).length is None

@@ -1,0 +1,288 @@
+"""``slimspec bench cycle`` without an engine: what is computed from its times, and what engines are given."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from cycle_toy import CONFIG, SHAPE
+from typer.testing import CliRunner
+
+from vllm_slimspec.bench import cycle, cycle_engine, pairs
+from vllm_slimspec.bench.answers import EngineError
+from vllm_slimspec.bench.cli import app
+from vllm_slimspec.bench.cycle_engine import Alone, Found, Plan, Turn
+from vllm_slimspec.bench.head import RERANK_K, SPEC_VOCAB_K, Weights
+from vllm_slimspec.bench.results import CycleResults
+from vllm_slimspec.bench.rivals import RIVALS, rivals_page
+from vllm_slimspec.bench.shapes import SHAPES
+from vllm_slimspec.checkpoint import DraftCheckpoint
+
+# What their makers publish, unquantised and to the last parameter.
+PARAMETERS = {
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gpt-oss-20b": 20_914_757_184,
+}
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(SHAPES, "toy", SHAPE)
+    monkeypatch.setitem(pairs.TARGETS, "toy", CONFIG)
+
+
+def options(work, **changes):
+    base = {"shapes": ["toy"], "heads": ["null", "full", "low-rank"], "ks": [5], "batches": [1, 2], "contexts": [16]}
+    return cycle.Options(**(base | {"rounds": 3, "cycles": 2, "repeats": 3, "work": work} | changes))
+
+
+def found(alone, extra=0.0):
+    """An engine with a body of 100 ms and heads of 40 and 8 ms, at K = 5 and batch 2; later rounds are slower."""
+    body, heads = 100.0, {"null": 0.0, "full": 40.0, "low-rank": 8.0}
+    turns = [
+        Turn(head=head, batch=2, context=16, ms=[body + 5 * ms + slower + extra] * 2, tokens=4, parts=None)
+        for slower in (0.0, 1.0, 2.0)
+        for head, ms in heads.items()
+    ]
+    turns += [  # the round with clocks, which slow everything down
+        Turn(
+            head=head, batch=2, context=16, ms=[999.0], tokens=2, parts=[{"verify": 70.0, "body": 30.0, "head": 5 * ms}]
+        )
+        for head, ms in heads.items()
+    ]
+    calls = [Alone(head=head, batch=2, us=[us, us, 9 * us]) for head, us in alone.items()]
+    return Found(threads=2, turns=turns, alone=calls)
+
+
+def test_the_prediction_is_independent_of_what_it_predicts(toy):
+    """A nu taken from the cycle (the check would then be an identity), or times of the round with clocks in it."""
+    agreeing = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
+    rows = {row.head: row for row in cycle.rows_of("toy", 5, [agreeing])}
+    assert rows["full"].cycle_ms_p50 == 301
+    assert rows["full"].cycle_ms_p20 == 300
+    assert rows["low-rank"].head_ms == 40
+    assert rows["low-rank"].kappa == pytest.approx(200 / 301, abs=1e-4)
+    assert rows["low-rank"].nu == 5
+    assert rows["low-rank"].ratio == pytest.approx(141 / 301, abs=1e-4)
+    assert rows["low-rank"].predicted_ratio == pytest.approx(rows["low-rank"].ratio, abs=1e-4)
+    assert rows["full"].predicted_ratio == 1
+    assert rows["null"].nu is None
+    assert rows["null"].predicted_ratio is None
+    assert (rows["full"].verify_ms, rows["full"].body_ms, rows["full"].wrapped_head_ms) == (70, 30, 200)
+    assert rows["full"].accepted == 0
+    assert rows["full"].cycles == 6
+    assert (rows["full"].rank, rows["low-rank"].rank) == (None, 16)
+
+    faster_alone = found({"null": 1.0, "full": 40e3, "low-rank": 4e3})
+    row = {row.head: row for row in cycle.rows_of("toy", 5, [faster_alone])}["low-rank"]
+    assert row.nu == 10
+    assert row.ratio == rows["low-rank"].ratio
+    assert row.predicted_ratio == pytest.approx(1 - 200 / 301 * 0.9, abs=1e-4)
+
+
+def test_engines_of_one_arm_are_put_together(toy):
+    """A GPU's rows from the first engine of each arm only, or none because no engine holds every arm."""
+    whole = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
+    apart = [
+        Found(
+            threads=2,
+            turns=[turn],
+            alone=[alone for alone in whole.alone if alone.head == turn.head],
+        )
+        for turn in whole.turns
+        if turn.parts is None
+    ]
+    rows = cycle.rows_of("toy", 5, apart)
+    assert [row.cycle_ms_p50 for row in rows] == [101, 301, 141]
+    assert [row.cycles for row in rows] == [6, 6, 6]
+    assert all(row.verify_ms is None for row in rows)
+
+
+def test_a_cpu_has_one_engine_a_k(toy, tmp_path):
+    """Arms that do not share the target and the body, where they could, and whose differences are then the engine's."""
+    (plan,) = cycle.plan(options(tmp_path), "toy", 5, "cpu")
+    assert plan.heads == ["null", "full", "low-rank"]
+    assert (plan.num_speculative_tokens, plan.rounds, plan.exchange) == (5, 3, True)
+    assert plan.speculative == {}  # the stock drafter as stock vLLM runs it
+    assert json.loads((tmp_path / "toy/full/config.json").read_text())["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert sorted(p.name for p in (tmp_path / "toy/target").iterdir()) == ["config.json"]
+    # rounds of 3 heads with 2 + 1 cycles, even if all 6 tokens of each cycle are accepted
+    assert plan.max_model_len >= 16 + 6 * 9
+    assert plan.ticks == 2 * 4 * 3
+
+
+def test_a_gpu_has_an_engine_a_head_and_round(toy, tmp_path):
+    """A head that always comes first; a rival without the flag under which vLLM asks it; a map out of range."""
+    heads = ["null", "full", "full-argmax", "trim-32k", "trim-32k-argmax", "spec-vocab", "low-rank-int8-rerank"]
+    plans = cycle.plan(options(tmp_path, heads=heads, rounds=2), "toy", 3, "cuda")
+    assert [plan.heads[0] for plan in plans] == [*heads, *heads[1:], heads[0]]
+    assert {len(plan.heads) for plan in plans} == {plan.rounds for plan in plans} == {1}
+    argmax = {plan.heads[0] for plan in plans if plan.speculative == {"use_local_argmax_reduction": True}}
+    assert argmax == {"null", "full-argmax", "trim-32k-argmax", "spec-vocab"}
+    drafters = {head: DraftCheckpoint.open(tmp_path / "toy" / head) for head in heads}
+    spec = drafters["low-rank-int8-rerank"].spec
+    assert (spec.rank, spec.quantization, spec.rerank) == (16, "int8", RERANK_K)
+    trimmed = drafters["trim-32k-argmax"]
+    assert trimmed.config["draft_vocab_size"] == 32768
+    targets = torch.arange(32768) + trimmed.load("d2t")
+    assert targets.unique().numel() == 32768
+    assert 32768 < targets.max() < SHAPE.vocab_size
+    assert drafters["null"].config["rival_head"] == "null"
+    assert drafters["null"].config["architectures"] == [pairs.RIVAL_ARCHITECTURE]
+    assert drafters["full"].tensors["lm_head.weight"].shape == (70000, 128)
+
+
+def test_drafters_are_made_once(toy, tmp_path):
+    """Gigabytes written again for every run and head, or a drafter of another shape kept."""
+
+    def body(head):
+        state = (pairs.write_drafter(tmp_path, CONFIG, 16, head) / "body.safetensors").stat()
+        return state.st_ino, state.st_mtime_ns
+
+    first = body("full")
+    assert body("low-rank-int8-rerank") == first
+    assert body("full") == first
+    pairs.write_drafter(tmp_path, CONFIG | {"intermediate_size": 512}, 16, "full")
+    assert DraftCheckpoint.open(tmp_path / "full").tensors["midlayer.mlp.up_proj.weight"].shape == (512, 128)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_targets_have_true_shapes(name):
+    """A wrong number in a config: the parameters of each target are as many as published, its head as in SHAPES."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = pairs.TARGETS[name]
+    assert (config["hidden_size"], config["vocab_size"]) == SHAPES[name][:2]
+    unquantised = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**unquantised))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    """What runs in the place of Python, given the lines of a shell script: $3 the plan, $4 the result, $5 the pipe."""
+
+    def be(*lines):
+        script = tmp_path / "python"
+        script.write_text("\n".join(["#!/bin/bash", *lines]))
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+
+    return be
+
+
+def a_plan(**changes):
+    base = {"target": "t", "drafter": "d", "heads": ["null"], "rank": 1, "num_speculative_tokens": 1, "batches": [1]}
+    base |= {"contexts": [1], "rounds": 1, "cycles": 1, "repeats": 3, "device": "cpu", "speculative": {}}
+    return Plan(**(base | changes))
+
+
+def test_an_engine_reports_its_turns(engine, tmp_path):
+    """A progress bar that stands still, a result of an earlier engine taken for this one's."""
+    result = found({"null": 1.0}).model_dump_json()
+    engine('printf .. >&"$5"', f"cat > \"$4\" <<'END'\n{result}\nEND")
+    ticks = []
+    assert cycle_engine.run(a_plan(), tmp_path / "log", lambda: ticks.append(1)).threads == 2
+    assert len(ticks) == 2
+    engine("true")
+    with pytest.raises(FileNotFoundError):
+        cycle_engine.run(a_plan(), tmp_path / "log")
+
+
+def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
+    """A traceback, or a results file written although nothing was measured."""
+    engine("echo ValueError: low-rank is wrong at batch 1", "exit 1")
+    with pytest.raises(EngineError, match="low-rank is wrong at batch 1"):
+        cycle_engine.run(a_plan(), tmp_path / "log")
+    json_path = tmp_path / "cycle.json"
+    arguments = ["cycle", "--shapes", "toy", "--work-path", str(tmp_path / "work"), "--json", str(json_path)]
+    run = CliRunner().invoke(app, [*arguments, "--heads", "null,full"])
+    assert run.exit_code == 1
+    assert run.output.startswith("error: vLLM ended with code 1 (ValueError: low-rank is wrong at batch 1)")
+    assert "work/logs/toy-5-0.log" in run.output.replace("\n", "")
+    assert not json_path.exists()
+
+
+def test_command(toy, tmp_path, monkeypatch):
+    """Rows of one K under another, a file that its own model refuses, a table without the prediction."""
+    asked = []
+
+    def run(plan, log, tick):
+        asked.append((plan.num_speculative_tokens, log.name))
+        tick()
+        return found({"null": 1.0, "full": 40e3, "low-rank": 8e3}, extra=100.0 * plan.num_speculative_tokens)
+
+    monkeypatch.setattr(cycle, "run", run)
+    path = tmp_path / "cycle.json"
+    arguments = ["--shapes", "toy", "--heads", "null,full,low-rank", "-k", "5,3", "--work-path", str(tmp_path)]
+    result = CliRunner().invoke(app, ["cycle", *arguments, "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    assert asked == [(5, "toy-5-0.log"), (3, "toy-3-0.log")]
+    results = CycleResults.model_validate_json(path.read_text())
+    assert [(row.num_speculative_tokens, row.head) for row in results.rows] == [
+        (k, head) for k in (5, 3) for head in ("null", "full", "low-rank")
+    ]
+    assert [row.cycle_ms_p50 for row in results.rows if row.head == "null"] == [601, 401]
+    assert "toy, K=3, batch 2, context 16: kappa 0.333" in result.output
+    assert "other programs ran too" not in result.output
+
+
+def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
+    """Figures of a machine that was busy with something else, taken for the heads' own."""
+
+    def run(plan, log, tick):
+        result = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
+        for turn in result.turns[3:]:
+            turn.ms = [2 * ms for ms in turn.ms]
+        return result
+
+    monkeypatch.setattr(cycle, "run", run)
+    arguments = ["--shapes", "toy", "--heads", "null,full,low-rank", "--work-path", str(tmp_path)]
+    result = CliRunner().invoke(app, ["cycle", *arguments])
+    assert "3 of 3 rows spread by more than 1.25x from p20 to p80: other programs ran too" in " ".join(
+        result.output.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "llama-9"], "'llama-9' is not one of"),
+        (["--heads", "null,full,full-fp8"], "'full-fp8' is not one of"),  # these tests run on CPUs
+        (["--heads", "full,low-rank"], "lacks null or full"),
+        (["-k", "0"], "'0' is not a list of numbers of draft tokens"),
+        (["--context", "a"], "'a' is not a list of prompt lengths"),
+    ],
+)
+def test_wrong_usage(arguments, message, monkeypatch):
+    """Minutes of timing before a typing mistake is found, or a table that has nothing to compare with."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = CliRunner().invoke(app, ["cycle", *arguments])
+    assert run.exit_code == 2
+    assert message in " ".join(run.output.replace("│", " ").split())
+
+
+def test_documented_bytes_are_those_of_the_heads_that_run(toy):
+    """A formula of the page that is not what the head of that name reads."""
+    weights = Weights(SHAPE, torch.bfloat16, torch.device("cpu"))
+    seen = 0
+    for rival in RIVALS:
+        for head in rival.heads:
+            arm = weights.arm(head.removesuffix("-argmax"))
+            if arm is not None:
+                seen += 1
+                assert rival.bytes(SHAPE) == arm.bytes + arm.bytes_per_row, head
+    assert seen == 12
+    assert SHAPE.vocab_size > SPEC_VOCAB_K  # of which spec-vocab takes the smaller
+
+
+def test_the_page_is_what_the_command_prints():
+    """A table of docs/rivals.md that was changed by hand, or not made again."""
+    page = os.path.join(os.path.dirname(__file__), "..", "docs", "rivals.md")
+    with open(page, encoding="utf-8") as file:
+        assert file.read() == rivals_page() + "\n"

@@ -1,0 +1,62 @@
+"""``slimspec bench head --tune``: tables that the kernels find again, crossovers of the forms that they name."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vllm_slimspec.bench import head as bench
+from vllm_slimspec.bench import tune
+from vllm_slimspec.bench.results import CrossoverResults
+from vllm_slimspec.bench.shapes import SHAPES, Shape
+from vllm_slimspec.kernels import _tiles
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", Shape(32, 200, 64))
+    monkeypatch.setattr(tune, "CROSSOVER_ROWS", (1, 4))
+
+
+def test_kernels_find_the_table(monkeypatch, tmp_path):
+    """A table under a name, form, rank or bucket that no kernel asks for: tuned for nothing, and nobody notices."""
+    monkeypatch.setattr(tune, "TILINGS", ((128, 64, 8, 4), (64, 48, 4, 3)))  # the second divides no rank here
+    monkeypatch.setattr(tune, "GEMM_BATCHES", (64,))
+    monkeypatch.setattr(tune, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(_tiles, "TUNED", tmp_path)
+    gpu = torch.device("cuda", 7)
+    table = tune.tune(["tiny", "tiny"], torch.device("cpu"))
+    table.write(_tiles.tuned_path("NVIDIA H200"))
+    assert [path.name for path in tmp_path.iterdir()] == ["nvidia-h200.json"]
+    assert len(table.rows) == 4 * len(_tiles.BATCH_BUCKETS)
+    assert table.gemm_rows in (64, 128)
+    try:
+        for form in ("float32", "fp8", "int8", "int4"):
+            for bucket in _tiles.BATCH_BUCKETS:
+                found = _tiles._tiling_for(gpu, bucket, 64, form)
+                assert found == _tiles.default_tiling(bucket, 64, form)._replace(
+                    block_v=128, block_r=64, num_warps=8, num_stages=4
+                )
+        assert _tiles.gemm_wins(gpu, table.gemm_rows, torch.empty(1, 1))
+        assert not _tiles.gemm_wins(gpu, table.gemm_rows - 1, torch.empty(1, 1))
+    finally:
+        _tiles._tiling_for.cache_clear()
+        _tiles._table.cache_clear()
+
+
+def test_crossovers_time_both_forms(tmp_path, monkeypatch):
+    """The same form timed twice, under two names."""
+    ran = []
+    for name in ("_Int8", "_Int4"):
+        form = getattr(__import__("vllm_slimspec.cpu", fromlist=[name]), name)
+        call = form.__call__
+        monkeypatch.setattr(form, "__call__", lambda self, x, call=call, name=name: ran.append(name) or call(self, x))
+    path = tmp_path / "crossover.json"
+    arguments = ["head", "--tune", "--shapes", "tiny", "--device", "cpu", "--repeats", "3", "--json", str(path)]
+    run = CliRunner().invoke(bench.app, arguments)
+    assert run.exit_code == 0, run.output
+    assert "tiny int4 rows=4: integers" in run.output
+    rows = CrossoverResults.model_validate_json(path.read_text()).rows
+    assert [(row.kind, row.batch) for row in rows] == [("int8", 1), ("int8", 4), ("int4", 1), ("int4", 4)]
+    calls = 3 + 2  # and two to warm up
+    assert ran == ["_Int8"] * 2 * calls + ["_Int4"] * 2 * calls

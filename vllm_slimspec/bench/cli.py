@@ -1,0 +1,209 @@
+"""``slimspec bench``: the commands that start engines and servers; those of :mod:`vllm_slimspec.bench.head` beside."""
+
+import json as json_format
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_slimspec.bench import cycle, rivals
+from vllm_slimspec.bench.head import app
+from vllm_slimspec.bench.options import positive_ints
+from vllm_slimspec.bench.prompts import Benchmark, convert, read_lines
+from vllm_slimspec.console import one_line_errors
+
+if TYPE_CHECKING:
+    from vllm_slimspec.bench.results import AcceptanceResults, ServeResults
+
+Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
+Drafters = Annotated[
+    list[str], typer.Option("--drafter", help="NAME=FOLDER of an EAGLE-3 drafter; repeat. Call the dense one `full`.")
+]
+K = Annotated[int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Draft tokens of a cycle.")]
+Json = Annotated[Path | None, typer.Option(help="Write the results here.")]
+
+app.command(epilog=cycle.EXAMPLE)(cycle.cycle)
+app.command(epilog=rivals.EXAMPLE)(rivals.rivals)
+
+
+@app.command(
+    epilog="Example: slimspec bench acceptance --target T --drafter full=dense --drafter low-rank=slim "
+    "--prompts mt-bench.jsonl --json acceptance.json"
+)
+def acceptance(
+    target: Target,
+    drafter: Drafters,
+    prompts: Annotated[list[Path], typer.Option(help='JSONL of {"prompt"}, {"messages"} or {"text"}; repeat.')],
+    num_speculative_tokens: K = 5,
+    temperature: Annotated[str, typer.Option(help="0, or 0,1 where the backend can.")] = "0",
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 256,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answer on to --max-tokens.")] = False,
+    engine_args: Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")] = "{}",
+    json: Json = None,
+) -> None:
+    """Count how much of each drafter's proposals the target accepts, and check that its greedy answers stay its own."""
+    from vllm_slimspec.bench import compare
+
+    options = compare.Options(
+        target=target,
+        drafters=_drafters(drafter),
+        prompts=prompts,
+        k=num_speculative_tokens,
+        temperatures=_temperatures(temperature),
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        engine=_json_object(engine_args, "--engine-args"),
+        # what an engine answered is kept there, for a run that was killed
+        work=None if json is None else json.with_name(f"{json.name}.run"),
+    )
+    with one_line_errors(), _status() as tick:
+        results = compare.measure(options, tick)
+        if json is not None:
+            results.write(json)
+    print_acceptance(results)
+
+
+@app.command(epilog="Example: slimspec bench prompts question.jsonl --from mt-bench --output-path mt-bench.jsonl")
+def prompts(
+    file: Annotated[Path, typer.Argument(help="The benchmark's own file, as you downloaded it; may be gzipped.")],
+    source: Annotated[Benchmark, typer.Option("--from", help="Which benchmark.")],
+    output_path: Annotated[Path, typer.Option(help="The prompts, as `bench acceptance` and `convert` take them.")],
+    raw: Annotated[bool, typer.Option("--raw", help="For a model that completes text: no chat.")] = False,
+) -> None:
+    """Turn MT-Bench (first turns), HumanEval or GSM8K into prompts."""
+    with one_line_errors():
+        try:
+            rows = convert(read_lines(file), source, raw=raw)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        text = "".join(json_format.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        output_path.parent.mkdir(parents=True, exist_ok=True)
+        output_path.write_text(text, encoding="utf-8")
+    typer.echo(f"{len(rows)} prompts written to {output_path}")
+
+
+@app.command(
+    epilog="Example: slimspec bench serve --target T --drafter full=dense --drafter low-rank=slim "
+    "--prompts mt-bench.jsonl --concurrency 1,4,16,64 --json serve.json"
+)
+def serve(
+    target: Target,
+    drafter: Drafters,
+    prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt"}, {"messages"} or {"text"}.')],
+    num_speculative_tokens: K = 5,
+    concurrency: Annotated[str, typer.Option(help="Requests at once: from 1 to where more bring no more.")] = "1,4,16",
+    requests: Annotated[int, typer.Option(min=1, help="Of each request at once, so many one after the other.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer, exactly.")] = 256,
+    server_args: Annotated[str, typer.Option(help="Further arguments of `vllm serve`, as one string.")] = "",
+    json: Json = None,
+) -> None:
+    """Serve the target alone and with each drafter, under `vllm bench serve`: latency, throughput and acceptance."""
+    import shlex
+
+    from vllm_slimspec.bench import serve as bench
+
+    options = bench.Options(
+        target=target,
+        drafters=_drafters(drafter),
+        prompts=prompts,
+        k=num_speculative_tokens,
+        concurrencies=positive_ints(concurrency, "--concurrency", "numbers of requests at once"),
+        requests=requests,
+        max_tokens=max_tokens,
+        server=shlex.split(server_args),
+    )
+    with one_line_errors(), _status() as tick:
+        results = bench.measure(options, tick)
+        if json is not None:
+            results.write(json)
+    print_serve(results)
+
+
+def print_acceptance(results: "AcceptanceResults") -> None:
+    """A table for each prompt set and temperature."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for prompt_set, temperature in dict.fromkeys((row.prompt_set, row.temperature) for row in results.rows):
+        rows = [row for row in results.rows if (row.prompt_set, row.temperature) == (prompt_set, temperature)]
+        k = rows[0].num_speculative_tokens
+        title = f"{prompt_set}, temperature {temperature:g}, K={k}"
+        table = Table("head", title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
+        for column in ("rank", "tokens", "length (95%)", f"accepted at 1..{k}", "identical"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            same = "" if row.equal is None else f"{row.equal} of {len(row.cycles)}"
+            table.add_row(
+                row.head,
+                str(row.rank or "dense"),
+                str(row.draft_vocab_size),
+                f"{row.length:.3f} ({row.low:.2f}-{row.high:.2f})",
+                " ".join(f"{rate:.2f}" for rate in row.per_position),
+                same + (f" ({row.near_ties} near ties)" if row.near_ties else ""),
+            )
+        console.print(table)
+        if results.dtype != "float32" and any(row.equal != len(row.cycles) for row in rows if row.equal is not None):
+            console.print(f"In {results.dtype} batches of other shapes round differently: counted, not judged.")
+
+
+def print_serve(results: "ServeResults") -> None:
+    """A table for each concurrency."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for concurrency in dict.fromkeys(row.concurrency for row in results.rows):
+        table = Table("head", box=None, title=f"{concurrency} at once", title_justify="left")
+        for column in ("tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "acceptance length", "failed"):
+            table.add_column(column, justify="right")
+        for row in results.rows:
+            if row.concurrency == concurrency:
+                times = (f"{ms:.1f}" for ms in (row.ttft_ms_p50, row.itl_ms_p50, row.tpot_ms_p50))
+                length = "" if row.length is None else f"{row.length:.2f}"
+                table.add_row(row.head, f"{row.tokens_per_s:.1f}", *times, length, str(row.failed or ""))
+        console.print(table)
+    console.print("Medians. A cycle's tokens arrive together: ITL is the time of a cycle, TPOT that of a token.")
+
+
+def _drafters(given: list[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name or not folder or name in named:
+            reason = "is there twice" if name in named else "is not NAME=FOLDER, such as low-rank=./drafter"
+            raise typer.BadParameter(f"{text!r} {reason}", param_hint="--drafter")
+        named[name] = folder
+    return named
+
+
+def _temperatures(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise typer.BadParameter(f"{text!r} is not a list of temperatures such as 0,1", param_hint="--temperature")
+    return found
+
+
+def _json_object(text: str, option: str) -> dict[str, Any]:
+    try:
+        found = json_format.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not JSON ({error})", param_hint=option) from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter("must be a JSON object", param_hint=option)
+    return found
+
+
+@contextmanager
+def _status() -> Iterator[Any]:
+    """Says on stderr which engine is running."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("") as status:
+        yield lambda name: status.update(f"vLLM: {name}") if console.is_terminal else console.print(f"vLLM: {name}")

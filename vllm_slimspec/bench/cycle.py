@@ -1,0 +1,238 @@
+"""``slimspec bench cycle``: one draft-and-verify cycle of the real engine under every head, side by side.
+
+Eq. 4 of the paper (arXiv 2605.10453) says what a head ought to give: with kappa, the share of a cycle that the full
+head takes, and nu, how many times faster another head is, that head's cycle takes 1 - kappa + kappa / nu of the full
+one. Here kappa comes from cycles (those of a head that returns a constant id take nothing for a head), nu from the
+heads timed alone, and the prediction can be held against the cycle that was measured.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+
+from vllm_slimspec.bench.cycle_engine import Found, Plan, Turn, rotated, run
+from vllm_slimspec.bench.head import device_name, quantile
+from vllm_slimspec.bench.options import choices, positive_ints, progress
+from vllm_slimspec.bench.pairs import DTYPE, TARGETS, write_drafter, write_target
+from vllm_slimspec.bench.results import CycleResults, CycleRow, provenance
+from vllm_slimspec.bench.shapes import SHAPES
+from vllm_slimspec.bench.speedup import least_ratio
+from vllm_slimspec.console import one_line_errors
+
+HEADS = (
+    "null",
+    "full",
+    "full-argmax",
+    "full-int8",
+    "full-fp8",
+    "trim-32k",
+    "trim-32k-argmax",
+    "spec-vocab",
+    "low-rank",
+    "low-rank-fp8",
+    "low-rank-int8",
+    "low-rank-int4",
+    "low-rank-rerank",
+    "low-rank-int8-rerank",
+)
+_CPU_ONLY = ("full-int8",)
+_GPU_ONLY = ("full-fp8", "low-rank-fp8")  # a CPU reads fp8 as bfloat16
+_STEADY = 1.25  # p80 over p20 of cycles that nothing disturbs is below it
+EXAMPLE = "Example: slimspec bench cycle --shapes llama-3.2-1b -k 5,3 --batches 1,8 --json cycle.json"
+
+
+def heads_of(device: str) -> list[str]:
+    """The heads that a device can run."""
+    left_out = _GPU_ONLY if device == "cpu" else _CPU_ONLY
+    return [head for head in HEADS if head not in left_out]
+
+
+class Options(NamedTuple):
+    """What is measured, and how often; the flags of the command line."""
+
+    shapes: Sequence[str]
+    heads: Sequence[str]
+    ks: Sequence[int]
+    batches: Sequence[int]
+    contexts: Sequence[int]
+    rounds: int
+    cycles: int
+    repeats: int
+    work: Path  # random drafters and the engines' logs
+
+
+def measure(options: Options, ticking: Callable[[int], AbstractContextManager[Callable[[], None]]]) -> CycleResults:
+    """Run every head at every shape, K, batch and context, in engines of their own; ``ticking`` shows progress.
+
+    Raises:
+        EngineError: an engine failed, or refused a head because it drafts wrong tokens; the message names its log.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plans = {(shape, k): plan(options, shape, k, device) for shape in options.shapes for k in options.ks}
+    rows: list[CycleRow] = []
+    with ticking(sum(one.ticks for group in plans.values() for one in group)) as tick:
+        for (shape, k), group in plans.items():
+            found = []
+            for number, one in enumerate(group):
+                found.append(run(one, options.work / "logs" / f"{shape}-{k}-{number}.log", tick))
+            rows += rows_of(shape, k, found)
+    return CycleResults(
+        **provenance(),
+        device=device_name(torch.device(device)),
+        threads=found[0].threads,
+        rounds=options.rounds,
+        rows=rows,
+    )
+
+
+def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
+    """The engines of a shape and K: on a CPU one, in which the heads take turns; on a GPU one a head and round.
+
+    A GPU's engines keep a head in their CUDA graphs, where it cannot be exchanged.
+    """
+    config, rank = TARGETS[shape], SHAPES[shape].rank
+    folder = options.work / shape
+
+    def one(heads: list[str], drafter: str, rounds: int, **speculative: Any) -> Plan:
+        return Plan(
+            target=str(write_target(folder / "target", config)),
+            drafter=str(write_drafter(folder, config, rank, drafter)),
+            heads=heads,
+            rank=rank,
+            num_speculative_tokens=k,
+            batches=list(options.batches),
+            contexts=list(options.contexts),
+            rounds=rounds,
+            cycles=options.cycles,
+            repeats=options.repeats,
+            device=device,
+            speculative=speculative,
+        )
+
+    if device == "cpu":
+        return [one(list(options.heads), "full", options.rounds)]
+    plans = []
+    for number in range(options.rounds):
+        for head in rotated(options.heads, number):
+            stock = head in ("full", "trim-32k") or head.startswith("low-rank")
+            plans.append(one([head], head, 1, **({} if stock else {"use_local_argmax_reduction": True})))
+    return plans
+
+
+def rows_of(shape: str, k: int, found: Sequence[Found]) -> list[CycleRow]:
+    """What the engines of one shape and K found, a row for each head, batch and context."""
+    turns = [turn for one in found for turn in one.turns]
+    calls = [alone for one in found for alone in one.alone]
+    rows = []
+    for batch, context in dict.fromkeys((turn.batch, turn.context) for turn in turns):
+        here = [turn for turn in turns if (turn.batch, turn.context) == (batch, context)]
+        heads = list(dict.fromkeys(turn.head for turn in here))
+        # the round with clocks in it is not one of those that are timed
+        times = {h: [ms for turn in here if turn.head == h and turn.parts is None for ms in turn.ms] for h in heads}
+        alone = {h: median(us for a in calls if (a.head, a.batch) == (h, batch) for us in a.us) for h in heads}
+        cycle = {h: median(ms) for h, ms in times.items()}
+        kappa = (cycle["full"] - cycle["null"]) / cycle["full"]
+        for head in heads:
+            nu = None if head == "null" else alone["full"] / alone[head]
+            tokens = sum(turn.tokens for turn in here if turn.head == head)
+            steps = sum(len(turn.ms) for turn in here if turn.head == head)
+            rows.append(
+                CycleRow(
+                    head=head,
+                    shape=shape,
+                    rank=SHAPES[shape].rank if head.startswith("low-rank") or head == "spec-vocab" else None,
+                    num_speculative_tokens=k,
+                    batch=batch,
+                    context=context,
+                    dtype=DTYPE,
+                    cycles=len(times[head]),
+                    cycle_ms_p20=round(quantile(times[head], 0.2), 2),
+                    cycle_ms_p50=round(cycle[head], 2),
+                    cycle_ms_p80=round(quantile(times[head], 0.8), 2),
+                    head_ms=round(cycle[head] - cycle["null"], 2),
+                    head_alone_us_p50=round(alone[head], 1),
+                    accepted=round(tokens / steps / batch - 1, 3),
+                    kappa=round(kappa, 4),
+                    nu=nu and round(nu, 3),
+                    ratio=round(cycle[head] / cycle["full"], 4),
+                    predicted_ratio=nu and round(least_ratio(kappa, nu), 4),
+                    verify_ms=_part(here, head, "verify"),
+                    body_ms=_part(here, head, "body"),
+                    wrapped_head_ms=_part(here, head, "head"),
+                )
+            )
+    return rows
+
+
+def _part(turns: Sequence[Turn], head: str, part: str) -> float | None:
+    ms = [parts[part] for turn in turns if turn.head == head for parts in turn.parts or ()]
+    return round(median(ms), 2) if ms else None
+
+
+def cycle(
+    shapes: Annotated[str, typer.Option(help=f"all, or of: {', '.join(TARGETS)}.")] = "llama-3.2-1b",
+    heads: Annotated[str, typer.Option(help=f"all this device has, or of: {', '.join(HEADS)}.")] = "all",
+    num_speculative_tokens: Annotated[str, typer.Option("-k", "--num-speculative-tokens", help="K.")] = "5",
+    batches: Annotated[str, typer.Option(help="Requests at once.")] = "1",
+    contexts: Annotated[str, typer.Option("--context", help="Tokens of each prompt.")] = "128",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every head; on a GPU engines of every head.")] = 5,
+    cycles: Annotated[int, typer.Option(min=1, help="Timed cycles of a turn; 50 or more on a GPU.")] = 4,
+    repeats: Annotated[int, typer.Option(min=3, help="Timed calls of each head alone.")] = 21,
+    work_path: Annotated[Path, typer.Option(help="Keeps random drafters and the engines' logs.")] = Path("build/cycle"),
+    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+) -> None:
+    """Time a draft-and-verify cycle of the real engine under every head, at true shapes with random weights."""
+    allowed = heads_of("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choices(heads, allowed, "--heads")
+    if not {"null", "full"} <= set(chosen):
+        raise typer.BadParameter(
+            f"{heads!r} lacks null or full, which the others are compared with", param_hint="--heads"
+        )
+    options = Options(
+        shapes=choices(shapes, TARGETS, "--shapes"),
+        heads=chosen,
+        ks=positive_ints(num_speculative_tokens, "--num-speculative-tokens", "numbers of draft tokens"),
+        batches=positive_ints(batches, "--batches", "batch sizes"),
+        contexts=positive_ints(contexts, "--context", "prompt lengths"),
+        rounds=rounds,
+        cycles=cycles,
+        repeats=repeats,
+        work=work_path,
+    )
+    with one_line_errors():
+        results = measure(options, lambda total: progress(total, "cycles"))
+        if json:
+            results.write(json)
+    _print(results)
+
+
+def _print(results: CycleResults) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{results.device}; {results.threads} threads in the engine", highlight=False)
+    groups: dict[tuple[str, int, int, int], list[CycleRow]] = {}
+    for row in results.rows:
+        groups.setdefault((row.shape, row.num_speculative_tokens, row.batch, row.context), []).append(row)
+    for (shape, k, batch, context), rows in groups.items():
+        title = f"{shape}, K={k}, batch {batch}, context {context}: kappa {rows[0].kappa:.3f}"
+        table = Table("head", title=title, title_justify="left")
+        for column in ("p20 ms", "p50 ms", "p80 ms", "K heads ms", "alone us", "x full", "eq. 4", "off"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            predicted, off = "", ""
+            if row.predicted_ratio is not None:
+                predicted, off = f"{row.predicted_ratio:.3f}", f"{100 * (row.ratio / row.predicted_ratio - 1):+.1f}%"
+            times = (f"{ms:.1f}" for ms in (row.cycle_ms_p20, row.cycle_ms_p50, row.cycle_ms_p80, row.head_ms))
+            table.add_row(row.head, *times, f"{row.head_alone_us_p50:.0f}", f"{row.ratio:.3f}", predicted, off)
+        console.print(table)
+    busy = sum(row.cycle_ms_p80 > _STEADY * row.cycle_ms_p20 for row in results.rows)
+    if busy:
+        spread = f"spread by more than {_STEADY:g}x from p20 to p80"
+        console.print(f"{busy} of {len(results.rows)} rows {spread}: other programs ran too")

@@ -1,0 +1,38 @@
+"""What the measuring commands share at the command line."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
+    """The names of a comma-separated list, or all; typer.BadParameter names the one that is not ``allowed``."""
+    names = list(allowed) if given == "all" else [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in allowed:
+            raise typer.BadParameter(f"{name!r} is not one of: all, {', '.join(allowed)}", param_hint=option)
+    return names
+
+
+def positive_ints(given: str, option: str, what: str) -> list[int]:
+    """The numbers of a comma-separated list, each 1 or more; typer.BadParameter says ``what`` it should list."""
+    try:
+        numbers = [int(number) for number in given.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{given!r} is not a list of {what} such as 1,8,64", param_hint=option)
+    return numbers
+
+
+@contextmanager
+def progress(total: int | None, text: str) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, at a terminal only; call what it gives for every step done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)

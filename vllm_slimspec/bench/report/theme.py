@@ -1,0 +1,116 @@
+"""Colours and type of the pictures: one drawing for light and dark pages, and as PNG."""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# name -> (on light, on dark). Families of heads keep their colour in every picture; their order is also one of
+# lightness, so that they can be told apart without it.
+COLOURS = {
+    "ink": ("#1b1f24", "#e8eaed"),
+    "muted": ("#5b6470", "#a3abb5"),
+    "grid": ("#dfe3e8", "#333a43"),
+    "ground": ("#ffffff", "#14171b"),
+    "none": ("#9aa3ad", "#717a85"),
+    "full": ("#59626c", "#aab2bc"),
+    "trim": ("#b8650a", "#e79a3c"),
+    "spec-vocab": ("#8b4bb3", "#c192e0"),
+    "low-rank": ("#0b63a8", "#5cb0f2"),
+    "body": ("#c3cad2", "#48515b"),
+    "verify": ("#dfe4e9", "#2c333b"),
+    "gain": ("#2e8b57", "#5fc490"),
+    "loss": ("#b3261e", "#f2857d"),
+}
+_FAMILIES = ("low-rank", "trim", "spec-vocab", "none")
+# Stand-ins that the SVG is drawn with, each replaced by a CSS variable of its name.
+_STAND_INS = {name: f"#fe{i:02x}0d" for i, name in enumerate(COLOURS)}
+_SIZE = 9.5
+
+
+class Theme:
+    """Colours to draw with, by name."""
+
+    def __init__(self, colours: dict[str, str]) -> None:
+        self._colours = colours
+
+    def __getitem__(self, name: str) -> str:
+        return self._colours[name]
+
+    def head(self, name: str) -> str:
+        """The colour of a head's family."""
+        return self[next((family for family in _FAMILIES if name.startswith(family)), "full")]
+
+
+LIGHT = Theme({name: light for name, (light, _) in COLOURS.items()})
+INLINE = Theme(_STAND_INS)
+
+
+def css(dark: bool) -> str:
+    """The colours as CSS declarations."""
+    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())
+
+
+@contextmanager
+def drawing(theme: Theme) -> Iterator[None]:
+    """Within it, figures have the theme's type and lines."""
+    from matplotlib import rc_context
+
+    settings: Any = {
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "slimspec",  # the same picture is the same file
+        "font.size": _SIZE,
+        "axes.labelsize": _SIZE,
+        "xtick.labelsize": _SIZE - 0.5,
+        "ytick.labelsize": _SIZE,
+        "legend.fontsize": _SIZE - 0.5,
+        "legend.frameon": False,
+        "text.color": theme["ink"],
+        "axes.labelcolor": theme["muted"],
+        "axes.edgecolor": theme["grid"],
+        "axes.facecolor": "none",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": theme["grid"],
+        "grid.linewidth": 0.8,
+        "xtick.color": theme["muted"],
+        "ytick.color": theme["ink"],
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "figure.facecolor": "none",
+    }
+    with rc_context(settings):
+        yield
+
+
+def inline_svg(figure: "Figure", name: str, text: str) -> str:
+    """The figure as an SVG element for a page: its text alternative, colours as CSS variables, ids of its own."""
+    from html import escape
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{escape(text)}" \1>', svg, count=1
+    )
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg).replace("url(#", f"url(#{name}-")
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    for colour, stand_in in _STAND_INS.items():
+        svg = svg.replace(stand_in, f"var(--{colour})")
+    return svg.strip()
+
+
+def save_png(figure: "Figure", path: Path) -> None:
+    """The figure on white."""
+    figure.savefig(path, dpi=160, facecolor=LIGHT["ground"], metadata={"Software": None})

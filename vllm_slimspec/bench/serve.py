@@ -1,0 +1,125 @@
+"""``slimspec bench serve``: vLLM's own load generator against a server for each drafter.
+
+A client sees what the heads are worth: the time to the first token, the time between tokens, the tokens per second,
+from one request at once, where a cycle waits for memory, to as many as it takes until more bring no more.
+"""
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_slimspec.bench.compare import read_sets
+from vllm_slimspec.bench.results import ServeResults, ServeRow, provenance
+from vllm_slimspec.bench.server import Server, ServerError, vllm_command
+from vllm_slimspec.convert.sources import Target
+
+_WARM_UP = 2  # requests for each one at once, before anything is counted
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how; the flags of the command line."""
+
+    target: str
+    drafters: Mapping[str, str]  # name of the head -> folder or Hugging Face id
+    prompts: Path  # JSONL
+    k: int
+    concurrencies: Sequence[int]
+    requests: int  # for each of the requests at once
+    max_tokens: int
+    server: Sequence[str] = ()  # further arguments of `vllm serve`
+
+
+def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -> ServeResults:
+    """Serve the target alone, then with each drafter, and load each server the same; ``tick`` is called with each name.
+
+    Raises:
+        CheckpointError: a prompt is bad.
+        ServerError: a server or the load generator failed; the message names the log.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from vllm_slimspec.bench.head import device_name
+
+    target = Target.open(options.target)
+    room = options.max_tokens + options.k
+    (prompt_set, prompts), *_ = read_sets([options.prompts], target, max_model_len=None, room=room).items()
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    work = Path(tempfile.mkdtemp(prefix="slimspec-"))
+    # As text, because the load generator sends text; the server's tokenizer puts its first token there again.
+    texts = [tokenizer.decode(ids[ids[0] == tokenizer.bos_token_id :], skip_special_tokens=False) for ids in prompts]
+    data = work / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    rows: list[ServeRow] = []
+    for name, drafter in {"none": None, **options.drafters}.items():
+        tick(name)
+        arguments = ["--served-model-name", "target", "--no-enable-prefix-caching", *options.server]
+        if drafter is not None:
+            speculative = {"method": "eagle3", "model": drafter, "num_speculative_tokens": options.k}
+            arguments += ["--speculative-config", json.dumps(speculative)]
+        with Server(options.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200) as server:
+            for concurrency in options.concurrencies:
+                tick(f"{name}, {concurrency} at once")
+                rows.append(row(name, concurrency, _load(options, server.url, data, concurrency, work)))
+    shutil.rmtree(work)
+    return ServeResults(
+        **provenance(),
+        device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
+        target=options.target,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        prompt_set=prompt_set,
+        num_speculative_tokens=options.k,
+        max_tokens=options.max_tokens,
+        rows=rows,
+    )
+
+
+def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) -> dict[str, Any]:
+    """What `vllm bench serve` saved."""
+    result, log = work / "result.json", work / f"load-{concurrency}.log"
+    count = concurrency * options.requests
+    command = [
+        *(vllm_command(), "bench", "serve", "--backend", "openai", "--base-url", url, "--model", "target"),
+        *("--tokenizer", options.target, "--dataset-name", "custom", "--dataset-path", str(data)),
+        *("--skip-chat-template", "--custom-output-len", str(options.max_tokens), "--ignore-eos"),
+        *("--num-prompts", str(count), "--num-warmups", str(_WARM_UP * concurrency)),
+        *("--max-concurrency", str(concurrency), "--temperature", "0", "--disable-tqdm"),
+        *("--percentile-metrics", "ttft,itl,tpot", "--metric-percentiles", "50,80"),
+        *("--save-result", "--result-dir", str(work), "--result-filename", result.name),
+    ]
+    with log.open("wb") as output:
+        process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
+    if process.returncode or not result.is_file():
+        raise ServerError(f"vllm bench serve ended with code {process.returncode}; see {log}")
+    saved = json.loads(result.read_text())
+    result.unlink()
+    if not saved["completed"]:
+        raise ServerError(f"vllm bench serve: none of {count} requests came back; see {log}")
+    return saved
+
+
+def row(head: str, concurrency: int, saved: Mapping[str, Any]) -> ServeRow:
+    """A row from what ``vllm bench serve --save-result`` wrote."""
+    return ServeRow(
+        head=head,
+        concurrency=concurrency,
+        completed=saved["completed"],
+        failed=saved["failed"],
+        output_tokens=saved["total_output_tokens"],
+        duration_s=saved["duration"],
+        tokens_per_s=saved["output_throughput"],
+        ttft_ms_p50=saved["p50_ttft_ms"],
+        ttft_ms_p80=saved["p80_ttft_ms"],
+        itl_ms_p50=saved["p50_itl_ms"],
+        itl_ms_p80=saved["p80_itl_ms"],
+        tpot_ms_p50=saved["p50_tpot_ms"],
+        tpot_ms_p80=saved["p80_tpot_ms"],
+        length=saved.get("spec_decode_acceptance_length"),
+    )
