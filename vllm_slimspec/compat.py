@@ -3,11 +3,16 @@
 vLLM has no hook between "the user named a drafter" and "the proposer was built", so one method is wrapped:
 ``EngineArgs.create_speculative_config`` (vllm/engine/arg_utils.py, the same from 0.25 to 0.33). Everything else here is
 public vLLM: the plugin group, ``ModelRegistry.register_model``, and fields of ``SpeculativeConfig``.
+
+This code runs in every vLLM process of an environment that has the package, whatever is served there. So where vLLM
+is not what it was, a warning is all that happens: only a drafter that declares a low-rank head can be refused.
 """
 
 import dataclasses
 import functools
+import importlib
 import logging
+import multiprocessing
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,17 +37,83 @@ OLDEST, NEWEST = Version("0.26.0"), Version("0.33.0")
 # vLLM configures the loggers below its own name only, in every process it starts.
 logger = logging.getLogger("vllm.slimspec")
 
+_SOURCE = "https://github.com/vllm-project/vllm/blob/v0.32.0/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Touch:
+    """A vLLM internal that this package relies on, found by looking, not by a version number."""
+
+    name: str  # dotted, within ``module``
+    module: str
+    symptom: str  # what is seen where it is missing
+    drop: str  # what vLLM would have to offer for it to be dropped
+
+    @property
+    def upstream(self) -> str:
+        """Where vLLM has it."""
+        return f"{_SOURCE}{self.module.replace('.', '/')}.py"
+
+    def found(self) -> bool:
+        """Whether the installed vLLM has it; imports the module."""
+        try:
+            thing = importlib.import_module(self.module)
+            for part in self.name.split("."):
+                fields = getattr(thing, "__dataclass_fields__", {})
+                thing = fields[part] if part in fields else getattr(thing, part)
+        except (ImportError, AttributeError):
+            return False
+        return True
+
+
+TOUCHES = (
+    Touch(
+        "EngineArgs.create_speculative_config",
+        "vllm.engine.arg_utils",
+        "SlimSpec drafters are not recognised: give method and use_local_argmax_reduction yourself",
+        "a draft model class can declare its method and its local argmax",
+    ),
+    Touch(
+        "SpeculativeConfig.update_arch_",
+        "vllm.config.speculative",
+        "a TorchSpec folder is served as a stock drafter, and fails on its head's tensors",
+        "an architecture can be chosen by the keys of config.json",
+    ),
+    Touch(
+        "SpeculativeConfig.use_local_argmax_reduction",
+        "vllm.config.speculative",
+        "drafting takes the dense path: right, and slower",
+        "get_top_tokens is called wherever a draft model has it",
+    ),
+    Touch(
+        "get_hf_file_to_dict",
+        "vllm.transformers_utils.repo_utils",
+        "a drafter without a method is taken for a full draft model: give method yourself",
+        "an architecture can name its method",
+    ),
+    Touch(
+        "ParallelLMHead",
+        "vllm.model_executor.models.llama_eagle3",
+        "the dense head is allocated for a moment while the drafter loads (1 GiB for V=128k, D=4096 in bfloat16)",
+        "Eagle3LlamaForCausalLM builds its head in a method of its own",
+    ),
+)
+
 
 def install() -> None:
     """Register the draft models and wrap the one method; does nothing in a process where that is done."""
-    from vllm import ModelRegistry, __version__
+    try:
+        from vllm import ModelRegistry, __version__
 
-    if not _supported(__version__):
+        if not _supported(__version__):
+            return
+        for family, arch in ARCHITECTURES.items():
+            name = f"SlimSpec{'Llama' if family == 'llama' else 'Qwen3'}ForCausalLM"
+            # By name: vLLM imports the class in a process of its own, and this one stays free of model code.
+            ModelRegistry.register_model(arch, f"vllm_slimspec.models.{family}:{name}")
+    except Exception as error:  # an exception here would end a server that has nothing to do with us
+        _warn_once("this vLLM does not register models as it did (%r): SlimSpec drafters are not available.", error)
         return
-    for family, arch in ARCHITECTURES.items():
-        name = f"SlimSpec{'Llama' if family == 'llama' else 'Qwen3'}ForCausalLM"
-        # By name: vLLM imports the class in a process of its own, and this one stays free of model code.
-        ModelRegistry.register_model(arch, f"vllm_slimspec.models.{family}:{name}")
     _wrap_create_speculative_config()
 
 
@@ -58,11 +129,7 @@ def dense_reason(speculative_config: Any) -> str | None:
 
 @contextmanager
 def without_dense_head(model: type) -> Iterator[None]:
-    """Within it, ``model.__init__`` allocates no [V, D] head.
-
-    Symptom: Eagle3*ForCausalLM builds its dense head first, 1 GiB for V=128k and D=4096, only for us to drop it.
-    Upstream: vllm/model_executor/models/llama_eagle3.py, qwen3_eagle3.py. Drop when the head has a factory method.
-    """
+    """Within it, ``model.__init__`` allocates no [V, D] head, which Eagle3*ForCausalLM builds first, for us to drop."""
     import torch
 
     module = sys.modules[model.__module__]
@@ -85,7 +152,7 @@ def _supported(version: str) -> bool:
     if release < Version("0.1.1"):  # 0.1.dev: a build from source that found no git tag says nothing of its age
         return True
     if release < OLDEST:
-        logger.warning(
+        _warn_once(
             "vllm-slimspec needs vLLM %s or newer and found %s: SlimSpec drafters are not available, everything else "
             "is untouched. Upgrade vLLM to serve them.",
             OLDEST,
@@ -93,7 +160,7 @@ def _supported(version: str) -> bool:
         )
         return False
     if release > NEWEST:
-        logger.warning(
+        _warn_once(
             "vllm-slimspec is tested with vLLM %s to %s and found %s: if a SlimSpec drafter fails to load, look for a "
             "newer vllm-slimspec.",
             OLDEST,
@@ -103,19 +170,25 @@ def _supported(version: str) -> bool:
     return True
 
 
+def _warn_once(message: str, *args: object) -> None:
+    """A warning from the process that the user started, and not from each that vLLM starts."""
+    if multiprocessing.parent_process() is None:
+        logger.warning(message, *args)
+
+
 def _wrap_create_speculative_config() -> None:
     """Recognise our drafters before vLLM guesses a method, and turn on its local argmax for them.
 
-    Symptom: without "method" vLLM takes a folder without "eagle3" in its name for a full draft model; TorchSpec's
-    folders carry the stock architecture name; ``get_top_tokens`` is called only under ``use_local_argmax_reduction``,
-    which both proposers read before the draft model exists, so the model cannot ask for it.
-    Upstream: vllm/config/speculative.py. Drop when a draft model class can declare these itself.
+    Without "method" vLLM takes a folder without "eagle3" in its name for a full draft model; TorchSpec's folders carry
+    the stock architecture name; ``get_top_tokens`` is called only under ``use_local_argmax_reduction``, which both
+    proposers read before the draft model exists, so the model cannot ask for it.
     """
-    from vllm.engine.arg_utils import EngineArgs
+    try:
+        from vllm.engine.arg_utils import EngineArgs
 
-    original = getattr(EngineArgs, "create_speculative_config", None)
-    if original is None:
-        logger.warning(
+        original = EngineArgs.create_speculative_config
+    except (ImportError, AttributeError):
+        _warn_once(
             "this vLLM has no EngineArgs.create_speculative_config: give SlimSpec drafters "
             '"method": "eagle3" and "use_local_argmax_reduction": true in --speculative-config yourself.'
         )
@@ -125,15 +198,33 @@ def _wrap_create_speculative_config() -> None:
 
     @functools.wraps(original)
     def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(self.speculative_config or {})
-        _choose_method(self, given)
+        given: dict[str, Any] = {}
+        with _left_to_vllm():
+            given = dict(self.speculative_config or {})
+            _choose_method(self, given)
         config = original(self, *args, **kwargs)
         if config is not None:
-            _adopt(self, config, given)
+            with _left_to_vllm():
+                _adopt(self, config, given)
         return config
 
     create_speculative_config.slimspec = True  # type: ignore[attr-defined]
     EngineArgs.create_speculative_config = create_speculative_config
+
+
+@contextmanager
+def _left_to_vllm() -> Iterator[None]:
+    """Within it, a drafter may be refused; any other exception is a vLLM that we do not know, and only a warning."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        _warn_once(
+            "vllm-slimspec does not understand this vLLM's speculative configuration (%r) and leaves it alone; give a "
+            'SlimSpec drafter "method": "eagle3" and "use_local_argmax_reduction": true yourself.',
+            error,
+        )
 
 
 def _choose_method(engine_args: Any, given: dict[str, Any]) -> None:
@@ -190,7 +281,10 @@ def _check_on_disk(engine_args: Any, config: Any, spec: HeadSpec) -> None:
     if load_format not in ("auto", "hf", "safetensors"):
         return
     if Path(draft.model).is_dir():
-        DraftCheckpoint.open(draft.model)
+        checkpoint = DraftCheckpoint.open(draft.model)
+        text = None if target is None else target.hf_text_config
+        if text is not None and hasattr(text, "num_hidden_layers"):
+            checkpoint.check_sizes(text.hidden_size, text.num_hidden_layers, target.model)
     elif own is None and hasattr(config, "draft_load_config"):
         # From a hub, "auto" would settle for a .bin where there are no safetensors.
         config.draft_load_config = dataclasses.replace(engine_args.create_load_config(), load_format="safetensors")

@@ -10,6 +10,7 @@ from engines import drafter_of, generate, record
 from vllm_slimspec import ops
 from vllm_slimspec.bench.acceptance import from_engine
 from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, CheckpointError, DraftCheckpoint
+from vllm_slimspec.models.head import in_place
 
 
 @dataclass
@@ -97,6 +98,38 @@ def test_quantised(pair, engine, tmp_path, kind, group, stored):
         best = scores.amax(dim=1)
         chosen = scores.gather(1, torch.searchsorted(ids, drafted)[:, None])[:, 0]
         assert (best - chosen <= 1e-5 * best.abs()).all()
+    if not stored:
+        check_reload(drafter_of(llm), tensors, ids)
+
+
+def check_reload(model, tensors, ids):
+    """Catches: weights loaded into a running engine that keeps drafting by the factors it had quantised before."""
+    model.load_weights(iter((tensors | {UP: -tensors[UP]}).items()))
+    hidden = torch.randn(4, drafters.D, generator=torch.Generator().manual_seed(0))
+    scores = -(hidden @ tensors[DOWN].T @ ops.quantize_up(tensors[UP], "int8").dequantize().T)
+    chosen = scores.gather(1, torch.searchsorted(ids, model.get_top_tokens(hidden))[:, None])[:, 0]
+    assert (scores.amax(dim=1) - chosen <= 1e-5 * scores.amax(dim=1).abs()).all()
+
+
+@pytest.mark.parametrize("kind", [None, "fp8", "int4"])
+def test_reload_keeps_addresses(kind):
+    """Catches: a head loaded again somewhere else, while captured CUDA graphs read where it was."""
+    generator = torch.Generator().manual_seed(0)
+    before, after = (
+        ops.pack(down, ops.quantize_up(up, kind) if kind else up, impl="triton")
+        for down, up in (
+            (torch.randn(24, 8, generator=generator), torch.randn(40, 24, generator=generator)) for _ in "ab"
+        )
+    )
+    hidden = torch.randn(3, 8, generator=generator)
+    expected = ops.low_rank_argmax(hidden, *after, impl="triton")
+    parts = [before[0], *([before[1]] if kind is None else [before[1].weight, before[1].scale])]
+    addresses = [part.data_ptr() for part in parts]
+    kept = in_place(before, after)
+    found = [kept[0], *([kept[1]] if kind is None else [kept[1].weight, kept[1].scale])]
+    assert [part.data_ptr() for part in found] == addresses
+    for got, want in zip(ops.low_rank_argmax(hidden, *kept, impl="triton"), expected, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_int8_and_rerank_together(trained, engine, tmp_path):

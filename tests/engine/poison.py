@@ -1,0 +1,32 @@
+"""What `--worker-extension-cls poison.Poison` adds to a vLLM worker: NaN in the states that the drafter starts from."""
+
+import torch
+
+
+class Poison:
+    """Mixed into vLLM's worker; called over /collective_rpc, which VLLM_SERVER_DEV_MODE opens."""
+
+    def poison(self) -> None:
+        """From now on every hidden state that the drafter starts from is NaN; what it drafts is watched."""
+        model = self.model_runner.drafter.model
+        combine, top = model.combine_hidden_states, model.get_top_tokens
+        self.drafted: list[torch.Tensor] = []
+        self.nan_rows = 0
+
+        def combine_hidden_states(hidden: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(combine(hidden), torch.nan)
+
+        def get_top_tokens(hidden: torch.Tensor) -> torch.Tensor:
+            self.nan_rows += int(hidden.isnan().any(dim=-1).sum())
+            ids = top(hidden)
+            self.drafted.append(ids.clone())
+            return ids
+
+        model.combine_hidden_states, model.get_top_tokens = combine_hidden_states, get_top_tokens
+
+    def cure(self) -> dict[str, int]:
+        """No NaN any more -> rows that had one, and the lowest and highest id that was drafted meanwhile."""
+        model = self.model_runner.drafter.model
+        del model.combine_hidden_states, model.get_top_tokens  # back to those of the class
+        ids = torch.cat(self.drafted)
+        return {"nan_rows": self.nan_rows, "lowest": int(ids.min()), "highest": int(ids.max())}

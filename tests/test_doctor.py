@@ -1,0 +1,263 @@
+"""`slimspec doctor`: every mistake that a user can make is named, with a cure, before a server meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import drafters
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from vllm_slimspec import compat, doctor
+from vllm_slimspec.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+def _target(folder: Path, **changes) -> Path:
+    sizes = {
+        "hidden_size": drafters.D,
+        "intermediate_size": drafters.FF,
+        "num_hidden_layers": 4,
+        "num_attention_heads": drafters.HEADS,
+        "num_key_value_heads": drafters.KV_HEADS,
+        "head_dim": drafters.HEAD_DIM,
+        "vocab_size": drafters.V,
+        "max_position_embeddings": 256,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    LlamaConfig(**sizes | changes).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def target(tmp_path):
+    return _target(tmp_path / "target")
+
+
+@pytest.fixture
+def drafter(tmp_path):
+    return drafters.write(tmp_path / "drafter", drafters.config(), drafters.tensors())
+
+
+def _examine(*arguments) -> dict[str, doctor.Finding]:
+    """What is not ok, by what was looked at."""
+    return {f.what: f for f in doctor.examine(*arguments) if f.level != "ok"}
+
+
+def _change_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def _tokenizer(folder: Path, offset: int = 0) -> None:
+    from tokenizers import Tokenizer, models
+
+    vocab = {f"t{i}": (i + offset) % drafters.V for i in range(drafters.V)}
+    Tokenizer(models.WordLevel(vocab, unk_token="t0")).save(str(folder / "tokenizer.json"))
+
+
+def test_sound_pair(target, drafter):
+    """Catches: an alarm over nothing; and a table without the words that a user looks for."""
+    _tokenizer(target)
+    _tokenizer(drafter)
+    result = CliRunner().invoke(app, ["doctor", "--target", str(target), "--drafter", str(drafter)])
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    for expected in (
+        "rank 8 of 64",
+        "128 tokens have the target's ids",
+        "by the fused path",
+        "slimspec -> vllm_slimspec",
+    ):
+        assert expected in words
+    assert "0 problems" in result.stderr
+    assert _examine(drafter, target) == {}
+
+
+def test_wrong_method(target, drafter):
+    """Catches: a method that vLLM would take for another kind of drafter."""
+    found = _examine(drafter, target, {"method": "eagle"})["serving"]
+    assert found.level == "problem"
+    assert "method 'eagle3', not 'eagle'" in found.detail
+    assert "leave it out" in found.cure
+
+
+def test_vocabulary_of_another_target(tmp_path, drafter):
+    """Catches: ids that would mean other tokens."""
+    found = _examine(drafter, _target(tmp_path / "other", vocab_size=512))["target"]
+    assert "vocab_size=128 but the target" in found.detail
+    assert found.cure == "use the drafter that was made for this target"
+
+
+def test_sizes_of_another_target(tmp_path, drafter):
+    """Catches: a target of the same family and vocabulary, of which only the width or the depth differs."""
+    wide = _target(tmp_path / "wide", hidden_size=128)
+    found = _examine(drafter, wide)["target"]
+    assert "fc.weight takes [192] numbers" in found.detail
+    assert found.cure == "use the drafter that was made for this target"
+    tensors = drafters.tensors() | {"fc.weight": torch.zeros(drafters.D, 3 * 128)}
+    narrow = drafters.write(tmp_path / "narrow", drafters.config(), tensors)
+    assert "embeddings of its own" in _examine(narrow, wide)["target"].detail
+    shallow = _examine(drafter, _target(tmp_path / "shallow", num_hidden_layers=2))["target"]
+    assert "[1, 2, 3] must be 3 different ids from 0 to 2" in shallow.detail
+
+
+def test_default_aux_layers_of_a_shallow_target(target, drafter):
+    """Catches: vLLM's default layers (2, L//2, L-3), of which two are the same in a target of 4."""
+    _change_config(drafter, eagle_aux_hidden_state_layer_ids=[])
+    assert "2, 2, 1 of the target's 4, by default" in _examine(drafter, target)["aux layers"].detail
+
+
+def test_tokenizer_mismatch(target, drafter):
+    """Catches: a vocabulary of the same size with the tokens in another order."""
+    _tokenizer(target)
+    _tokenizer(drafter, offset=1)
+    assert "128 of 128 tokens have another id" in _examine(drafter, target)["tokenizer"].detail
+    (drafter / "tokenizer.json").unlink()
+    _change_config(drafter, eos_token_id=7)
+    assert "eos_token_id is 7, the target's is 2" in _examine(drafter, target)["tokenizer"].detail
+
+
+def test_drafter_names_another_target(target, drafter):
+    """Catches: a drafter of another model with the same sizes, which says so itself."""
+    (drafter / "slimspec.json").write_text(json.dumps({"source": {"target": "meta-llama/Llama-3.1-8B"}}))
+    found = _examine(drafter, target)["made for"]
+    assert found.level == "warning"
+    assert "made for meta-llama/Llama-3.1-8B" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: (d / "slimspec.json").write_text('{"versions": {"vllm-slimspec": "99.1"}}'), "later than this"),
+        (lambda d: (d / "slimspec.json").write_text('{"versions": {"vllm-slimspec": "x"}}'), "names no version"),
+        (lambda d: _change_config(d, lm_head_bias=True), "lm_head_bias, unknown to this version"),
+    ],
+)
+def test_checkpoint_of_another_version(target, drafter, change, words):
+    """Catches: a newer format served as if it were this one's, without a word."""
+    change(drafter)
+    assert any(words in f.detail for f in _examine(drafter, target).values())
+
+
+def test_old_eagle(target, drafter):
+    """Catches: an EAGLE-2 drafter called a target."""
+    _change_config(drafter, architectures=["LlamaForCausalLM"], lm_head_rank=None)
+    config = json.loads((drafter / "config.json").read_text())
+    del config["lm_head_rank"]
+    (drafter / "config.json").write_text(json.dumps(config))
+    tensors = load_file(drafter / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if "hidden_norm" not in n and not n.startswith("lm_head")}
+    save_file(kept, drafter / "model.safetensors")
+    found = _examine(drafter, target)["drafter"]
+    assert "an EAGLE or EAGLE-2 drafter" in found.detail
+    assert '"method": "eagle"' in found.cure
+
+
+def test_plugin_not_installed(monkeypatch):
+    """Catches: an image that has the package's files and no entry point, or none of it."""
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [])
+    found = _examine()["plugin"]
+    assert "no entry point slimspec" in found.detail
+    assert "image" in found.cure
+
+
+def test_plugin_left_out(monkeypatch):
+    """Catches: VLLM_PLUGINS overlooked; an allow-list that has us raising an alarm."""
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS='other' leaves out slimspec" in _examine()["plugin"].detail
+    monkeypatch.setenv("VLLM_PLUGINS", "other,slimspec")
+    assert "plugin" not in _examine()
+
+
+@pytest.mark.parametrize(
+    ("version", "level", "words"),
+    [
+        ("0.25.1", "problem", "does nothing before"),
+        ("0.99.0", "warning", "later than"),
+        ("dev", "warning", "no version"),
+    ],
+)
+def test_other_vllm(monkeypatch, version, level, words):
+    """Catches: no word on a version that was never looked at."""
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    found = _examine()["vLLM"]
+    assert (found.level, words in found.detail) == (level, True)
+
+
+def test_missing_internal(monkeypatch):
+    """Catches: an interface that moved, found out only by a drafter that is slow or refused."""
+    gone = compat.Touch("EngineArgs.gone", "vllm.engine.arg_utils", "drafting is slow", "never")
+    monkeypatch.setattr(compat, "TOUCHES", (gone,))
+    found = _examine()["vLLM internal"]
+    assert found.level == "warning"
+    assert "EngineArgs.gone is missing: drafting is slow" in found.detail
+
+
+def test_without_vllm(monkeypatch, drafter):
+    """Catches: a traceback where there is no vLLM, or no look at the drafter, which needs none."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    found = list(doctor.examine(drafter))
+    assert [f.what for f in found if f.level == "problem"] == ["vLLM"]
+    assert any(f.what == "drafter" and "rank 8" in f.detail for f in found)
+
+
+def test_bad_implementation(monkeypatch):
+    """Catches: a misspelt SLIMSPEC_IMPL that stops the server at its first draft."""
+    monkeypatch.setenv("SLIMSPEC_IMPL", "cuda")
+    assert "SLIMSPEC_IMPL must be one of" in _examine()["kernels"].detail
+
+
+def test_vllm_itself_refuses(target, drafter):
+    """Catches: vLLM's own refusal of the options left for the server to find."""
+    found = _examine(drafter, target, {"num_speculative_tokens": 0})["serving"]
+    assert found.level == "problem"
+    assert "num_speculative_tokens" in found.detail
+
+
+def test_dense_path_is_said(target, drafter):
+    """Catches: an option that costs the fused path, found out by a stopwatch."""
+    found = _examine(drafter, target, {"draft_sample_method": "probabilistic"})["serving"]
+    assert found.level == "warning"
+    assert "draft_sample_method=probabilistic" in found.detail
+
+
+def test_command(target, drafter):
+    """Catches: a problem that scripts cannot see; a traceback for words that are no JSON."""
+    _change_config(drafter, lm_head_rank=4)
+    result = CliRunner().invoke(app, ["doctor", "--target", str(target), "--drafter", str(drafter), "--json"])
+    assert result.exit_code == 1
+    bad = [f for f in json.loads(result.stdout) if f["level"] == "problem"]
+    assert [f["what"] for f in bad] == ["drafter"]
+    assert CliRunner().invoke(app, ["doctor", "--target", "t"]).exit_code == 2
+    assert CliRunner().invoke(app, ["doctor", "--speculative-config", "{"]).exit_code == 2
+    assert CliRunner().invoke(app, ["doctor", "--speculative-config", "[]"]).exit_code == 2
+
+
+WITHOUT = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+EngineArgs(model=sys.argv[1], skip_tokenizer_init=True,
+           speculative_config={"model": sys.argv[2], "method": "eagle3", "num_speculative_tokens": 3},
+           ).create_engine_config()
+"""
+
+
+def test_what_vllm_says_without_the_plugin(target, drafter):
+    """Catches: a line of Troubleshooting whose symptom no vLLM prints (any more)."""
+    command = [sys.executable, "-c", WITHOUT, str(target), str(drafter)]
+    done = subprocess.run(
+        command, env=os.environ | {"VLLM_PLUGINS": "other"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode != 0
+    symptom = "Model architectures ['SlimSpecLlamaForCausalLMEagle3'] are not supported"
+    assert symptom in done.stderr
+    assert symptom in (ROOT / "README.md").read_text()

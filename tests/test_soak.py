@@ -1,0 +1,90 @@
+"""What the soak counts as wrong; a comparison that lets everything pass would find nothing."""
+
+import pytest
+import soak
+
+EXPECTED = soak.Answer(
+    ids=[5, 6, 7],
+    text="a b c",
+    top=[{"a": -0.1, "x": -3.0}, {"b": -0.7, "y": -0.70005}, {"c": -0.1, "x": -0.3}],
+    words=["a", "b", "c"],
+)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "words", "near", "wrong"),
+    [
+        pytest.param([5, 6, 7], "a b c", ["a", "b", "c"], 0, 0, id="the same"),
+        pytest.param([5, 6], "a b", ["a", "b"], 0, 0, id="shorter"),
+        pytest.param([5, 9], "a y", ["a", "y"], 1, 0, id="near tie"),
+        pytest.param([9, 6], "x b", ["x", "b"], 0, 1, id="another token"),
+        pytest.param([5, 6, 9], "a b x", ["a", "b", "x"], 0, 1, id="second best, but not near"),
+        pytest.param([5, 9], "a z", ["a", "z"], 0, 1, id="a token that the target did not think of"),
+        pytest.param([5, 6], "a q", ["a", "b"], 0, 1, id="another text"),
+        pytest.param([5, 9], "", [], 0, 1, id="no log-probabilities to tell"),
+    ],
+)
+def test_compare(ids, text, words, near, wrong):
+    """Catches: a wrong answer that is counted as a near tie, or as right."""
+    tally = soak.Tally()
+    soak.compare(tally, "plain", EXPECTED, ids, text, words)
+    assert (tally.near_ties, len(tally.wrong), tally.tokens) == (near, wrong, len(ids))
+
+
+def _result(**changes):
+    good = {
+        "command": "x",
+        "time": "2026-01-01T00:00:00Z",
+        "versions": {},
+        "device": "cpu",
+        "seconds": soak.LONG,
+        "clients": 1,
+        "requests": dict.fromkeys(soak.KINDS, 1),
+        "tokens": 10_000,
+        "wrong": 0,
+        "errors": 0,
+        "near_ties": 1,
+        "preemptions": 1,
+        "prefix_cache_hits": 1,
+        "acceptance_length": 2.0,
+        "memory": {"engine": {"start": 1, "end": 1, "slope_per_minute": 0}},
+        "left_running": 0,
+        "left_processes": 0,
+    }
+    return soak.Soak(**good | changes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"wrong": 1},
+        {"errors": 1},
+        {"near_ties": 2},
+        {"preemptions": 0},
+        {"prefix_cache_hits": 0},
+        {"acceptance_length": 1.0},
+        {"requests": {"plain": 1}},
+        {"memory": {"engine": {"start": 1, "end": 9, "slope_per_minute": soak.FLAT + 1}}},
+        {"left_running": 1},
+        {"left_processes": 1},
+    ],
+)
+def test_failures(change):
+    """Catches: a count that nobody looks at."""
+    assert soak.failures(_result()) == []
+    assert len(soak.failures(_result(**change))) == 1
+
+
+def test_prompts():
+    """Catches: prompts of one length, or none that share a beginning."""
+    prompts = soak.make_prompts([[1, 2, 3], [4, 5]])
+    lengths = {len(p) for p in prompts}
+    assert min(lengths) < 10
+    assert max(lengths) > 150
+    assert len(prompts) == soak.PROMPTS
+    assert sum(p[:96] == prompts[-1][:96] for p in prompts) >= soak.PROMPTS // 3
+
+
+def test_line():
+    """Catches: a slope of the wrong half or in the wrong unit."""
+    assert soak.line([(t, 100.0) for t in range(10)] + [(t, 3.0 * t) for t in range(10, 20)]) == pytest.approx(3.0)

