@@ -3,7 +3,7 @@
 # make lint   ruff, formatting, mypy
 # make compare        what every kind of draft head accepts on the demo's target
 # make ablation   what the rank of the head costs: twelve drafters trained and served, about half an hour
-# make bench-pair   what converting a drafter costs, on a pair of twice the demo's width: about 20 minutes
+# make bench-pair   what converting a drafter costs, on a pair of twice the demo's width
 # make report-check   the report of docs/results in a real browser: screenshots, console, network
 # make gpu        on a GPU: the kernels checked there, their tilings tuned, every head timed
 # make test-compat VLLM=0.28.0   the plugin and engine tests on another vLLM

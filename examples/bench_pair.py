@@ -6,7 +6,7 @@ The target of tiny_target.py at twice the width, a dense drafter for it, and the
 each served by vLLM over the same held-out prompts. A part that is done stays done: stop it when you like and run it
 again. `--only target`, `drafter` or `states` ends there.
 
-Expected output: the table of convert_and_serve.py. Not yet run to its end; under 20 minutes of 2 CPU cores are meant.
+Expected output: the table of convert_and_serve.py. Not yet run to its end.
 """
 
 import argparse

@@ -10,7 +10,7 @@ SpecVocab drafts. Each answers the same held-out prompts, in an engine of its ow
 
 What is done is kept: stop it when you like and run it again.
 
-Expected output (2 CPU cores, about 12 minutes after `make demo`): a table of acceptance lengths in which plain SVD is
+Expected output (after `make demo`): a table of acceptance lengths in which plain SVD is
 last, re-ranking comes near the dense head and truncation nearer, since this target writes with few of its tokens; every
 answer identical to the target's own; and the file above.
 """

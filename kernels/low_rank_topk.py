@@ -187,7 +187,7 @@ def low_rank_topk(
 def select_blocks(k: int, form: str) -> dict[str, int]:
     """How the last launch is cut: the widest that none of the supported GPUs spills at.
 
-    But for float32, which nobody serves in: there more than 32 candidates with rerank spill up to 96 bytes.
+    But for float32, which nobody serves in: there more than 32 candidates with rerank spill some.
     """
     width = max(8, triton.next_power_of_2(k))
     warps = 8

@@ -268,7 +268,7 @@ def drained(server: Server, patience: float = 30) -> int:
     ) > 0:
         if time.monotonic() > deadline:
             break
-        time.sleep(0.5)
+        time.sleep(0.5)  # a server has no event for it, only counters
     return left
 
 

@@ -164,7 +164,7 @@ def test_held_out_answers_are_not_learnt(target, states, tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(module, "write_states", lambda _, documents, *args, **kwargs: seen.extend(documents))
-    monkeypatch.setattr("vllm_slimspec.train.launch.fit", lambda *args, **kwargs: pytest.skip.Exception)
+    monkeypatch.setattr("vllm_slimspec.train.launch.fit", lambda *args, **kwargs: None)
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     with pytest.raises(CheckpointError, match="no such folder"):  # nothing was trained
         train_jointly(source, factors(), str(target), states, RECIPE, tmp_path / "run")

@@ -228,7 +228,7 @@ def pack(
 def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's highest of ``scores`` [B, V] and the first place that has it -> (float32 [B], int64 [B]), in torch.
 
-    In about a third of the time that ``scores.float().max(dim=1)`` takes on a CPU.
+    Faster on a CPU than ``scores.float().max(dim=1)``, since a maximum is vectorised there and its place is not.
     """
     rows, columns = scores.shape
     count = max(1, columns // _BEST_GROUP)

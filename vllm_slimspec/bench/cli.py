@@ -12,7 +12,7 @@ from vllm_slimspec.bench import cycle, rivals
 from vllm_slimspec.bench.head import app
 from vllm_slimspec.bench.options import positive_ints
 from vllm_slimspec.bench.prompts import Benchmark, convert, read_lines
-from vllm_slimspec.console import one_line_errors
+from vllm_slimspec.console import json_object, one_line_errors
 
 if TYPE_CHECKING:
     from vllm_slimspec.bench.results import AcceptanceResults, ServeResults
@@ -54,7 +54,7 @@ def acceptance(
         temperatures=_temperatures(temperature),
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
-        engine=_json_object(engine_args, "--engine-args"),
+        engine=json_object(engine_args, "--engine-args"),
         # what an engine answered is kept there, for a run that was killed
         work=None if json is None else json.with_name(f"{json.name}.run"),
     )
@@ -186,16 +186,6 @@ def _temperatures(text: str) -> list[float]:
         found = []
     if not found or min(found) < 0 or len(set(found)) < len(found):
         raise typer.BadParameter(f"{text!r} is not a list of temperatures such as 0,1", param_hint="--temperature")
-    return found
-
-
-def _json_object(text: str, option: str) -> dict[str, Any]:
-    try:
-        found = json_format.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"not JSON ({error})", param_hint=option) from None
-    if not isinstance(found, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint=option)
     return found
 
 

@@ -1,13 +1,12 @@
 """``slimspec convert``: any EAGLE-3 drafter to a SlimSpec one, measured before it is written."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_slimspec.console import one_line_errors
+from vllm_slimspec.console import json_object, one_line_errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,7 +101,7 @@ def convert(
     from vllm_slimspec.convert.joint import JointRecipe
 
     divisors = _divisors(sweep)
-    flags = _json(train_args, "--train-args")
+    flags = json_object(train_args, "--train-args")
     options = run.Options(
         drafter=drafter,
         output=output_path,
@@ -127,7 +126,7 @@ def convert(
         max_loss=max_loss,
         force=force,
         layout=layout.value,
-        engine=_json(engine_args, "--engine-args"),
+        engine=json_object(engine_args, "--engine-args"),
     )
     with one_line_errors():
         if divisors:
@@ -149,16 +148,6 @@ def _divisors(text: str | None) -> list[int]:
     if any(d < 1 for d in divisors):
         raise typer.BadParameter("divisors are 1 or more", param_hint="--sweep")
     return divisors
-
-
-def _json(text: str, option: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"not JSON ({error})", param_hint=option) from None
-    if not isinstance(options, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint=option)
-    return options
 
 
 def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
