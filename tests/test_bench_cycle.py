@@ -117,16 +117,16 @@ def test_a_cpu_has_one_engine_a_k(toy, tmp_path):
 
 def test_a_gpu_has_an_engine_a_head_and_round(toy, tmp_path):
     """A head that always comes first; a rival without the flag under which vLLM asks it; a map out of range."""
-    heads = ["null", "full", "full-argmax", "trim-32k", "trim-32k-argmax", "spec-vocab", "low-rank-int8-rerank"]
+    heads = ["null", "full", "full-argmax", "trim-32k", "trim-32k-scatter", "spec-vocab", "low-rank-int8-rerank"]
     plans = cycle.plan(options(tmp_path, heads=heads, rounds=2), "toy", 3, "cuda")
     assert [plan.heads[0] for plan in plans] == [*heads, *heads[1:], heads[0]]
     assert {len(plan.heads) for plan in plans} == {plan.rounds for plan in plans} == {1}
     argmax = {plan.heads[0] for plan in plans if plan.speculative == {"use_local_argmax_reduction": True}}
-    assert argmax == {"null", "full-argmax", "trim-32k-argmax", "spec-vocab"}
+    assert argmax == {"null", "full-argmax", "trim-32k", "spec-vocab"}
     drafters = {head: DraftCheckpoint.open(tmp_path / "toy" / head) for head in heads}
     spec = drafters["low-rank-int8-rerank"].spec
     assert (spec.rank, spec.quantization, spec.rerank) == (16, "int8", RERANK_K)
-    trimmed = drafters["trim-32k-argmax"]
+    trimmed = drafters["trim-32k"]
     assert trimmed.config["draft_vocab_size"] == 32768
     targets = torch.arange(32768) + trimmed.load("d2t")
     assert targets.unique().numel() == 32768

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from vllm_slimspec.cpu import RANK_MULTIPLE, PackedFactor
 from vllm_slimspec.quantized import QuantizedUp, pad_rank, quantize_up
+from vllm_slimspec.selection import best_of, rescored, top_of
 
 __all__ = [
     "PackedFactor",
     "QuantizedUp",
-    "best_of",
     "low_rank_argmax",
     "low_rank_logits",
     "low_rank_rerank",
@@ -44,9 +44,6 @@ IMPLS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_K = 64
 """The most candidates that :func:`low_rank_topk` and :func:`low_rank_rerank` return."""
-
-_BEST_GROUP = 1024  # entries whose maximum is taken first; CPUs vectorise that, and not the search for its place
-_TOP_GROUP = 128  # near sqrt(V / k), where choosing groups and choosing inside them cost the same
 
 Down: TypeAlias = Tensor | PackedFactor
 Up: TypeAlias = Tensor | QuantizedUp | PackedFactor
@@ -125,7 +122,7 @@ def low_rank_topk(
         from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
 
         return kernel(hidden, down, up, k, valid_vocab)
-    return _top(_product(_product(hidden, down), up)[:, :valid_vocab], k)
+    return top_of(_product(_product(hidden, down), up)[:, :valid_vocab], k)
 
 
 def low_rank_rerank(
@@ -156,11 +153,8 @@ def low_rank_rerank(
         from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
 
         return kernel(hidden, down, up, k, valid_vocab, dense, dense_rows)
-    screened, ids = _top(_product(_product(hidden, down), up)[:, :valid_vocab], k)
-    rows = dense[ids if dense_rows is None else dense_rows[ids]]  # [B, k, D]
-    exact = torch.bmm(rows.float(), hidden.float()[:, :, None]).squeeze(2)
-    exact = torch.where(screened > float("-inf"), exact, screened)  # a row of NaN stays one
-    return _best_first(exact, ids, k, exact.isnan().any(dim=1, keepdim=True))
+    screened, ids = top_of(_product(_product(hidden, down), up)[:, :valid_vocab], k)
+    return rescored(hidden, screened, ids, dense, dense_rows)
 
 
 def reduce_pairs(
@@ -225,21 +219,6 @@ def pack(
     return PackedFactor(down, down.dtype), PackedFactor(up, down.dtype)
 
 
-def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's highest of ``scores`` [B, V] and the first place that has it -> (float32 [B], int64 [B]), in torch.
-
-    Faster on a CPU than ``scores.float().max(dim=1)``, since a maximum is vectorised there and its place is not.
-    """
-    rows, columns = scores.shape
-    count = max(1, columns // _BEST_GROUP)
-    stride = columns // count
-    # equal groups that overlap where the count does not divide V: no tail to treat, and the first place still wins
-    groups = scores.unfold(1, stride + columns % count, stride)
-    values, best = groups.amax(dim=2).max(dim=1)
-    place = groups[torch.arange(rows, device=scores.device), best].max(dim=1).indices
-    return values.float(), best * stride + place
-
-
 def prepare(
     down: Down,  # [R, D]
     up: Up,  # [V, R]
@@ -302,48 +281,6 @@ def _product(x: Tensor, factor: Up) -> Tensor:
     if isinstance(factor, QuantizedUp):
         factor = factor.dequantize().to(x.dtype)
     return F.linear(x, factor)
-
-
-def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The exact k best of each row, best first.
-
-    The k groups with the best maxima hold all k of them: were an entry's group worse than k others, k entries would be
-    better than it.
-    """
-    count = scores.shape[1]
-    if count <= k * _TOP_GROUP:
-        values = scores.float()
-        ids = torch.arange(count, device=scores.device).expand_as(values)
-        return _best_first(values, ids, k, values.isnan().any(dim=1, keepdim=True))
-    full = count // _TOP_GROUP * _TOP_GROUP
-    maxima = scores[:, :full].unflatten(1, (-1, _TOP_GROUP)).amax(dim=2)
-    if full < count:
-        maxima = torch.cat([maxima, scores[:, full:].amax(dim=1, keepdim=True)], dim=1)
-    maxima = maxima.float()
-    groups = _keys(maxima, torch.arange(maxima.shape[1], device=scores.device)).topk(k, dim=1).indices
-    ids = (groups[:, :, None] * _TOP_GROUP + torch.arange(_TOP_GROUP, device=scores.device)).flatten(1)
-    values = scores.gather(1, ids.clamp(max=count - 1)).float()
-    if full < count:
-        values.masked_fill_(ids >= count, float("-inf"))
-    return _best_first(values, ids, k, maxima.isnan().any(dim=1, keepdim=True))
-
-
-def _best_first(values: Tensor, ids: Tensor, k: int, poisoned: Tensor) -> tuple[Tensor, Tensor]:
-    """The k best of float32 ``values`` [B, N], or (-inf, 0) beyond N; (NaN, 0) where ``poisoned`` [B, 1]."""
-    places = _keys(values, ids).topk(min(k, values.shape[1]), dim=1).indices
-    values, ids = values.gather(1, places), ids.gather(1, places)
-    if values.shape[1] < k:
-        missing = (0, k - values.shape[1])
-        values, ids = F.pad(values, missing, value=float("-inf")), F.pad(ids, missing)
-    values = values.masked_fill(poisoned, float("nan"))
-    return values, torch.where(values > float("-inf"), ids, 0)  # false for NaN too
-
-
-def _keys(values: Tensor, ids: Tensor) -> Tensor:
-    """One int64 for each (float32 score, id below 2**31), in the order of score, then lowest id. NaN has no order."""
-    bits = (values + 0.0).view(torch.int32)  # -0.0 ties with 0.0
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return torch.add(-ids, order, alpha=1 << 32)
 
 
 def _check(hidden: Tensor, down: Down, up: Up, impl: str) -> str:

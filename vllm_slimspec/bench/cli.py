@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_slimspec.bench import cycle, rivals
+from vllm_slimspec.bench import cycle, parts, rivals
 from vllm_slimspec.bench.head import app
 from vllm_slimspec.bench.options import positive_ints
 from vllm_slimspec.bench.prompts import Benchmark, convert, read_lines
@@ -25,6 +25,7 @@ K = Annotated[int, typer.Option("-k", "--num-speculative-tokens", min=1, help="D
 Json = Annotated[Path | None, typer.Option(help="Write the results here.")]
 
 app.command(epilog=cycle.EXAMPLE)(cycle.cycle)
+app.command("parts", epilog=parts.EXAMPLE)(parts.parts_command)
 app.command(epilog=rivals.EXAMPLE)(rivals.rivals)
 
 

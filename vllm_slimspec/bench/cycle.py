@@ -18,7 +18,7 @@ import typer
 from vllm_slimspec.bench.cycle_engine import Found, Plan, Turn, rotated, run
 from vllm_slimspec.bench.head import device_name, quantile
 from vllm_slimspec.bench.options import choices, positive_ints, progress
-from vllm_slimspec.bench.pairs import DTYPE, TARGETS, write_drafter, write_target
+from vllm_slimspec.bench.pairs import BY_LOGITS, DTYPE, TARGETS, write_drafter, write_target
 from vllm_slimspec.bench.results import CycleResults, CycleRow, provenance
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.speedup import least_ratio
@@ -31,7 +31,7 @@ HEADS = (
     "full-int8",
     "full-fp8",
     "trim-32k",
-    "trim-32k-argmax",
+    "trim-32k-scatter",
     "spec-vocab",
     "low-rank",
     "low-rank-fp8",
@@ -119,8 +119,8 @@ def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
     plans = []
     for number in range(options.rounds):
         for head in rotated(options.heads, number):
-            stock = head in ("full", "trim-32k") or head.startswith("low-rank")
-            plans.append(one([head], head, 1, **({} if stock else {"use_local_argmax_reduction": True})))
+            default = head in BY_LOGITS or head.startswith("low-rank")  # for which the plugin asks
+            plans.append(one([head], head, 1, **({} if default else {"use_local_argmax_reduction": True})))
     return plans
 
 

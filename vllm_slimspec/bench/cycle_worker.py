@@ -19,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 
 from vllm_slimspec.bench.head import Arm, Clock, Weights, check, trimmed_offsets
-from vllm_slimspec.bench.pairs import RIVAL_ARCHITECTURE, TRIMMED, low_rank_keys
+from vllm_slimspec.bench.pairs import BY_LOGITS, RIVAL_ARCHITECTURE, TRIMMED, low_rank_keys
 from vllm_slimspec.bench.shapes import Shape
 from vllm_slimspec.checkpoint import ARCHITECTURES, DOWN, UP, head_spec
 from vllm_slimspec.models.draft import LowRankDraft
@@ -60,7 +60,7 @@ class Heads:
             return Head(lambda hidden: hidden.new_zeros(hidden.shape[0], dtype=torch.int64), True, None)
         if name in ("full", "full-argmax"):
             return self._stock(name, self._model, self.weights.arm("full"))
-        reference = self.weights.arm(name.removesuffix("-argmax"))
+        reference = self.weights.arm(name)
         if reference is None:
             raise ValueError(f"head {name} has no kernel on {self.weights.device.type}; leave it out of --heads")
         if name.startswith("trim"):
@@ -71,9 +71,9 @@ class Heads:
 
     def _stock(self, name: str, owner: Any, reference: Arm | None) -> Head:
         """vLLM's own functions, of the drafter or of something that has what they read."""
-        if name.endswith("argmax"):
-            return Head(partial(Eagle3LlamaForCausalLM.get_top_tokens, owner), True, reference)
-        return Head(partial(Eagle3LlamaForCausalLM.compute_logits, owner), False, reference)
+        if name in BY_LOGITS:
+            return Head(partial(Eagle3LlamaForCausalLM.compute_logits, owner), False, reference)
+        return Head(partial(Eagle3LlamaForCausalLM.get_top_tokens, owner), True, reference)
 
     def _trimmed(self) -> SimpleNamespace:
         shape = self.weights.shape

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from vllm_slimspec import ops
 from vllm_slimspec.bench.options import choices, positive_ints, progress
-from vllm_slimspec.bench.results import HeadResults, HeadRow, provenance
+from vllm_slimspec.bench.results import HeadResults, HeadRow, PartResults, Results, provenance
 from vllm_slimspec.bench.shapes import SHAPES, Shape
 from vllm_slimspec.cpu import PackedFactor
+from vllm_slimspec.selection import best_of
 
 HEADS = (
     "full",
@@ -37,6 +38,8 @@ HEADS = (
 )
 RERANK_K = 16
 SPEC_VOCAB_K = 2048  # assumed: the paper's value is not public
+
+R = TypeVar("R", bound=Results)
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -79,6 +82,11 @@ class Weights:
         generator = torch.Generator().manual_seed(batch)
         return torch.randn(batch, self.shape.hidden_size, generator=generator).to(self.device, self.dtype)
 
+    def stored_up(self, name: str) -> Tensor | ops.QuantizedUp:
+        """`up` as the low-rank head of this name stores it -> [V, R]."""
+        kind = next((kind for kind in ("fp8", "int8", "int4") if kind in name), None)
+        return ops.quantize_up(self.up, kind) if kind else self.up
+
     def arm(self, name: str) -> Arm | None:
         """The head of this name, or None where its device has no kernel for it."""
         if name.startswith("low-rank"):
@@ -104,11 +112,11 @@ class Weights:
             return None
         if name == "full-packed":
             packed = PackedFactor(self.dense, self.dtype)
-            return arm._replace(run=lambda hidden: ops.best_of(packed(hidden))[1])
+            return arm._replace(run=lambda hidden: best_of(packed(hidden))[1])
         quantized = ops.quantize_up(self.dense, "int8")
         packed = PackedFactor(quantized, self.dtype)
         return arm._replace(
-            run=lambda hidden: ops.best_of(packed(hidden))[1],
+            run=lambda hidden: best_of(packed(hidden))[1],
             score=lambda hidden: _twice(_scores(hidden, quantized)),
             bytes=quantized.nbytes,
         )
@@ -150,8 +158,7 @@ class Weights:
         return Arm("spec-vocab", run, partial(self._reranked, self.up, k), self.down.nbytes + self.up.nbytes, row)
 
     def _low_rank(self, name: str) -> Arm:
-        kind = next((kind for kind in ("fp8", "int8", "int4") if kind in name), None)
-        up = ops.quantize_up(self.up, kind) if kind else self.up
+        up = self.stored_up(name)
         factors = ops.pack(self.down, up)
         read = self.down.nbytes + up.nbytes
         if not name.endswith("rerank"):
@@ -311,7 +318,7 @@ def measure(
     Raises ValueError for a head that drafts wrong tokens: nothing is timed then.
     """
     clock = Clock(device)
-    copy, read = clock.bandwidth()  # again at the end, and the better counts
+    before = clock.bandwidth()  # again at the end, and the better counts
     rows: list[HeadRow] = []
     with torch.inference_mode():
         for shape in shapes:
@@ -339,7 +346,7 @@ def measure(
                         )
                     )
             del weights, arms
-    copy, read = (max(pair) for pair in zip((copy, read), clock.bandwidth(), strict=True))
+    copy, read = map(max, before, clock.bandwidth())
     for row in rows:
         row.percent_of_copy_bandwidth = round(100 * row.bytes / row.p50_us / 1e3 / copy, 1)
     return HeadResults(
@@ -445,14 +452,27 @@ def _print(results: HeadResults) -> None:
 
 
 @app.command(epilog="Example: slimspec bench roofline docs/results/head-cpu.json > docs/roofline.md")
-def roofline(results: Annotated[Path, typer.Argument(help="What `slimspec bench head --json` wrote.")]) -> None:
+def roofline(
+    results: Annotated[Path, typer.Argument(help="What `slimspec bench head --json` wrote.")],
+    parts: Annotated[
+        Path | None, typer.Option(help="What `slimspec bench parts --json` wrote: where the rest goes.")
+    ] = None,
+) -> None:
     """Derive, per shape and batch, the least bytes and time of every head, and print measured times against it."""
+    from vllm_slimspec.bench.parts import parts_section
+
+    page = roofline_page(_read(HeadResults, results), results.as_posix())
+    if parts is not None:
+        page += "\n\n" + parts_section(_read(PartResults, parts), parts.as_posix())
+    typer.echo(page)
+
+
+def _read(kind: type[R], path: Path) -> R:
     try:
-        measured = HeadResults.model_validate_json(results.read_text())
+        return kind.model_validate_json(path.read_text())
     except (OSError, ValueError) as error:
-        typer.echo(f"error: {results}: {' '.join(str(error).split())[:200]}", err=True)
+        typer.echo(f"error: {path}: {' '.join(str(error).split())[:200]}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(roofline_page(measured, results.as_posix()))
 
 
 def roofline_page(results: HeadResults, source: str) -> str:

@@ -23,6 +23,9 @@ from vllm_slimspec.quantized import KINDS
 RIVAL_ARCHITECTURE = "SlimSpecRivalLlamaForCausalLMEagle3"
 """A stock drafter under the head that ``rival_head`` names: see :mod:`vllm_slimspec.bench.cycle_worker`."""
 
+BY_LOGITS = ("full", "trim-32k-scatter")
+"""Stock heads that vLLM asks for logits; the others of its own get `use_local_argmax_reduction`."""
+
 TRIMMED = 32768
 DTYPE = "bfloat16"  # of every weight
 

@@ -59,6 +59,31 @@ class HeadResults(Results):
     rows: list[HeadRow]
 
 
+PartName = Literal["down", "up", "choice", "rescoring", "whole"]
+
+
+class PartRow(_Record):
+    """One part of one head at one shape and batch, or the whole of it as it is served."""
+
+    head: str
+    shape: str
+    batch: int
+    part: PartName
+    p50_us: float
+    bytes: int  # of weights that it reads
+
+
+class PartResults(Results):
+    """``slimspec bench parts``."""
+
+    kind: Literal["parts"] = "parts"
+    threads: int
+    repeats: int
+    copy_gb_s: float  # as in HeadResults, of this run
+    read_gb_s: float
+    rows: list[PartRow]
+
+
 class CycleRow(_Record):
     """One head in one engine: K draft steps and their verification, as the engine ran them."""
 

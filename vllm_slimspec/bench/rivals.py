@@ -66,7 +66,7 @@ RIVALS = (
         "none",
         "2 N D",
         _rows(TRIMMED),
-        ("trim-32k", "trim-32k-argmax"),
+        ("trim-32k", "trim-32k-scatter"),
         "stock vLLM: by default it scatters N logits into V of them and searches those; with "
         "`use_local_argmax_reduction` it searches the N",
     ),
