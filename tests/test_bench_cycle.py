@@ -84,6 +84,20 @@ def test_the_prediction_is_independent_of_what_it_predicts(toy):
     assert row.predicted_ratio == pytest.approx(1 - 200 / 301 * 0.9, abs=1e-4)
 
 
+def test_the_interval_is_of_rounds_that_both_heads_shared(toy):
+    """An interval over single cycles, or of heads drawn apart: slow rounds, which all heads share, would widen it."""
+    agreeing = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
+    row = {row.head: row for row in cycle.rows_of("toy", 5, [agreeing])}["low-rank"]
+    assert row.ratio_low == pytest.approx(140 / 300, abs=1e-4)  # the three rounds are 0, 1 and 2 ms slower
+    assert row.ratio_high == pytest.approx(142 / 302, abs=1e-4)
+    for turn in agreeing.turns:  # one round in which something disturbed the low-rank head alone
+        if turn.head == "low-rank" and turn.ms[0] == 142:
+            turn.ms = [150.0] * 2
+    row = {row.head: row for row in cycle.rows_of("toy", 5, [agreeing])}["low-rank"]
+    assert row.ratio_high == pytest.approx(150 / 302, abs=1e-4)
+    assert row.ratio == pytest.approx(141 / 301, abs=1e-4)
+
+
 def test_engines_of_one_arm_are_put_together(toy):
     """A GPU's rows from the first engine of each arm only, or none because no engine holds every arm."""
     whole = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})

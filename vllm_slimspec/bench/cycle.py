@@ -12,9 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import typer
 
+from vllm_slimspec.bench.bootstrap import interval
 from vllm_slimspec.bench.cycle_engine import Found, Plan, Turn, rotated, run
 from vllm_slimspec.bench.head import device_name, quantile
 from vllm_slimspec.bench.options import choices, positive_ints, progress
@@ -133,12 +135,14 @@ def rows_of(shape: str, k: int, found: Sequence[Found]) -> list[CycleRow]:
         here = [turn for turn in turns if (turn.batch, turn.context) == (batch, context)]
         heads = list(dict.fromkeys(turn.head for turn in here))
         # the round with clocks in it is not one of those that are timed
-        times = {h: [ms for turn in here if turn.head == h and turn.parts is None for ms in turn.ms] for h in heads}
+        rounds = {h: [turn.ms for turn in here if turn.head == h and turn.parts is None] for h in heads}
+        times = {h: [ms for turn in rounds[h] for ms in turn] for h in heads}
         alone = {h: median(us for a in calls if (a.head, a.batch) == (h, batch) for us in a.us) for h in heads}
         cycle = {h: median(ms) for h, ms in times.items()}
         kappa = (cycle["full"] - cycle["null"]) / cycle["full"]
         for head in heads:
             nu = None if head == "null" else alone["full"] / alone[head]
+            low, high = _ratio_interval(rounds[head], rounds["full"])
             tokens = sum(turn.tokens for turn in here if turn.head == head)
             steps = sum(len(turn.ms) for turn in here if turn.head == head)
             rows.append(
@@ -160,6 +164,8 @@ def rows_of(shape: str, k: int, found: Sequence[Found]) -> list[CycleRow]:
                     kappa=round(kappa, 4),
                     nu=nu and round(nu, 3),
                     ratio=round(cycle[head] / cycle["full"], 4),
+                    ratio_low=round(low, 4),
+                    ratio_high=round(high, 4),
                     predicted_ratio=nu and round(least_ratio(kappa, nu), 4),
                     verify_ms=_part(here, head, "verify"),
                     body_ms=_part(here, head, "body"),
@@ -167,6 +173,16 @@ def rows_of(shape: str, k: int, found: Sequence[Found]) -> list[CycleRow]:
                 )
             )
     return rows
+
+
+def _ratio_interval(mine: Sequence[Sequence[float]], full: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95% of the ratio of medians, by drawing rounds of [rounds, cycles] anew, the same ones for both heads."""
+    ours, theirs = np.array(mine), np.array(full)
+
+    def ratio(drawn: np.ndarray) -> np.ndarray:
+        return np.median(ours[drawn], axis=(1, 2)) / np.median(theirs[drawn], axis=(1, 2))
+
+    return interval(len(ours), ratio)
 
 
 def _part(turns: Sequence[Turn], head: str, part: str) -> float | None:
@@ -180,7 +196,9 @@ def cycle(
     num_speculative_tokens: Annotated[str, typer.Option("-k", "--num-speculative-tokens", help="K.")] = "5",
     batches: Annotated[str, typer.Option(help="Requests at once.")] = "1",
     contexts: Annotated[str, typer.Option("--context", help="Tokens of each prompt.")] = "128",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every head; on a GPU engines of every head.")] = 5,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of every head; on a GPU engines of every head, 3 by default.")
+    ] = 3 if torch.cuda.is_available() else 15,
     cycles: Annotated[int, typer.Option(min=1, help="Timed cycles of a turn; 50 or more on a GPU.")] = 4,
     repeats: Annotated[int, typer.Option(min=3, help="Timed calls of each head alone.")] = 21,
     work_path: Annotated[Path, typer.Option(help="Keeps random drafters and the engines' logs.")] = Path("build/cycle"),
@@ -223,14 +241,15 @@ def _print(results: CycleResults) -> None:
     for (shape, k, batch, context), rows in groups.items():
         title = f"{shape}, K={k}, batch {batch}, context {context}: kappa {rows[0].kappa:.3f}"
         table = Table("head", title=title, title_justify="left")
-        for column in ("p20 ms", "p50 ms", "p80 ms", "K heads ms", "alone us", "x full", "eq. 4", "off"):
+        for column in ("p20 ms", "p50 ms", "p80 ms", "K heads ms", "alone us", "x full", "95%", "eq. 4", "off"):
             table.add_column(column, justify="right")
         for row in rows:
             predicted, off = "", ""
             if row.predicted_ratio is not None:
                 predicted, off = f"{row.predicted_ratio:.3f}", f"{100 * (row.ratio / row.predicted_ratio - 1):+.1f}%"
+            spread = f"{row.ratio_low:.3f}-{row.ratio_high:.3f}"
             times = (f"{ms:.1f}" for ms in (row.cycle_ms_p20, row.cycle_ms_p50, row.cycle_ms_p80, row.head_ms))
-            table.add_row(row.head, *times, f"{row.head_alone_us_p50:.0f}", f"{row.ratio:.3f}", predicted, off)
+            table.add_row(row.head, *times, f"{row.head_alone_us_p50:.0f}", f"{row.ratio:.3f}", spread, predicted, off)
         console.print(table)
     busy = sum(row.cycle_ms_p80 > _STEADY * row.cycle_ms_p20 for row in results.rows)
     if busy:

@@ -106,6 +106,8 @@ class CycleRow(_Record):
     kappa: float  # (cycle(full) - cycle(null)) / cycle(full), of this shape, K, batch and context
     nu: float | None  # head_alone_us_p50(full) / head_alone_us_p50; None for the constant id
     ratio: float  # cycle_ms_p50 / cycle_ms_p50(full)
+    ratio_low: float  # 95%, by drawing rounds anew, the same for both heads
+    ratio_high: float
     predicted_ratio: float | None  # 1 - kappa + kappa / nu: eq. 4 of arXiv 2605.10453 at equal acceptance
     # from one more round with clocks around the parts, where nothing is compiled: medians of a cycle
     verify_ms: float | None  # the target's forward pass and logits

@@ -198,7 +198,7 @@ def _decomposition(rows: Sequence[CycleRow], where: str, tag: str) -> Section:
             f"{row.cycle_ms_p50:.1f}",
             f"{row.cycle_ms_p20:.1f}-{row.cycle_ms_p80:.1f}",
             f"{row.head_ms:.1f}",
-            _maybe(row.ratio, ".2f", "x"),
+            f"{row.ratio:.2f}x ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
             *(_maybe(ms, ".1f") for ms in (row.verify_ms, row.body_ms, row.wrapped_head_ms)),
         ]
         for row in rows
@@ -229,7 +229,7 @@ def _decomposition(rows: Sequence[CycleRow], where: str, tag: str) -> Section:
                 "cycle ms",
                 "p20-p80",
                 "heads ms",
-                "of full",
+                "of full (95%)",
                 "verify ms",
                 "body ms",
                 "heads ms, clocked",
@@ -455,7 +455,11 @@ def _tiles(material: Material) -> list[Tile]:
         best = min((row for row in cycles if row.batch == first), key=lambda row: row.ratio or 1)
         where = f"{best.shape}, K={best.num_speculative_tokens}, batch {best.batch}"
         tiles.append(
-            Tile(f"{figures.measured(best):.2f}x", f"as fast a cycle as the full head's: {best.head} ({where})")
+            Tile(
+                f"{figures.measured(best):.2f}x",
+                f"as fast a cycle as the full head's, 95%: {1 / best.ratio_high:.2f} to {1 / best.ratio_low:.2f}: "
+                f"{best.head} ({where})",
+            )
         )
         judged = [row for row in cycles if row.predicted_ratio]
         inside = sum(not figures.off_the_line(row) for row in judged)
