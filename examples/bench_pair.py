@@ -6,7 +6,7 @@ The target of tiny_target.py at twice the width, a dense drafter for it, and the
 each served by vLLM over the same held-out prompts. A part that is done stays done: stop it when you like and run it
 again. `--only target`, `drafter` or `states` ends there.
 
-Expected output: the table of convert_and_serve.py. Not yet run to its end.
+Expected output: the table of convert_and_serve.py, and "all answers are the target's own".
 """
 
 import argparse
@@ -31,8 +31,8 @@ HEAD_STEPS, JOINT_STEPS = 400, 150
 WAYS = (
     "weighted",
     "weighted + distilled head",
-    "weighted + distilled head, then jointly on more",
     "weighted + rerank 16",
+    "weighted + rerank 64",
 )
 
 

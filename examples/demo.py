@@ -5,7 +5,7 @@ plugin, and asked through the official OpenAI client. The same requests go to th
 answer must be the same, token for token.
 
 Expected output (2 CPU cores, 10 to 15 minutes the first time, 2 minutes with the trained pair at hand): a few
-completions, acceptance length about 2 at K=3, "64 of 64 answers identical", and build/demo/result.json.
+completions, an acceptance length above 2 at K=3, "all of 64" answers equal, and build/demo/result.json.
 """
 
 import json

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_slimspec.convert import distil as module
-from vllm_slimspec.convert.distil import LOSSES, Recipe, distil
+from vllm_slimspec.convert.distil import LOSSES, Recipe, Samples, distil
 from vllm_slimspec.convert.factorise import factorise
 
 V, D, R = 300, 32, 4
@@ -17,15 +17,17 @@ def problem():
     torch.manual_seed(0)
     dense = torch.randn(V, D)
     states = torch.randn(3000, D) * torch.logspace(0, -1.5, D)
-    train, held_out = states[:2000], states[2000:]
+    token = (states @ dense.T).argmax(-1)  # a target that this head drafts for perfectly
+    token[::5] = -1
+    train, held_out = Samples(states[:2000], token[:2000]), Samples(states[2000:], token[2000:])
     return dense, factorise(dense, R), train, held_out
 
 
 def mean_loss(problem, factors, name):
     dense, _, _, held_out = problem
     down, up = factors
-    p, q = (held_out @ dense.T).log_softmax(-1), (held_out @ down.T @ up.T).log_softmax(-1)
-    return float(LOSSES[name](p, q).mean())
+    exact, ours = held_out.hidden @ dense.T, held_out.hidden @ down.T @ up.T
+    return float(LOSSES[name](exact, ours, held_out.token).mean())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -40,20 +42,37 @@ def test_it_lowers_its_loss(problem, loss):
 def test_losses_against_their_formulas():
     """Catches: p and q swapped; a weight with a gradient of its own."""
     torch.manual_seed(0)
-    p, q = torch.randn(2, 3, 11).log_softmax(-1)
+    exact, ours = torch.randn(2, 3, 11)
+    token = torch.tensor([4, -1, 0])
+    p, q = exact.log_softmax(-1), ours.log_softmax(-1)
     alpha = torch.minimum(p.exp(), q.exp()).sum(-1)
     kl = (p.exp() * (p - q)).sum(-1)
-    torch.testing.assert_close(LOSSES["kl"](p, q), kl)
-    torch.testing.assert_close(LOSSES["nla"](p, q), -alpha.log())
+    torch.testing.assert_close(LOSSES["kl"](exact, ours, token), kl)
+    torch.testing.assert_close(LOSSES["nla"](exact, ours, token), -alpha.log())
     weight = torch.exp(-3 * alpha)
-    torch.testing.assert_close(LOSSES["lk_hybrid"](p, q), weight * kl + (1 - weight) * (1 - alpha))
+    torch.testing.assert_close(LOSSES["lk_hybrid"](exact, ours, token), weight * kl + (1 - weight) * (1 - alpha))
+    wanted, found = (2 * exact).softmax(-1), (2 * ours).log_softmax(-1)
+    wanted[0] = 0.5 * wanted[0] + 0.5 * torch.eye(11)[4]
+    wanted[2] = 0.5 * wanted[2] + 0.5 * torch.eye(11)[0]  # the second row's token is not known
+    torch.testing.assert_close(LOSSES["greedy"](exact, ours, token), (wanted * (wanted.log() - found)).sum(-1))
+
+
+def test_greedy_spends_the_rank_on_the_best_token(problem):
+    """Catches: a loss that preserves the distribution under the name of one for the best token; ids of others."""
+    dense, factors, train, held_out = problem
+    agreement = {}
+    for loss in ("kl", "greedy"):
+        down, up = distil(dense, factors, train, held_out, Recipe(100, loss, batch=256))
+        best = (held_out.hidden @ dense.T).argmax(-1)
+        agreement[loss] = float(((held_out.hidden @ down.T @ up.T).argmax(-1) == best).double().mean())
+    assert agreement["greedy"] > agreement["kl"] + 0.02
 
 
 def test_what_is_kept_was_never_worse(problem):
     """Catches: the last factors returned instead of the best."""
     dense, factors, train, held_out = problem
     spoilt = distil(dense, factors, train, held_out, Recipe(50, lr=30.0, batch=64))
-    assert mean_loss(problem, spoilt, "kl") <= mean_loss(problem, factors, "kl")
+    assert mean_loss(problem, spoilt, "greedy") <= mean_loss(problem, factors, "greedy")
 
 
 def test_chunks_change_nothing(problem, monkeypatch):

@@ -22,7 +22,7 @@ from vllm_slimspec.convert import collect as module
 from vllm_slimspec.convert import distil as distil_module
 from vllm_slimspec.convert import states
 from vllm_slimspec.convert.cli import convert as command
-from vllm_slimspec.convert.distil import Recipe, distil
+from vllm_slimspec.convert.distil import Recipe, Samples, distil
 from vllm_slimspec.convert.evaluate import Factors
 from vllm_slimspec.convert.factorise import factorise
 from vllm_slimspec.convert.run import Options, convert
@@ -103,7 +103,8 @@ def _distil(watch: Watch | None, checkpoint: Path) -> Factors:
         watch.over(Path, "replace")
         watch.over(os, "fsync")
     with patch.object(distil_module, "_EVERY", 2):
-        return distil(dense, factorise(dense, 3), hidden[:150], hidden[150:], Recipe(4, batch=16), checkpoint)
+        samples = [Samples(part, torch.full((len(part),), -1)) for part in (hidden[:150], hidden[150:])]
+        return distil(dense, factorise(dense, 3), *samples, Recipe(4, batch=16), checkpoint)
 
 
 def _child(work, kill_at: int, log: str, *arguments) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm_slimspec.convert.evaluate import Evaluation
     from vllm_slimspec.convert.run import Outcome
 
-EXAMPLE = """Example: slimspec convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --target meta-llama/Llama-3.1-8B-Instruct
+EXAMPLE = """Example: slimspec convert DENSE_DRAFTER --target meta-llama/Llama-3.1-8B-Instruct
 --calibration prompts.jsonl --rerank 16 --output-path slim"""
 
 
@@ -24,6 +24,7 @@ class _Head(StrEnum):
 
 
 class _Loss(StrEnum):
+    GREEDY = "greedy"
     KL = "kl"
     NLA = "nla"
     LK_HYBRID = "lk_hybrid"
@@ -69,7 +70,9 @@ def convert(
     joint_steps: Annotated[
         int, typer.Option(min=0, help="Then, steps of training: head, fc and layer together, by speculators' trainer.")
     ] = 0,
-    loss: Annotated[_Loss, typer.Option(help="Of both.")] = _Loss.KL,
+    loss: Annotated[
+        _Loss, typer.Option(help="Of both: greedy for the best token, as vLLM drafts; the others for sampled drafts.")
+    ] = _Loss.GREEDY,
     lr: Annotated[float, typer.Option(help="Of the head alone, in units of the factors' size.")] = 0.05,
     joint_lr: Annotated[float, typer.Option(help="Of training together.")] = 4e-4,
     seed: Annotated[int, typer.Option(help="Of both.")] = 0,

@@ -1,18 +1,25 @@
 """Head-only distillation: the factors learn the dense head's distribution on recorded states; the body stays.
 
-The losses are those of draft training (arXiv 2602.23881), with p the dense head's softmax and q the low-rank one's:
+Three losses are those of draft training (arXiv 2602.23881), with p the dense head's softmax and q the low-rank one's:
 
     kl          KL(p || q)
     nla         -log alpha, alpha = sum over tokens of min(p, q)
     lk_hybrid   w KL(p || q) + (1 - w) (1 - alpha), w = exp(-3 alpha) without gradient
+
+They preserve the distribution, which is what probabilistic drafting samples from. vLLM drafts the best token unless
+told otherwise, and a low-rank head has no rank to spare for the order of tokens that are never drafted:
+
+    greedy      KL(t || q2), t half the dense head's softmax at temperature 1/2 and half the target's own greedy token
+                at this place, q2 the low-rank softmax at temperature 1/2; without the half whose token is not known
 
 Which states a step sees depends on the seed and the step alone, so a run that was stopped goes on as if it had not
 been.
 Letters: N states, D hidden size, R rank, V draft vocabulary.
 """
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,11 +30,13 @@ from tqdm import tqdm
 
 from vllm_slimspec.convert.evaluate import Factors
 
-Loss = Literal["kl", "nla", "lk_hybrid"]
+Loss = Literal["greedy", "kl", "nla", "lk_hybrid"]
 
 _LOGITS = 2**25  # at once: 128 MiB in float32, of which a step holds about eight
 _EVERY = 25  # steps between two looks at the held-out states, and between two checkpoints
 _ETA = 3.0
+_SHARPNESS = 2.0  # 1 / temperature; the sharper, the less of the rank goes to tokens that are never drafted
+_OWN = 0.5  # share of the target's own token: alone it would teach nothing of the states that were not recorded
 
 
 @dataclass(frozen=True)
@@ -35,17 +44,32 @@ class Recipe:
     """How to distil; two runs with the same recipe on the same states give the same factors."""
 
     steps: int
-    loss: Loss = "kl"
+    loss: Loss = "greedy"
     lr: float = 0.05  # in units of the factors' root mean square, which factorise makes the same for both
     batch: int = 512
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Head states to learn from."""
+
+    hidden: torch.Tensor  # [N, D]; may stay on the CPU
+    token: torch.Tensor  # int64 [N]: the draft id of the target's own greedy token there, -1 where it has none
+
+    def __getitem__(self, rows: torch.Tensor) -> "Samples":
+        return Samples(self.hidden[rows], self.token[rows])
+
+    def chunks(self, size: int) -> Iterator["Samples"]:
+        """In order, ``size`` at a time."""
+        return map(Samples, self.hidden.split(size), self.token.split(size))
+
+
 def distil(
     dense: torch.Tensor,
     factors: Factors,
-    states: torch.Tensor,
-    held_out: torch.Tensor,
+    states: Samples,
+    held_out: Samples,
     recipe: Recipe,
     checkpoint: Path | None = None,
 ) -> Factors:
@@ -54,8 +78,8 @@ def distil(
     Args:
         dense: [V, D], the teacher; its device is where everything runs.
         factors: down [R, D] and up [V, R] to start from.
-        states: [N, D] to train on; may stay on the CPU.
-        held_out: [M, D] to choose by.
+        states: to train on.
+        held_out: to choose by.
         recipe: steps, loss and the rest.
         checkpoint: where the run is kept every 25 steps and resumed from.
 
@@ -85,9 +109,9 @@ def distil(
     progress = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="Distilling", disable=None)
     for step in progress:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        chosen = torch.randint(len(states), (recipe.batch,), generator=generator)
-        for hidden in states[chosen].split(_chunk(dense)):
-            (_losses(dense, weights, hidden, loss).sum() / recipe.batch).backward()
+        chosen = torch.randint(len(states.hidden), (recipe.batch,), generator=generator)
+        for samples in states[chosen].chunks(_chunk(dense)):
+            (_losses(dense, weights, samples, loss).sum() / recipe.batch).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -115,43 +139,64 @@ def distil(
     return down, up
 
 
-def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of log-probabilities [B, V] -> [B]."""
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+def kl(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """KL of the low-rank head from the dense one, of scores [B, V] -> [B]."""
+    return _kl(exact.log_softmax(-1), ours.log_softmax(-1))
 
 
-def nla(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """-log of the overlap of log-probabilities [B, V] -> [B]."""
-    return -_overlap(p, q).log()
+def nla(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """-log of the overlap of two heads, of scores [B, V] -> [B]."""
+    return -_overlap(exact.log_softmax(-1), ours.log_softmax(-1)).log()
 
 
-def lk_hybrid(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL where the overlap of log-probabilities [B, V] is small, total variation where it is large -> [B]."""
+def lk_hybrid(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """KL where the overlap of two heads is small, total variation where it is large, of scores [B, V] -> [B]."""
+    p, q = exact.log_softmax(-1), ours.log_softmax(-1)
     overlap = _overlap(p, q)
     weight = torch.exp(-_ETA * overlap.detach())
-    return weight * kl(p, q) + (1 - weight) * (1 - overlap)
+    return weight * _kl(p, q) + (1 - weight) * (1 - overlap)
 
 
-LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"kl": kl, "nla": nla, "lk_hybrid": lk_hybrid}
+def greedy(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """KL from the sharpened dense head and the target's own token (int64 [B], or -1), of scores [B, V] -> [B]."""
+    p, q = (_SHARPNESS * exact).log_softmax(-1), (_SHARPNESS * ours).log_softmax(-1)
+    known = (token >= 0).nonzero()[:, 0]
+    mixed = p[known] + math.log1p(-_OWN)
+    own = token[known, None]
+    mixed.scatter_(1, own, torch.logaddexp(mixed.gather(1, own), mixed.new_tensor(math.log(_OWN))))
+    return _kl(p.index_copy(0, known, mixed), q)
+
+
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "greedy": greedy,
+    "kl": kl,
+    "nla": nla,
+    "lk_hybrid": lk_hybrid,
+}
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of log-probabilities [B, V] -> [B]."""
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
 def _overlap(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.minimum(p, q).exp().sum(-1)
 
 
-def _losses(dense: torch.Tensor, weights: list[torch.Tensor], hidden: torch.Tensor, loss: Callable) -> torch.Tensor:
-    """The loss of each state [B, D] -> [B], in float32 but for the dense head, which is what it is in service."""
+def _losses(dense: torch.Tensor, weights: list[torch.Tensor], samples: Samples, loss: Callable) -> torch.Tensor:
+    """The loss of each state -> [B], in float32 but for the dense head, which is what it is in service."""
     down, up = weights
-    hidden = hidden.to(dense)
+    hidden, token = samples.hidden.to(dense), samples.token.to(dense.device)
     with torch.no_grad():
-        p = (hidden @ dense.T).float().log_softmax(-1)
-    return loss(p, (hidden.float() @ down.T @ up.T).log_softmax(-1))
+        exact = (hidden @ dense.T).float()
+    return loss(exact, hidden.float() @ down.T @ up.T, token)
 
 
 @torch.no_grad()
-def _mean_loss(dense: torch.Tensor, weights: list[torch.Tensor], states: torch.Tensor, loss: Callable) -> float:
-    chunks = states.split(_chunk(dense))
-    return sum(float(_losses(dense, weights, hidden, loss).sum()) for hidden in chunks) / len(states)
+def _mean_loss(dense: torch.Tensor, weights: list[torch.Tensor], states: Samples, loss: Callable) -> float:
+    chunks = states.chunks(_chunk(dense))
+    return sum(float(_losses(dense, weights, samples, loss).sum()) for samples in chunks) / len(states.hidden)
 
 
 def _chunk(dense: torch.Tensor) -> int:

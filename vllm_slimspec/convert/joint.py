@@ -28,7 +28,7 @@ class JointRecipe:
     """How to train on; what is not said here is as in :func:`vllm_slimspec.train.launch.fit`."""
 
     steps: int  # of the optimiser, each over total_seq_len tokens
-    loss: Loss = "kl"
+    loss: Loss = "greedy"
     lr: float = 4e-4
     seed: int = 0
     data: str | None = None  # a folder of `slimspec train states`; None: the recorded answers

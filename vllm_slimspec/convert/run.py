@@ -26,7 +26,7 @@ from vllm_slimspec.checkpoint import (
     write_checkpoint,
 )
 from vllm_slimspec.convert.card import card
-from vllm_slimspec.convert.distil import Recipe, distil
+from vllm_slimspec.convert.distil import Recipe, Samples, distil
 from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
 from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
 from vllm_slimspec.convert.joint import JointRecipe, train_jointly
@@ -138,11 +138,18 @@ class Conversion:
     def distil(self, factors: Factors, recipe: Recipe) -> Factors:
         """The factors after head-only distillation on the states that are not held out."""
         assert self.states is not None
-        hidden = self.states.sample(False, _DISTIL_STATES).hidden
+        rows = self.states.sample(False, _DISTIL_STATES)
+        token = torch.full((len(rows),), -1)
+        if rows.next_token is not None:
+            draft_ids = torch.full((self.drafter.config["vocab_size"] + 1,), -1)  # the last: of an unknown token, -1
+            ids = torch.arange(len(self.dense)) if self.drafter.ids is None else self.drafter.ids
+            draft_ids[ids] = torch.arange(len(ids))
+            token = draft_ids[rows.next_token]
         # What is kept is chosen on the last tenth: the held-out states stay unseen until they measure the result.
-        cut = len(hidden) * 9 // 10
+        cut = len(rows) * 9 // 10
+        learn, choose = Samples(rows.hidden[:cut], token[:cut]), Samples(rows.hidden[cut:], token[cut:])
         checkpoint = self.options.run / f"distil-{self._key(factors, recipe)}.pt"
-        return distil(self.dense, factors, hidden[:cut], hidden[cut:], recipe, checkpoint)
+        return distil(self.dense, factors, learn, choose, recipe, checkpoint)
 
     def train_jointly(self, factors: Factors, recipe: JointRecipe) -> Factors:
         """The factors after training with fc and layer, whose drafter takes the place of the one that came.

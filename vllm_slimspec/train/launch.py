@@ -54,7 +54,12 @@ RECIPE: Mapping[str, Any] = {
     "checkpoint_freq": 0.1,  # of an epoch: so much is done again after a kill, at the most
     "max_consecutive_generation_failures": 1,  # speculators would go on without the documents that a server lost
 }
-LOSSES = {"kl": "kl_div", "nla": "nla", "lk_hybrid": "lk_hybrid"}
+LOSSES = {
+    "kl": "kl_div",
+    "nla": "nla",
+    "lk_hybrid": "lk_hybrid",
+    "greedy": '{"ce": 0.5, "kl_div": 0.5}',  # ce is of the target's best token
+}
 # What makes a run another run: a checkpoint of one is not resumed with another.
 _IDENTITY = (
     "verifier_name_or_path",
