@@ -8,6 +8,7 @@
 # make gpu        on a GPU: the kernels checked there, their tilings tuned, every head timed
 # make test-compat VLLM=0.28.0   the plugin and engine tests on another vLLM
 # make soak   ten minutes of load on a served drafter, every answer compared with the target's
+# make documents   the figures of README.md and docs/, out of docs/results
 # make dist-check   wheel and sdist, built twice, installed into clean environments
 #
 # Everything runs in .venv, which is made on first use. With a CUDA vLLM already installed, use it instead:
@@ -20,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-engine test-compat soak dist-check lint clean compare ablation bench-pair report-check gpu
+.PHONY: help install demo test test-unit test-engine test-compat soak documents dist-check lint clean compare ablation bench-pair report-check gpu
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -69,14 +70,18 @@ test-engine: install
 test-compat: install
 	@test -n "$(VLLM)" || { echo "usage: make test-compat VLLM=0.28.0"; exit 2; }
 	$(PY) tests/compat_run.py $(VLLM) --json docs/results/versions.json
-	$(PY) tests/reliability.py
+	$(PY) tests/documents.py
 
 soak: install
 	$(PY) tests/soak.py --seconds 600 --json docs/results/soak.json
-	$(PY) tests/reliability.py
+	$(PY) tests/documents.py
+
+documents: install
+	$(PY) tests/documents.py
 
 dist-check: install
-	$(PY) tests/dist_check.py
+	$(PY) tests/dist_check.py --json docs/results/dist.json
+	$(PY) tests/documents.py
 
 # Writes kernels/tuned/DEVICE.json and docs/results/head-gpu.json: commit both.
 gpu: install

@@ -123,6 +123,13 @@ def other_vllm(place: Path) -> Path:
     return wheel
 
 
+def requirements(wheel: Path) -> list[str]:
+    """What the wheel needs without extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+    return [line for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.M) if "extra ==" not in line]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write what was found here")
@@ -159,14 +166,16 @@ def main() -> None:
         print(f"from the sdist: the same {len(packed[0])} files")
 
         taken = environment(place / "taken")
-        pip_install(taken, other_vllm(place), "packaging")
+        # The oldest of each that is allowed: pip has something to upgrade, and no reason to.
+        oldest = [line.replace(">=", "==") for line in requirements(wheel)]
+        pip_install(taken, other_vllm(place), *oldest)
         before = hashes(site(taken))
         pip_install(taken, wheel)
         after = hashes(site(taken))
         changed = [file for file, sha in before.items() if after.get(file) != sha]
         if changed:
             sys.exit(f"error: installing beside vLLM {OTHER_VLLM} changed {changed}")
-        print(f"beside another vLLM ({OTHER_VLLM}): none of its {len(before)} files changed")
+        print(f"beside another vLLM ({OTHER_VLLM}) and the oldest dependencies: none of {len(before)} files changed")
 
     if arguments.json:
         rows = [{"dependency": n, "version": v, "licence": licence} for n, (v, licence) in sorted(brought.items())]

@@ -2,7 +2,8 @@
 
     python tests/soak.py --seconds 600 --json docs/results/soak.json      (`make soak`)
 
-The target alone answers every prompt once. Then it is served with its drafter, with a key-value cache so small that
+The target alone answers every prompt once, and is then loaded for two fifths of the time, to see what its own memory
+does. Then it is served with its drafter, with a key-value cache so small that
 requests are preempted, prefix caching and chunked prefill, and clients ask without a pause: plain and streamed, of any
 length, with stop strings, for one token, and hanging up in the middle. All in float32 and greedy, so each answer must
 be the target's own; where two differ, the target must have hardly preferred its own token (a log-probability gap below
@@ -36,7 +37,8 @@ K = 3
 CLIENTS = 32
 PROMPTS, LONGEST_PROMPT, LONGEST_ANSWER = 256, 160, 64  # tokens
 NEAR_TIE, NEAR_TIES_ALLOWED = 1e-4, 1e-4  # log-probability; share of the tokens
-# MB a minute, of runs long enough to see it: at first vLLM and its libraries keep one more buffer for each new shape.
+# MB a minute more than the target alone, of runs long enough to see it: at first vLLM and its libraries keep one more
+# buffer for each new shape.
 FLAT, LONG = 10, 240
 KINDS = {"plain": 6, "streamed": 4, "stop string": 3, "one token": 2, "hung up": 3}
 MODEL = "soak"
@@ -98,6 +100,7 @@ class Soak(Results):
     prefix_cache_hits: int  # tokens
     acceptance_length: float
     memory: dict[str, "Memory"]  # by process: the server in front, the engine, the workers that hold the models
+    memory_alone: dict[str, "Memory"]  # without a drafter, under the same clients
     left_running: int  # requests that the server still had when no client asked any more
     left_processes: int
 
@@ -216,8 +219,8 @@ async def load(
     assert server.process is not None
     processes = {"server": psutil.Process(server.process.pid)}
     for process in family(server.process.pid):
-        if (name := " ".join(process.cmdline()).strip()).startswith("VLLM::"):
-            processes[name.removeprefix("VLLM::")] = process
+        if (name := " ".join(process.cmdline())).startswith("VLLM::"):
+            processes[name.removeprefix("VLLM::").strip()] = process
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
 
     async def client_loop(client: openai.AsyncOpenAI, seed: int) -> None:
@@ -284,17 +287,20 @@ def soak(target: Path, drafter: Path, seeds: list[list[int]], seconds: float, wo
     prompts = make_prompts(seeds)
     with Server(target, OPTIONS, log=work / "alone.log", env=ENVIRONMENT) as server:
         answers = asyncio.run(reference(server, prompts))
+        alone, memory_alone = asyncio.run(load(server, prompts, answers, seconds * 2 / 5))
     speculative = json.dumps({"method": "eagle3", "model": str(drafter), "num_speculative_tokens": K})
     arguments = [*OPTIONS, *CACHE, "--speculative-config", speculative]
     with Server(target, arguments, log=work / "drafted.log", env=ENVIRONMENT) as server:
         assert server.process is not None
         asyncio.run(load(server, prompts, answers, min(seconds / 5, 30)))  # buffers grow to their size
         start = time.monotonic()
-        tally, memory = asyncio.run(load(server, prompts, answers, seconds))
+        tally, memory = asyncio.run(load(server, prompts, answers, seconds * 3 / 5))
         seconds = time.monotonic() - start
         left, acceptance, numbers = drained(server), from_server(server.url), counters(server)
         processes = family(server.process.pid)
     _, left_processes = psutil.wait_procs(processes, timeout=10)
+    tally.wrong += [f"without a drafter: {words}" for words in alone.wrong]
+    tally.errors += [f"without a drafter: {words}" for words in alone.errors]
     for problem in [*tally.wrong[:20], *tally.errors[:20]]:
         print(problem, file=sys.stderr)
     return Soak(
@@ -311,9 +317,16 @@ def soak(target: Path, drafter: Path, seeds: list[list[int]], seconds: float, wo
         prefix_cache_hits=int(numbers["vllm:prefix_cache_hits_total"]),
         acceptance_length=acceptance.length,
         memory=memory,
+        memory_alone=memory_alone,
         left_running=left,
         left_processes=len(left_processes),
     )
+
+
+def growth(result: Soak, name: str) -> float:
+    """MB a minute that a process grows by, more than it does under the target alone."""
+    alone = result.memory_alone[name].slope_per_minute if name in result.memory_alone else 0.0
+    return result.memory[name].slope_per_minute - max(alone, 0.0)
 
 
 def failures(result: Soak) -> list[str]:
@@ -330,10 +343,10 @@ def failures(result: Soak) -> list[str]:
             (set(result.requests) != set(KINDS), f"only {sorted(result.requests)} were asked"),
             *(
                 (
-                    result.seconds >= LONG and memory.slope_per_minute > FLAT,
-                    f"the memory of the {name} grows {memory.slope_per_minute:.1f} MB a minute",
+                    result.seconds >= LONG and growth(result, name) > FLAT,
+                    f"the memory of the {name} grows {growth(result, name):.1f} MB a minute more than without drafter",
                 )
-                for name, memory in result.memory.items()
+                for name in result.memory
             ),
             (result.left_running > 0, f"{result.left_running} requests were left"),
             (result.left_processes > 0, f"{result.left_processes} processes were left"),
@@ -360,10 +373,10 @@ def main() -> None:
     arguments = parser.parse_args()
     result = soak(*pair_in(arguments.pair), arguments.seconds, arguments.pair.parent)
     print(result.model_dump_json(indent=1, by_alias=True))
-    if arguments.json:
-        result.write(arguments.json)
     if words := failures(result):
         sys.exit(f"error: {'; '.join(words)}")
+    if arguments.json:
+        result.write(arguments.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_slimspec import ops
-from vllm_slimspec.cpu import INT4_ROWS, INT8_ROWS, PackedFactor
+from vllm_slimspec.cpu import INTEGER_ROWS, PackedFactor
 from vllm_slimspec.quantized import GROUP_SIZES, KINDS, QuantizedUp, pad_rank, quantize_up
 
 STEPS = {"fp8": 2**-4, "int8": 0.51 / 127, "int4": 0.54 / 7.5}
@@ -81,7 +81,7 @@ def test_packed_head(batch, vocab, rank, kind, group_size, dtype):
     assert ((logits.float() - z @ weight.T).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("batch", [1, INT8_ROWS, INT4_ROWS, 9])
+@pytest.mark.parametrize("batch", [1, INTEGER_ROWS, 9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_top_1_agrees_with_the_dequantised_factor(kind, batch):
     """A quantised head that drafts another token than its factor does, by more than the rounding of a score."""
@@ -99,9 +99,9 @@ def test_both_forms_of_a_quantised_factor_are_used():
     """A crossover that is never taken: the integer kernel and bfloat16 round differently, so they can be told apart."""
     _, _, up = head(1, 4000, 128)
     packed = PackedFactor(quantize_up(up, "int8"), torch.bfloat16)
-    z = torch.randn(INT8_ROWS + 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert not torch.equal(packed(z[:INT8_ROWS]), packed(z)[:INT8_ROWS])
-    assert torch.equal(packed(z[:1]), packed(z[:INT8_ROWS])[:1])
+    z = torch.randn(INTEGER_ROWS + 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert not torch.equal(packed(z[:INTEGER_ROWS]), packed(z)[:INTEGER_ROWS])
+    assert torch.equal(packed(z[:1]), packed(z[:INTEGER_ROWS])[:1])
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def _result(**changes):
         "prefix_cache_hits": 1,
         "acceptance_length": 2.0,
         "memory": {"engine": {"start": 1, "end": 1, "slope_per_minute": 0}},
+        "memory_alone": {"engine": {"start": 1, "end": 1, "slope_per_minute": 0}},
         "left_running": 0,
         "left_processes": 0,
     }
@@ -73,6 +74,15 @@ def test_failures(change):
     """Catches: a count that nobody looks at."""
     assert soak.failures(_result()) == []
     assert len(soak.failures(_result(**change))) == 1
+
+
+def test_memory_that_the_target_alone_takes():
+    """Catches: vLLM's own growth blamed on the drafter, or the drafter's excused by it."""
+    grows = {"engine": {"start": 1, "end": 9, "slope_per_minute": soak.FLAT + 5}}
+    less = {"engine": {"start": 1, "end": 9, "slope_per_minute": 4}}
+    more = {"engine": {"start": 1, "end": 9, "slope_per_minute": 6}}
+    assert len(soak.failures(_result(memory=grows, memory_alone=less))) == 1
+    assert soak.failures(_result(memory=grows, memory_alone=more)) == []
 
 
 def test_prompts():

@@ -3,8 +3,8 @@
 A bfloat16 factor is reordered by oneDNN, which then reads it at memory speed (the row-major one it does not). A
 quantised `up` keeps two forms: the ATen kernel for weight-only integers, which wins for the few rows of a small batch
 because it reads fewer bytes, and beside it the dequantised bfloat16 one, which wins from then on because its
-arithmetic is faster. The constants below are where; `slimspec bench head --tune` on a CPU measures both forms.
-Reading V in tiles was measured too and lost at every batch: a call per tile costs more than the logits' cache misses.
+arithmetic is faster: both integer kernels take rows four at a time, and the fifth is one too many
+(docs/results/crossover-cpu.json, by `slimspec bench head --tune`).
 """
 
 from typing import NamedTuple
@@ -15,11 +15,8 @@ from torch import Tensor
 
 from vllm_slimspec.quantized import QuantizedUp
 
-INT8_ROWS = 4
-"""Up to this many rows ``_weight_int8pack_mm`` beats bfloat16."""
-
-INT4_ROWS = 6
-"""Up to this many rows ``_weight_int4pack_mm_for_cpu`` beats bfloat16."""
+INTEGER_ROWS = 4
+"""Up to this many rows the kernels for weight-only integers beat bfloat16."""
 
 RANK_MULTIPLE = 32
 """What the integer kernels want R to be a multiple of (the int8 one crashes on anything but a multiple of 16)."""
@@ -57,7 +54,8 @@ class PackedFactor:
         self._scale: Tensor | None = None  # [N]
         if isinstance(factor, QuantizedUp):
             if dtype == torch.bfloat16:
-                self.integer_rows, self._small = _integer_form(factor)
+                self._small = _integer_form(factor)
+                self.integer_rows = INTEGER_ROWS if self._small else 0
             if dtype == torch.bfloat16 and factor.group_size is None:
                 # every entry is a bfloat16 number, its product with the scale is not
                 self._scale = factor.scale.squeeze(1).to(dtype)
@@ -80,20 +78,20 @@ class PackedFactor:
         return product if self._scale is None else product.mul_(self._scale)
 
 
-def _integer_form(up: QuantizedUp) -> tuple[int, _Int8 | _Int4 | None]:
+def _integer_form(up: QuantizedUp) -> _Int8 | _Int4 | None:
     rows, rank = up.shape
     if rank % RANK_MULTIPLE:
-        return 0, None
+        return None
     if up.kind == "int8" and up.group_size is None:
-        return INT8_ROWS, _Int8(up.weight, up.scale.squeeze(1).bfloat16())
+        return _Int8(up.weight, up.scale.squeeze(1).bfloat16())
     if up.kind == "int4":
         group_size = up.group_size or next(size for size in _INT4_GROUPS if rank % size == 0)
         padding = -rows % _INT4_ENTRIES
         nibbles = F.pad(up.integers() + 8, (0, 0, 0, padding)).int()
         weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
         scale = F.pad(up.scale, (0, 0, 0, padding)).bfloat16().T.expand(rank // group_size, -1)
-        return INT4_ROWS, _Int4(weight, torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous(), group_size)
-    return 0, None
+        return _Int4(weight, torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous(), group_size)
+    return None
 
 
 def _onednn_takes_bfloat16() -> bool:

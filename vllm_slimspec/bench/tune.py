@@ -109,7 +109,7 @@ def _gemm_rows(
 
 
 def crossovers(shapes: Sequence[str], repeats: int = 21, tick: Callable[[], None] = lambda: None) -> CrossoverResults:
-    """Time both forms that a CPU keeps of a quantised `up`: what ``INT8_ROWS`` and ``INT4_ROWS`` rest on."""
+    """Time both forms that a CPU keeps of a quantised `up`: what ``INTEGER_ROWS`` rests on."""
     device = torch.device("cpu")
     clock = Clock(device)
     rows = []

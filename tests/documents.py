@@ -1,0 +1,289 @@
+"""The figures in README.md and docs/, out of the JSON that the commands beside them wrote.
+
+    python tests/documents.py        (`make documents`)
+
+A figure stands between ``<!-- name: begin -->`` and ``<!-- name: end -->``; a test holds that no hand changed it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_slimspec.bench.head import roofline_page
+from vllm_slimspec.bench.parts import parts_section
+from vllm_slimspec.bench.results import HeadResults, PartResults
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+# As a reader of the README knows them; the others stay in the JSON.
+HEADS = {
+    "null": "no head at all: the floor",
+    "full": "full vocabulary, vLLM's own",
+    "full-int8": "full vocabulary in int8",
+    "trim-32k-scatter": "32k tokens, as vLLM ships it",
+    "trim-32k": "32k tokens, `use_local_argmax_reduction`",
+    "spec-vocab": "SpecVocab, k = 2048",
+    "low-rank": "**low-rank**",
+    "low-rank-rerank": "**low-rank, 16 scored again**",
+    "low-rank-int8": "**low-rank, int8**",
+    "low-rank-int8-rerank": "**low-rank, int8, 16 scored again**",
+    "low-rank-int4": "**low-rank, int4**",
+}
+
+
+def claim(result: dict[str, Any]) -> list[str]:
+    """The first sentence of the README: int8 against the dense head repacked, alone, at batch 1."""
+    found = {
+        (row["shape"], row["head"]): row["p50_us"]
+        for row in result["rows"]
+        if row["batch"] == 1 and row["head"] in ("full-packed", "low-rank", "low-rank-int8")
+    }
+
+    def faster(shape: str, head: str) -> str:
+        return f"{found[shape, 'full-packed'] / found[shape, head]:.1f}x"
+
+    eight, one = "llama-3.1-8b", "llama-3.2-1b"
+    return [
+        f"On {result['threads']} CPU cores, at the shapes of Llama-3.1-8B and batch 1, the low-rank head drafts "
+        f"a token **{faster(eight, 'low-rank')}** as fast as the dense",
+        f"one, with `up` in int8 **{faster(eight, 'low-rank-int8')}**; at the shapes of Llama-3.2-1B "
+        f"{faster(one, 'low-rank')} and {faster(one, 'low-rank-int8')}.",
+    ]
+
+
+def cycle(result: dict[str, Any]) -> list[str]:
+    """Whole cycles at the first K, a column for each batch."""
+    k = result["rows"][0]["num_speculative_tokens"]
+    rows = {(r["head"], r["batch"]): r for r in result["rows"] if r["num_speculative_tokens"] == k}
+    batches = sorted({batch for _, batch in rows})
+    columns = [f"batch {b}, ms (p20 to p80) | x full (95%) | eq. 4" for b in batches]
+    lines = [f"| draft head, K = {k} | {' | '.join(columns)} |", "|---" * (1 + 3 * len(batches)) + "|"]
+    for head, words in HEADS.items():
+        cells = []
+        for batch in batches:
+            row = rows[head, batch]
+            cells += [
+                f"{row['cycle_ms_p50']:.0f} ({row['cycle_ms_p20']:.0f} to {row['cycle_ms_p80']:.0f})",
+                f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+                "" if row["predicted_ratio"] is None else f"{row['predicted_ratio']:.2f}",
+            ]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return lines
+
+
+def cycles(result: dict[str, Any]) -> list[str]:
+    """Every row: against the full head, against what vLLM ships, and how far from eq. 4."""
+    lines = []
+    for k, batch in dict.fromkeys((r["num_speculative_tokens"], r["batch"]) for r in result["rows"]):
+        rows = {r["head"]: r for r in result["rows"] if (r["num_speculative_tokens"], r["batch"]) == (k, batch)}
+        shipped = rows["trim-32k-scatter"]["cycle_ms_p50"]
+        lines += [
+            "",
+            f"K = {k}, batch {batch}, kappa {rows['full']['kappa']:.3f}:",
+            "",
+            "| head | cycle ms | K heads ms | alone ms | x full (95%) | x trim-32k-scatter | eq. 4 | off |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for head, row in rows.items():
+            predicted = row["predicted_ratio"]
+            eq4 = f"{predicted:.3f} | {row['ratio'] / predicted - 1:+.1%}" if predicted else " | "
+            lines.append(
+                f"| {head} | {row['cycle_ms_p50']:.1f} | {row['head_ms']:.1f} | {row['head_alone_us_p50'] / 1e3:.2f} "
+                f"| {row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f}) "
+                f"| {row['cycle_ms_p50'] / shipped:.3f} | {eq4} |"
+            )
+    return lines
+
+
+def acceptance(result: dict[str, Any]) -> list[str]:
+    """Acceptance lengths of all kinds of heads."""
+    k = result["rows"][0]["num_speculative_tokens"]
+    lines = [f"| head | rank | tokens | length (95%) | accepted at 1 to {k} | identical |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        rates = " ".join(f"{rate:.2f}" for rate in row["per_position"])
+        lines.append(
+            f"| {row['head']} | {row['rank'] or 'dense'} | {row['draft_vocab_size']} | {row['length']:.3f} "
+            f"({row['low']:.2f} to {row['high']:.2f}) | {rates} | {row['equal']} of {len(row['cycles'])} |"
+        )
+    return lines
+
+
+def conversions(result: dict[str, Any]) -> list[str]:
+    """A dense drafter converted in every way, in the engine."""
+    dense = next(row["length"] for row in result["rows"] if row["head"] == "dense")
+    lines = ["| head | acceptance length in vLLM | of dense | predicted from other states |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        predicted = f"{row['predicted']:.2f}" if row["predicted"] else "-"
+        lines.append(f"| {row['head']} | {row['length']:.2f} | {row['length'] / dense:.1%} | {predicted} |")
+    same = all(row["same"] for row in result["rows"])
+    return [*lines, "", f"Answers that are the target's own: {'all' if same else 'NOT ALL'}."]
+
+
+def real_size(result: dict[str, Any]) -> list[str]:
+    """A conversion at the size of an 8B model."""
+    (row,) = result["rows"]
+    return [
+        f"D = {row['D']}, V = {row['V']:,}, R = {row['R']}, bfloat16, {row['states']:,} states, on {result['device']}: "
+        f"{row['minutes']:.1f} minutes and",
+        f"{row['peak_gib']:.1f} GiB at most, measuring included.",
+    ]
+
+
+def ablation(result: dict[str, Any]) -> list[str]:
+    """What the rank costs."""
+    lines = [
+        "| head | kB | acceptance length | 95% over prompts | of dense | 95% | each seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in result["arms"]:
+        seeds = " ".join(f"{row['length']:.3f}" for row in result["rows"] if row["head"] == arm["head"])
+        lines.append(
+            f"| {arm['head']} | {arm['head_bytes'] / 1e3:.0f} | {arm['length']:.3f} ± {arm['std']:.3f} "
+            f"| {arm['low']:.3f} to {arm['high']:.3f} | {arm['of_dense']:.1%} "
+            f"| {arm['of_dense_low']:.1%} to {arm['of_dense_high']:.1%} | {seeds} |"
+        )
+    equal, asked = sum(row["equal"] for row in result["rows"]), len(result["rows"]) * result["prompts"]
+    return [*lines, "", f"{equal} of {asked} answers are the target's own; {result['steps']} steps a drafter."]
+
+
+def demo(result: dict[str, Any]) -> list[str]:
+    """What `make demo` found."""
+    head = result["head"]
+    rates = " ".join(f"{rate:.2f}" for rate in result["acceptance_per_position"])
+    return [
+        "| | |",
+        "|---|---|",
+        f"| answers equal to the target's own | {'all' if result['greedy_identical'] else 'NOT all'} "
+        f"of {result['requests']} |",
+        f"| acceptance length, K = {result['num_speculative_tokens']} "
+        f"| {result['acceptance_length']:.2f} tokens a cycle |",
+        f"| accepted at position 1, 2, ... | {rates} |",
+        f"| draft head | rank {head['rank']}, {head['bytes'] / 1e3:.0f} kB "
+        f"against {head['dense_bytes'] / 1e3:.0f} kB dense |",
+        f"| fused path | {'yes' if result['fused_path'] else 'no'} ({result['impl']}) |",
+    ]
+
+
+def hostile(result: dict[str, Any]) -> list[str]:
+    """Mutated checkpoints."""
+    counts: dict[str, list[int]] = {}
+    for row in result["rows"]:
+        several = " + " in row["mutation"]
+        count = counts.setdefault("two of them" if several else row["mutation"], [0, 0])
+        count[0] += row["accepted"]
+        count[1] += row["refused"]
+    rows = [f"| {name} | {accepted:,} | {refused:,} |" for name, (accepted, refused) in counts.items()]
+    return [
+        f"{result['cases']:,} mutated folders in {result['seconds']:.0f} s, {result['findings']} findings.",
+        "",
+        "| what was mutated | accepted: the damage does not matter | refused in one line |",
+        "|---|---|---|",
+        *rows,
+    ]
+
+
+def soak(result: dict[str, Any]) -> list[str]:
+    """The server under load."""
+    requests = sum(result["requests"].values())
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(result["requests"].items(), key=lambda kn: -kn[1]))
+    memory = [
+        f"| memory of the {name} process{words} | {m['start']:,.0f} MB, at the end {m['end']:,.0f} MB; "
+        f"slope of the second half {m['slope_per_minute']:+.2f} MB a minute |"
+        for words, of in (("", "memory"), (", target alone", "memory_alone"))
+        for name, m in result.get(of, {}).items()
+    ]
+    return [
+        "| | |",
+        "|---|---|",
+        f"| vLLM, duration, clients at once | {result['versions']['vllm']}, {result['seconds']:.0f} s, "
+        f"{result['clients']} |",
+        f"| requests served | {requests:,}: {kinds} |",
+        f"| tokens compared with the target's own | {result['tokens']:,} |",
+        f"| wrong answers | {result['wrong']} |",
+        f"| requests that got an error | {result['errors']} |",
+        f"| near ties (gap below 1e-4) | {result['near_ties']} |",
+        f"| preemptions | {result['preemptions']:,} |",
+        f"| tokens found in the prefix cache | {result['prefix_cache_hits']:,} |",
+        f"| acceptance length | {result['acceptance_length']:.2f} |",
+        *memory,
+        f"| requests left in the server at the end | {result['left_running']} |",
+        f"| processes left after it | {result['left_processes']} |",
+    ]
+
+
+def versions(result: dict[str, Any]) -> list[str]:
+    """vLLM versions, and how each was tested."""
+    out = ["| vLLM | how | tests passed | failed | skipped | command |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        command = f"`make test-compat VLLM={row['vllm']}`"
+        counts = [sum(file[key] for file in row["files"]) for key in ("passed", "failed", "skipped")]
+        numbers = " | ".join(map(str, counts)) if row["files"] else f"{row['symbols']} symbols found | 0 | "
+        how = "engines" if row["files"] else f"static: {row['why_static']}"
+        out.append(f"| {row['vllm']} | {how} | {numbers} | {command} |")
+    return out
+
+
+def dist(result: dict[str, Any]) -> list[str]:
+    """What a wheel brings along."""
+    rows = [f"| {r['dependency']} | {r['version']} | {r['licence']} |" for r in result["rows"]]
+    return ["| package | version | licence |", "|---|---|---|", *rows]
+
+
+DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]] = {
+    "README.md": {
+        "claim": ("head-cpu", claim),
+        "cycle": ("cycle-cpu", cycle),
+        "demo": ("demo", demo),
+    },
+    "docs/bench.md": {"cycles": ("cycle-cpu", cycles), "acceptance": ("acceptance-demo", acceptance)},
+    "docs/convert.md": {
+        "tiny": ("convert-tiny", conversions),
+        "real-size": ("convert-8b", real_size),
+        "bench-pair": ("convert-bench-pair", conversions),
+    },
+    "docs/training.md": {"ablation": ("ablation", ablation)},
+    "docs/reliability.md": {
+        "hostile": ("hostile", hostile),
+        "soak": ("soak", soak),
+        "versions": ("versions", versions),
+        "dist": ("dist", dist),
+    },
+}
+"""Document -> name of a figure -> the file in docs/results, and its lines."""
+
+
+def render(document: str, text: str) -> str:
+    """The document with every figure as its JSON has it.
+
+    Raises ValueError for a figure that the document has no place for.
+    """
+    for name, (result, lines_of) in DOCUMENTS[document].items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"{document}: no place for the figure {name}: add {begin} and {end}")
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        file = RESULTS / f"{result}.json"
+        lines = lines_of(json.loads(file.read_text())) if file.is_file() else ["Not measured yet."]
+        text = "\n".join([f"{head}{begin}", *lines, f"{end}{tail}"])
+    return text
+
+
+def roofline() -> str:
+    """docs/roofline.md, all of it."""
+    heads = HeadResults.model_validate_json((RESULTS / "head-cpu.json").read_text())
+    parts = PartResults.model_validate_json((RESULTS / "head-parts-cpu.json").read_text())
+    page = roofline_page(heads, "docs/results/head-cpu.json")
+    return f"{page}\n\n{parts_section(parts, 'docs/results/head-parts-cpu.json')}\n"
+
+
+def main() -> None:
+    for document in DOCUMENTS:
+        file = ROOT / document
+        file.write_text(render(document, file.read_text()))
+    (ROOT / "docs" / "roofline.md").write_text(roofline())
+
+
+if __name__ == "__main__":
+    main()
