@@ -31,6 +31,7 @@ HEAD_STEPS, JOINT_STEPS = 400, 150
 WAYS = (
     "weighted",
     "weighted + distilled head",
+    "weighted + distilled head, then jointly on more",
     "weighted + rerank 16",
     "weighted + rerank 64",
 )

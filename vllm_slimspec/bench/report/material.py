@@ -54,7 +54,7 @@ class LeftOut:
 
 
 def read(paths: Sequence[Path], *, mixed_devices: bool = False) -> tuple[list[Material], list[LeftOut]]:
-    """Read result files, grouped by device in the order in which they come.
+    """Read result files, grouped by device, the one with the most files first.
 
     Args:
         mixed_devices: whether several devices are allowed; each is reported for itself.
@@ -88,7 +88,7 @@ def read(paths: Sequence[Path], *, mixed_devices: bool = False) -> tuple[list[Ma
     if not groups:
         names = ", ".join(f"{file.path} ({file.kind})" for file in left_out) or "no files"
         raise ValueError(f"nothing to report in {names}; give files of kind {', '.join(_KINDS)}")
-    return list(groups.values()), left_out
+    return sorted(groups.values(), key=lambda group: -len(group.sources)), left_out
 
 
 def _kind(path: Path) -> tuple[str, str]:
