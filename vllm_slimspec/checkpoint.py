@@ -330,19 +330,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _json_object(file)
 
 
-def check_head(spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
+def check_head(
+    spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str, *, whole: bool = True
+) -> None:
     """Refuse a set of tensors whose head is not the one that ``spec`` describes.
 
     Args:
         spec: what config.json says.
         tensors: name -> (safetensors dtype, shape) of everything in the checkpoint.
         where: how errors name the checkpoint.
+        whole: False for an update of a head that is there: anything may be missing, but an `up` or its scale alone.
 
     Raises:
-        CheckpointError: a factor or d2t is missing, has another shape or dtype, or a dense head is there as well.
+        CheckpointError: a factor or d2t is missing, has another shape or dtype, or a dense head is there as well, or
+            anything else that calls itself an lm_head.
     """
+    quantised = UP in tensors and tensors[UP][0] not in _FLOATS
+    if not whole and quantised != (SCALE in tensors):
+        raise CheckpointError(
+            f"{where}: tensor {UP if quantised else SCALE} came without {SCALE if quantised else UP}; update them in "
+            f"one call, or send {UP} in floats"
+        )
     for name, (shape, axes, allowed) in _expected(spec, tensors).items():
         if name not in tensors:
+            if not whole:
+                continue
             raise CheckpointError(
                 f"{where}: tensor {name} is missing; a head of rank {spec.rank} needs {DOWN} and {UP}, {SCALE} if "
                 f"quantised and {DENSE} if it re-ranks by rows of its own (convert again)"
@@ -357,18 +369,20 @@ def check_head(spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]
             raise CheckpointError(
                 f"{where}: tensor {name} has dtype {dtype}, allowed are {', '.join(allowed)}; save it as one of these"
             )
+    if strays := sorted(n for n in tensors if "lm_head" in n and n not in (DOWN, UP, SCALE, DENSE)):
+        raise CheckpointError(f"{where}: tensor {strays[0]} is no part of a low-rank head; remove it")
     if DENSE in tensors and (spec.rerank is None or spec.rerank_rows == "target"):
         without = "without lm_head_rerank" if spec.rerank is None else 'with lm_head_rerank_rows="target"'
         raise CheckpointError(
             f"{where}: holds both the dense {DENSE} and the factors {DOWN}, {UP}, {without}; "
             "remove the one that is not meant"
         )
-    if SCALE in tensors and tensors[UP][0] in _FLOATS:
+    if SCALE in tensors and not quantised:
         raise CheckpointError(
             f"{where}: tensor {SCALE} is there but {UP} is not quantised ({tensors[UP][0]}); "
             "remove it, or store the quantised up and lm_head_quantization"
         )
-    if spec.truncated:
+    if spec.truncated and (whole or "d2t" in tensors):
         if "d2t" not in tensors:
             raise CheckpointError(
                 f"{where}: tensor d2t is missing, but draft_vocab_size={spec.draft_vocab_size} is below "

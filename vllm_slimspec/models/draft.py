@@ -1,5 +1,6 @@
 """What makes a vLLM EAGLE-3 draft model a SlimSpec one; the families add nothing but their base class."""
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,7 +14,6 @@ from vllm_slimspec import compat, ops
 from vllm_slimspec.checkpoint import (
     DENSE,
     DOWN,
-    SCALE,
     UP,
     CheckpointError,
     HeadSpec,
@@ -59,6 +59,7 @@ class LowRankDraft(_Eagle3):
             self.lm_head = ParallelLMHead(
                 spec.draft_vocab_size, spec.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
             )
+            self.own_rows = weakref.ref(self.lm_head)  # weak: vLLM drops rows that are the target's, to save memory
         elif spec.rerank is not None:
             self.has_own_lm_head = False  # the one case where vLLM shall put the target's head into `lm_head`
             if spec.truncated and self.low_rank_head.tp_size > 1:
@@ -109,30 +110,42 @@ class LowRankDraft(_Eagle3):
         return scattered
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load the head ourselves and hand the body to vLLM; refuse a head that is not whole and finite."""
+        """Load the head ourselves and hand the body to vLLM; refuse a head that is not whole and finite.
+
+        Into a running engine, whose captured graphs never pass `forward` again, any part may be loaded. In an online
+        update (vllm/model_executor/model_loader/reload) the parameters are on the meta device meanwhile, and vLLM has
+        the head laid out again when all of it is there.
+        """
+        in_update = self.low_rank_head.down.is_meta
         head: dict[str, torch.Tensor] = {}
         super().load_weights(self._take_head(weights, head))
-        check_head(self.spec, {name: describe(tensor) for name, tensor in head.items()}, self.source)
+        check_head(self.spec, {n: describe(t) for n, t in head.items()}, self.source, whole=not self.prepared)
         for name, tensor in head.items():
             check_tensor(self.spec, name, tensor, self.source)
-        self.low_rank_head.load(head)
         if DENSE in head:
-            self.lm_head.weight_loader(self.lm_head.weight, head[DENSE])
-        if self.prepared:  # into a running engine, whose captured graphs never pass `forward` again
-            self._prepare()
+            if self.lm_head is not self.own_rows():
+                raise CheckpointError(
+                    f"{self.source}: {DENSE} was equal to the target's head, which serves in its place and must not "
+                    "change with the drafter; leave it out of the update, or restart the server"
+                )
+            self.lm_head.weight.weight_loader(self.lm_head.weight, head[DENSE])
+        self.low_rank_head.load(head)
+        if self.prepared and not in_update and {DOWN, UP} & head.keys():
+            self.low_rank_head.lay_out()
+        if "d2t" in head and self.dense is not None and self.dense[1] is not None:
+            _fill_rows(self.dense[1], head["d2t"])
 
     def _take_head(
         self, weights: Iterable[tuple[str, torch.Tensor]], head: dict[str, torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            if name in (DOWN, UP, SCALE, DENSE, "d2t"):
+            ours = name == "d2t" or "lm_head" in name
+            if ours:
                 head[name] = tensor
-                if name != "d2t" or not self.spec.truncated:
-                    continue
-            elif "lm_head" in name:
-                raise CheckpointError(f"{self.source}: tensor {name} is no part of a low-rank head; remove it")
-            yield name, tensor
+            if not ours or (name == "d2t" and self.spec.truncated):
+                yield name, tensor
 
+    @torch.inference_mode(False)  # what is kept is written to again by loads, which run outside of inference mode
     def _prepare(self) -> None:
         if self.spec.rerank is not None:
             self.dense = self._dense_rows()
@@ -145,29 +158,40 @@ class LowRankDraft(_Eagle3):
         head, spec = self.low_rank_head, self.spec
         if spec.rerank_rows == "own":
             return self.lm_head.weight.data, None
-        rows = getattr(self.lm_head, "weight", None)
-        if (
-            not isinstance(rows, torch.Tensor)
-            or rows.dtype != head.down.dtype
-            or rows.dim() != 2
-            or rows.shape[1] != spec.hidden_size
-        ):
-            found = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, torch.Tensor) else "no plain weight"
+        if (found := self._unfit_rows()) is not None:
             raise CheckpointError(
                 f'{self.source}: lm_head_rerank_rows="target" needs the target\'s lm_head.weight as {head.down.dtype} '
                 f"[{spec.vocab_size}, {spec.hidden_size}], and it has {found}; convert again with rows of its own"
             )
-        d2t = self.draft_id_to_target_id
+        rows, d2t = self.lm_head.weight.data, self.draft_id_to_target_id
         if d2t is None:
-            return rows.data, None
+            return rows, None
         ids = torch.zeros(head.weight.shape[0], dtype=torch.int64, device=d2t.device)  # padding: never a candidate
-        ids[: d2t.numel()] = torch.arange(d2t.numel(), device=d2t.device) + d2t
-        return rows.data, ids
+        _fill_rows(ids, d2t)
+        return rows, ids
+
+    def _unfit_rows(self) -> str | None:
+        """What vLLM put into `lm_head` in the place of the target's rows; None where these are there."""
+        head, rows = self.low_rank_head, getattr(self.lm_head, "weight", None)
+        if self.lm_head is head:
+            return "no lm_head that vLLM would share"
+        if not isinstance(rows, torch.Tensor):
+            return "no plain weight"
+        if rows.dtype != head.down.dtype or rows.shape[1:] != (self.spec.hidden_size,):
+            return f"{rows.dtype} {list(rows.shape)}"
+        if head.tp_size > 1 and getattr(self.lm_head, "shard_indices", None) != head.shard_indices:
+            return f"rows split in another way over {head.tp_size} tensor-parallel ranks"
+        return None
 
     def _announce(self, path: str, words: str) -> None:
         if path not in self.announced:
             self.announced.add(path)
             compat.logger.info("SlimSpec: drafting by %s", words)
+
+
+def _fill_rows(rows: torch.Tensor, d2t: torch.Tensor) -> None:
+    """Write the target id of each draft id into ``rows``, int64 [V or more]."""
+    rows[: d2t.numel()] = torch.arange(d2t.numel(), device=rows.device) + d2t.to(rows.device)
 
 
 @contextmanager

@@ -5,10 +5,25 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from vllm.distributed import tensor_model_parallel_all_gather
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 from vllm_slimspec import ops
-from vllm_slimspec.checkpoint import DOWN, SCALE, UP, HeadSpec
+from vllm_slimspec.checkpoint import DOWN, SCALE, UP, CheckpointError, HeadSpec
+
+
+class _LaidOutAgain(UnquantizedEmbeddingMethod):
+    """vLLM's own; its last word on a layer that was loaded, and after an online update was loaded again, in pieces."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        assert isinstance(layer, LowRankHead)
+        if layer.factors is None:  # the first load: `prepare` is still to come
+            return
+        if missing := {DOWN, UP} - layer.fresh:  # vLLM keeps nothing of a layer that is loaded again
+            raise CheckpointError(
+                f"an update of the draft head came without {', '.join(sorted(missing))}; send {DOWN} and {UP} together"
+            )
+        layer.lay_out()
 
 
 class LowRankHead(ParallelLMHead):
@@ -18,45 +33,69 @@ class LowRankHead(ParallelLMHead):
     vLLM's own. ``down`` is replicated (R * D numbers: 4 MB at D=4096), and a plain parameter, because vLLM's CPU
     backend empties the weights of its linear layers once it has packed them.
 
-    Drafting reads ``factors``: the same two, quantised if the checkpoint says so, in the layout of the device.
+    Drafting reads ``factors``: the same two, quantised if the checkpoint says so, in the layout of the device. What
+    they are made of may come all at once or, into a running engine, in pieces.
     """
 
     def __init__(self, spec: HeadSpec, prefix: str = "") -> None:
         super().__init__(spec.draft_vocab_size, spec.rank, prefix=prefix)
         self.spec = spec
+        self.quant_method = _LaidOutAgain()
         self.down = torch.nn.Parameter(
             torch.empty(spec.rank, spec.hidden_size, dtype=self.weight.dtype), requires_grad=False
         )
+        self.down.weight_loader = self.weight_loader
+        self.device = self.weight.device  # while an engine is updated, the parameters are on none
         shard = self.shard_indices
         self.first_id = shard.org_vocab_start_index
         self.local_vocab = shard.org_vocab_end_index - shard.org_vocab_start_index  # rows that are not padding
-        self.quantized: ops.QuantizedUp | None = None
+        self.quantized: ops.QuantizedUp | None = None  # as the checkpoint stores it, until it is laid out
         self.factors: tuple[ops.Down, ops.Up] | None = None
+        self.fresh: set[str] = set()  # which of the two came since they were laid out
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take a checkpoint's tensors of the head, whole, of which this rank keeps its rows."""
-        up = tensors[UP]
-        if SCALE in tensors:
-            stored = ops.QuantizedUp(up, tensors[SCALE], self.spec.quantization_group)
-            self.quantized = self._shard(stored)
-            up = stored.dequantize()
-        self.down.data.copy_(tensors[DOWN])
-        self.weight_loader(self.weight, up)
+        """Take what a checkpoint, or a piece of one, has of the head; this rank keeps its rows.
+
+        By the loaders of the parameters, in whose place vLLM puts its own while an engine is updated. A quantised `up`
+        comes with its scale.
+        """
+        self.fresh |= {DOWN, UP} & tensors.keys()
+        if UP in tensors:
+            up, self.quantized = tensors[UP], None
+            if SCALE in tensors:
+                stored = ops.QuantizedUp(up, tensors[SCALE], self.spec.quantization_group)
+                self.quantized = self._shard(stored)
+                up = stored.dequantize()
+            self.weight.weight_loader(self.weight, up)
+        if DOWN in tensors:
+            self.down.weight_loader(self.down, tensors[DOWN])
 
     def prepare(
         self, max_batch: int, dense: torch.Tensor | None = None, dense_rows: torch.Tensor | None = None
     ) -> None:
         """Lay the factors out, and compile and run every kernel variant that up to ``max_batch`` rows can need.
 
-        Call it before graph capture, with what :meth:`argmax` will be given, and again when weights were loaded again:
-        the factors stay where captured graphs read them.
+        Call it once, before graph capture, with what :meth:`argmax` will be given.
         """
+        self.lay_out()
+        assert self.factors is not None
+        ops.prepare(*self.factors, max_batch, k=self.spec.rerank, dense=dense, dense_rows=dense_rows)
+
+    def lay_out(self) -> None:
+        """Make ``factors`` of what was loaded; loaded again, they stay where captured graphs read them."""
         up: torch.Tensor | ops.QuantizedUp = self.weight.data
         if self.spec.quantization is not None:
             up = self.quantized or ops.quantize_up(up, self.spec.quantization, self.spec.quantization_group)
         factors = ops.pack(self.down.data, up)
-        self.factors = factors if self.factors is None else in_place(self.factors, factors)
-        ops.prepare(*self.factors, max_batch, k=self.spec.rerank, dense=dense, dense_rows=dense_rows)
+        self.quantized, self.fresh = None, set()
+        if self.factors is not None:
+            self.factors = in_place(self.factors, factors)
+            return
+        self.factors = factors
+        if isinstance(factors[1], ops.QuantizedUp):
+            # No parameter has these numbers: as buffers they outlive a sleep of level 2, which keeps only those.
+            self.register_buffer("up_weight", factors[1].weight, persistent=False)
+            self.register_buffer("up_scale", factors[1].scale, persistent=False)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, D] -> [B, R], rounded to the model dtype."""
@@ -99,7 +138,7 @@ class LowRankHead(ParallelLMHead):
         padding = (0, 0, 0, self.weight.shape[0] - self.local_vocab)
         raw = up.weight[rows].view(torch.uint8)  # F.pad knows no float8
         weight = F.pad(raw, padding).view(up.weight.dtype)
-        return ops.QuantizedUp(weight, F.pad(up.scale[rows], padding), up.group_size).to(self.weight.device)
+        return ops.QuantizedUp(weight, F.pad(up.scale[rows], padding), up.group_size).to(self.device)
 
 
 def in_place(old: tuple[ops.Down, ops.Up], new: tuple[ops.Down, ops.Up]) -> tuple[ops.Down, ops.Up]:

@@ -1,0 +1,224 @@
+"""A draft model that is loaded again while it serves: by vLLM's online updates, piece by piece, and by load_weights.
+
+No engine starts: the model is built, loaded, updated and asked as vLLM's loaders and its weight transfer do it.
+"""
+
+import drafters
+import pytest
+import torch
+from drafters import D, R, V
+
+from vllm_slimspec import ops
+from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, CheckpointError
+from vllm_slimspec.models.draft import LowRankDraft
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    """vLLM's groups, of one rank, unless an engine of this process has left its own."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    with set_current_vllm_config(VllmConfig()):
+        rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
+        parallel_state.init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+        parallel_state.initialize_model_parallel(1, 1)
+    yield
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+@pytest.fixture
+def build(parallel, tmp_path):
+    """config.json's changes and the tensors -> the draft model, loaded and prepared, and its ModelConfig."""
+    from transformers import LlamaConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+    from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    def start(tensors, head=None, **changes):
+        sizes = drafters.config(**changes)
+        shared = {k: v for k, v in sizes.items() if k != "architectures" and not k.startswith("lm_head_")}
+        LlamaConfig(**shared | {"num_hidden_layers": 4, "architectures": ["LlamaForCausalLM"]}).save_pretrained(
+            tmp_path / "target"
+        )
+        config = EngineArgs(
+            model=str(tmp_path / "target"),
+            skip_tokenizer_init=True,
+            max_model_len=128,
+            max_num_seqs=2,
+            dtype="float32",
+            speculative_config={
+                "model": str(drafters.write(tmp_path / "drafter", sizes, tensors)),
+                "num_speculative_tokens": 3,
+            },
+        ).create_engine_config()
+        draft = config.speculative_config.draft_model_config
+        with set_default_torch_dtype(torch.float32):
+            model = initialize_model(config, model_config=draft)
+        model.load_weights(iter(tensors.items()))
+        process_weights_after_loading(model, draft, torch.device("cpu"))
+        if head is not None:  # as vLLM shares the target's
+            record_metadata_for_reloading(head)
+            model.lm_head = head
+        with torch.inference_mode():  # as both runners pass through `forward`
+            model._prepare()
+        return model, draft
+
+    return start
+
+
+def _update(model, config, pieces) -> None:
+    """What vLLM's weight transfer does around its calls of load_weights, one for each piece."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    for piece in pieces:
+        model.load_weights(list(piece.items()))
+    finalize_layerwise_reload(model, config)
+
+
+def _pieces(tensors):
+    return [{name: tensor} for name, tensor in tensors.items()]
+
+
+def _hidden():
+    return torch.randn(5, D, generator=torch.Generator().manual_seed(3))
+
+
+def _expected(tensors, hidden, up=None):
+    """Target ids of the best entries, from a checkpoint's tensors."""
+    ids = (hidden @ tensors[DOWN].T @ (tensors[UP] if up is None else up).T).argmax(dim=1)
+    return ids + tensors["d2t"][ids] if "d2t" in tensors else ids
+
+
+def _reversed(tensors):
+    """The same map with the draft ids in another order."""
+    ids = torch.arange(len(tensors["d2t"]))
+    return tensors | {"d2t": (ids + tensors["d2t"]).flip(0) - ids}
+
+
+@pytest.mark.parametrize("draft_vocab", [V, V // 2, 40])  # 40: vLLM pads it, and is done with it only at the end
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_update_one_by_one(build, monkeypatch, impl, draft_vocab):
+    """Catches: an online update that is refused because the head comes in pieces, or that never reaches what drafts."""
+    monkeypatch.setenv("SLIMSPEC_IMPL", impl)
+    old, new = (drafters.tensors(draft_vocab, seed=seed) for seed in (0, 1))
+    model, config = build(old, draft_vocab_size=draft_vocab)
+    assert torch.equal(model.get_top_tokens(_hidden()), _expected(old, _hidden()))
+    kept = [t.data_ptr() for t in (model.low_rank_head.down, model.low_rank_head.weight)]
+    kept += [factor.data_ptr() for factor in model.low_rank_head.factors if isinstance(factor, torch.Tensor)]
+    _update(model, config, _pieces(new))
+    head = model.low_rank_head
+    assert torch.equal(head.down, new[DOWN])
+    assert torch.equal(head.weight[:draft_vocab], new[UP])
+    assert torch.equal(model.get_top_tokens(_hidden()), _expected(new, _hidden()))
+    found = [head.down.data_ptr(), head.weight.data_ptr()]
+    assert kept == found + [factor.data_ptr() for factor in head.factors if isinstance(factor, torch.Tensor)]
+    assert isinstance(model, LowRankDraft)
+
+
+def test_update_of_the_body_alone(build):
+    """Catches: a trainer refused that sends only what it trained."""
+    old = drafters.tensors()
+    model, config = build(old)
+    _update(model, config, _pieces({"norm.weight": torch.full((D,), 2.0)}))
+    assert torch.equal(model.model.norm.weight, torch.full((D,), 2.0))
+    assert torch.equal(model.get_top_tokens(_hidden()), _expected(old, _hidden()))
+
+
+def test_update_of_one_factor(build):
+    """Catches: a head half of which is what its memory held before, since vLLM keeps nothing of a loaded layer."""
+    model, config = build(drafters.tensors())
+    with pytest.raises(CheckpointError, match=f"came without {UP}; send"):
+        _update(model, config, _pieces({DOWN: drafters.tensors(seed=1)[DOWN]}))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_update_of_a_quantised_head(build, monkeypatch, stored):
+    """Catches: floats not quantised again, or a stored scale that stays with another up."""
+    monkeypatch.setenv("SLIMSPEC_IMPL", "triton")
+    old, new = (drafters.tensors(rank=32, seed=seed) for seed in (0, 1))
+    quantised = [ops.quantize_up(tensors[UP], "int8") for tensors in (old, new)]
+    before = old | {UP: quantised[0].weight, SCALE: quantised[0].scale}
+    model, config = build(before, lm_head_rank=32, lm_head_quantization="int8")
+    after = {DOWN: new[DOWN], UP: quantised[1].weight, SCALE: quantised[1].scale} if stored else new
+    _update(model, config, [after])
+    expected = _expected(new, _hidden(), quantised[1].dequantize())
+    assert torch.equal(model.get_top_tokens(_hidden()), expected)
+    with pytest.raises(CheckpointError, match=f"{UP} came without {SCALE}"):
+        model.load_weights([(UP, quantised[0].weight)])
+
+
+def test_quantised_head_outlives_a_sleep(build, monkeypatch):
+    """Catches: a head that only a checkpoint can bring back, in memory that a sleep of level 2 frees: vLLM saves
+    buffers alone, and writes to them outside of inference mode."""
+    monkeypatch.setenv("SLIMSPEC_IMPL", "triton")
+    tensors = drafters.tensors(rank=32)
+    up = ops.quantize_up(tensors[UP], "int8")
+    model, _ = build(tensors | {UP: up.weight, SCALE: up.scale}, lm_head_rank=32, lm_head_quantization="int8")
+    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    factor = model.low_rank_head.factors[1]
+    assert {factor.weight.data_ptr(), factor.scale.data_ptr()} <= {b.data_ptr() for b in model.buffers()}
+    for buffer in model.buffers():
+        buffer.data.zero_()
+    for name, buffer in model.named_buffers():
+        buffer.data.copy_(saved[name])
+    assert torch.equal(model.get_top_tokens(_hidden()), _expected(tensors, _hidden(), up.dequantize()))
+
+
+class _TargetHead(torch.nn.Module):
+    def __init__(self, rows: int = V) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.weight = torch.nn.Parameter(torch.randn(rows, D, generator=generator), requires_grad=False)
+
+
+@pytest.mark.parametrize("how", ["load_weights", "update"])
+def test_rows_of_the_target_stay_where_they_are(build, how):
+    """Catches: a new table of rows, while captured graphs read the old one."""
+    old = drafters.tensors(V // 2)
+    keys = {"draft_vocab_size": V // 2, "lm_head_rerank": 4, "lm_head_rerank_rows": "target"}
+    model, config = build(old, head=_TargetHead(), **keys)
+    dense = [tensor.data_ptr() for tensor in model.dense]
+    new = _reversed(drafters.tensors(V // 2, seed=1))
+    if how == "update":
+        _update(model, config, _pieces(new))
+    else:
+        model.load_weights([(name, new[name]) for name in (DOWN, UP, "d2t")])
+    assert [tensor.data_ptr() for tensor in model.dense] == dense
+    assert torch.equal(model.dense[1][: V // 2], torch.arange(V // 2) + new["d2t"])
+
+
+def test_rows_that_are_the_targets(build):
+    """Catches: the target's own head overwritten, and with it what users get, where vLLM has put it in the place of
+    rows that were equal to it."""
+    target = _TargetHead()
+    rows = target.weight.data.clone()
+    tensors = drafters.tensors() | {DENSE: rows.clone()}
+    model, _ = build(tensors, head=target, lm_head_rerank=4)
+    with pytest.raises(CheckpointError, match="must not change with the drafter; leave it out"):
+        model.load_weights([(DENSE, -rows)])
+    assert torch.equal(target.weight, rows)
+
+
+def test_rows_of_its_own(build):
+    """Catches: own rows that an update does not reach."""
+    old = drafters.tensors() | {DENSE: torch.randn(V, D)}
+    model, config = build(old, lm_head_rerank=V // 2)
+    rows = torch.randn(V, D)
+    _update(model, config, _pieces(drafters.tensors(seed=1) | {DENSE: rows}))
+    assert torch.equal(model.dense[0], rows)
+    assert model.dense[0].data_ptr() == model.lm_head.weight.data_ptr()
+
+
+@pytest.mark.parametrize("rank", [R, D])
+def test_target_without_a_head(build, rank):
+    """Catches: re-ranking by the factors themselves, which have the shape of the target's rows where R = D."""
+    keys = {"lm_head_rank": rank, "lm_head_rerank": 4, "lm_head_rerank_rows": "target"}
+    with pytest.raises(CheckpointError, match="no lm_head that vLLM would share; convert again"):
+        build(drafters.tensors(rank=rank), **keys)
