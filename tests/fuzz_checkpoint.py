@@ -75,8 +75,8 @@ DTYPES = [
 KEYS = [
     *("lm_head_rank", "lm_head_rank_divisor", "draft_vocab_size", "vocab_size", "hidden_size", "architectures"),
     *("lm_head_rerank", "lm_head_rerank_rows", "lm_head_quantization", "lm_head_quantization_group", "eagle_config"),
-    *("num_aux_hidden_states", "eagle_aux_hidden_state_layer_ids"),
-    *("num_hidden_layers", "transformer_layer_config", "speculators_config", "model_type"),
+    *("num_aux_hidden_states", "num_aux_layers", "eagle_aux_hidden_state_layer_ids", "target_hidden_size"),
+    *("logit_scale", "num_hidden_layers", "transformer_layer_config", "speculators_config", "model_type"),
 ]
 
 

@@ -152,6 +152,15 @@ BAD = [
         ["lm_head.weight", "lm_head_rerank"],
         id="dense too",
     ),
+    pytest.param(lambda c, t: (c, t | {"lm_head.bias": torch.zeros(V)}), ["lm_head.bias", "remove"], id="a bias"),
+    pytest.param(
+        lambda c, t: (c, t | {"verifier_lm_head.weight": torch.zeros(V, D)}),
+        ["verifier_lm_head.weight", "remove"],
+        id="a head of the target",
+    ),
+    _spoil("logits scaled away", logit_scale=0),
+    _spoil("logits turned round", logit_scale=-1.0),
+    _spoil("logits scaled by a word", logit_scale="1"),
     _spoil("draft vocabulary above the target's", draft_vocab_size=V + 1),
     pytest.param(lambda c, t: (c | {"draft_vocab_size": 32}, t), [UP, "draft_vocab_size"], id="draft vocab not up's"),
     pytest.param(
@@ -230,6 +239,43 @@ def test_refused(tmp_path, spoil, words):
     result = CliRunner().invoke(app, ["inspect", str(folder)])
     assert result.exit_code == 1
     assert f"error: {message}" in result.stderr
+
+
+class TestSizes:
+    @pytest.mark.parametrize("keys", [{}, {"num_aux_layers": 4}, {"num_aux_hidden_states": 4}])
+    @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+    def test_four_aux_layers(self, tmp_path, family, keys):
+        """Catches: fc sized by other keys than those that vLLM's class of the family looks at."""
+        ids, tensors = [0, 1, 2, 3], drafters.tensors() | {"fc.weight": torch.zeros(D, 4 * D)}
+        architectures = [f"SlimSpec{family}ForCausalLMEagle3"]
+        config = drafters.config(architectures=architectures, eagle_aux_hidden_state_layer_ids=ids, **keys)
+        checkpoint = _open(drafters.write(tmp_path / "d", config, tensors))
+        if family == "Qwen3" or "num_aux_hidden_states" in keys:
+            checkpoint.check_sizes(D, 4, "t")
+            assert checkpoint.aux_layers() == (4, ids)
+        else:
+            with pytest.raises(CheckpointError, match=f"the target t gives 3 times {D}"):
+                checkpoint.check_sizes(D, 4, "t")
+
+    def test_aux_layers_of_eagle_config(self, tmp_path):
+        """Catches: layers named below eagle_config counted, and not looked at."""
+        config = drafters.config(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 9]})
+        del config["eagle_aux_hidden_state_layer_ids"]
+        checkpoint = _open(drafters.write(tmp_path / "d", config, drafters.tensors()))
+        with pytest.raises(CheckpointError, match=r"\[0, 2, 9\] must be 3 different ids from 0 to 4"):
+            checkpoint.check_sizes(D, 4, "t")
+
+    @pytest.mark.parametrize(("width", "words"), [(2 * D, None), (None, f"add target_hidden_size={2 * D}")])
+    def test_wider_target(self, tmp_path, width, words):
+        """Catches: a drafter narrower than its target that vLLM cannot load, or such a one refused that it can."""
+        tensors = {"fc.weight": torch.zeros(D, 6 * D), "embed_tokens.weight": torch.zeros(V, D)}
+        config = drafters.config(target_hidden_size=width)
+        checkpoint = _open(drafters.write(tmp_path / "d", config, drafters.tensors() | tensors))
+        if words is None:
+            checkpoint.check_sizes(2 * D, 4, "t")
+        else:
+            with pytest.raises(CheckpointError, match=words):
+                checkpoint.check_sizes(2 * D, 4, "t")
 
 
 class TestRefusedFiles:

@@ -147,6 +147,9 @@ def head_spec(config: Mapping[str, Any], where: str = "config.json") -> HeadSpec
             f"{where}: draft_vocab_size={draft_vocab} is larger than vocab_size={vocab}; "
             "it must be the number of rows of lm_head.up.weight, at most vocab_size"
         )
+    scale = flat.get("logit_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise CheckpointError(f"{where}: logit_scale={scale!r} must be above 0; correct it, or remove it for 1.0")
     rank = _rank(flat, hidden, where)
     return HeadSpec(
         family=_family(config, where),
@@ -258,13 +261,22 @@ class DraftCheckpoint:
 
     def aux_layers(self) -> tuple[int, list[Any] | None]:
         """How many of the target's layers the drafter reads, and which (None: vLLM's choice for the target)."""
-        eagle = self.flat.get("eagle_config")
+        flat, eagle = self.flat, self.flat.get("eagle_config")
         eagle = eagle if isinstance(eagle, Mapping) else {}
-        ids = self.flat.get("eagle_aux_hidden_state_layer_ids") or eagle.get("layer_ids")
-        count, others = self.flat.get("num_aux_hidden_states"), eagle.get("eagle_aux_hidden_state_layer_ids")
+        named, inner = flat.get("eagle_aux_hidden_state_layer_ids"), eagle.get("eagle_aux_hidden_state_layer_ids")
+        ids = named or inner or eagle.get("layer_ids")
+        # What vLLM sizes fc by: qwen3_eagle3.py looks at two keys more than llama_eagle3.py does.
+        count, counted = flat.get("num_aux_hidden_states"), inner
+        if _known_family(self.config) == "qwen3":
+            count, counted = flat.get("num_aux_layers", count), named or inner
         if not isinstance(count, int) or count < 1:
-            count = len(others) if isinstance(others, list) and others else 3
+            count = len(counted) if isinstance(counted, list) and counted else 3
         return count, ids if isinstance(ids, list) else None
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether the drafter brings its own, or reads the target's."""
+        return any(name.removeprefix("model.") == "embed_tokens.weight" for name in self.tensors)
 
     def check_sizes(self, hidden_size: int, layers: int, target: str) -> None:
         """Refuse a target whose hidden states or embeddings do not fit: a model of another size with one tokenizer.
@@ -284,10 +296,17 @@ class DraftCheckpoint:
                 f"{self.path}: fc.weight takes {list(fc.shape)[1:]} numbers, but the target {target} gives {count} "
                 f"times {hidden_size}; {cure}"
             )
-        if "embed_tokens.weight" not in tensors and self.flat.get("hidden_size") != hidden_size:
+        own_width = self.flat.get("hidden_size")
+        if not self.has_embeddings and own_width != hidden_size:
             raise CheckpointError(
                 f"{self.path}: has no embeddings of its own, and those of the target {target} are {hidden_size} wide, "
-                f"not {self.flat.get('hidden_size')}; {cure}"
+                f"not {own_width}; {cure}"
+            )
+        width = self.flat.get("target_hidden_size") or own_width
+        if fc is not None and width != hidden_size:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: vLLM would give fc {width} numbers a layer, but the target {target} has "
+                f"{hidden_size}; add target_hidden_size={hidden_size}"
             )
         within = ids is None or all(isinstance(i, int) and 0 <= i <= layers for i in ids)
         if fc is not None and not (within and (ids is None or len(set(ids)) == count)):
@@ -587,22 +606,27 @@ def _format(config: Mapping[str, Any]) -> Format:
     return "torchspec" if is_low_rank(config) else "eagle3"
 
 
-def _family(config: Mapping[str, Any], where: str) -> Literal["llama", "qwen3"]:
+def _known_family(config: Mapping[str, Any]) -> str | None:
+    """The family that a config names, dense or low-rank; None if it names none that is known."""
     if _format(config) == "speculators":
         model_type = _flatten(config).get("model_type", "llama")
-        if isinstance(model_type, str) and model_type in ARCHITECTURES:
-            return model_type  # type: ignore[return-value]
+        return model_type if isinstance(model_type, str) and model_type in ARCHITECTURES else None
+    known = _STOCK_ARCHITECTURES | {arch: family for family, arch in ARCHITECTURES.items()}
+    return next((known[arch] for arch in _architectures(config) if isinstance(arch, str) and arch in known), None)
+
+
+def _family(config: Mapping[str, Any], where: str) -> Literal["llama", "qwen3"]:
+    family = _known_family(config)
+    if family is not None:
+        return family  # type: ignore[return-value]
+    if _format(config) == "speculators":
         raise CheckpointError(
-            f"{where}: model_type={model_type!r} in transformer_layer_config is not served; "
+            f"{where}: model_type={_flatten(config).get('model_type')!r} in transformer_layer_config is not served; "
             f"allowed are {', '.join(sorted(ARCHITECTURES))}"
         )
-    known = _STOCK_ARCHITECTURES | {arch: family for family, arch in ARCHITECTURES.items()}
-    for arch in _architectures(config):
-        if isinstance(arch, str) and arch in known:
-            return known[arch]  # type: ignore[return-value]
     raise CheckpointError(
         f"{where}: architectures={config.get('architectures')!r} names no EAGLE-3 drafter with a low-rank head; "
-        f"allowed are {', '.join(sorted(known))}"
+        f"allowed are {', '.join(sorted([*_STOCK_ARCHITECTURES, *ARCHITECTURES.values()]))}"
     )
 
 
