@@ -1,16 +1,19 @@
 """What the plugin does to vLLM's configuration, and what it leaves alone. No engine starts here."""
 
 import dataclasses
+import importlib
 import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import drafters
 import pytest
+import torch
 
 from vllm_slimspec import compat
-from vllm_slimspec.checkpoint import CheckpointError
+from vllm_slimspec.checkpoint import CheckpointError, head_spec
 
 
 def _python(code: str, **env: str) -> str:
@@ -117,8 +120,10 @@ def test_torchspec(speculative, tmp_path):
     assert config.use_local_argmax_reduction
 
 
-def test_speculators_export(speculative, tmp_path):
-    """Catches: vLLM's speculators reader putting its own architecture in the place of ours."""
+@pytest.mark.parametrize("place", ["layer", "top"])
+@pytest.mark.parametrize("method", [None, "eagle3"])
+def test_speculators_export(speculative, tmp_path, method, place):
+    """Catches: vLLM's speculators reader putting its own architecture in the place of ours, or dropping our keys."""
     layer = drafters.config(architectures=None, draft_vocab_size=None)
     written = {
         "architectures": ["Eagle3Speculator"],
@@ -133,9 +138,13 @@ def test_speculators_export(speculative, tmp_path):
             "verifier": {"name_or_path": "x", "architectures": ["LlamaForCausalLM"]},
         },
     }
+    if place == "top":
+        written["lm_head_rank"] = layer.pop("lm_head_rank")
     folder = drafters.write(tmp_path / "d", written, drafters.tensors())
-    config = speculative(model=str(folder), method="eagle3")
+    config = speculative(model=str(folder), method=method)
     assert config.draft_model_config.architecture == "SlimSpecLlamaForCausalLMEagle3"
+    assert config.draft_model_config.hf_config.lm_head_rank == drafters.R
+    assert config.use_local_argmax_reduction
 
 
 def test_probabilistic_keeps_the_logits(speculative, slim):
@@ -175,6 +184,50 @@ def test_wrong_method(speculative, slim):
     """Catches: a silent full draft model where the user wrote another method."""
     with pytest.raises(CheckpointError, match="served with method 'eagle3', not 'eagle'"):
         speculative(model=slim, method="eagle")
+
+
+@pytest.mark.parametrize(
+    ("given", "modelscope"),
+    [
+        ({"model": "ngram"}, ""),
+        ({"method": "custom_class", "model": "a.B"}, ""),
+        ({"model": "private.module.Proposer"}, ""),
+        ({"method": "eagle3", "model": "someone/a-drafter"}, ""),
+        ({"model": "someone/a-drafter"}, "1"),
+    ],
+)
+def test_a_hub_is_not_asked(monkeypatch, given, modelscope):
+    """Catches: a request of a server that has nothing to do with us, maybe with the name of a private module in it."""
+    from vllm.transformers_utils import repo_utils
+
+    monkeypatch.setattr(repo_utils, "get_hf_file_to_dict", lambda *args: pytest.fail(f"a hub was asked for {args}"))
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", modelscope or "0")
+    args = SimpleNamespace(speculative_config=given)
+    compat._choose_method(args, given)
+    assert args.speculative_config is given
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_pipeline_parallelism(slim, tmp_path, stages):
+    """Catches: drafts from embeddings that were never loaded, because only the first stage has the target's."""
+    args = SimpleNamespace(load_format="auto", pipeline_parallel_size=stages)
+    owned = drafters.tensors() | {"embed_tokens.weight": torch.zeros(drafters.V, drafters.D)}
+    own = str(drafters.write(tmp_path / "own", drafters.config(), owned))
+    for folder in (slim, own):
+        config = SimpleNamespace(draft_model_config=SimpleNamespace(model=folder), target_model_config=None)
+        if stages > 1 and folder == slim:
+            with pytest.raises(CheckpointError, match=r"\(2 stages\) needs; serve with --tensor-parallel-size"):
+                compat._check_on_disk(args, config, head_spec(drafters.config()))
+        else:
+            compat._check_on_disk(args, config, head_spec(drafters.config()))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_an_upgrade_is_seen(family):
+    """Catches: vLLM serving by what it found out of the class of an earlier release."""
+    import vllm_slimspec
+
+    assert vllm_slimspec.__version__ == importlib.import_module(f"vllm_slimspec.models.{family}").RELEASE
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Every touch of a vLLM internal that may move: symptom, upstream source, when to drop.
 
 vLLM has no hook between "the user named a drafter" and "the proposer was built", so one method is wrapped:
-``EngineArgs.create_speculative_config`` (vllm/engine/arg_utils.py, the same from 0.25 to 0.33). Everything else here is
-public vLLM: the plugin group, ``ModelRegistry.register_model``, and fields of ``SpeculativeConfig``.
+``EngineArgs.create_speculative_config`` (vllm/engine/arg_utils.py, the same from 0.25 to 0.33). While one of our models
+is built, the ``ParallelLMHead`` of its vLLM module is replaced. Everything else here is public vLLM: the plugin group,
+``ModelRegistry.register_model``, and fields of ``SpeculativeConfig``.
 
 This code runs in every vLLM process of an environment that has the package, whatever is served there. So where vLLM
 is not what it was, a warning is all that happens: only a drafter that declares a low-rank head can be refused.
@@ -23,6 +24,7 @@ from packaging.version import InvalidVersion, Version
 
 from vllm_slimspec.checkpoint import (
     ARCHITECTURES,
+    HEAD_KEYS,
     CheckpointError,
     DraftCheckpoint,
     HeadSpec,
@@ -96,6 +98,12 @@ TOUCHES = (
         "vllm.model_executor.models.llama_eagle3",
         "the dense head is allocated for a moment while the drafter loads (1 GiB for V=128k, D=4096 in bfloat16)",
         "Eagle3LlamaForCausalLM builds its head in a method of its own",
+    ),
+    Touch(
+        "UnquantizedEmbeddingMethod.process_weights_after_loading",
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "a drafter whose weights are updated while it serves may go on drafting by the old ones",
+        "a layer is told when it was loaded again",
     ),
 )
 
@@ -229,23 +237,28 @@ def _left_to_vllm() -> Iterator[None]:
 
 def _choose_method(engine_args: Any, given: dict[str, Any]) -> None:
     model = given.get("model") or getattr(engine_args, "spec_model", None)
-    config = _drafter_config(model, given.get("revision")) if model else None
+    method = given.get("method") or getattr(engine_args, "spec_method", None)
+    if not model or method == "eagle3":  # nothing is left to choose
+        return
+    config = _drafter_config(model, given.get("revision"))
     if config is None or not is_low_rank(config):
         return
-    method = given.get("method") or getattr(engine_args, "spec_method", None)
-    if method is None:
-        engine_args.speculative_config = {**given, "method": "eagle3"}
-    elif method != "eagle3":
+    if method is not None:
         raise CheckpointError(
             f"{model}: a SlimSpec drafter is served with method 'eagle3', not {method!r}; "
             "set it in --speculative-config or leave it out"
         )
+    engine_args.speculative_config = {**given, "method": "eagle3"}
 
 
 def _drafter_config(model: str, revision: str | None) -> dict[str, Any] | None:
     """A drafter's raw config.json by vLLM's own reader (folders and hub ids); None where vLLM should speak first."""
+    from vllm import envs
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
+    # "ngram", or the dotted path of somebody's proposer, is not for a hub to hear; nor is another hub's id.
+    if not Path(model).is_dir() and ("/" not in model or envs.VLLM_USE_MODELSCOPE):
+        return None
     try:
         return get_hf_file_to_dict("config.json", model, revision)
     except Exception:  # offline, no such repository, not JSON: vLLM opens the same file next and says so
@@ -257,6 +270,10 @@ def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
     draft = config.draft_model_config
     if config.method != "eagle3" or draft is None:
         return
+    if draft.hf_config.model_type == "speculators":  # of the keys at its top, vLLM's reader drops those of our head
+        for key, value in (_drafter_config(draft.model, draft.revision) or {}).items():
+            if key in HEAD_KEYS:
+                setattr(draft.hf_config, key, value)
     declared = draft.hf_config.to_dict()
     declared["architectures"] = list(draft.hf_config.architectures)
     if not is_low_rank(declared):
@@ -282,6 +299,12 @@ def _check_on_disk(engine_args: Any, config: Any, spec: HeadSpec) -> None:
         return
     if Path(draft.model).is_dir():
         checkpoint = DraftCheckpoint.open(draft.model)
+        stages = engine_args.pipeline_parallel_size
+        if stages > 1 and not checkpoint.has_embeddings:  # only the first stage has the target's, and V1 takes garbage
+            raise CheckpointError(
+                f"{draft.model}: has no embeddings of its own, which pipeline parallelism ({stages} stages) needs; "
+                "serve with --tensor-parallel-size instead"
+            )
         text = None if target is None else target.hf_text_config
         if text is not None and hasattr(text, "num_hidden_layers"):
             checkpoint.check_sizes(text.hidden_size, text.num_hidden_layers, target.model)
