@@ -217,9 +217,10 @@ def test_bad_implementation(monkeypatch):
 
 
 def test_vllm_itself_refuses(target, drafter):
-    """Catches: vLLM's own refusal of the options left for the server to find."""
+    """Catches: vLLM's own refusal left for the server to find, or put down to an option whatever it is about."""
     found = _examine(drafter, target, {"num_speculative_tokens": 0})["serving"]
     assert found.level == "problem"
+    assert found.detail.startswith("vLLM refuses this configuration: ")
     assert "num_speculative_tokens" in found.detail
 
 

@@ -286,7 +286,9 @@ def _serving(drafter: str, target: str, speculative_config: Mapping[str, Any]) -
     except CheckpointError as error:
         return _refusal("serving", error)
     except Exception as error:
-        return Finding("problem", "serving", _line(error), "vLLM says so itself: correct --speculative-config")
+        return Finding(
+            "problem", "serving", f"vLLM refuses this configuration: {_line(error)}", "correct what its message names"
+        )
     if architecture not in ARCHITECTURES.values():
         return Finding("ok", "serving", f"{architecture} by vLLM's own code")
     if speculative.use_local_argmax_reduction:
