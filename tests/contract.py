@@ -22,7 +22,7 @@ CONTRACTS = Path(__file__).parent / "contracts"
 RELIED_ON: dict[str, list[str]] = {
     "vllm.plugins:load_general_plugins": [],
     "vllm.plugins:DEFAULT_PLUGINS_GROUP": [],
-    "vllm.engine.arg_utils:EngineArgs": ["model", "speculative_config", "load_format"],
+    "vllm.engine.arg_utils:EngineArgs": ["model", "speculative_config", "load_format", "pipeline_parallel_size"],
     "vllm.engine.arg_utils:EngineArgs.create_speculative_config": ["self"],
     "vllm.engine.arg_utils:EngineArgs.create_load_config": ["self"],
     "vllm.config.speculative:SpeculativeConfig": [
@@ -30,7 +30,7 @@ RELIED_ON: dict[str, list[str]] = {
         *("use_local_argmax_reduction", "draft_sample_method", "rejection_sample_method"),
     ],
     "vllm.config.speculative:SpeculativeConfig.update_arch_": ["self"],
-    "vllm.config.model:ModelConfig": ["model", "hf_config", "hf_text_config"],
+    "vllm.config.model:ModelConfig": ["model", "hf_config", "hf_text_config", "revision"],
     "vllm.config.model:ModelConfig.get_vocab_size": ["self"],
     "vllm.config.scheduler:SchedulerConfig": ["max_num_seqs"],
     "vllm.config.load:LoadConfig": ["load_format"],
@@ -59,13 +59,19 @@ RELIED_ON: dict[str, list[str]] = {
     "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.weight_loader": [
         *("self", "param", "loaded_weight"),
     ],
-    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.self": ["tp_size", "shard_indices"],
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.self": [
+        *("tp_size", "shard_indices", "quant_method"),
+    ],
+    "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.process_weights_after_loading": [
+        *("self", "layer"),
+    ],
     "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbeddingShardIndices": [
         *("org_vocab_start_index", "org_vocab_end_index"),
     ],
     "vllm.model_executor.layers.logits_processor:LogitsProcessor.forward": ["self", "lm_head", "hidden_states"],
     "vllm.distributed:tensor_model_parallel_all_gather": [],
     "vllm.distributed.communication_op:tensor_model_parallel_all_gather": ["input_", "dim"],
+    "vllm.envs:VLLM_USE_MODELSCOPE": [],
     "vllm:ModelRegistry": [],
 }
 # Names that the proposers of both model runners must look up on a draft model or on its configuration.
