@@ -137,6 +137,42 @@ def test_stopped_between_two_steps(work, tmp_path, taken, monkeypatch, sign):
     same_drafter(tmp_path / "d", work / "whole")
 
 
+def test_checkpoints_do_not_fill_the_disk(work, tmp_path, taken, monkeypatch):
+    """Catches: gigabytes at every step where epochs are short, a folder for each epoch, a place lost with one."""
+    flags = {**FLAGS, "epochs": 40, "max_steps": 40}
+    kept: list[list[str]] = []
+    publish, stepped = trainer_module._publish, SlimSpecTrainer._stepped
+
+    def published(path, name):
+        publish(path, name)
+        kept.append([entry.name for entry in path.iterdir() if entry.name.isdigit()])
+
+    def killed(self):
+        stepped(self)
+        if self.global_step == 27:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(trainer_module, "_publish", published)
+    fit(work / "llama", work / "states", tmp_path / "whole", **flags)
+    assert len(kept) == 10  # every tenth of the run
+    assert max(map(len, kept)) <= 2  # the newest, and the best where it is another
+    taken.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(SlimSpecTrainer, "_stepped", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(work / "llama", work / "states", tmp_path / "d", **flags)
+    fit(work / "llama", work / "states", tmp_path / "d", **flags)
+    assert len(taken) == 27 + 40 - 24
+    same_drafter(tmp_path / "d", tmp_path / "whole")
+    assert (work / "whole.run/checkpoints/checkpoint_best/model.safetensors").exists()
+
+
+def test_the_last_epoch_is_what_is_written(work, tmp_path):
+    """Catches: --checkpoint-freq 3 of 2 epochs, and a drafter of the first (as in speculators)."""
+    fit(work / "llama", work / "states", tmp_path / "d", **FLAGS, checkpoint_freq=3.0)
+    same_drafter(tmp_path / "d", work / "whole")
+
+
 def test_max_steps_is_the_end(work, tmp_path, taken):
     """Catches: speculators' one more step in each epoch that is left."""
     fit(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "epochs": 5, "max_steps": 9})

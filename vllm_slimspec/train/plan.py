@@ -83,7 +83,7 @@ class Plan:
             ("a batch of 64", f"--total-seq-len {math.ceil(64 * self.mean_length / self.ranks):,}"),
             ("trained", f"{self.trained:,} parameters, beside {self.frozen:,} frozen ones"),
             ("memory a device", f"{_gb(self.weights_bytes)} weights, {_gb(self.logits_bytes)} logits (estimate)"),
-            ("a checkpoint", f"{_gb(self.checkpoint_bytes)}, one is kept for each epoch"),
+            ("a checkpoint", f"{_gb(self.checkpoint_bytes)}, the newest and the best are kept"),
             ("written", f"{self.output}; {self.output}.run with {', '.join(self.beside)}"),
         ):
             run.add_row(name, value)
@@ -131,7 +131,7 @@ def make_plan(config: SlimSpecTrainConfig, data: Data, output: str | Path, *, ra
             "fit",
             steps * run["total_seq_len"] * ranks * drafter_operations(drafter, run["ttt_steps"], run["total_seq_len"]),
             states["disk"] * ratio * (steps / per_epoch),
-            (kept * _FLOAT + trained * _ADAM) * math.ceil(steps / per_epoch),
+            (kept * _FLOAT + trained * _ADAM) * min(math.ceil(steps / per_epoch), 2),
         ),
     ]
     if data.answered:

@@ -23,6 +23,8 @@ from vllm_slimspec.train.metrics import METRICS, MetricsFile
 logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
+# Gigabytes each, of a real drafter: an epoch over few documents must not spend its time on them.
+_STEPS_BETWEEN_CHECKPOINTS = 100
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 
@@ -40,6 +42,7 @@ class SlimSpecTrainer(Trainer):
     held_out: dict[str, float] | None = None  # the last validation
     interrupted = False
     _place: tuple[int, int] | None = None  # epoch and steps of it, inside of one
+    _saved = 0  # steps of the newest checkpoint
     _asked_to_stop = False
 
     def setup_trainer(self) -> None:
@@ -48,6 +51,7 @@ class SlimSpecTrainer(Trainer):
         # bf16 otherwise: a resumed run would not be the run that was stopped.
         self.checkpointer.save_checkpoint = partial(self.checkpointer.save_checkpoint, float_dtype=torch.float32)
         super().setup_trainer()
+        self._saved = self.global_step
 
     def setup_optimizer(self) -> None:
         super().setup_optimizer()
@@ -58,6 +62,7 @@ class SlimSpecTrainer(Trainer):
 
     def run_training(self) -> None:
         steps = self.config.max_steps or self.config.num_epochs * len(self.train_loader)
+        self._between = min(_STEPS_BETWEEN_CHECKPOINTS, steps // 10)
         silent = None if self.rank == 0 else True  # None: where stderr is no terminal
         decay = (self.config.train_call_kwargs or {})["ttt_step_loss_decay"]
         reports = logging.getLogger(METRICS)
@@ -101,12 +106,19 @@ class SlimSpecTrainer(Trainer):
         return self.held_out
 
     def maybe_save_checkpoint(self, epoch: int | str, local_step: int = 0) -> None:
+        last = epoch == self.config.num_epochs - 1 and not local_step
+        last |= self.config.max_steps is not None and self.global_step >= self.config.max_steps
         if epoch == "interrupted":
             self.interrupted = True
             if self._place is None or self.is_distributed:  # the ranks may be at different steps
                 return
             epoch, local_step = self._place
             self.config: TrainerConfig = self.config._replace(checkpoint_freq=0.5, save_best=False)  # whatever it was
+        elif last:
+            self.config = self.config._replace(checkpoint_freq=0.5)  # every third epoch or so: the drafter is this one
+        elif self.config.checkpoint_freq < 1 and self.global_step - self._saved < self._between:
+            return
+        self._saved = self.global_step
         path = self.checkpointer.path
         self.checkpointer.path = path / _UNFINISHED
         try:
@@ -120,6 +132,10 @@ class SlimSpecTrainer(Trainer):
             self.checkpointer.path = path
         if self.rank == 0:
             _publish(path, str(epoch))
+
+    def maybe_update_best(self, epoch: int, val_metrics: dict[str, float] | None) -> None:
+        if self.config.save_best or self._saved == self.global_step:  # otherwise there is none of this epoch's end
+            super().maybe_update_best(epoch, val_metrics)
 
     def _ask_to_stop(self, sign: int, frame: FrameType | None) -> None:
         if self._asked_to_stop:
@@ -140,13 +156,18 @@ def metrics_file(checkpoints: str | Path) -> Path:
 
 
 def _publish(path: Path, name: str) -> None:
-    """The unfinished checkpoint ``name``, if there is one, in the place of the last one of this name."""
+    """The unfinished checkpoint ``name``, if there is one, in the place of all others but the best."""
     unfinished = path / _UNFINISHED / name
-    if unfinished.exists():
+    published = unfinished.exists()
+    if published:
         if (path / name).exists():
             (path / name).rename(path / f"{name}{_REPLACED}")
         unfinished.rename(path / name)
     settle(path)
+    best = (path / "checkpoint_best").resolve().name
+    for old in path.iterdir() if published else ():
+        if old.name.isdigit() and int(old.name) < int(name) and old.name != best:
+            shutil.rmtree(old)
 
 
 def settle(path: str | Path) -> None:
