@@ -18,7 +18,7 @@ from vllm_slimspec.convert.factorise import factorise
 from vllm_slimspec.train import states as states_module
 from vllm_slimspec.train.cli import app
 from vllm_slimspec.train.export import draft_config
-from vllm_slimspec.train.launch import SlimSpecTrainer, fit
+from vllm_slimspec.train.launch import LOSSES, SlimSpecTrainer, fit
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.states import hidden_states, write_states
 from vllm_slimspec.train.store import state_file
@@ -246,13 +246,13 @@ def test_a_run_is_quiet(work, tmp_path, capfd, caplog, recwarn):
 
 
 def test_losses_by_name(work, tmp_path, losses):
-    """Catches: a name that is passed on and not used; three losses that are one."""
-    for name in ("kl", "nla", "lk_hybrid"):
+    """Catches: a name that is passed on and not used; four losses that are fewer."""
+    for name in LOSSES:
         arguments = ["fit", "--target", work / "llama", "--data-path", work / "states"]
         flags = ["--loss", name, "--max-steps", "1", "--total-seq-len", "96", "--hidden-states-dtype", "float32"]
         result = CliRunner().invoke(app, [*map(str, arguments), *flags, "--output-path", str(tmp_path / name)])
         assert result.exit_code == 0, result.output
-    assert len(set(losses)) == len(losses) == 3
+    assert len(set(losses)) == len(losses) == len(LOSSES) == 4
 
 
 def test_a_dense_head_is_not_lost_silently(work, tmp_path):

@@ -126,9 +126,11 @@ def test_no_chat_template_is_one_line(target, engine, tmp_path):
     assert not list(tmp_path.glob("a.jsonl*"))
 
 
-def test_bad_engine_arguments_are_one_line(target, engine, prompts, tmp_path):
-    arguments = ["train", "answers", "--target", str(target), "--prompts", str(prompts), "--engine-args", "[1"]
-    result = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "a.jsonl")])
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert result.stderr.startswith("error: --engine-args [1: not a JSON object")
+def test_bad_engine_arguments_are_a_usage_error(target, engine, prompts, tmp_path):
+    """Catches: an engine that is started without them; another exit code than that of the other commands."""
+    arguments = ["train", "answers", "--target", str(target), "--prompts", str(prompts), "--engine-args"]
+    for wrong in ("[1", "[1]"):
+        result = CliRunner().invoke(app, [*arguments, wrong, "--output-path", str(tmp_path / "a.jsonl")])
+        assert result.exit_code == 2
+        assert "Invalid value for --engine-args" in result.stderr
     assert engine.asked == []

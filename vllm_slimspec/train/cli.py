@@ -1,7 +1,6 @@
 """Train a SlimSpec drafter: ``answers``, ``states`` and ``fit``, or all three (``run``, which may be left out)."""
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vllm_slimspec.console import one_line_errors
+from vllm_slimspec.console import json_object, one_line_errors
 
 
 class _Stages(TyperGroup):
@@ -58,7 +57,7 @@ Head = Annotated[_Head, typer.Option(help="A dense head is for comparison; stock
 Rank = Annotated[int | None, typer.Option(help="Rank of the head. [default: hidden size / 8]")]
 Init = Annotated[_HeadInit, typer.Option(help="How the head starts.")]
 Loss = Annotated[
-    str | None, typer.Option(help="kl, nla or lk_hybrid; --loss-fn takes any of speculators. [default: kl]")
+    str | None, typer.Option(help="kl, nla, lk_hybrid or greedy; --loss-fn takes any of speculators. [default: kl]")
 ]
 ShowPlan = Annotated[bool, typer.Option("--plan", help="Say what the run will come to, and stop.")]
 Tflops = Annotated[float | None, typer.Option(min=0, help="For hours in the plan: a device's sustained TFLOP/s ...")]
@@ -120,13 +119,10 @@ def answers(
 ) -> None:
     """Let the target answer prompts, by vLLM; run again, it goes on where it stopped."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    engine = json_object(engine_args, "--engine-args")
     with one_line_errors():
         from vllm_slimspec.train.answers import write_answers
 
-        try:
-            engine = dict(json.loads(engine_args))
-        except (TypeError, ValueError):
-            raise ValueError(f"--engine-args {engine_args}: not a JSON object of arguments; quote it as one") from None
         write_answers(target, prompts, output_path, temperature=temperature, max_tokens=max_tokens, engine=engine)
 
 
