@@ -70,8 +70,10 @@ def test_answers_are_documents(target, engine, prompts, tmp_path):
     assert read_documents(tmp_path / "a.jsonl", target, max_length=64) == expected
     assert engine.params[0].temperature == 0.0
     assert engine.params[0].max_tokens == 2
+    written = (tmp_path / "a.jsonl.json").stat().st_ino
     assert write_answers(target, prompts, tmp_path / "a.jsonl", temperature=0.0, max_tokens=2) == len(PROMPTS)
     assert engine.asked == PROMPTS  # the second call asked nothing
+    assert (tmp_path / "a.jsonl.json").stat().st_ino == written  # a kill while it is rewritten would orphan the answers
 
 
 def test_nothing_is_lost_and_nothing_asked_twice(target, engine, prompts, tmp_path):

@@ -24,7 +24,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -573,6 +573,22 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[
 def architecture(spec: HeadSpec) -> str:
     """The vLLM architecture that serves this head."""
     return ARCHITECTURES[spec.family]
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` write beside the file and rename, so that a name is there only with all its bytes.
+
+    Raises:
+        Exception: what ``write`` raises; nothing is left behind, so a full disk gets its room back.
+    """
+    part = file.with_name(f".{file.name}.part")
+    try:
+        write(part)
+        _fsync(part)
+        part.replace(file)
+    except Exception:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _fsync(path: Path) -> None:

@@ -18,7 +18,6 @@ Letters: N states, D hidden size, R rank, V draft vocabulary.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from vllm_slimspec.checkpoint import write_whole
 from vllm_slimspec.convert.evaluate import Factors
 
 Loss = Literal["greedy", "kl", "nla", "lk_hybrid"]
@@ -205,12 +205,7 @@ def _chunk(dense: torch.Tensor) -> int:
 
 def _save(file: Path, state: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
     try:
-        torch.save(state, part)
-        with part.open("rb") as handle:
-            os.fsync(handle.fileno())
-        part.replace(file)
+        write_whole(file, lambda part: torch.save(state, part))
     except (OSError, RuntimeError) as error:  # the second is how torch says that the disk refuses
-        part.unlink(missing_ok=True)
         raise OSError(f"{file}: not written ({error}); make room and run it again") from None

@@ -14,7 +14,7 @@ has no index.json.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_slimspec.checkpoint import CheckpointError, save_tensors
+from vllm_slimspec.checkpoint import CheckpointError, save_tensors, write_whole
 
 FORMAT = 1
 _HELD_OUT = 5  # one document in five
@@ -239,7 +239,7 @@ class StatesWriter:
         if not (self.path / "recipe.json").is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self._recipe)
-            _write(self.path / "recipe.json", lambda part: part.write_text(text, encoding="utf-8"))
+            write_whole(self.path / "recipe.json", lambda part: part.write_text(text, encoding="utf-8"))
         tensors = {"hidden": rows.hidden.contiguous()}
         for name, dtype in _COLUMNS.items():
             tensors[name] = getattr(rows, name).to(dtype).contiguous()
@@ -247,7 +247,7 @@ class StatesWriter:
         tensors["documents"] = torch.tensor(
             [[d.number, len(d.tokens), d.prompt] for d in documents], dtype=torch.long
         ).view(-1, 3)
-        _write(self._file(group), lambda part: save_tensors(tensors, part))
+        write_whole(self._file(group), lambda part: save_tensors(tensors, part))
 
     def count(self) -> int:
         """Rows written so far, by this run and those before it."""
@@ -265,7 +265,9 @@ class StatesWriter:
             "rows": sum(rows for rows, _, _ in shapes),
             "sha256s": {file.name: sha256(file) for file in files},
         }
-        _write(self.path / "index.json", lambda part: part.write_text(json.dumps(index, indent=2), encoding="utf-8"))
+        write_whole(
+            self.path / "index.json", lambda part: part.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        )
         return HeadStates.open(self.path)
 
     def _others(self) -> Iterator[Path]:
@@ -280,19 +282,6 @@ def sha256(file: Path) -> str:
     """Of a file's bytes."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file and rename, so that a name is there only with all its bytes."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        write(part)
-        with part.open("rb") as handle:
-            os.fsync(handle.fileno())
-        part.replace(file)
-    except OSError:
-        part.unlink(missing_ok=True)  # a full disk gets its room back
-        raise
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_slimspec.bench.answers import EngineError
+from vllm_slimspec.checkpoint import write_whole
 from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
 
@@ -133,8 +134,9 @@ def _claim(output: Path, made_from: dict[str, Any]) -> None:
         raise ValueError(f"{output}: holds answers of another target, prompts or sampling; choose another output")
     if output.exists() and not file.exists():
         raise ValueError(f"{output}: exists and was not written by this command; choose another output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(made_from, indent=2) + "\n")
+    if not file.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, lambda part: part.write_text(json.dumps(made_from, indent=2) + "\n"))
 
 
 def _whole_lines(file: Any) -> int:

@@ -30,7 +30,7 @@ from speculators.train.logger import setup_metric_logger
 from transformers import AutoConfig
 
 import vllm_slimspec
-from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.checkpoint import DraftCheckpoint, write_whole
 from vllm_slimspec.train.export import export
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
@@ -291,7 +291,8 @@ def _claim(output: Path, run: Mapping[str, Any]) -> None:
     differing = [f"{key}={theirs.get(key)!r} there, {mine[key]!r} now" for key in mine if theirs.get(key) != mine[key]]
     if differing:
         raise ValueError(f"{folder}: holds another run ({', '.join(differing)}); remove it or choose another output")
-    file.write_text(json.dumps(mine, indent=2) + "\n")
+    if not file.exists():
+        write_whole(file, lambda part: part.write_text(json.dumps(mine, indent=2) + "\n"))
 
 
 def _setup_gloo() -> None:

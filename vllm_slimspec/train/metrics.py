@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_slimspec.checkpoint import write_whole
+
 METRICS = "speculators.metrics"  # the logger that speculators reports to
 
 
@@ -31,9 +33,7 @@ class MetricsFile(logging.Handler):
         self.decay = decay
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(file) if line["step"] < step + (line["split"] == "held-out")]
-        partial = file.with_suffix(".part")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(file)
+        write_whole(file, lambda part: part.write_text("".join(json.dumps(line) + "\n" for line in kept)))
         self._file = file.open("a", buffering=1)
 
     def emit(self, record: logging.LogRecord) -> None:
