@@ -1,10 +1,12 @@
 """A few steps through speculators' real trainer: what it is fed, what it changes, what it writes."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from speculators import SpeculatorModel
 from speculators.models.eagle3 import Eagle3DraftModel
@@ -13,15 +15,16 @@ from tiny_training import DOCUMENTS, DRAFT_V, FLAGS, LAYERS, D, R, V, write_work
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
 from vllm_slimspec.convert.factorise import factorise
 from vllm_slimspec.train import states as states_module
+from vllm_slimspec.train import store
 from vllm_slimspec.train.cli import app
 from vllm_slimspec.train.export import draft_config
 from vllm_slimspec.train.launch import LOSSES, SlimSpecTrainer, fit
 from vllm_slimspec.train.model import SlimSpecEagle3Model
-from vllm_slimspec.train.states import hidden_states, write_states
-from vllm_slimspec.train.store import state_file
+from vllm_slimspec.train.states import hidden_states, read_documents, write_states
+from vllm_slimspec.train.store import check_states, state_file
 
 ONE_STEP = {**FLAGS, "epochs": 1, "max_steps": 1}
 BODY = {
@@ -136,6 +139,58 @@ def test_broken_states_are_named_and_mended(work, tmp_path, run_again):
     assert run_again == [DOCUMENTS[i] for i in (3, 5, 20)]
     for i in (3, 5, 20):
         assert state_file(tmp_path / "s", i).read_bytes() == state_file(work / "states", i).read_bytes()
+
+
+def test_whole_states_are_not_read_again(work, tmp_path, monkeypatch):
+    """Catches: terabytes read at every resume; a file that is changed after the check and trained on."""
+    write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
+    check_states(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "read_state", lambda file: pytest.fail(f"{file} is read again"))
+        check_states(tmp_path)
+        write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
+    changed = state_file(tmp_path, 5)
+    changed.write_bytes(changed.read_bytes()[:-9] + b"9" + changed.read_bytes()[-8:])
+    with pytest.raises(ValueError, match=r"hs_5\.safetensors: .*1 of 30"):
+        check_states(tmp_path)
+    changed.unlink()
+    check_states(tmp_path, missing_is_wrong=False)
+    with pytest.raises(ValueError, match=r"hs_5\.safetensors: .*1 of 30"):
+        check_states(tmp_path)
+
+
+def test_a_data_set_is_whole_or_not_there(work, tmp_path, monkeypatch):
+    """Catches: a kill while the data set is written, and half of it taken for the whole from then on."""
+    original = Dataset.save_to_disk
+
+    def killed(self, folder):
+        original(self, folder)
+        (Path(folder) / "dataset_info.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Dataset, "save_to_disk", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
+    write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
+    check_states(tmp_path)
+    assert not (tmp_path / ".part").exists()
+
+
+def test_documents_by_line(work, tmp_path, caplog):
+    """Catches: a line that ends at U+2028, an empty one that is an error, documents that are cut and nobody told."""
+    file = tmp_path / "documents.jsonl"
+    file.write_text('{"input_ids": [1, 2], "from": "a\u2028b"}\n\n{"input_ids": [3, 4, 5, 6]}\n', encoding="utf-8")
+    assert read_documents(file, work / "llama", max_length=3) == [[1, 2], [3, 4, 5]]
+    assert f"{file}: 1 of 2 documents are cut to --max-length 3" in caplog.messages
+    for line, message in (
+        ('{"input_ids": ["x"]}', "refuses it"),
+        ('{"input_ids": [96]}', "token ids are 0 to 95"),
+        ('{"prompt": "x"}', "a prompt without its answer"),
+    ):
+        file.write_text(line)
+        with pytest.raises(CheckpointError, match=f"{file}:1: .*{message}"):
+            read_documents(file, work / "llama", max_length=3)
 
 
 @pytest.mark.parametrize(("family", "draft_vocab"), [("llama", V), ("qwen3", DRAFT_V)])
@@ -302,4 +357,5 @@ def test_the_command_line_reports_one_line(work, tmp_path):
     arguments = ["states", "--target", str(work / "llama"), "--documents", str(documents)]
     result = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "s")])
     assert result.exit_code == 1
-    assert result.stderr == f'error: {documents}:2: must be {{"text": ...}} or {{"input_ids": [...]}}; mend it\n'
+    assert result.stderr.startswith(f"error: {documents}:2: not a prompt; a line is ")
+    assert result.stderr.count("\n") == 1

@@ -5,6 +5,8 @@ Plain transformers does it, so a small target needs no server. The layout on dis
 
 import hashlib
 import json
+import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,36 +15,39 @@ import torch
 from datasets import Dataset
 from speculators.models.utils import resolve_target_layer_ids
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from vllm_slimspec.checkpoint import CheckpointError, write_whole
+from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokens_of
 from vllm_slimspec.train.quiet import quiet
-from vllm_slimspec.train.store import flaw, write_state
+from vllm_slimspec.train.store import flaw, is_checked, write_state
+
+logger = logging.getLogger(__name__)
 
 
 def read_documents(file: str | Path, target: str | Path, max_length: int) -> list[list[int]]:
     """Token ids of each line of a JSONL file: its ``input_ids``, or its ``text`` by the target's tokenizer.
 
     Args:
-        file: one JSON object a line.
+        file: see :mod:`vllm_slimspec.convert.prompts`.
         target: Hugging Face folder or id; its tokenizer is loaded only if a line holds text.
-        max_length: tokens kept of a line.
+        max_length: tokens kept of a line; how many lines are longer is logged.
 
     Raises:
-        ValueError: a line is not JSON, or holds neither.
+        CheckpointError: a line holds neither, or what the target does not know.
     """
-    tokenizer = None
-    documents = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            given = row["input_ids"] if "input_ids" in row else row["text"]
-        except (json.JSONDecodeError, TypeError, KeyError):
-            raise ValueError(f'{file}:{number}: must be {{"text": ...}} or {{"input_ids": [...]}}; mend it') from None
-        if isinstance(given, str):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(target))
-            given = tokenizer(given)["input_ids"]
-        documents.append(given[:max_length])
-    return documents
+    file = Path(file)
+    rows = read_prompts(file)
+    for number, row in rows:
+        if not row.keys() & {"input_ids", "text"}:
+            raise CheckpointError(
+                f"{file}:{number}: a prompt without its answer; run `slimspec train answers` over the file first"
+            )
+    vocab_size = AutoConfig.from_pretrained(str(target)).get_text_config().vocab_size
+    documents = [ids for _, ids in tokens_of(rows, open_tokenizer(rows, str(target)), vocab_size, file)]
+    if cut := sum(len(ids) > max_length for ids in documents):
+        logger.warning("%s: %d of %d documents are cut to --max-length %d", file, cut, len(documents), max_length)
+    return [ids[:max_length] for ids in documents]
 
 
 @quiet()
@@ -84,7 +89,7 @@ def write_states(
 
     model.to(torch.accelerator.current_accelerator() or "cpu")
     kept = documents[:keep]
-    todo = [i for i, ids in enumerate(kept) if flaw(path, i, ids)]
+    todo = [] if is_checked(path) else [i for i, ids in enumerate(kept) if flaw(path, i, ids)]
     with tqdm(total=len(kept), desc="Hidden states", unit="doc", disable=None) as progress:
         progress.update(len(kept) - len(todo))
         for indices in _batches(todo, [len(documents[i]) for i in todo], tokens_per_batch):
@@ -99,8 +104,13 @@ def write_states(
         "loss_mask": [[1] * len(ids) for ids in documents],
         "seq_len": [len(ids) for ids in documents],
     }
-    torch.save(dict(Counter(token for ids in documents for token in ids)), path / "token_freq.pt")
-    Dataset.from_dict(rows).with_format("torch").save_to_disk(path)  # last: without it a folder is not complete
+    part = path / ".part"
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    Dataset.from_dict(rows).with_format("torch").save_to_disk(part)
+    torch.save(dict(Counter(token for ids in documents for token in ids)), part / "token_freq.pt")
+    for file in sorted(part.iterdir(), key=lambda file: file.name == "dataset_info.json"):
+        file.replace(path / file.name)  # that one last: without it a folder is not complete
+    part.rmdir()
 
 
 def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
@@ -126,7 +136,7 @@ def _claim(path: Path, identity: dict[str, object]) -> None:
     if file.exists() or (path / "dataset_info.json").exists():
         raise ValueError(f"{path}: holds a data set already, of another target or documents; choose another folder")
     (path / "hidden_states").mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(identity, indent=2) + "\n")
+    write_whole(file, lambda part: part.write_text(json.dumps(identity, indent=2) + "\n"))
 
 
 def _fingerprint(model: PreTrainedModel, layer_ids: list[int], documents: Sequence[Sequence[int]]) -> str:

@@ -3,6 +3,7 @@
     FOLDER/                                   a Hugging Face data set: input_ids, loss_mask, seq_len
     FOLDER/states.json                        what they are the states of: target, its layers, documents
     FOLDER/token_freq.pt                      how often each token is asked for, to choose a truncated vocabulary
+    FOLDER/checked-0-of-1                     what the files looked like when all of them were whole
     FOLDER/hidden_states/hs_<i>.safetensors   hidden_states [T, n_aux + 1, D], token_ids int64 [T]
 
 Slot j < n_aux holds what *enters* target layer ``layer_ids[j]``, as vLLM hands it to the drafter; the last slot is the
@@ -10,10 +11,12 @@ output of the last layer *before* the final norm. Our files carry a checksum in 
 ``speculators generate-offline-data`` have none and are read as well.
 """
 
+import hashlib
 import json
 import os
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from speculators.data_generation.offline import check_hidden_states
 from tqdm import tqdm
+
+from vllm_slimspec.checkpoint import write_whole
 
 
 def state_file(folder: Path, i: int) -> Path:
@@ -75,6 +80,8 @@ def flaw(folder: Path, i: int, ids: Sequence[int]) -> str | None:
 def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, parts: int = 1) -> None:
     """Read every file once, so that no run trains on a broken one or stops at it hours later.
 
+    What was found whole is not read again for as long as names, sizes and times are the same: it may be terabytes.
+
     Args:
         folder: the data set.
         missing_is_wrong: documents without states are errors.
@@ -84,6 +91,9 @@ def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, 
     Raises:
         ValueError: names the first broken file.
     """
+    if is_checked(folder, missing_is_wrong=missing_is_wrong, part=part, parts=parts):
+        return
+    seen = _look(folder, missing_is_wrong)
     documents = load_from_disk(folder).with_format(None)["input_ids"]
     flaws = []
     silent = True if part else None  # None: where stderr is no terminal
@@ -97,6 +107,27 @@ def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, 
             f"{flaws[0]} ({len(flaws)} of {len(documents)} files are broken); "
             "run `slimspec train states` again, it rewrites only those"
         )
+    with suppress(OSError):  # data that may only be read is read again
+        write_whole(_checked(folder, part, parts), lambda file: file.write_text(seen))
+
+
+def is_checked(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, parts: int = 1) -> bool:
+    """Whether :func:`check_states` has found these very files whole before; arguments as there."""
+    stamp = _checked(folder, part, parts)
+    return stamp.exists() and stamp.read_text() == _look(folder, missing_is_wrong)
+
+
+def _checked(folder: Path, part: int, parts: int) -> Path:
+    return folder / f"checked-{part}-of-{parts}"
+
+
+def _look(folder: Path, missing_is_wrong: bool) -> str:
+    """One hash of what can be seen of the files without reading them."""
+    digest = hashlib.sha256(str(missing_is_wrong).encode())
+    for file in sorted([*folder.glob("*.arrow"), *folder.glob("hidden_states/*")]):
+        found = file.stat()
+        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def read_layer_ids(folder: Path) -> list[int] | None:
