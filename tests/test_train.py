@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from speculators import SpeculatorModel
 from speculators.models.eagle3 import Eagle3DraftModel
 from speculators.train import trainer as speculators_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import DOCUMENTS, DRAFT_V, FLAGS, LAYERS, D, R, V, write_work
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -22,6 +23,7 @@ from vllm_slimspec.train import store
 from vllm_slimspec.train.cli import app
 from vllm_slimspec.train.export import draft_config
 from vllm_slimspec.train.launch import LOSSES, SlimSpecTrainer, fit
+from vllm_slimspec.train.metrics import read_metrics
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.states import hidden_states, read_documents, write_states
 from vllm_slimspec.train.store import check_states, state_file
@@ -308,6 +310,20 @@ def test_losses_by_name(work, tmp_path, losses):
         result = CliRunner().invoke(app, [*map(str, arguments), *flags, "--output-path", str(tmp_path / name)])
         assert result.exit_code == 0, result.output
     assert len(set(losses)) == len(losses) == len(LOSSES) == 4
+
+
+def test_tensorboard_shows_the_run(work, tmp_path):
+    """Catches: a flag that is accepted and writes nothing, only the training, or only once the process ends."""
+    arguments = ["fit", "--target", work / "llama", "--data-path", work / "states", "--output-path", tmp_path / "d"]
+    flags = ["--logger", "tensorboard", "--epochs", "1", "--total-seq-len", "96", "--hidden-states-dtype", "float32"]
+    result = CliRunner().invoke(app, [*map(str, arguments), *flags])
+    assert result.exit_code == 0, result.output
+    (logs,) = (tmp_path / "d.run/logs").iterdir()
+    events = EventAccumulator(str(logs)).Reload()
+    for line in read_metrics(tmp_path / "d.run/metrics.jsonl"):
+        tag = "train/loss" if line["split"] == "train" else "val/loss_epoch"
+        (shown,) = (event.value for event in events.Scalars(tag) if event.step == line["step"])
+        assert shown == pytest.approx(line["loss"])
 
 
 def test_a_dense_head_is_not_lost_silently(work, tmp_path):

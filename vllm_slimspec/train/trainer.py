@@ -80,6 +80,8 @@ class SlimSpecTrainer(Trainer):
             if file:
                 reports.removeHandler(file)
                 file.close()
+            for backend in reports.handlers:  # TensorBoard's would wait for two minutes
+                backend.flush()
 
     def train_epoch(self, epoch: int) -> None:
         if self.config.max_steps is not None and self.global_step >= self.config.max_steps:
