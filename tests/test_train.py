@@ -1,6 +1,7 @@
 """A few steps through speculators' real trainer: what it is fed, what it changes, what it writes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
 from vllm_slimspec.convert.factorise import factorise
+from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.train import states as states_module
 from vllm_slimspec.train import store
 from vllm_slimspec.train.cli import app
@@ -336,6 +338,24 @@ def test_a_dense_head_is_not_lost_silently(work, tmp_path):
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="slimspec convert"):
         SlimSpecEagle3Model.from_pretrained(str(checkpoint))
+
+
+def test_what_training_starts_from(work, tmp_path):
+    """Catches: a traceback for a drafter in the format that is served, a rank that is asked for and not trained."""
+    fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
+    (tmp_path / "d").rename(tmp_path / "served")
+    layout = speculators_config(DraftCheckpoint.open(tmp_path / "served").config, str(work / "llama"), k=3)
+    shutil.copytree(tmp_path / "served", tmp_path / "speculators")
+    (tmp_path / "speculators/config.json").write_text(json.dumps(layout))
+    for name in ("served", "speculators"):
+        with pytest.raises(ValueError, match=f"--from-pretrained {tmp_path / name}: not a checkpoint of a run"):
+            fit(work / "llama", work / "states", tmp_path / "e", from_pretrained=str(tmp_path / name), **ONE_STEP)
+    start = str(tmp_path / "d.run/checkpoints/0")
+    with pytest.raises(ValueError, match=f"its rank is {R} "):
+        fit(work / "llama", work / "states", tmp_path / "e", from_pretrained=start, **{**ONE_STEP, "rank": 2 * R})
+    again = fit(work / "llama", work / "states", tmp_path / "e", from_pretrained=start, **{**ONE_STEP, "lr": 0.0})
+    for name in BODY:
+        assert torch.equal(again.load(name), load_file(f"{start}/model.safetensors")[name])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from speculators.train import distributed as topology
 from speculators.train import trainer as speculators_trainer
 from speculators.train.config import TrainConfig
 from speculators.train.logger import setup_metric_logger
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 import vllm_slimspec
 from vllm_slimspec.checkpoint import DraftCheckpoint, write_whole
@@ -235,7 +235,13 @@ def resolve(
     if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
         raise ValueError(f"{data}: holds the states of layers {layer_ids}; leave target_layer_ids out or write others")
     hidden = AutoConfig.from_pretrained(str(target)).get_text_config().hidden_size
-    rank = hidden // 8 if rank is None else rank
+    start = flags.get("from_pretrained")
+    found = _rank_of(start) if start else None
+    rank = found or hidden // 8 if rank is None else rank
+    if found not in (None, rank if head == "low-rank" else 0):
+        raise ValueError(
+            f"--from-pretrained {start}: its rank is {found} (0: dense); leave --rank and --head as they were"
+        )
     if not 1 <= rank <= hidden:
         raise ValueError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
 
@@ -264,6 +270,21 @@ def resolve(
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
+
+
+def _rank_of(start: str) -> int:
+    """Of the head that training starts from.
+
+    Raises:
+        ValueError: it is none of our checkpoints.
+    """
+    config = PretrainedConfig.get_config_dict(start)[0]
+    if config.get("speculators_model_type") != "slimspec_eagle3":
+        raise ValueError(
+            f"--from-pretrained {start}: not a checkpoint of a run; give one (DRAFTER.run/checkpoints/N), or train "
+            "this drafter on with `slimspec convert --joint-steps`"
+        )
+    return config["lm_head_rank"]
 
 
 def _speed(model: SlimSpecEagle3Model, run: Mapping[str, Any], metrics: Path) -> dict[str, float]:
