@@ -165,6 +165,43 @@ def test_full_vocabulary_from_the_targets_rows(tmp_path, full_head, tied):
     assert done.evaluation.heads["low-rank"].top1 == 1.0
 
 
+def test_a_silent_config_is_tied_where_there_is_no_head(tmp_path, full_head):
+    """Catches: targets refused whose class, and not whose config.json, says that embeddings and head are one."""
+    target = write_target(tmp_path / "target", full_head, tie_word_embeddings=True)
+    config = json.loads((target / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (target / "config.json").write_text(json.dumps(config))
+    assert torch.equal(Target.open(target).head(), full_head)
+    (target / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"holds no lm_head.weight"):
+        Target.open(target).head()
+
+
+@pytest.mark.parametrize("kind", ["quantised", "pickle", "torn", "index", "map"])
+def test_a_target_whose_head_cannot_be_read(kind, tmp_path, full_head, caplog):
+    """Catches: --target as an obstacle to a drafter with a head of its own; a traceback where the rows are needed."""
+    target = write_target(tmp_path / "target", full_head)
+    weights, index = target / "model.safetensors", target / "model.safetensors.index.json"
+    match kind:
+        case "quantised":
+            save_file({"lm_head.weight": full_head.to(torch.int8)}, weights)
+        case "pickle":
+            weights.unlink()
+            torch.save({}, target / "pytorch_model.bin")
+        case "torn":
+            index.write_text('{"weight_map": {"lm_head.weight": "model-1.safetensors"}}')
+        case "index":
+            index.write_text("[]")
+        case "map":
+            index.write_text('{"weight_map": {"lm_head.weight": 3}}')
+    own, head, _ = form("specforge", tmp_path / "own")
+    assert torch.equal(Drafter.open(own, Target.open(target)).head, head)
+    assert "cannot be compared" in caplog.text
+    with pytest.raises(CheckpointError) as error:
+        Drafter.open(form("no-head", tmp_path / "headless")[0], Target.open(target))
+    assert "\n" not in str(error.value)
+
+
 def test_full_vocabulary_by_a_map(tmp_path):
     """Catches: a map that is fitted wrongly, or rows of the drafter's own that it overwrites."""
     torch.manual_seed(0)
@@ -465,6 +502,9 @@ def _bad(case: str, folder: Path) -> list[str]:
             for place, token in ((good, "a"), (folder / "target", "b")):
                 (place / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {token: 0}}}))
             return [str(good), "--target", target]
+        case "no tokenizer":
+            (good / "tokenizer.json").write_text("[]")
+            return [str(good), "--target", target]
         case "no target for a drafter without a head":
             return [str(form("no-head", folder / "headless")[0])]
         case "empty prompts":
@@ -535,6 +575,7 @@ def _bad(case: str, folder: Path) -> list[str]:
         ("other hidden size", "made for a target of hidden size 64"),
         ("other vocabulary", "vocab_size=128 but"),
         ("other tokenizer", "tokenizer is not that of"),
+        ("no tokenizer", "tokenizer.json: describes no tokenizer"),
         ("no target for a drafter without a head", "give --target"),
         ("empty prompts", "holds no prompt"),
         ("malformed prompts", "p.jsonl:2: not a prompt"),

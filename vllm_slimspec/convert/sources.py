@@ -10,6 +10,7 @@ Letters: D hidden size of the drafter, V its vocabulary.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from vllm_slimspec.checkpoint import (
     read_config,
     read_headers,
 )
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 8192
 _MAX_RESIDUAL = 0.1  # of a least-squares map, relative, on rows that it was not fitted to
@@ -97,12 +100,16 @@ class Target:
         Raises:
             CheckpointError: there is none in floats of that shape.
         """
-        suffixes = ("lm_head.weight", "embed_tokens.weight")  # the second where they are tied
+        # The second where they are tied; a config that is silent leaves that to the default of its class.
+        suffixes = ("lm_head.weight", "embed_tokens.weight")
         found = self._find(suffixes)
-        for suffix in suffixes[: 2 if self.config.get("tie_word_embeddings") else 1]:
+        for suffix in suffixes[: 1 if self.config.get("tie_word_embeddings") is False else 2]:
             for name in sorted(n for n in found if n.endswith(suffix)):
-                with safe_open(str(found[name]), framework="pt") as handle:
-                    head = handle.get_tensor(name)
+                try:
+                    with safe_open(str(found[name]), framework="pt") as handle:
+                        head = handle.get_tensor(name)
+                except Exception as error:  # safetensors raises its own and plain OSErrors
+                    raise CheckpointError(f"{found[name]}: {name} cannot be read ({error}); copy it again") from None
                 shape = (self.vocab_size, self.hidden_size)
                 if not head.is_floating_point() or tuple(head.shape) != shape:
                     raise CheckpointError(
@@ -115,8 +122,12 @@ class Target:
     def _find(self, suffixes: tuple[str, ...]) -> dict[str, Path]:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            names = {n: f for n, f in json.loads(index.read_text())["weight_map"].items() if n.endswith(suffixes)}
-            folder = fetch(self.name, ["*.json", *sorted(set(names.values()))])
+            try:
+                files = json.loads(index.read_bytes())["weight_map"]
+                names = {name: Path(file) for name, file in files.items() if name.endswith(suffixes)}
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: no usable weight_map ({error!r}); copy the file again") from None
+            folder = fetch(self.name, ["*.json", *sorted(map(str, set(names.values())))])
             return {name: folder / file for name, file in names.items()}
         folder = fetch(self.name, ["*.json", "model.safetensors"])
         return {name: info.file for name, info in read_headers(folder).items()}
@@ -313,13 +324,20 @@ def _check_target(config: dict[str, Any], where: str, target: Target) -> None:
 def _vocabulary(tokenizer: Path) -> dict[str, int] | None:
     if not tokenizer.is_file():
         return None
-    return json.loads(tokenizer.read_text(encoding="utf-8")).get("model", {}).get("vocab")
+    try:
+        return json.loads(tokenizer.read_bytes())["model"].get("vocab")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{tokenizer}: describes no tokenizer ({error!r}); copy the file again") from None
 
 
 def _is_target_rows(head: torch.Tensor, target: Target, ids: torch.Tensor | None) -> bool:
     if head.shape[1] != target.hidden_size:
         return False
-    rows = target.head()
+    try:
+        rows = target.head()
+    except CheckpointError as error:  # of a quantised target, say: the drafter's own rows are as good
+        logger.warning("the head is taken to be the drafter's own, for the target's cannot be compared: %s", error)
+        return False
     ids = torch.arange(len(rows)) if ids is None else ids
     pieces = zip(head.split(_CHUNK), ids.split(_CHUNK), strict=True)
     return len(head) == len(ids) and all(torch.equal(h, rows[i].to(h.dtype)) for h, i in pieces)
