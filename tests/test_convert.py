@@ -507,6 +507,9 @@ def _bad(case: str, folder: Path) -> list[str]:
             return [str(good), "--target", target]
         case "no target for a drafter without a head":
             return [str(form("no-head", folder / "headless")[0])]
+        case "two devices":
+            engine = ["--engine-args", '{"tensor_parallel_size": 2}']
+            return [str(good), "--target", target, "--calibration", "p.jsonl", *engine]
         case "empty prompts":
             (folder / "p.jsonl").write_text("\n\n")
             return [str(good), "--target", target, "--calibration", str(folder / "p.jsonl")]
@@ -577,6 +580,7 @@ def _bad(case: str, folder: Path) -> list[str]:
         ("other tokenizer", "tokenizer is not that of"),
         ("no tokenizer", "tokenizer.json: describes no tokenizer"),
         ("no target for a drafter without a head", "give --target"),
+        ("two devices", "tensor_parallel_size=2: head states are recorded in one process"),
         ("empty prompts", "holds no prompt"),
         ("malformed prompts", "p.jsonl:2: not a prompt"),
         ("long prompts", "p.jsonl:1: the prompt has 40 tokens, 1 to 34 fit"),

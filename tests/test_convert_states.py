@@ -1,6 +1,8 @@
 """Head states on disk, and what follows from them: splits, resuming, the walk of a head through an answer."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 
 from vllm_slimspec.bench.acceptance import Acceptance
 from vllm_slimspec.checkpoint import CheckpointError
+from vllm_slimspec.convert import collect
 from vllm_slimspec.convert.evaluate import evaluate, predicted_speedup
 from vllm_slimspec.convert.prompts import read_prompts, tokenise
 from vllm_slimspec.convert.states import HeadStates, Rows, StatesWriter, concatenate
@@ -112,6 +115,36 @@ def test_too_few_documents(tmp_path):
     """Catches: a measurement on the states that were calibrated on."""
     with pytest.raises(CheckpointError, match="of one split"):
         collection(tmp_path / "s", documents=1).sample(False, 10)
+
+
+def dying(*_, **__):
+    raise RuntimeError("CUDA error: out of memory\nTry something")
+
+
+@pytest.mark.parametrize("when", ["at the start", "at work"])
+def test_an_engine_that_dies_is_one_line(when, monkeypatch):
+    """Catches: a traceback of vLLM's in the place of what to do."""
+    engine = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None)))
+    engine.generate = dying
+    started = dying if when == "at the start" else lambda **_: engine
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=started, SamplingParams=lambda **_: None))
+    with (
+        pytest.raises(CheckpointError, match=r"out of memory Try something\); what was recorded is kept") as error,
+        collect._engine("target", "drafter", K, {}) as llm,
+    ):
+        collect._answer(llm, [[1]], 0, 8)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"distributed_executor_backend": "mp"}]
+)
+def test_engines_of_several_processes_are_refused(options):
+    """Catches: an AttributeError after a target was loaded on two GPUs; one device refused as if it were two."""
+    for start in (collect.collect, collect.collect_again):
+        with pytest.raises(CheckpointError, match=f"{next(iter(options))}=.*recorded in one process"):
+            start("target", "drafter", [], "states", k=K, engine=options)
+    collect.check_engine({"tensor_parallel_size": 1, "max_model_len": 64})
 
 
 class Letters:

@@ -9,7 +9,7 @@ accepted; and from the states of every place, the walk of any head through the d
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,12 @@ import torch
 from tqdm import tqdm
 
 from vllm_slimspec.checkpoint import CheckpointError
-from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
+from vllm_slimspec.convert.prompts import one_line, open_tokenizer, read_prompts, tokenise
 from vllm_slimspec.convert.states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
 
 _DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_KEPT = "what was recorded is kept, run it again"
 
 
 def collect(
@@ -50,8 +52,10 @@ def collect(
         engine: arguments of ``vllm.LLM``.
 
     Raises:
-        CheckpointError: the prompts are no use, the folder holds something else, or nothing could be recorded.
+        CheckpointError: the prompts are no use, the folder holds something else, nothing could be recorded, or vLLM
+            failed.
     """
+    check_engine(engine or {})
     rows = read_prompts(Path(prompts))
     recipe = {
         "target": str(target),
@@ -104,8 +108,9 @@ def collect_again(
         documents: of :meth:`HeadStates.documents`; they keep their numbers.
 
     Raises:
-        CheckpointError: the folder holds something else.
+        CheckpointError: the folder holds something else, or vLLM failed.
     """
+    check_engine(engine or {})
     writer = StatesWriter(folder, {"target": str(target), "drafter": str(drafter), "K": k})
     if writer.complete:
         return HeadStates.open(folder)
@@ -129,8 +134,25 @@ def limits(target: str | Path, options: dict[str, Any]) -> tuple[int, int]:
     try:
         config = EngineArgs(model=str(target), **options).create_model_config()
     except Exception as error:  # pydantic, transformers and vLLM raise classes of their own
-        raise CheckpointError(f"{target}: vLLM does not take it as a target ({' '.join(str(error).split())})") from None
+        raise CheckpointError(f"{target}: vLLM does not take it as a target ({one_line(error)})") from None
     return config.get_vocab_size(), config.max_model_len
+
+
+def check_engine(options: Mapping[str, Any]) -> None:
+    """Refuse arguments of ``vllm.LLM`` that put the draft head into another process, out of reach.
+
+    Raises:
+        CheckpointError: names the argument.
+    """
+    asked = {key: options[key] for key in _PARALLEL if options.get(key) not in (None, 1)}
+    if options.get("distributed_executor_backend") not in (None, "uni"):
+        asked["distributed_executor_backend"] = options["distributed_executor_backend"]
+    if asked:
+        key, value = next(iter(asked.items()))
+        raise CheckpointError(
+            f"--engine-args {key}={value!r}: head states are recorded in one process, on one device; leave it out, or "
+            "give states that are recorded already (--hidden-states)"
+        )
 
 
 @contextmanager
@@ -144,7 +166,10 @@ def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, 
 
         speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": k}
         ours = {"speculative_config": speculative, "enforce_eager": True, "async_scheduling": False}
-        llm = LLM(model=str(target), **options | ours)
+        try:
+            llm = LLM(model=str(target), **options | ours)
+        except Exception as error:  # out of memory, or whatever vLLM raises
+            raise CheckpointError(f"{target}: vLLM does not start ({one_line(error)}); {_KEPT}") from None
         try:
             yield llm
         finally:
@@ -165,7 +190,10 @@ def _generate(llm: Any, prompts: Sequence[list[int]], lengths: Sequence[int], ig
     from vllm import SamplingParams
 
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=ignore_eos, detokenize=False) for n in lengths]
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    try:
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    except Exception as error:  # whatever a dying engine raises
+        raise CheckpointError(f"vLLM failed ({one_line(error)}); {_KEPT}") from None
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

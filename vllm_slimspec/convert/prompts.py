@@ -56,7 +56,7 @@ def open_tokenizer(rows: Sequence[Line], name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers, tokenizers and the hub raise classes of their own
-        raise CheckpointError(f"{name}: no tokenizer to read the prompts by ({_first_line(error)})") from None
+        raise CheckpointError(f"{name}: no tokenizer to read the prompts by ({one_line(error)})") from None
 
 
 def tokens_of(rows: Sequence[Line], tokenizer: Any, vocab_size: int, file: Path) -> Iterator[tuple[int, list[int]]]:
@@ -76,7 +76,7 @@ def tokens_of(rows: Sequence[Line], tokenizer: Any, vocab_size: int, file: Path)
             ids = _tokens(row, tokenizer)
         except Exception as error:  # chat templates raise whatever their author chose
             raise CheckpointError(
-                f"{file}:{number}: the target's tokenizer refuses it ({_first_line(error)}); mend it"
+                f"{file}:{number}: the target's tokenizer refuses it ({one_line(error)}); mend it"
             ) from None
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise CheckpointError(
@@ -125,5 +125,6 @@ def _tokens(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
             return tokenizer(row["prompt"])["input_ids"]
 
 
-def _first_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error of somebody else's says."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -418,6 +418,10 @@ def _check(options: Options) -> None:
         raise CheckpointError(
             "--joint-steps moves the body away from the dense rows that --rerank scores by; leave one of them out"
         )
+    if options.calibration is not None or options.joint is not None:
+        from vllm_slimspec.convert.collect import check_engine
+
+        check_engine(options.engine)
 
 
 def _open_states(options: Options) -> HeadStates | None:
