@@ -80,8 +80,8 @@ class Table:
         return states.concatenate(rows)
 
     @staticmethod
-    def answer(llm, documents, first, max_tokens):
-        return [Document(first + i, [*ids, 7], len(ids)) for i, ids in enumerate(documents)]
+    def answer(llm, prompts, max_tokens):
+        return [Document(number, [*ids, 7], len(ids)) for number, ids in prompts]
 
 
 def _collect(watch: Watch | None, folder: Path) -> None:
@@ -173,6 +173,22 @@ def test_collection_killed_anywhere(run, tmp_path):
         assert asked.call_count == 2 - written, name
         assert HeadStates.open(folder).index["sha256s"] == whole.index["sha256s"], name
         shutil.rmtree(folder)
+
+
+def test_a_part_of_the_prompts_is_of_the_whole_file(tmp_path):
+    """Catches: drafters calibrated and judged on the beginning of a sorted file; documents with another's number."""
+    lines = [json.dumps({"input_ids": [i, i + 1]}) for i in range(90)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    fakes = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
+    with patch.multiple(module, limits=lambda *_: (100, 64), **fakes):
+        found = module.collect(
+            "target", "drafter", tmp_path / "p.jsonl", tmp_path / "s", k=3, max_tokens=8, max_states=64
+        )
+    documents = [*found.documents(held_out=True), *found.documents(held_out=False)]
+    assert len(documents) == 32
+    assert all(d.tokens == [d.number, d.number + 1, 7] for d in documents)
+    assert sum(d.number < 45 for d in documents) == pytest.approx(16, abs=6)
+    assert len({d.number // 16 for d in documents}) == 6
 
 
 def test_distillation_killed_anywhere(run, tmp_path):

@@ -132,7 +132,7 @@ def test_an_engine_that_dies_is_one_line(when, monkeypatch):
         pytest.raises(CheckpointError, match=r"out of memory Try something\); what was recorded is kept") as error,
         collect._engine("target", "drafter", K, {}) as llm,
     ):
-        collect._answer(llm, [[1]], 0, 8)
+        collect._answer(llm, [(0, [1])], 8)
     assert "\n" not in str(error.value)
 
 

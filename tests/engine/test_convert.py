@@ -115,11 +115,11 @@ def test_collection_goes_on_where_it_was(material, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_DOCUMENTS", 5)
     answer, asked = module._answer, []
 
-    def interrupted(llm, documents, first, max_tokens):
+    def interrupted(llm, documents, max_tokens):
         asked.append(len(documents))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return answer(llm, documents, first, max_tokens)
+        return answer(llm, documents, max_tokens)
 
     monkeypatch.setattr(module, "_answer", interrupted)
     arguments = (p.target, drafter, states.path.parent / "prompts.jsonl", tmp_path / "s")

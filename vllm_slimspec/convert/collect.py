@@ -9,6 +9,7 @@ accepted; and from the states of every place, the walk of any head through the d
 
 import gc
 import os
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,7 +45,8 @@ def collect(
     Args:
         target: Hugging Face folder or id.
         drafter: an EAGLE-3 drafter that vLLM serves: its head's *inputs* are kept, whatever the head.
-        prompts: JSONL, see :mod:`vllm_slimspec.convert.prompts`.
+        prompts: JSONL, see :mod:`vllm_slimspec.convert.prompts`. They are asked in a random order, always the same one:
+            files are often sorted, and ``max_states`` comes long before their end. Documents have the file's numbers.
         folder: where the states go.
         k: draft steps of a cycle, as it will be served.
         max_tokens: of each answer, at most.
@@ -61,6 +63,7 @@ def collect(
         "target": str(target),
         "drafter": str(drafter),
         "prompts_sha256": sha256(Path(prompts)),
+        "order": "random",
         "K": k,
         "max_tokens": max_tokens,
         "max_states": max_states,
@@ -74,12 +77,13 @@ def collect(
     length = max_model_len - max_tokens - 2 * k
     tokenizer = open_tokenizer(rows, str(options.get("tokenizer", target)))
     documents = tokenise(rows, tokenizer, vocab_size, length, Path(prompts))
+    order = random.Random(0).sample([*enumerate(documents)], len(documents))
     with _engine(target, drafter, max(k, 2), options) as llm:
         watcher = _Watcher(llm, k)
         with tqdm(total=max_states, desc="Head states", unit="state", disable=None) as progress:
-            for group, first in enumerate(range(0, len(documents), _DOCUMENTS)):
+            for group, first in enumerate(range(0, len(order), _DOCUMENTS)):
                 if not writer.has(group):
-                    answered = _answer(llm, documents[first : first + _DOCUMENTS], first, max_tokens + k - 1)
+                    answered = _answer(llm, order[first : first + _DOCUMENTS], max_tokens + k - 1)
                     writer.write(group, watcher.record(llm, answered), answered)
                 progress.update(writer.count() - progress.n)
                 if progress.n >= max_states:
@@ -180,10 +184,9 @@ def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, 
                 torch.cuda.empty_cache()
 
 
-def _answer(llm: Any, documents: Sequence[list[int]], first: int, max_tokens: int) -> list[Document]:
-    outputs = _generate(llm, documents, [max_tokens] * len(documents), ignore_eos=False)
-    pairs = enumerate(zip(documents, outputs, strict=True), first)
-    return [Document(number, [*ids, *out], len(ids)) for number, (ids, out) in pairs]
+def _answer(llm: Any, prompts: Sequence[tuple[int, list[int]]], max_tokens: int) -> list[Document]:
+    outputs = _generate(llm, [ids for _, ids in prompts], [max_tokens] * len(prompts), ignore_eos=False)
+    return [Document(number, [*ids, *out], len(ids)) for (number, ids), out in zip(prompts, outputs, strict=True)]
 
 
 def _generate(llm: Any, prompts: Sequence[list[int]], lengths: Sequence[int], ignore_eos: bool) -> list[list[int]]:
