@@ -85,8 +85,9 @@ def collect(
                 if not writer.has(group):
                     answered = _answer(llm, order[first : first + _DOCUMENTS], max_tokens + k - 1)
                     writer.write(group, watcher.record(llm, answered), answered)
-                progress.update(writer.count() - progress.n)
-                if progress.n >= max_states:
+                recorded = writer.count()  # and not progress.n: where stderr is no terminal, that stays 0
+                progress.update(recorded - progress.n)
+                if recorded >= max_states:
                     break
     if not writer.count():
         raise CheckpointError(
