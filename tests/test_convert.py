@@ -19,7 +19,7 @@ from vllm_slimspec.convert.cli import convert as command
 from vllm_slimspec.convert.cli import sweep_figure
 from vllm_slimspec.convert.distil import Recipe
 from vllm_slimspec.convert.run import Options, convert, sweep
-from vllm_slimspec.convert.sources import Drafter, Target
+from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
 from vllm_slimspec.convert.states import HeadStates
 from vllm_slimspec.convert.vocabulary import counts_from_text
 
@@ -401,6 +401,19 @@ def test_a_loss_is_refused_with_the_option_that_mends_it(lossy, tmp_path):
     assert done.outcome.loss < 0.03
     forced = convert(Options(**{**vars(options), "output": tmp_path / "forced", "force": True}))
     assert forced.outcome.loss > 0.03
+
+
+def test_states_of_another_drafter_are_told(lossy, tmp_path, caplog):
+    """Catches: figures of one drafter printed for another of the same width; a warning about its own states."""
+    source, states = lossy
+    index = {"format": 1, "K": K, "drafter": "other", "drafter_fingerprint": fingerprint(source)}
+    for mine in (True, False):
+        caplog.clear()
+        (states / "index.json").write_text(json.dumps(index))
+        options = Options(str(source), tmp_path / f"{mine}", rank=24, hidden_states=states, force=True)
+        convert(options)
+        assert ("recorded with another drafter (other)" in caplog.text) != mine
+        index["drafter_fingerprint"] = "0"
 
 
 def test_sweep_names_the_fastest(lossy, tmp_path, full_head):

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 from test_convert import form, write_head_states
 from typer.testing import CliRunner
 
@@ -173,6 +174,23 @@ def test_collection_killed_anywhere(run, tmp_path):
         assert asked.call_count == 2 - written, name
         assert HeadStates.open(folder).index["sha256s"] == whole.index["sha256s"], name
         shutil.rmtree(folder)
+
+
+def test_a_drafter_that_was_trained_anew_is_another_one(tmp_path):
+    """Catches: the states of yesterday's drafter taken for those of today's, which has its name and its shapes."""
+    (tmp_path / "p.jsonl").write_text('{"input_ids": [1, 2]}')
+    weights = {"norm.weight": torch.zeros(4), "fc.weight": torch.zeros(2**20)}
+    fakes = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
+    names = ("target", tmp_path / "drafter", tmp_path / "p.jsonl", tmp_path / "s")
+    (tmp_path / "drafter").mkdir()
+    with patch.multiple(module, limits=lambda *_: (100, 64), **fakes):
+        for again in range(2):
+            save_file(weights, tmp_path / "drafter" / "model.safetensors")
+            assert module.collect(*names, max_tokens=8).rows == 2, again
+        weights["norm.weight"][3] = 1
+        save_file(weights, tmp_path / "drafter" / "model.safetensors")
+        with pytest.raises(CheckpointError, match="other values of drafter_fingerprint"):
+            module.collect(*names, max_tokens=8)
 
 
 def test_a_part_of_the_prompts_is_of_the_whole_file(tmp_path):

@@ -66,6 +66,17 @@ def test_foreign_files_need_hidden_only(tmp_path):
     assert held_out.step is None
 
 
+def test_foreign_files_are_known_by_what_they_hold(tmp_path):
+    """Catches: a distillation that goes on with the states of yesterday, for their folder and size are the same."""
+    (tmp_path / "index.json").write_text('{"format": 1}')
+    found = []
+    for seed in (0, 0, 1):
+        hidden = torch.randn(300, D, generator=torch.Generator().manual_seed(seed))
+        save_file({"hidden": hidden}, tmp_path / "states-00000.safetensors")
+        found.append(HeadStates.open(tmp_path).index)
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_collection_goes_on_where_it_was(tmp_path):
     """Catches: an unfinished folder taken for a whole one; work done twice; two recipes in one folder."""
     first = StatesWriter(tmp_path / "s", RECIPE)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.convert.prompts import one_line, open_tokenizer, read_prompts, tokenise
+from vllm_slimspec.convert.sources import fingerprint
 from vllm_slimspec.convert.states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
 
 _DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
@@ -60,8 +61,7 @@ def collect(
     check_engine(engine or {})
     rows = read_prompts(Path(prompts))
     recipe = {
-        "target": str(target),
-        "drafter": str(drafter),
+        **_models(target, drafter),
         "prompts_sha256": sha256(Path(prompts)),
         "order": "random",
         "K": k,
@@ -116,7 +116,7 @@ def collect_again(
         CheckpointError: the folder holds something else, or vLLM failed.
     """
     check_engine(engine or {})
-    writer = StatesWriter(folder, {"target": str(target), "drafter": str(drafter), "K": k})
+    writer = StatesWriter(folder, {**_models(target, drafter), "K": k})
     if writer.complete:
         return HeadStates.open(folder)
     with (
@@ -141,6 +141,16 @@ def limits(target: str | Path, options: dict[str, Any]) -> tuple[int, int]:
     except Exception as error:  # pydantic, transformers and vLLM raise classes of their own
         raise CheckpointError(f"{target}: vLLM does not take it as a target ({one_line(error)})") from None
     return config.get_vocab_size(), config.max_model_len
+
+
+def _models(target: str | Path, drafter: str | Path) -> dict[str, str]:
+    """Both by name, and by what is there: a folder may be trained anew under its name."""
+    return {
+        "target": str(target),
+        "drafter": str(drafter),
+        "target_fingerprint": fingerprint(target),
+        "drafter_fingerprint": fingerprint(drafter),
+    }
 
 
 def check_engine(options: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from vllm_slimspec.convert.distil import Recipe, Samples, distil
 from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
 from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
 from vllm_slimspec.convert.joint import JointRecipe, train_jointly
-from vllm_slimspec.convert.sources import Drafter, Target
+from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
 from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.convert.states import HeadStates, Rows, common, concatenate, sha256
 from vllm_slimspec.convert.vocabulary import counts_from_file, counts_from_states, counts_from_text, kept
@@ -101,6 +101,14 @@ class Conversion:
         self.states = _open_states(options)
         if self.states is not None:
             self.states.check_head(self.source.head.shape[1], options.drafter)
+            recorded = self.states.index.get("drafter_fingerprint")
+            if recorded not in (None, fingerprint(options.drafter)):
+                logger.warning(
+                    "%s: recorded with another drafter (%s); what is measured holds if the two have one body, else "
+                    "record them again with --calibration",
+                    self.states.path,
+                    self.states.index.get("drafter"),
+                )
         self.drafter, self.residual = self._choose_vocabulary()
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.dense = self.drafter.head.to(device)

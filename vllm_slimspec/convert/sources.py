@@ -9,6 +9,7 @@
 Letters: D hidden size of the drafter, V its vocabulary.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ from vllm_slimspec.checkpoint import (
 logger = logging.getLogger(__name__)
 
 _CHUNK = 8192
+_EDGE = 1 << 20  # bytes at both ends of a file that tell it from another one
 _MAX_RESIDUAL = 0.1  # of a least-squares map, relative, on rows that it was not fitted to
 _NOT_OURS = (
     "transformer_layer_config",
@@ -267,6 +269,25 @@ def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
     except Exception as error:  # its own classes, httpx's, OSError: all say why in their first line
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{name}: no such folder, and not from the Hugging Face hub: {reason}") from None
+
+
+def fingerprint(name: str | os.PathLike[str]) -> str:
+    """What tells a model from another one under its name, without reading all of it.
+
+    Of a folder, its config, and the size, the header and the last weights of each file; from the hub, the revision.
+    """
+    path = fetch(name, ["config.json"])
+    if path.parent.name == "snapshots":
+        return path.name
+    digest = hashlib.sha256()
+    for file in (path / "config.json", *sorted(path.glob("*.safetensors"))):
+        if file.is_file():
+            size = file.stat().st_size
+            with file.open("rb") as handle:
+                digest.update(f"{file.name} {size} ".encode() + handle.read(_EDGE))
+                handle.seek(max(0, size - _EDGE))
+                digest.update(handle.read())
+    return digest.hexdigest()
 
 
 def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:

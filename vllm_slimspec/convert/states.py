@@ -72,7 +72,7 @@ class HeadStates:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "HeadStates":
-        """Read the index and the headers, and compare the files with their checksums where the index has them.
+        """Read the index and the headers, and sum up the files: ``index["sha256s"]`` is of what is there.
 
         Raises:
             CheckpointError: not a folder of head states, another format, or a file that is not what was written.
@@ -82,16 +82,17 @@ class HeadStates:
         files = tuple(sorted(path.glob("states-*.safetensors")))
         if not files:
             raise CheckpointError(f"{path}: holds no states-*.safetensors; give the folder of a collection")
-        sums = index.get("sha256s") or {}
-        if sums and set(sums) != {file.name for file in files}:
+        listed, sums = index.get("sha256s"), {file.name: sha256(file) for file in files}
+        if listed and set(listed) != set(sums):
             raise CheckpointError(f"{path}: its files are not those that index.json lists; copy the folder again")
         shapes = []
         for file in files:
-            if sums and sha256(file) != sums[file.name]:
+            if listed and sums[file.name] != listed[file.name]:
                 raise CheckpointError(f"{file}: not the file that index.json describes (sha256); copy it again")
             shapes.append(_check_file(file))
         if len({(dtype, size) for _, size, dtype in shapes}) != 1:
             raise CheckpointError(f"{path}: files differ in hidden size or dtype; keep those of one collection")
+        index["sha256s"] = sums
         return cls(path, index, files, shapes[0][1], shapes[0][2], sum(rows for rows, _, _ in shapes))
 
     @property
