@@ -15,10 +15,11 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftCheckpoint
+from vllm_slimspec.convert import run
 from vllm_slimspec.convert.cli import convert as command
 from vllm_slimspec.convert.cli import sweep_figure
 from vllm_slimspec.convert.distil import Recipe
-from vllm_slimspec.convert.run import Options, convert, sweep
+from vllm_slimspec.convert.run import Conversion, Options, convert, sweep
 from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
 from vllm_slimspec.convert.states import HeadStates
 from vllm_slimspec.convert.vocabulary import counts_from_text
@@ -393,7 +394,8 @@ def test_a_loss_is_refused_with_the_option_that_mends_it(lossy, tmp_path):
     """Catches: a drafter written that nobody would want, or advice that does not work."""
     source, states = lossy
     options = Options(str(source), tmp_path / "out", rank=24, hidden_states=states)
-    with pytest.raises(CheckpointError, match=r"loses \d+.\d% of acceptance length.*--rerank 8 loses \d") as error:
+    words = r"loses \d+.\d% \(\d+.\d% to \d+.\d%\) of acceptance length.*--rerank 8 loses \d"
+    with pytest.raises(CheckpointError, match=words) as error:
         convert(options)
     assert "\n" not in str(error.value)
     assert not options.output.exists()
@@ -414,6 +416,16 @@ def test_states_of_another_drafter_are_told(lossy, tmp_path, caplog):
         convert(options)
         assert ("recorded with another drafter (other)" in caplog.text) != mine
         index["drafter_fingerprint"] = "0"
+
+
+def test_all_held_out_documents_judge_a_head(lossy, tmp_path, monkeypatch):
+    """Catches: a few documents that decide where all could; hours of measuring where the head is large."""
+    source, states = lossy
+    monkeypatch.setattr(run, "_HELD_OUT_STATES", 50)
+    work = Conversion(Options(str(source), tmp_path / "out", hidden_states=states))
+    assert len(work._held_out.doc.unique()) == 4  # of 20
+    monkeypatch.setattr(run, "_OPERATIONS", {"cpu": 0, "cuda": 0})
+    assert len(Conversion(work.options)._held_out.doc.unique()) == 1
 
 
 def test_sweep_names_the_fastest(lossy, tmp_path, full_head):
@@ -460,6 +472,7 @@ def test_provenance_and_card(lossy, tmp_path, full_head):
     measured = provenance["measured"]
     assert f"rank 24 of {D}, {TRUNCATED} tokens, the best 32 scored again" in card
     assert f"{measured['quality']['tau']['value']:.2f} (95%:" in card
+    assert f"{measured['quality']['of_dense']['value']:.1%} (95%:" in card
     assert f"vllm serve {target}" in card
     assert provenance["source"]["drafter_sha256s"]
     assert {"vllm-slimspec", "torch"} <= provenance["versions"].keys()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from vllm_slimspec.bench.acceptance import Acceptance
 from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.convert import collect
-from vllm_slimspec.convert.evaluate import evaluate, predicted_speedup
+from vllm_slimspec.convert.evaluate import Tau, evaluate, predicted_speedup
 from vllm_slimspec.convert.prompts import read_prompts, tokenise
 from vllm_slimspec.convert.states import HeadStates, Rows, StatesWriter, concatenate
 
@@ -250,6 +250,10 @@ def test_tau_is_what_an_engine_counts():
     assert found.heads["low"].rerank[vocab].tau == found.dense_tau
     assert found.heads["low"].rerank[vocab].top1 == 1.0
     assert found.heads["low"].rerank[2].top1 == pytest.approx(found.heads["low"].recall[2])
+    # The documents differ more than the heads do: drawn for both, they cancel.
+    of_dense, tau = found.heads["low"].of_dense, found.heads["low"].tau
+    assert of_dense.value == pytest.approx(tau.value / found.dense_tau.value)
+    assert found.heads["low"].rerank[vocab].of_dense == Tau(1.0, 1.0, 1.0)
 
 
 def test_metrics_of_the_head_itself():

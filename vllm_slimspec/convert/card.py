@@ -103,6 +103,8 @@ def _measured(measured: Mapping[str, Any] | None) -> str:
             (f"acceptance length, {name}", f"{tau['value']:.2f} (95%: {tau['low']:.2f} to {tau['high']:.2f})")
             for name, tau in (("dense head", before), ("this head", quality["tau"]))
         ]
+        of = quality["of_dense"]
+        rows.append(("... kept", f"{of['value']:.1%} (95%: {of['low']:.1%} to {of['high']:.1%})"))
     rows.append(("bytes of the head a draft step reads", f"{measured['head_bytes']:,} of {measured['dense_bytes']:,}"))
     if measured["speedup"]:
         rows.append(("predicted speedup at batch 1 (by bytes)", f"{measured['speedup']:.2f}x"))

@@ -160,14 +160,13 @@ def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
     table = Table("rank", "rerank", "top-1", "acceptance", "loss", "head MB", "less", "speedup", box=None)
     for o in outcomes:
         assert o.quality is not None
-        assert o.loss is not None
         tau = o.quality.tau
         table.add_row(
             str(o.rank or "dense"),
             str(o.rerank or "-"),
             f"{o.quality.top1:.1%}",
             f"{tau.value:.2f} ({tau.low:.2f}-{tau.high:.2f})" if tau else "unknown",
-            f"{o.loss:.1%}",
+            o.lost,
             f"{o.head_bytes / 1e6:.2f}",
             f"{o.dense_bytes / o.head_bytes:.1f}x",
             f"{o.speedup:.2f}x" if o.speedup else "needs --target",

@@ -27,7 +27,7 @@ Head: TypeAlias = Factors | torch.Tensor  # or dense, [V, D]
 
 @dataclass(frozen=True)
 class Tau:
-    """Expected acceptance length, and a 95% interval by resampling documents."""
+    """Expected acceptance length, or one as a share of another, and a 95% interval by resampling documents."""
 
     value: float
     low: float
@@ -38,11 +38,12 @@ class Tau:
 class Quality:
     """A head against the dense one, on the same states.
 
-    ``tau`` is None where the target's tokens are unknown, ``kl`` where tokens were left out.
+    ``tau`` and ``of_dense`` are None where the target's tokens are unknown, ``kl`` where tokens were left out.
     """
 
     top1: float  # share of states with the same best token
     tau: Tau | None
+    of_dense: Tau | None  # tau over the dense head's, the same documents drawn for both
     recall: dict[int, float]  # k -> share of states whose best dense token is among the k best
     overlap: float  # alpha: mean over states of the sum over tokens of min(p, q)
     kl: float | None  # mean KL(dense || head), nats
@@ -105,20 +106,17 @@ def evaluate(
                 tokens[name, k].append(found.gather(1, again[:, :k].argmax(-1, keepdim=True))[:, 0])
     drafted = {key: torch.cat(parts).cpu() for key, parts in tokens.items()}
     agreement = {key: float((t == drafted["dense"]).double().mean()) for key, t in drafted.items()}
-    tau = {key: _tau(states, t) for key, t in drafted.items()}
+    walks = {key: _walks(states, t) for key, t in drafted.items()}
+
+    def quality(name: str, k: int, rerank: dict[int, Quality]) -> Quality:
+        tau, of_dense = _tau(walks[name, k]), _tau(walks[name, k], walks["dense"])
+        return Quality(agreement[name, k], tau, of_dense, **totals[name].means(len(states)), rerank=rerank)
+
     return Evaluation(
         states=len(states),
         documents=len(states.doc.unique()),
-        dense_tau=tau["dense"],
-        heads={
-            name: Quality(
-                **(shared := totals[name].means(len(states))),
-                top1=agreement[name, 1],
-                tau=tau[name, 1],
-                rerank={k: Quality(**shared, top1=agreement[name, k], tau=tau[name, k], rerank={}) for k in ks},
-            )
-            for name in heads
-        },
+        dense_tau=_tau(walks["dense"]),
+        heads={name: quality(name, 1, {k: quality(name, k, {}) for k in ks}) for name in heads},
     )
 
 
@@ -163,8 +161,12 @@ class _Totals:
         return {"recall": recall, "overlap": self.overlap / n, "kl": kl}
 
 
-def _tau(states: Rows, drafted: torch.Tensor) -> Tau | None:
-    """Expected acceptance length of the drafted tokens, int64 [N] in the target's vocabulary."""
+def _walks(states: Rows, drafted: torch.Tensor) -> np.ndarray | None:
+    """Cycles and accepted tokens of each document, int64 [documents, 2]; None where the target's tokens are unknown.
+
+    Args:
+        drafted: int64 [N], in the target's vocabulary.
+    """
     if states.step is None or states.pos is None or states.next_token is None or bool((states.next_token < 0).any()):
         return None
     hit = (drafted == states.next_token).numpy()
@@ -175,10 +177,24 @@ def _tau(states: Rows, drafted: torch.Tensor) -> Tau | None:
     for row in range(len(hit)):
         cycle = accepted.setdefault(int(doc[row]), {}).setdefault(int(start[row]), np.zeros(k, dtype=bool))
         cycle[step[row]] = hit[row]
-    walks = np.array([_walk(cycles) for cycles in accepted.values()])  # [documents, (cycles, accepted)]
-    cycles, total = walks.T
-    low, high = interval(len(walks), lambda drawn: 1 + total[drawn].sum(1) / cycles[drawn].sum(1))
-    return Tau(float(1 + total.sum() / cycles.sum()), low, high)
+    return np.array([_walk(cycles) for cycles in accepted.values()])
+
+
+def _tau(walks: np.ndarray | None, of: np.ndarray | None = None) -> Tau | None:
+    """Expected acceptance length of some walks; as a share of that of other walks through the same documents."""
+    if walks is None:
+        return None
+
+    def statistic(drawn: np.ndarray) -> np.ndarray:
+        return _length(walks[drawn]) if of is None else _length(walks[drawn]) / _length(of[drawn])
+
+    return Tau(float(statistic(np.arange(len(walks)))), *interval(len(walks), statistic))
+
+
+def _length(walks: np.ndarray) -> np.ndarray:
+    """Tokens a cycle of walks [..., documents, 2], float [...]."""
+    cycles, accepted = np.moveaxis(walks.sum(-2), -1, 0)
+    return 1 + accepted / cycles
 
 
 def _walk(cycles: Mapping[int, np.ndarray]) -> tuple[int, int]:

@@ -42,7 +42,10 @@ logger = logging.getLogger(__name__)
 _NAME = "low-rank"
 _PROBABILITY_STATES = 8192  # each costs a softmax over V
 _DISTIL_STATES = 65_536
-_HELD_OUT_STATES = 8192
+_HELD_OUT_STATES = (
+    8192  # at least, and as many as this many operations of the dense head allow: a minute's work at most
+)
+_OPERATIONS = {"cpu": 1e13, "cuda": 2e15}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,13 @@ class Outcome:
     head_bytes: int  # that a draft step reads
     dense_bytes: int  # that it read before
     speedup: float | None  # predicted, of a cycle at batch 1
+
+    @property
+    def lost(self) -> str:
+        """The loss in words, with a 95% interval over documents where it is of acceptance length."""
+        assert self.loss is not None
+        of = self.quality.of_dense if self.quality else None
+        return f"{self.loss:.1%} ({1 - of.high:.1%} to {1 - of.low:.1%})" if of else f"{self.loss:.1%}"
 
 
 class Conversion:
@@ -218,8 +228,7 @@ class Conversion:
         quality, rho, speedup = None, None, None
         if evaluation is not None:
             quality = evaluation.heads[name] if rerank is None else evaluation.heads[name].rerank[rerank]
-            before = evaluation.dense_tau
-            rho = quality.tau.value / before.value if quality.tau and before else quality.top1
+            rho = quality.of_dense.value if quality.of_dense else quality.top1
         if rho is not None and self.target is not None:
             speedup = predicted_speedup(
                 target_bytes=self.target.nbytes,
@@ -254,7 +263,11 @@ class Conversion:
 
     @cached_property
     def _held_out(self) -> Rows | None:
-        return None if self.states is None else self.states.sample(True, _HELD_OUT_STATES)
+        """What is measured on: few documents make wide intervals, so all of them where that takes no time."""
+        if self.states is None:
+            return None
+        allowed = _OPERATIONS.get(self.dense.device.type, _OPERATIONS["cpu"]) / (2 * self.dense.numel())
+        return self.states.sample(True, max(_HELD_OUT_STATES, int(allowed)))
 
     @cached_property
     def _second_moment(self) -> torch.Tensor:
@@ -466,10 +479,10 @@ def _open_states(options: Options) -> HeadStates | None:
 
 def _cure(options: Options, outcome: Outcome, reranked: Mapping[int, Outcome]) -> str:
     what = "acceptance length" if outcome.quality and outcome.quality.tau else "top-1 agreement"
-    words = f"this head loses {outcome.loss:.1%} of {what} and --max-loss is {options.max_loss:.1%}; "
+    words = f"this head loses {outcome.lost} of {what} and --max-loss is {options.max_loss:.1%}; "
     enough = [k for k, o in reranked.items() if o.loss is not None and o.loss <= options.max_loss]
     if enough:
-        return f"{words}--rerank {enough[0]} loses {reranked[enough[0]].loss:.1%}"
+        return f"{words}--rerank {enough[0]} loses {reranked[enough[0]].lost}"
     if options.head == "dense":
         return f"{words}keep more tokens with a larger --vocab, or write it all the same with --force"
     if options.distil is None and options.joint is None:
