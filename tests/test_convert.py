@@ -220,6 +220,36 @@ def test_full_vocabulary_by_a_map(tmp_path):
     assert torch.equal(drafter.head[ids], own)
 
 
+def test_a_map_is_not_judged_by_the_mean_of_all_rows(tmp_path, caplog):
+    """Catches: noise beside a large common row, which any map explains; a residual that nobody is told."""
+    torch.manual_seed(0)
+    source, _, _ = form("specforge", tmp_path / "source")
+    checkpoint = DraftCheckpoint.open(source)
+    tensors = {n: checkpoint.load(n) for n in checkpoint.tensors} | {DENSE: torch.randn(TRUNCATED, D) + 100}
+    source = drafters.write(tmp_path / "shifted", checkpoint.config | {"target_hidden_size": 12}, tensors)
+    target = Target.open(write_target(tmp_path / "target", torch.randn(V, 12) + 100, hidden_size=12))
+    with pytest.raises(CheckpointError, match="no linear map"):
+        Drafter.open(source, target).full_vocabulary(target)
+    assert "least-squares map, residual" in caplog.text
+
+
+def test_bytes_of_a_mixture_are_those_of_the_experts_that_are_read(tmp_path, full_head):
+    """Catches: a mixture of experts taken for one of them, or for all, which predicts a speedup of another model."""
+    dense = Target.open(write_target(tmp_path / "dense", full_head, intermediate_size=32))
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    moe = Target.open(write_target(tmp_path / "moe", full_head, **mixture))
+    expert = 2 * 4 * 3 * D * 32  # bytes of one in each of 4 layers
+    assert [(moe.nbytes(k) - dense.nbytes(k)) // expert for k in (1, 2, 3, 5)] == [3, 5, 7, 7]
+
+
+def test_layers_are_those_that_vllm_reads(tmp_path):
+    """Catches: joint training on other layers than the drafter is served with, where only eagle_config names them."""
+    named = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}, "eagle_aux_hidden_state_layer_ids": None}
+    config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None, **named)
+    source = drafters.write(tmp_path / "source", config, drafters.dense(drafters.tensors()))
+    assert Drafter.open(source).config["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]
+
+
 def test_a_map_that_explains_nothing_is_refused(tmp_path):
     """Catches: a full vocabulary made of noise."""
     source, _, _ = form("specforge", tmp_path / "source")

@@ -42,10 +42,8 @@ logger = logging.getLogger(__name__)
 _NAME = "low-rank"
 _PROBABILITY_STATES = 8192  # each costs a softmax over V
 _DISTIL_STATES = 65_536
-_HELD_OUT_STATES = (
-    8192  # at least, and as many as this many operations of the dense head allow: a minute's work at most
-)
-_OPERATIONS = {"cpu": 1e13, "cuda": 2e15}
+_HELD_OUT_STATES = 8192  # at least, and what this many operations of the dense head allow
+_OPERATIONS = {"cpu": 1e13, "cuda": 2e15}  # about a minute
 
 
 @dataclass(frozen=True)
@@ -231,7 +229,7 @@ class Conversion:
             rho = quality.of_dense.value if quality.of_dense else quality.top1
         if rho is not None and self.target is not None:
             speedup = predicted_speedup(
-                target_bytes=self.target.nbytes,
+                target_bytes=self.target.nbytes(self.k),
                 body_bytes=self.source.body_bytes,
                 dense_bytes=dense_bytes,
                 head_bytes=head_bytes,

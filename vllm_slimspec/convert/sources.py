@@ -134,11 +134,19 @@ class Target:
         folder = fetch(self.name, ["*.json", "model.safetensors"])
         return {name: info.file for name, info in read_headers(folder).items()}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one verification reads: every weight but the embeddings, as bfloat16, from the config's sizes."""
+    def nbytes(self, k: int) -> int:
+        """Bytes that one verification of ``k`` drafted tokens reads: every weight but the embeddings, as bfloat16, from
+        the config's sizes; of a mixture's experts, as many as k + 1 tokens choose that choose no expert twice."""
         c = self.config
-        d, ff = c["hidden_size"], c.get("intermediate_size", 4 * c["hidden_size"])
+
+        def first(*keys: str) -> int:
+            return next((c[key] for key in keys if c.get(key)), 0)
+
+        d = c["hidden_size"]
+        ff = first("intermediate_size") or 4 * d
+        if experts := first("num_experts", "num_local_experts", "n_routed_experts"):
+            chosen = first("num_experts_per_tok", "experts_per_token") or 1
+            ff = (first("moe_intermediate_size") or ff) * min(experts, chosen * (k + 1))
         heads = c.get("num_attention_heads", 1)
         head_dim = c.get("head_dim") or d // heads
         kv = c.get("num_key_value_heads") or heads
