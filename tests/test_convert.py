@@ -470,6 +470,18 @@ def test_sweep_names_the_fastest(lossy, tmp_path, full_head):
     assert evaluation.heads["8"].top1 == pytest.approx(alone.outcome.quality.top1, abs=0.02)
 
 
+def test_sweep_of_trained_factors(tmp_path):
+    """Catches: the first rows of factors that have no order, taken for the best of their rank."""
+    torch.manual_seed(0)
+    tensors, config = drafters.tensors(rank=16), drafters.config(lm_head_rank=16)
+    tensors[DOWN] *= torch.logspace(-3, 0, 16)[:, None]  # the largest come last
+    source = drafters.write(tmp_path / "source", config, tensors)
+    states = write_head_states(tmp_path / "states")
+    evaluation, _ = sweep(Options(str(source), tmp_path / "out", hidden_states=states), [4, 8])
+    assert evaluation.heads["16"].top1 == 1.0
+    assert evaluation.heads["8"].top1 > 0.8
+
+
 def test_the_plot_shows_what_was_measured(lossy, tmp_path, full_head):
     """Catches: a line through the wrong heads, ranks out of order, a share taken for percent; a file that is no PNG."""
     source, states = lossy

@@ -401,9 +401,12 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
     if work.states is None:
         raise CheckpointError("--sweep measures, so it needs --calibration or --hidden-states")
     ranks = sorted({work.rank(None, divisor) for divisor in divisors}, reverse=True)
-    down, up = work.factors(ranks[0])
-    # Directions come largest first: the best factors of a lower rank are the first rows and columns of these.
-    heads = {str(rank): (down[:rank], up[:, :rank]) for rank in ranks}
+    if work.drafter.factors is None:
+        # Directions come largest first: the best factors of a lower rank are the first rows and columns of these.
+        down, up = work.factors(ranks[0])
+        heads = {str(rank): (down[:rank], up[:, :rank]) for rank in ranks}
+    else:  # trained factors have no order
+        heads = {str(rank): work.factors(rank) for rank in ranks}
     evaluation = work.evaluate(heads)
     assert evaluation is not None
     outcomes = [
