@@ -529,11 +529,18 @@ def test_a_drafter_from_the_hub(tmp_path, monkeypatch):
         asked.append((name, allow_patterns))
         if name == "org/gone":
             raise OSError("Repository Not Found\nsee the log")
-        return str(source)
+        return str(pickled if name == "org/pickled" else source)
 
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text((source / "config.json").read_text())
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert torch.equal(Drafter.open("org/drafter").head, head)
     assert asked == [("org/drafter", ["*.json", "*.safetensors"])]
+    with pytest.raises(
+        CheckpointError, match=r"^org/pickled: has no safetensors.* hf download org/pickled --local-dir"
+    ):
+        Drafter.open("org/pickled")
     with pytest.raises(CheckpointError, match=r"^org/gone: no such folder, .*: Repository Not Found$"):
         Drafter.open("org/gone")
 

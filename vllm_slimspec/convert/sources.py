@@ -177,7 +177,10 @@ class Drafter:
         Raises:
             CheckpointError: no drafter, or not of this target.
         """
-        checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
+        path = fetch(drafter, ["*.json", "*.safetensors"])
+        if path != Path(drafter) and not any(path.glob("*.safetensors")):
+            raise CheckpointError(_no_safetensors(str(drafter)))
+        checkpoint = DraftCheckpoint.open(path)
         where = str(checkpoint.path)
         config = _normalise(checkpoint)
         d2t = checkpoint.load("d2t") if "d2t" in checkpoint.tensors else None
@@ -277,6 +280,16 @@ def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
     except Exception as error:  # its own classes, httpx's, OSError: all say why in their first line
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{name}: no such folder, and not from the Hugging Face hub: {reason}") from None
+
+
+def _no_safetensors(name: str) -> str:
+    """What to do with a repository that nothing can be read from without running it."""
+    return (
+        f"{name}: has no safetensors on the Hugging Face hub; pickled weights can run code and are not opened: "
+        f"convert them where you trust them, and give the folder: hf download {name} "
+        '--local-dir drafter && cd drafter && python -c "import torch, safetensors.torch as s; s.save_file(torch.load('
+        "'pytorch_model.bin', weights_only=True), 'model.safetensors')\""
+    )
 
 
 def fingerprint(name: str | os.PathLike[str]) -> str:
