@@ -318,6 +318,9 @@ def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:
         config = {**_SPECULATORS_DEFAULTS, **config}
         family = str(config.get("model_type", "llama"))
         config["architectures"] = [f"Eagle3{family.capitalize()}ForCausalLM"]  # head_spec knows which there are
+    eagle, ids = config.get("eagle_config"), "eagle_aux_hidden_state_layer_ids"
+    if not config.get(ids) and isinstance(eagle, dict) and eagle.get(ids):
+        config[ids] = eagle[ids]  # where vLLM looks next, and trainers do not
     rope = config.pop("rope_parameters", None)
     if isinstance(rope, dict):  # the newer spelling; the older one is read by every transformers that is supported
         rope = dict(rope)
