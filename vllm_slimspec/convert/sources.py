@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 8192
 _EDGE = 1 << 20  # bytes at both ends of a file that tell it from another one
-_MAX_RESIDUAL = 0.1  # of a least-squares map, relative, on rows that it was not fitted to
+_MAX_RESIDUAL = 0.1  # of a least-squares map, relative, on rows that it was not fitted to, less their mean
 _NOT_OURS = (
     "transformer_layer_config",
     "speculators_config",
@@ -231,7 +231,7 @@ class Drafter:
         """This drafter with a row for every token of the target.
 
         Where the head is the target's rows, the rest are taken from there. Otherwise the least-squares map M with
-        head ~ target[ids] M makes them, and the rows that are there stay as they are.
+        head ~ target[ids] M, both without their means, makes them, and the rows that are there stay as they are.
 
         Returns:
             the drafter, and the map's relative residual on rows that it was not fitted to (0 without a map).
@@ -246,6 +246,7 @@ class Drafter:
             head = source.to(self.head.dtype)
         else:
             head, residual = _mapped(self.head, source, self.ids)
+            logger.warning("--vocab full: rows made by a least-squares map, residual %.3f", residual)
             if residual > _MAX_RESIDUAL:
                 raise CheckpointError(
                     f"{self.path}: no linear map takes the target's head to this one (residual {residual:.2f}, "
@@ -392,17 +393,25 @@ def _mapped(head: torch.Tensor, source: torch.Tensor, ids: torch.Tensor) -> tupl
     """``source`` [vocab, D'] mapped to the space of ``head`` [V, D], with the rows ``ids`` as they are in ``head``."""
     fitted = torch.arange(len(ids)) % 10 != 0  # a tenth of the rows judges the map
     wide = source.shape[1]
+    # Centred: rows share a large mean, by which a map that says nothing about any of them explains them all.
+    mean_x, mean_y = _mean(source, ids[fitted]), _mean(head, fitted.nonzero()[:, 0])
     gram = torch.zeros(wide, wide, dtype=torch.float64)
     cross = torch.zeros(wide, head.shape[1], dtype=torch.float64)
     for rows in fitted.nonzero()[:, 0].split(_CHUNK):
-        x = source[ids[rows]].double()
+        x = source[ids[rows]].double() - mean_x
         gram += x.T @ x
-        cross += x.T @ head[rows].double()
+        cross += x.T @ (head[rows].double() - mean_y)
     gram.diagonal().add_(1e-9 * gram.diagonal().mean())
     linear = torch.linalg.solve(gram, cross)
     judged = (~fitted).nonzero()[:, 0]
-    truth = head[judged].double()
-    residual = float((source[ids[judged]].double() @ linear - truth).norm() / truth.norm())
-    mapped = torch.cat([(rows.double() @ linear).to(head.dtype) for rows in source.split(_CHUNK)])
+    truth = head[judged].double() - mean_y
+    residual = float(((source[ids[judged]].double() - mean_x) @ linear - truth).norm() / truth.norm())
+    mapped = torch.cat([((r.double() - mean_x) @ linear + mean_y).to(head.dtype) for r in source.split(_CHUNK)])
     mapped[ids] = head
     return mapped, residual
+
+
+def _mean(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Of these rows, float64 [width]."""
+    parts = [matrix[piece].sum(0, dtype=torch.float64) for piece in rows.split(_CHUNK)]
+    return torch.stack(parts).sum(0) / len(rows)
