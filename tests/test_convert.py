@@ -504,6 +504,39 @@ def test_the_plot_shows_what_was_measured(lossy, tmp_path, full_head):
     assert len(picture) > 10_000
 
 
+def test_a_target_of_another_width(tmp_path):
+    """Catches: D taken for the target's, anywhere between a drafter that is narrower than its target and its folder."""
+    source, head, _ = form("specforge", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"target_hidden_size": 96}
+    (source / "config.json").write_text(json.dumps(config))
+    target = write_target(tmp_path / "target", torch.randn(V, 96), hidden_size=96)
+    states = write_head_states(tmp_path / "states")
+    options = Options(str(source), tmp_path / "out", str(target), rank=R, rerank=8, hidden_states=states)
+    done = convert(replace(options, layout="speculators"))
+    assert done.checkpoint.flat["target_hidden_size"] == 96
+    assert torch.equal(done.checkpoint.load(DENSE), head)
+    assert done.outcome.quality.top1 == 1.0
+
+
+def test_a_speculators_config_names_its_target_from_anywhere(tmp_path, full_head, monkeypatch):
+    """Catches: a server that looks for ./target where it was started; a card that links to a folder, or whose command
+    is another one when it is pasted."""
+    source, _, _ = form("specforge", tmp_path / "source")
+    target = write_target(tmp_path / "a folder", full_head)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["slimspec", "convert", "--target", "a folder"])
+    done = convert(Options(str(source), Path("out"), "a folder", rank=R, layout="speculators"))
+    assert done.checkpoint.config["speculators_config"]["verifier"]["name_or_path"] == str(target)
+    card = Path("out", "README.md").read_text()
+    assert "slimspec convert --target 'a folder'" in card
+    assert "base_model" not in card
+    monkeypatch.setattr(
+        "vllm_slimspec.convert.sources.fetch", lambda name, _: target if name == "org/t" else Path(name)
+    )
+    convert(Options(str(source), Path("hub"), "org/t", rank=R))
+    assert "\nbase_model: org/t\n" in Path("hub", "README.md").read_text()
+
+
 def test_provenance_and_card(lossy, tmp_path, full_head):
     """Catches: a card that says something else than the checkpoint."""
     source, states = lossy

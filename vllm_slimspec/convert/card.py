@@ -1,7 +1,10 @@
 """The model card of a converted drafter, from nothing but its config and its provenance."""
 
 import json
+import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 _CARD = """\
@@ -71,7 +74,7 @@ def card(
     if alone:
         serve = f"vllm serve {output}"
     return _CARD.format(
-        base_model=f"base_model: {target}\n" if target else "",
+        base_model=f"base_model: {target}\n" if target and _on_the_hub(target) else "",
         output=output,
         what=(_LOW_RANK if low_rank else _DENSE).format(
             drafter=provenance["source"]["drafter"],
@@ -84,9 +87,14 @@ def card(
         ),
         serve=f"pip install vllm-slimspec\n{serve}" if low_rank else serve,
         measured=_measured(provenance["measured"]),
-        command=" ".join(provenance["command"]),
+        command=shlex.join(provenance["command"]),
         versions=", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
     )
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether a card may link to this name: the hub refuses one whose base_model is a folder."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
 def _measured(measured: Mapping[str, Any] | None) -> str:

@@ -523,7 +523,9 @@ def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome
     text = card(config, provenance, target=options.target, output=options.output.name, k=work.k, alone=alone)
     if alone:
         assert options.target is not None
-        config = speculators_config(config, options.target, work.k)
+        # A name to be loaded from wherever the server is started.
+        local = Path(options.target)
+        config = speculators_config(config, str(local.resolve() if local.exists() else options.target), work.k)
     return write_checkpoint(options.output, config, tensors, provenance, text)
 
 
