@@ -635,6 +635,14 @@ def _bad(case: str, folder: Path) -> list[str]:
             return [str(good), "--hidden-states", str(write_head_states(folder / "s", hidden_size=32))]
         case "NaN states":
             return [str(good), "--hidden-states", str(_nan(folder / "s"))]
+        case "rank before calibration":
+            return [str(good), "--target", target, "--calibration", "none.jsonl", "--rank", "65"]
+        case "sweep before calibration":
+            return [str(good), "--target", target, "--calibration", "none.jsonl", "--sweep", "8,65"]
+        case "vocab before calibration":
+            return [str(good), "--target", target, "--calibration", "none.jsonl", "--vocab", "some"]
+        case "more candidates than tokens":
+            return [str(good), "--vocab", "12", "--rerank", "16", "--frequencies", counts]
         case "rank":
             return [str(good), "--rank", "65"]
         case "vocab":
@@ -695,6 +703,10 @@ def _bad(case: str, folder: Path) -> list[str]:
         ("no states", "index.json: no such file"),
         ("states of another size", "states have 32 numbers"),
         ("NaN states", "row 40 holds NaN"),
+        ("rank before calibration", "rank 65 does not fit"),
+        ("sweep before calibration", "rank 0 does not fit"),
+        ("vocab before calibration", "must be keep, full or a number"),
+        ("more candidates than tokens", "--rerank 16: there are 12 tokens"),
         ("rank", "rank 65 does not fit"),
         ("vocab", "must be keep, full or a number"),
         ("more tokens than rows", "number of tokens from 1 to 64"),
@@ -737,6 +749,10 @@ def test_the_command(lossy, tmp_path, full_head):
     swept = CliRunner().invoke(app, [*common, "--output-path", str(tmp_path / "out"), "--sweep", "4,2"])
     assert swept.exit_code == 0, swept.output
     assert "rerank" in swept.stdout
+    _, outcomes = sweep(Options(str(source), tmp_path / "out", str(target), hidden_states=states), [4, 2])
+    best = max(outcomes, key=lambda o: o.speedup)
+    again = f" with --rerank {best.rerank}" if best.rerank else ""
+    assert f"best predicted speed: --rank {best.rank}{again}, {best.speedup:.2f}x" in swept.stdout
     assert not (tmp_path / "out").exists()
     flags = ["--rank", "24", "--rerank", "16", "--quantize", "int8", "--distill-steps", "3", "--loss", "nla"]
     written = CliRunner().invoke(app, [*common, "--output-path", str(tmp_path / "out"), *flags])

@@ -33,7 +33,7 @@ from vllm_slimspec.convert.joint import JointRecipe, train_jointly
 from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
 from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.convert.states import HeadStates, Rows, common, concatenate, sha256
-from vllm_slimspec.convert.vocabulary import counts_from_file, counts_from_states, counts_from_text, kept
+from vllm_slimspec.convert.vocabulary import check_size, counts_from_file, counts_from_states, counts_from_text, kept
 from vllm_slimspec.ops import MAX_K
 from vllm_slimspec.quantized import quantize_up
 
@@ -102,10 +102,11 @@ class Outcome:
 class Conversion:
     """A drafter, its target and its states, opened and checked; from here on heads can be made and measured."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, divisors: Sequence[int] = ()) -> None:
         self.options = options
         self.target = None if options.target is None else Target.open(options.target)
         self.source = Drafter.open(options.drafter, self.target)
+        self._check_sizes(divisors)  # calibration may take hours
         self.states = _open_states(options)
         if self.states is not None:
             self.states.check_head(self.source.head.shape[1], options.drafter)
@@ -128,15 +129,9 @@ class Conversion:
         Raises:
             CheckpointError: it does not fit the head.
         """
-        vocab, hidden = self.drafter.head.shape
         if rank is None and divisor is None and self.drafter.factors is not None:
             return len(self.drafter.factors[0])
-        chosen = hidden // (divisor or 8) if rank is None else rank
-        if not 1 <= chosen <= min(vocab, hidden):
-            raise CheckpointError(
-                f"rank {chosen} does not fit a head [V={vocab}, D={hidden}]; choose 1 to {min(vocab, hidden)}"
-            )
-        return chosen
+        return _rank(rank, divisor, *self.drafter.head.shape)
 
     def factors(self, rank: int) -> Factors:
         """The factors of this rank: the drafter's own, if it has them, or the weighted factorisation of its head."""
@@ -284,16 +279,33 @@ class Conversion:
         hidden = self.states.sample(False, _PROBABILITY_STATES).hidden
         return token_probabilities(self.dense, hidden.to(self.dense))
 
+    def _check_sizes(self, divisors: Sequence[int]) -> None:
+        """Refuse a rank, a vocabulary or candidates that will not fit, divisors of a sweep included."""
+        options, (vocab, hidden) = self.options, self.source.head.shape
+        if options.vocab == "full":
+            if self.target is None:
+                raise CheckpointError("--vocab full takes the missing rows from the target's head; give --target")
+            vocab = self.target.vocab_size
+        elif options.vocab != "keep":
+            if not options.vocab.isdecimal():
+                raise CheckpointError(f"--vocab {options.vocab}: must be keep, full or a number of tokens")
+            vocab = int(options.vocab)
+            check_size(self.source, self.target, vocab)
+        if options.rerank is not None and options.rerank > vocab:
+            raise CheckpointError(f"--rerank {options.rerank}: there are {vocab} tokens to draft; choose 1 to {vocab}")
+        passed = options.rank is None and options.rank_divisor is None and self.source.factors is not None
+        if options.head == "low-rank" and not passed and not divisors:
+            _rank(options.rank, options.rank_divisor, vocab, hidden)
+        for divisor in divisors:
+            _rank(None, divisor, vocab, hidden)
+
     def _choose_vocabulary(self) -> tuple[Drafter, float]:
         wanted, source = self.options.vocab, self.source
         if wanted == "keep":
             return source, 0.0
         if wanted == "full":
-            if self.target is None:
-                raise CheckpointError("--vocab full takes the missing rows from the target's head; give --target")
+            assert self.target is not None
             return source.full_vocabulary(self.target)
-        if not wanted.isdigit():
-            raise CheckpointError(f"--vocab {wanted}: must be keep, full or a number of tokens")
         return source.truncated(kept(source, self.target, self._counts(), int(wanted))), 0.0
 
     def _counts(self) -> torch.Tensor:
@@ -397,7 +409,7 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
             "--sweep measures every rank with and without re-ranking, and nothing else; leave out --distill-steps, "
             "--joint-steps, --rerank, --quantize and --head"
         )
-    work = Conversion(options)
+    work = Conversion(options, divisors)
     if work.states is None:
         raise CheckpointError("--sweep measures, so it needs --calibration or --hidden-states")
     ranks = sorted({work.rank(None, divisor) for divisor in divisors}, reverse=True)
@@ -444,6 +456,20 @@ def _check(options: Options) -> None:
         from vllm_slimspec.convert.collect import check_engine
 
         check_engine(options.engine)
+
+
+def _rank(rank: int | None, divisor: int | None, vocab: int, hidden: int) -> int:
+    """R from a rank or a divisor of D, 8 without either.
+
+    Raises:
+        CheckpointError: it does not fit the head.
+    """
+    chosen = hidden // (divisor or 8) if rank is None else rank
+    if not 1 <= chosen <= min(vocab, hidden):
+        raise CheckpointError(
+            f"rank {chosen} does not fit a head [V={vocab}, D={hidden}]; choose 1 to {min(vocab, hidden)}"
+        )
+    return chosen
 
 
 def _open_states(options: Options) -> HeadStates | None:

@@ -80,13 +80,23 @@ def kept(drafter: Drafter, target: Target | None, counts: torch.Tensor, size: in
     Raises:
         CheckpointError: the size does not fit.
     """
+    special = check_size(drafter, target, size)
+    weights = counts[_ids(drafter)].masked_fill(special, float("inf"))
+    return weights.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def check_size(drafter: Drafter, target: Target | None, size: int) -> torch.Tensor:
+    """Whether each draft id begins or ends a text, bool [V].
+
+    Raises:
+        CheckpointError: ``size`` tokens do not hold those, or are more than there are.
+    """
     most = len(drafter.head)
     special = torch.isin(_ids(drafter), torch.tensor(sorted(_special(drafter, target)), dtype=torch.long))
     least = max(1, int(special.sum()))
     if not least <= size <= most:
         raise CheckpointError(f"--vocab {size}: must be keep, full or a number of tokens from {least} to {most}")
-    weights = counts[_ids(drafter)].masked_fill(special, float("inf"))
-    return weights.argsort(descending=True, stable=True)[:size].sort().values
+    return special
 
 
 def _ids(drafter: Drafter) -> torch.Tensor:
