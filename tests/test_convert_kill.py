@@ -236,7 +236,8 @@ def _on_a_full_disk(where: str, answer, folder: Path, source: Path, recorded: Pa
         arguments += ["--target", "target", "--calibration", str(folder / "p.jsonl")]
         fakes = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
         faked = patch.multiple(module, limits=lambda *_: (100, 300), **fakes)
-        with faked, patch.object(Target, "open"), patch.object(Drafter, "open"):
+        opened = Drafter.open(str(source), None)
+        with faked, patch.object(Target, "open"), patch.object(Drafter, "open", return_value=opened):
             result = CliRunner().invoke(app, arguments)
     else:
         result = CliRunner().invoke(app, arguments)
