@@ -77,16 +77,20 @@ def bucket_of(batch: int) -> int:
 
 
 def default_tiling(batch: int, rank: int, form: str) -> Tiling:
-    """A tiling that fits the 163 KiB of shared memory of an sm_80 for every rank and form, without spills."""
+    """A tiling that fits the 99 KiB of shared memory of a consumer GPU for every rank and form, without spills."""
     narrowest, widest, block_b = 16, 128, bucket_of(batch)
+    block_v, num_warps, num_stages = 64, 4, 3
     if form == "float32":  # is multiplied out of registers, not by tensor cores: small blocks
         widest, block_b = 32, BATCH_BUCKETS[0]
     elif form.startswith("int4"):  # two products of half the width, and a tensor core wants 16
         narrowest = 32
-    if "-g" in form:  # a block never leaves its group
-        widest = int(form.partition("-g")[2])
+    if block_b == BATCH_BUCKETS[-1]:  # 64 entries are no more bytes than the 64 rows of z that come with them
+        block_v, num_warps, widest = 128, 8, 64
+    if "-g" in form:  # a block never leaves its group: more of the narrow ones in flight
+        widest = min(widest, int(form.partition("-g")[2]))
+        num_stages = max(3, min(6, 256 // widest))
     block_r = max(narrowest, min(widest, triton.next_power_of_2(rank)))
-    return Tiling(block_v=64, block_b=block_b, block_r=block_r, num_warps=4, num_stages=3)
+    return Tiling(block_v, block_b, block_r, num_warps, num_stages)
 
 
 def tiling_for(device: torch.device, batch: int, rank: int, factor: Factor) -> Tiling:
@@ -102,7 +106,7 @@ def _tiling_for(device: torch.device, bucket: int, rank: int, form: str) -> Tili
     return default_tiling(bucket, rank, form)
 
 
-def gemm_wins(device: torch.device, batch: int, up: Tensor | QuantizedUp) -> bool:
+def gemm_wins(device: torch.device, batch: int, up: object) -> bool:
     """Whether an unfused GEMM is faster for so many rows. Never with quantised factors, which it cannot read."""
     return device.type == "cuda" and isinstance(up, Tensor) and batch >= _table(device).get("gemm_rows", GEMM_ROWS)
 
@@ -121,10 +125,9 @@ def tuned_path(device_name: str) -> Path:
 
 
 class Launch(NamedTuple):
-    """A pass over `up`: its input, its cut, and how to hand both to a kernel."""
+    """A pass over `up`: its inputs, how it is cut, and what every kernel is told of both."""
 
-    z: Tensor  # [B, R]
-    factor: Factor
+    inputs: tuple[Tensor, Tensor, Tensor | None]  # z [B, R], the weight of `up`, its scale
     blocks: int  # of rows
     tiles: int  # of entries
     constants: dict[str, Any]
@@ -158,7 +161,8 @@ def launch_of(
         "num_warps": cut.num_warps,
         "num_stages": cut.num_stages,
     }
-    return Launch(z, factor, triton.cdiv(batch, cut.block_b), max(1, triton.cdiv(entries, cut.block_v)), constants)
+    inputs = z, factor.weight, factor.scale
+    return Launch(inputs, triton.cdiv(batch, cut.block_b), max(1, triton.cdiv(entries, cut.block_v)), constants)
 
 
 def rank_multiple(rank: int, group_size: int | None) -> int:
@@ -198,40 +202,37 @@ def entry_scores(
     ids = ids.to(tl.int64)  # V * R may pass 2**31
     z_rows = z_ptr + rows[None, :] * R
     scores = tl.zeros([BLOCK_V, BLOCK_B], tl.float32)
-    for start in range(0, R, BLOCK_R):
+    for block in range(tl.cdiv(R, BLOCK_R)):
         part = scores
-        if GROUP > 0:
+        if GROUP > 0:  # asked for first, so that it arrives while the product waits for its own
+            scale = tl.load(scale_ptr + ids * (R // GROUP) + block * BLOCK_R // GROUP, mask=ids_ok, other=0.0)
             part = tl.zeros([BLOCK_V, BLOCK_B], tl.float32)
         up_mask = ids_ok[:, None]
         z_mask = rows_ok[None, :]
+        r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        if R % BLOCK_R != 0:  # constexpr, so a rank that fills its blocks pays for no mask
+            z_mask &= (r < R)[:, None]
+        z = tl.load(z_rows + r[:, None], mask=z_mask, other=0.0)
+        if UPCAST:
+            z = z.to(tl.float32)
         # ieee below: float32 factors are not cut to tf32
         if KIND == "int4":
-            c = start // 2 + tl.arange(0, BLOCK_R // 2)
+            c = block * (BLOCK_R // 2) + tl.arange(0, BLOCK_R // 2)
             if R % BLOCK_R != 0:
                 up_mask &= (c < R // 2)[None, :]
-                z_mask &= (c < R // 2)[:, None]
             pairs = tl.load(up_ptr + ids[:, None] * (R // 2) + c[None, :], mask=up_mask, other=0x88)
-            even = tl.load(z_rows + 2 * c[:, None], mask=z_mask, other=0.0)
-            odd = tl.load(z_rows + 2 * c[:, None] + 1, mask=z_mask, other=0.0)
-            if UPCAST:
-                even = even.to(tl.float32)
-                odd = odd.to(tl.float32)
+            # z is loaded whole and split here: every other number of it is no load that a GPU can do ahead
+            even, odd = tl.split(tl.trans(tl.reshape(z, [BLOCK_R // 2, 2, BLOCK_B]), (0, 2, 1)))
             low = (pairs & 15).to(tl.int8) - 8
             high = (pairs >> 4).to(tl.int8) - 8
-            part = tl.dot(low.to(even.dtype), even, part, input_precision="ieee")
-            part = tl.dot(high.to(odd.dtype), odd, part, input_precision="ieee")
+            part = tl.dot(low.to(z.dtype), even, part, input_precision="ieee")
+            part = tl.dot(high.to(z.dtype), odd, part, input_precision="ieee")
         else:
-            r = start + tl.arange(0, BLOCK_R)
-            if R % BLOCK_R != 0:  # constexpr, so a rank that fills its blocks pays for no mask
+            if R % BLOCK_R != 0:
                 up_mask &= (r < R)[None, :]
-                z_mask &= (r < R)[:, None]
             up = tl.load(up_ptr + ids[:, None] * R + r[None, :], mask=up_mask, other=0)
-            z = tl.load(z_rows + r[:, None], mask=z_mask, other=0.0)
-            if UPCAST:
-                z = z.to(tl.float32)
             part = tl.dot(_widen(up, z, KIND), z, part, input_precision="ieee")
         if GROUP > 0:
-            scale = tl.load(scale_ptr + ids * (R // GROUP) + start // GROUP, mask=ids_ok, other=0.0)
             scores += part * scale[:, None]
         else:
             scores = part
@@ -247,10 +248,9 @@ def tile_scores(
     z_ptr,
     up_ptr,
     scale_ptr,
-    tile,
-    block,
     B,
     V,
+    blocks,
     R: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
@@ -259,10 +259,11 @@ def tile_scores(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One tile's -> (scores float32 [BLOCK_V, BLOCK_B], ids int32 [BLOCK_V], rows int32 [BLOCK_B])."""
+    """This program's tile -> (its number, scores float32 [BLOCK_V, BLOCK_B], -inf beyond V, ids int32, rows int32)."""
+    tile = tl.program_id(0) // blocks
     ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    rows = block * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows = tl.program_id(0) % blocks * BLOCK_B + tl.arange(0, BLOCK_B)
     scores = entry_scores(
         z_ptr, up_ptr, scale_ptr, ids, ids < V, rows, rows < B, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
     )
-    return scores, ids, rows
+    return tile, tl.where((ids < V)[:, None], scores, float("-inf")), ids, rows

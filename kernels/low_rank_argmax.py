@@ -37,12 +37,9 @@ def _tile_argmax_kernel(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    tile = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    scores, ids, rows = tile_scores(
-        z_ptr, up_ptr, scale_ptr, tile, block, B, V, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
+    tile, scores, ids, rows = tile_scores(
+        z_ptr, up_ptr, scale_ptr, B, V, blocks, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
     )
-    scores = tl.where((ids < V)[:, None], scores, float("-inf"))
     values, best_ids = unpack(tl.max(pack(scores, ids[:, None]), axis=0))
     out = rows.to(tl.int64) * tiles + tile
     tl.store(values_ptr + out, values, mask=rows < B)
@@ -61,21 +58,12 @@ def low_rank_argmax(
     ``z = down(hidden)`` is rounded to the model dtype; scores are float32 and are compared unrounded. Safe under
     CUDA-graph capture once the batch bucket has run. Arguments are checked by :mod:`vllm_slimspec.ops`.
     """
-    z, factor, blocks, tiles, constants = launch = launch_of(hidden, down, up, valid_vocab, tiling)
-    batch = z.shape[0]
-    values = torch.empty(batch, tiles, dtype=torch.float32, device=z.device)
-    ids = torch.empty(batch, tiles, dtype=torch.int64, device=z.device)
+    launch = launch_of(hidden, down, up, valid_vocab, tiling)
+    batch, tiles = hidden.shape[0], launch.tiles
+    values = torch.empty(batch, tiles, dtype=torch.float32, device=hidden.device)
+    ids = torch.empty(batch, tiles, dtype=torch.int64, device=hidden.device)
     _tile_argmax_kernel[launch.grid](
-        z,
-        factor.weight,
-        factor.scale,
-        values,
-        ids,
-        batch,
-        valid_vocab,
-        blocks,
-        tiles,
-        **constants,
+        *launch.inputs, values, ids, batch, valid_vocab, launch.blocks, tiles, **launch.constants
     )
     return reduce_pairs(values, ids)
 

@@ -26,10 +26,8 @@ def _logits_kernel(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    tile = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    scores, ids, rows = tile_scores(
-        z_ptr, up_ptr, scale_ptr, tile, block, B, V, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
+    _, scores, ids, rows = tile_scores(
+        z_ptr, up_ptr, scale_ptr, B, V, blocks, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
     )
     out = logits_ptr + rows.to(tl.int64)[None, :] * V + ids[:, None]
     tl.store(out, scores, mask=(ids < V)[:, None] & (rows < B)[None, :])
@@ -42,21 +40,12 @@ def low_rank_logits(
     tiling: Tiling | None = None,
 ) -> Tensor:
     """``up(down(hidden))`` -> [B, V] in the model dtype, rounded once from a float32 sum."""
-    z, factor, blocks, _, constants = launch = launch_of(hidden, down, up, up.shape[0], tiling)
-    batch = z.shape[0]
+    launch = launch_of(hidden, down, up, up.shape[0], tiling)
+    batch, vocab = hidden.shape[0], up.shape[0]
     # the interpreter cannot round to bfloat16: let torch do it there
-    logits = torch.empty(batch, up.shape[0], dtype=torch.float32 if INTERPRETED else z.dtype, device=z.device)
-    _logits_kernel[launch.grid](
-        z,
-        factor.weight,
-        factor.scale,
-        logits,
-        batch,
-        up.shape[0],
-        blocks,
-        **constants,
-    )
-    return logits.to(z.dtype)
+    logits = torch.empty(batch, vocab, dtype=torch.float32 if INTERPRETED else hidden.dtype, device=hidden.device)
+    _logits_kernel[launch.grid](*launch.inputs, logits, batch, vocab, launch.blocks, **launch.constants)
+    return logits.to(hidden.dtype)
 
 
 def low_rank_logits_reference(hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp) -> Tensor:

@@ -1,10 +1,20 @@
 """The k best vocabulary entries of each row under a low-rank head, and those rescored by a dense head.
 
-Three launches: ``z = down(h)`` (a GEMM of torch's); the best score of every group of 16 entries; then, a program a row,
-the k best groups, the exact k best of their members, and on demand those against the rows of the dense head. The k best
-groups hold all k of the best entries (were an entry's group worse than k others, k entries would be better than it), so
-the order of the vocabulary loses none, and the pass over `up` keeps no lists. Reranking is SpecVocab's idea
-(arXiv 2602.13836).
+After ``z = down(h)`` (a GEMM of torch's) four launches, or five with a dense head, each spread over the GPU:
+
+1. the best score of every group of 16 entries: the pass over `up`, which keeps no lists;
+2. the k best groups of every chunk of groups;
+3. a program for each of those: is it among the k best of the row, then the scores of its members;
+4. with a dense head: the exact scores of the k best members;
+5. every key to its place.
+
+The k best groups hold all k of the best entries (were an entry's group worse than k others, k entries would be better
+than it), so the order of the vocabulary loses none. Keys are distinct, since each has an id in it: how many of a row
+are greater is a key's place, which nobody has to sort for, and two programs never write to one. Reranking is
+SpecVocab's idea (arXiv 2602.13836).
+
+Memory: the maxima are V / 4 bytes a row (50 KB at V = 200k, 3.2 MB at 64 rows), and the keys of the later steps a few
+KB. Scores kept from the pass would be 16 times that, written and read again where k * 16 rows of `up` are less to read.
 """
 
 import torch
@@ -13,20 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_slimspec.kernels._pairs import id_of, key_of, order_of, pack, unpack
-from vllm_slimspec.kernels._tiles import (
-    BATCH_BUCKETS,
-    INTERPRETED,
-    Tiling,
-    as_float32,
-    entry_scores,
-    form_of,
-    launch_of,
-    tile_scores,
-)
+from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, Tiling, as_float32, entry_scores, launch_of, tile_scores
 from vllm_slimspec.quantized import QuantizedUp
 
 MEMBERS = 16  # entries of a group: k * MEMBERS rows of `up` are read again
-CHUNK = 2048  # groups sorted at a time
+CHUNK = 1024  # groups of a list: eight lists of a vocabulary of 128k
+RESCORED = 4  # members whose dense rows one program reads: few, because frequent tokens share their groups
+BLOCK_N = 256  # keys compared at a time
 
 
 @triton.jit(do_not_specialize=["B", "V", "blocks", "groups"])
@@ -48,83 +51,140 @@ def _group_maxima_kernel(
     MEMBERS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    tile = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    scores, ids, rows = tile_scores(
-        z_ptr, up_ptr, scale_ptr, tile, block, B, V, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
+    tile, scores, _, rows = tile_scores(
+        z_ptr, up_ptr, scale_ptr, B, V, blocks, R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST
     )
-    order = order_of(tl.where((ids < V)[:, None], scores, float("-inf")))
     PER_TILE: tl.constexpr = BLOCK_V // MEMBERS
-    maxima = tl.max(tl.reshape(order, [PER_TILE, MEMBERS, BLOCK_B]), axis=1)
+    maxima = tl.max(tl.reshape(order_of(scores), [PER_TILE, MEMBERS, BLOCK_B]), axis=1)
     group = tile * PER_TILE + tl.arange(0, PER_TILE)
     out = maxima_ptr + rows.to(tl.int64)[None, :] * groups + group[:, None]
     tl.store(out, maxima, mask=(group < groups)[:, None] & (rows < B)[None, :])
 
 
-@triton.jit(do_not_specialize=["V", "groups"])
-def _select_kernel(
+@triton.jit(do_not_specialize=["groups", "lists"])
+def _best_groups_kernel(
+    maxima_ptr,  # [B, groups] int32
+    listed_ptr,  # [B, lists, WIDTH] int64 keys
+    groups,
+    lists,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = (tl.program_id(0) // lists).to(tl.int64)
+    group = tl.program_id(0) % lists * CHUNK + tl.arange(0, CHUNK)
+    # a group that does not exist comes after those of -inf, with a number of its own: its members are beyond V
+    order = tl.load(maxima_ptr + row * groups + group, mask=group < groups, other=-(2**31))
+    out = listed_ptr + tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    tl.store(out, tl.topk(key_of(order, group), WIDTH))
+
+
+@triton.jit
+def _places(own, keys_ptr, count, BLOCK_N: tl.constexpr):
+    """How many of the ``count`` keys at ``keys_ptr`` are greater than each of ``own``."""
+    places = tl.zeros(own.shape, tl.int32)
+    for start in range(0, count, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        keys = tl.load(keys_ptr + n, mask=n < count, other=-(2**63))
+        places += tl.sum((keys[None, :] > own[:, None]).to(tl.int32), axis=1)
+    return places
+
+
+@triton.jit(do_not_specialize=["V", "listed"])
+def _member_scores_kernel(
     z_ptr,  # [B, R]
     up_ptr,  # [V, R]
     scale_ptr,
-    maxima_ptr,  # [B, groups] int32
-    values_ptr,  # [B, K] float32
-    ids_ptr,  # [B, K] int64
-    hidden_ptr,  # [B, D], None without rerank
-    dense_ptr,  # [N, D], None without rerank
-    dense_rows_ptr,  # [V] int64 or None
+    listed_ptr,  # [B, listed] int64 keys of groups
+    keys_ptr,  # [B, K, BLOCK_V] int64 keys of entries
     V,
-    groups,
+    listed,
     K: tl.constexpr,
     R: tl.constexpr,
-    D: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,  # K, up to a power of two
-    MEMBERS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    keys = tl.full([WIDTH], -(2**63), tl.int64)
-    for start in range(0, groups, CHUNK):
-        group = start + tl.arange(0, CHUNK)
-        order = tl.load(maxima_ptr + row * groups + group, mask=group < groups, other=-(2**31))
-        best = tl.topk(key_of(order, group), WIDTH)
-        keys = tl.topk(tl.reshape(tl.join(keys, best), [2 * WIDTH]), WIDTH)
-    COUNT: tl.constexpr = WIDTH * MEMBERS
-    ids = tl.reshape(id_of(keys)[:, None] * MEMBERS + tl.arange(0, MEMBERS)[None, :], [COUNT])
-    ids_ok = ids < V  # false for groups that do not exist, too
-    # the other columns of the product are empty: a tensor core takes no fewer
-    column = tl.arange(0, BLOCK_B)
-    scores = entry_scores(
-        z_ptr + row * R, up_ptr, scale_ptr, ids, ids_ok, column, column < 1, R, KIND, GROUP, COUNT, BLOCK_B, BLOCK_R,
-        UPCAST,
-    )  # fmt: skip
-    scores = tl.sum(tl.where((column < 1)[None, :], scores, 0.0), axis=1)
-    scores = tl.where(ids_ok, scores, float("-inf"))
-    keys = tl.topk(pack(scores, tl.where(ids_ok, ids, 0)), WIDTH)
-    place = tl.arange(0, WIDTH)
-    if hidden_ptr is not None:
-        values, ids = unpack(keys)
-        values = tl.where(place < K, values, float("-inf"))
+    row = (tl.program_id(0) // listed).to(tl.int64)
+    listed_ptr += row * listed
+    own = tl.load(listed_ptr + tl.program_id(0) % listed + tl.arange(0, 1))
+    place = tl.max(_places(own, listed_ptr, listed, BLOCK_N), axis=0)
+    if place < K:
+        member = tl.arange(0, BLOCK_V)
+        ids = id_of(own) * BLOCK_V + member
+        # the other columns of the product are empty: a tensor core takes no fewer
+        column = tl.arange(0, BLOCK_B)
+        scores = entry_scores(
+            z_ptr + row * R, up_ptr, scale_ptr, ids, ids < V, column, column < 1,
+            R, KIND, GROUP, BLOCK_V, BLOCK_B, BLOCK_R, UPCAST,
+        )  # fmt: skip
+        scores = tl.sum(tl.where((column < 1)[None, :], scores, 0.0), axis=1)
+        keys = pack(tl.where(ids < V, scores, float("-inf")), ids)
+        tl.store(keys_ptr + (row * K + place) * BLOCK_V + member, keys)
+
+
+@triton.jit
+def _rescore_kernel(
+    hidden_ptr,  # [B, D]
+    dense_ptr,  # [N, D]
+    dense_rows_ptr,  # [V] int64 or None
+    keys_ptr,  # [B, COUNT] int64
+    best_ptr,  # [B, K] int64 keys
+    K: tl.constexpr,
+    D: tl.constexpr,
+    COUNT: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = (tl.program_id(0) // (COUNT // OWN)).to(tl.int64)
+    keys_ptr += row * COUNT
+    own = tl.load(keys_ptr + tl.program_id(0) % (COUNT // OWN) * OWN + tl.arange(0, OWN))
+    places = _places(own, keys_ptr, COUNT, BLOCK_N)
+    if tl.min(places, axis=0) < K:
+        values, _ = unpack(own)
+        ids = id_of(own)
+        scored = (places < K) & (values > float("-inf"))  # neither what is beyond V nor NaN, which stays
         dense_rows = ids
         if dense_rows_ptr is not None:
-            dense_rows = tl.load(dense_rows_ptr + ids)
-        products = tl.zeros([WIDTH, BLOCK_D], tl.float32)
+            dense_rows = tl.load(dense_rows_ptr + ids, mask=scored, other=0)
+        exact = tl.zeros([OWN], tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             hidden = tl.load(hidden_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-            dense = tl.load(dense_ptr + dense_rows[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-            products += dense.to(tl.float32) * hidden[None, :]
-        exact = tl.sum(products, axis=1)
-        keys = tl.topk(pack(tl.where(values > float("-inf"), exact, values), ids), WIDTH)  # NaN stays
-    values, ids = unpack(keys)
-    poisoned = tl.max((values != values).to(tl.int32), axis=0) > 0
-    tl.store(values_ptr + row * K + place, tl.where(poisoned, float("nan"), values), mask=place < K)
-    tl.store(ids_ptr + row * K + place, tl.where(poisoned, 0, ids), mask=place < K)
+            mask = scored[:, None] & (d < D)[None, :]
+            dense = tl.load(dense_ptr + dense_rows[:, None] * D + d[None, :], mask=mask, other=0.0)
+            exact += tl.sum(dense.to(tl.float32) * hidden[None, :], axis=1)
+        keys = pack(tl.where(scored, exact, values), ids)
+        tl.store(best_ptr + row * K + places, keys, mask=places < K)
+
+
+@triton.jit
+def _place_kernel(
+    keys_ptr,  # [B, COUNT] int64
+    values_ptr,  # [B, K] float32
+    ids_ptr,  # [B, K] int64
+    K: tl.constexpr,
+    COUNT: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    PROGRAMS: tl.constexpr = (COUNT + OWN - 1) // OWN  # of a row
+    row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    keys_ptr += row * COUNT
+    n = tl.program_id(0) % PROGRAMS * OWN + tl.arange(0, OWN)
+    own = tl.load(keys_ptr + n, mask=n < COUNT, other=-(2**63))
+    places = _places(own, keys_ptr, COUNT, BLOCK_N)
+    values, ids = unpack(own)
+    below_nan = tl.full([1], (0x7FFFFFFF << 32) - 1, tl.int64)
+    poisoned = _places(below_nan, keys_ptr, COUNT, BLOCK_N) > 0
+    out = row * K + places
+    mask = (n < COUNT) & (places < K)
+    tl.store(values_ptr + out, tl.where(poisoned, float("nan"), values), mask=mask)
+    tl.store(ids_ptr + out, tl.where(poisoned, 0, ids), mask=mask)
 
 
 def low_rank_topk(
@@ -142,72 +202,50 @@ def low_rank_topk(
     With ``dense``, rescored by and sorted by ``hidden . dense[row]``. Safe under CUDA-graph capture once the batch
     bucket has run. Arguments are checked by :mod:`vllm_slimspec.ops`.
     """
-    z, factor, blocks, _, constants = launch = launch_of(hidden, down, up, valid_vocab, tiling)
-    batch, rank = z.shape
+    launch = launch_of(hidden, down, up, valid_vocab, tiling)
+    batch = hidden.shape[0]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=hidden.device)
+
     groups = triton.cdiv(valid_vocab, MEMBERS)
-    maxima = torch.empty(batch, groups, dtype=torch.int32, device=z.device)
-    values = torch.empty(batch, k, dtype=torch.float32, device=z.device)
-    ids = torch.empty(batch, k, dtype=torch.int64, device=z.device)
+    maxima = empty(batch, groups, dtype=torch.int32)
     _group_maxima_kernel[launch.grid](
-        z,
-        factor.weight,
-        factor.scale,
-        maxima,
-        batch,
-        valid_vocab,
-        blocks,
-        groups,
-        MEMBERS=MEMBERS,
-        **constants,
+        *launch.inputs, maxima, batch, valid_vocab, launch.blocks, groups, MEMBERS=MEMBERS, **launch.constants
     )
-    _select_kernel[(batch,)](
-        z,
-        factor.weight,
-        factor.scale,
-        maxima,
-        values,
-        ids,
-        None if dense is None else hidden.contiguous(),
-        dense,
-        dense_rows,
-        valid_vocab,
-        groups,
-        K=k,
-        D=0 if dense is None else hidden.shape[1],
-        MEMBERS=MEMBERS,
-        R=rank,
-        KIND=factor.kind,
-        GROUP=factor.group,
-        UPCAST=INTERPRETED,
-        **select_blocks(k, form_of(factor)),
+    width = max(8, triton.next_power_of_2(k))
+    lists = max(1, triton.cdiv(groups, CHUNK))
+    listed = empty(batch, lists * width)
+    _best_groups_kernel[(batch * lists,)](maxima, listed, groups, lists, WIDTH=width, CHUNK=CHUNK, num_warps=4)
+    keys = empty(batch, k * MEMBERS)
+    # a tile of one group and one row
+    cut = launch.constants | {"BLOCK_V": MEMBERS, "BLOCK_B": BATCH_BUCKETS[0], "num_warps": 2}
+    _member_scores_kernel[(batch * lists * width,)](
+        *launch.inputs, listed, keys, valid_vocab, lists * width, K=k, BLOCK_N=BLOCK_N, **cut
+    )
+    if dense is not None:
+        best, hidden_size = empty(batch, k), hidden.shape[1]
+        _rescore_kernel[(batch * k * MEMBERS // RESCORED,)](
+            hidden.contiguous(),
+            dense,
+            dense_rows,
+            keys,
+            best,
+            K=k,
+            D=hidden_size,
+            COUNT=k * MEMBERS,
+            OWN=RESCORED,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=max(16, min(2048, triton.next_power_of_2(hidden_size))),
+            num_warps=4,
+        )
+        keys = best
+    values, ids = empty(batch, k, dtype=torch.float32), empty(batch, k)
+    count = keys.shape[1]
+    _place_kernel[(batch * triton.cdiv(count, MEMBERS),)](
+        keys, values, ids, K=k, COUNT=count, OWN=MEMBERS, BLOCK_N=BLOCK_N, num_warps=4
     )
     return values, ids
-
-
-def select_blocks(k: int, form: str) -> dict[str, int]:
-    """How the last launch is cut: the widest that none of the supported GPUs spills at.
-
-    But for float32, which nobody serves in: there more than 32 candidates with rerank spill some.
-    """
-    width = max(8, triton.next_power_of_2(k))
-    warps = 8
-    if form == "float32":
-        block_r = 16 if width <= 32 else 8
-    elif "-g" in form or form.startswith("int4"):
-        block_r, warps = 32, 8 if width <= 32 else 16
-    elif width <= 32:
-        block_r = 32 if width > 16 and form.endswith("float16") else 64
-    else:
-        block_r, warps = 32, 16
-    return {
-        "WIDTH": width,
-        "CHUNK": CHUNK,
-        "BLOCK_B": BATCH_BUCKETS[0],
-        "BLOCK_R": block_r,
-        "BLOCK_D": max(16, min(512, 8192 // width)) if width <= 32 else 64,
-        "num_warps": warps,
-        "num_stages": 1,
-    }
 
 
 def low_rank_topk_reference(

@@ -44,6 +44,14 @@ def test_kernels_find_the_table(monkeypatch, tmp_path):
         _tiles._table.cache_clear()
 
 
+def test_the_default_is_tried():
+    """A table with something slower than no table, because the default was never timed."""
+    for bucket in _tiles.BATCH_BUCKETS:
+        for form in ("bfloat16", "fp8", "int8", "int4"):
+            default = _tiles.default_tiling(bucket, 512, form)
+            assert (default.block_v, default.block_r, default.num_warps, default.num_stages) in tune.TILINGS
+
+
 def test_crossovers_time_both_forms(tmp_path, monkeypatch):
     """The same form timed twice, under two names."""
     ran = []

@@ -8,6 +8,8 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_slimspec import ops
+from vllm_slimspec.kernels import _tiles
 from vllm_slimspec.kernels import low_rank_argmax as argmax_kernel
 from vllm_slimspec.kernels import low_rank_logits as logits_kernel
 from vllm_slimspec.kernels import low_rank_topk as topk_kernel
 from vllm_slimspec.kernels import reduce_pairs as pairs_kernel
 from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, INTERPRETED, default_tiling, factor_of, form_of, rank_multiple
 from vllm_slimspec.quantized import KINDS, QuantizedUp, quantize_up
+from vllm_slimspec.selection import best_of
 
 if not INTERPRETED or isinstance(triton.language.max, triton.JITFunction):
     raise RuntimeError("Triton was imported before TRITON_INTERPRET=1 was set: run with it in the environment")
@@ -292,6 +296,32 @@ def test_topk_ties_on_any_shape(batch, vocab, k, valid, seed):
     assert torch.equal(ids, expected[1])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize("fill", [0.0, -INF])
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {i: float(5 + i % 7) for i in range(32, 48)},  # all in one group, with ties
+        {i: float(i + 1) for i in range(7, 300, 20)},  # all in groups of their own
+        {290: 4.0, 289: INF, 5: -INF},
+        {3: 9.0, 290: NAN},
+        {},
+    ],
+)
+def test_wherever_the_best_are(short_chunks, marks, fill):
+    """A place that is written twice or never: neighbours that share a program, ties, -inf, a NaN in the last list."""
+    scores = torch.full((300,), fill)
+    for index, mark in marks.items():
+        scores[index] = mark
+    hidden, down, up = scored(scores)
+    dense = (torch.arange(300.0) * 7 % 11)[:, None]
+    for run in (partial(ops.low_rank_topk, k=9), partial(ops.low_rank_rerank, dense=dense, k=9)):
+        values, ids = run(hidden, down, up, impl="triton")
+        expected = run(hidden, down, up, impl="torch")
+        assert torch.equal(ids, expected[1])
+        assert torch.equal(values.nan_to_num(nan=1e9), expected[0].nan_to_num(nan=1e9))
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("k", [1, 6])
 def test_rerank(short_chunks, k, mapped):
@@ -366,7 +396,6 @@ def test_prepare_runs_every_bucket(monkeypatch, max_batch, batches):
     """A variant that is first compiled in a live request, or inside a CUDA-graph capture."""
     seen = []
     monkeypatch.setattr(argmax_kernel, "low_rank_argmax", lambda hidden, *rest: seen.append(len(hidden)))
-    monkeypatch.setattr(logits_kernel, "low_rank_logits", lambda hidden, *rest: None)
     _, down, up = head(1, 10, 4)
     ops.prepare(down, up, max_batch, impl="triton")
     assert seen == batches
@@ -377,3 +406,13 @@ def test_prepare_runs_every_bucket(monkeypatch, max_batch, batches):
     served = {default_tiling(batch, 512, "float16") for batch in range(1, max_batch + 1)}
     assert served == {default_tiling(batch, 512, "float16") for batch in seen}
     assert {tiling.block_b for tiling in served} <= set(BATCH_BUCKETS)
+
+
+def test_prepare_runs_the_gemm(monkeypatch):
+    """Kernels of a GEMM that are first loaded in a live request or a capture, since only small batches were run."""
+    monkeypatch.setattr(_tiles, "gemm_wins", lambda device, batch, up: batch >= 128)
+    seen = []
+    monkeypatch.setattr(ops, "best_of", lambda scores: seen.append(len(scores)) or best_of(scores))
+    _, down, up = head(1, 10, 4)
+    ops.prepare(down, up, 200, impl="triton")
+    assert seen == [200]

@@ -9,87 +9,95 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 BATCHES = (1, 32, 64)
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"cuda": 163 * 1024, "hip": 64 * 1024}  # sm_80, the smallest of its kind; a compute unit's LDS
-# (kernel, form of `up`, rank, batch; for select, k in place of the batch): a rank that fills its blocks and one that
-# fills nothing, every batch bucket, every quantised form
+SHARED_LIMIT = {"cuda": 99 * 1024, "hip": 64 * 1024}  # sm_86, 89 and 120, the smallest of their kind; LDS of a CU
+VOCAB, HIDDEN = 128256, 4096
+DENSE = ("bfloat16", "float16", "float32")
+# (op, form of `up`, rank, batch, k): a rank that fills its blocks and one that fills nothing, every batch bucket, every
+# quantised form
 CASES = [
-    *[("argmax", "bfloat16", 512, batch) for batch in BATCHES],
-    *[("argmax", form, 512, 64) for form in ("fp8", "int8", "int4", "int4-g32")],
-    *[("argmax", "float16", 360, 1), ("argmax", "float32", 123, 64)],
-    *[("logits", "bfloat16", 512, 64), ("maxima", "int8", 512, 64)],
-    *[("select", "int4-g32", 512, 16), ("select", "fp8", 512, 32), ("rerank", "bfloat16", 512, 32)],
-    *[("rerank", form, 512, 64) for form in ("bfloat16", "int8", "int4-g32")],
-    ("reduce_pairs", "float32", 0, 0),
+    *[("argmax", "bfloat16", 512, batch, 0) for batch in BATCHES],
+    *[("argmax", form, 512, 64, 0) for form in ("fp8", "int8", "int8-g64", "int4", "int4-g32")],
+    *[("argmax", "int4", 512, 1, 0), ("argmax", "float16", 360, 1, 0), ("argmax", "float32", 123, 64, 0)],
+    *[("logits", "bfloat16", 512, 64, 0), ("topk", "fp8", 512, 32, 64)],
+    *[("rerank", form, 512, 1, 16) for form in ("bfloat16", "int8", "int4-g32")],
+    ("rerank", "float32", 123, 64, 33),
 ]
 
 
-def launch(kernel, form, rank, batch):
-    """-> the kernel's function, its pointers' types, its constants and its options, as its launcher has them."""
+def launches(op, form, rank, batch, k):
+    """What the launcher of ``op`` launches -> [(kernel, its arguments by name, its options)]; nothing runs."""
+    import triton
+
     from vllm_slimspec.kernels import low_rank_argmax, low_rank_logits, low_rank_topk, reduce_pairs
-    from vllm_slimspec.kernels._tiles import default_tiling
+    from vllm_slimspec.quantized import QuantizedUp
 
-    pairs = {"values_ptr": "*fp32", "ids_ptr": "*i64"}
-    if kernel == "reduce_pairs":
-        pointers = {**pairs, "best_values_ptr": "*fp32", "best_ids_ptr": "*i64"}
-        return reduce_pairs._reduce_pairs_kernel, pointers, {"BLOCK_N": reduce_pairs.BLOCK_N}, {"num_warps": 4}
-    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    dense = form in short
-    kind, _, group = form.partition("-g")
-    model = short[form] if dense else "bf16"
-    stored = {"fp8": "i8", "int8": "i8", "int4": "u8"}
-    pointers = {"z_ptr": f"*{model}", "up_ptr": f"*{model if dense else stored[kind]}"}
-    constants = {"R": rank, "KIND": "dense" if dense else kind, "GROUP": int(group or 0), "UPCAST": False}
-    if dense:
-        constants["scale_ptr"] = None
-    else:
-        pointers["scale_ptr"] = "*fp32"
-    if kernel in ("select", "rerank"):
-        blocks = low_rank_topk.select_blocks(batch, form)
-        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        constants |= {**blocks, "K": batch, "MEMBERS": low_rank_topk.MEMBERS, "D": 0}
-        pointers |= {**pairs, "maxima_ptr": "*i32"}
-        rows = {"hidden_ptr": f"*{model}", "dense_ptr": f"*{model}", "dense_rows_ptr": "*i64"}
-        if kernel == "rerank":
-            pointers |= rows
-            constants["D"] = 4096
+    recorded = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return self.record
+
+        def record(self, *args, **kwargs):
+            options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+            recorded.append((self.kernel, dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs, options))
+
+    empty = partial(torch.empty, device="meta")
+    dense = form in DENSE
+    model = getattr(torch, form) if dense else torch.bfloat16
+    hidden, down, rows = (empty(size, HIDDEN, dtype=model) for size in (batch, rank, VOCAB))
+    up = empty(VOCAB, rank, dtype=model)
+    if not dense:
+        kind, _, group = form.partition("-g")
+        stored = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}[kind]
+        weight = empty(VOCAB, rank // 2 if kind == "int4" else rank, dtype=stored)
+        up = QuantizedUp(weight, empty(VOCAB, rank // int(group) if group else 1), int(group) if group else None)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (low_rank_argmax, low_rank_logits, low_rank_topk, reduce_pairs):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                    patch.setattr(module, name, Recorder(value))
+        if op == "argmax":
+            low_rank_argmax.low_rank_argmax(hidden, down, up, VOCAB)
+        elif op == "logits":
+            low_rank_logits.low_rank_logits(hidden, down, up)
         else:
-            constants |= dict.fromkeys(rows)
-        return low_rank_topk._select_kernel, pointers, constants, options
-    tiling = default_tiling(batch, rank, form)
-    constants |= {"BLOCK_V": tiling.block_v, "BLOCK_B": tiling.block_b, "BLOCK_R": tiling.block_r}
-    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-    if kernel == "argmax":
-        return low_rank_argmax._tile_argmax_kernel, pointers | pairs, constants, options
-    if kernel == "maxima":
-        constants["MEMBERS"] = low_rank_topk.MEMBERS
-        return low_rank_topk._group_maxima_kernel, {**pointers, "maxima_ptr": "*i32"}, constants, options
-    return low_rank_logits._logits_kernel, {**pointers, "logits_ptr": f"*{model}"}, constants, options
+            dense_head = (rows, empty(VOCAB, dtype=torch.int64)) if op == "rerank" else ()
+            low_rank_topk.low_rank_topk(hidden, down, up, k, VOCAB, *dense_head)
+    return recorded
 
 
-def compile_case(target, case):
-    """-> dict of registers, spilled (registers or bytes of stack) and shared (bytes)."""
+def compile_kernel(target, kernel, arguments, options):
+    """-> dict of registers, spilled (registers or bytes of stack), shared (bytes) and what its PTX copies with."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.jit import type_canonicalisation_dict as types
 
-    function, pointers, constants, options = launch(*case)
-    signature = {
-        p.name: pointers.get(p.name) or ("constexpr" if p.name in constants else "i32") for p in function.params
-    }
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    pointers = {name: f"*{types[str(value.dtype).removeprefix('torch.')]}" for name, value in tensors.items()}
+    constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr or arguments[p.name] is None}
+    signature = {p.name: pointers.get(p.name) or ("constexpr" if p.name in constants else "i32") for p in kernel.params}
     # what the launcher finds: torch's allocations are aligned, and no integer is specialised on
-    aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    source = ASTSource(function, signature, constants, aligned)
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = ASTSource(kernel, signature, constants, aligned)
     binary = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     usage = {"shared": binary.metadata.shared}
     if "amdgcn" in binary.asm:
@@ -103,12 +111,18 @@ def compile_case(target, case):
         file.flush()
         report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     count = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    return usage | {"registers": count["REG"], "spilled": count["STACK"] + count["LOCAL"]}
+    found = sorted(set(re.findall(r"\bcp\.async(?=\.c)|\bwgmma(?=\.mma)|\bld\.global\S*", binary.asm["ptx"])))
+    return usage | {"registers": count["REG"], "spilled": count["STACK"] + count["LOCAL"], "ptx": found}
+
+
+def compile_case(target, case):
+    """-> the usage of every kernel that the case launches, by name."""
+    return {kernel.__name__.strip("_"): compile_kernel(target, kernel, *rest) for kernel, *rest in launches(*case)}
 
 
 def variants():
     """Runtime integers that Triton would specialise on: each would be a variant compiled while serving."""
-    kernels = {launch(*case)[0] for case in CASES}
+    kernels = {kernel for case in CASES for kernel, *_ in launches(*case)}
     return [
         f"{kernel.__name__}: {p.name}"
         for kernel in kernels
@@ -154,9 +168,21 @@ def test_table(compiled, capsys):
 @pytest.mark.parametrize("target", TARGETS)
 def test_fits_the_target(compiled, target, case):
     """A kernel that does not compile for a GPU nobody here has, spills, or needs more shared memory than there is."""
-    usage = compiled["usage"][name(target, case)]
-    assert usage["spilled"] == 0
-    assert usage["shared"] <= SHARED_LIMIT[TARGETS[target][0]]
+    for kernel, usage in compiled["usage"][name(target, case)].items():
+        assert usage["spilled"] == 0, kernel
+        assert usage["shared"] <= SHARED_LIMIT[TARGETS[target][0]], kernel
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[0] == "argmax"], ids=lambda case: "-".join(map(str, case))
+)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm")])
+def test_reads_ahead(compiled, target, case):
+    """A pass over `up` that waits for each of its blocks, or that asks for z two bytes at a time."""
+    found = set(compiled["usage"][name(target, case)]["tile_argmax_kernel"]["ptx"])
+    scales = {"ld.global.b32"} if case[1] not in DENSE else set()
+    assert found - {"wgmma"} == {"cp.async"} | scales
+    assert ("wgmma" in found) == (target == "sm_90" and case[1] != "float32")
 
 
 def test_nothing_is_compiled_for_a_batch_size(compiled):
@@ -165,8 +191,12 @@ def test_nothing_is_compiled_for_a_batch_size(compiled):
 
 
 def table(usage):
-    lines = [f"{'target-kernel-form-rank-batch':<36}{'registers':>10}{'spilled':>9}{'shared':>9}"]
-    lines += [f"{key:<36}{row['registers']:>10}{row['spilled']:>9}{row['shared']:>9}" for key, row in usage.items()]
+    lines = [f"{'target-op-form-rank-batch-k kernel':<60}{'registers':>10}{'spilled':>9}{'shared':>9}"]
+    lines += [
+        f"{f'{case} {kernel}':<60}{row['registers']:>10}{row['spilled']:>9}{row['shared']:>9}"
+        for case, kernels in usage.items()
+        for kernel, row in kernels.items()
+    ]
     return "\n".join(lines)
 
 

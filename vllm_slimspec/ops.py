@@ -79,7 +79,9 @@ def low_rank_argmax(
 
     Entries at and beyond ``valid_vocab`` (padding) never win; with ``valid_vocab=0`` every row is (-inf, 0). Triton
     compares float32 scores, torch scores rounded to the model dtype, which may tie or swap entries closer than that
-    rounding. The idea of the fused argmax: FlashSampling (arXiv 2603.15854); the head: SlimSpec (arXiv 2605.10453).
+    rounding. From the batch on where an unfused GEMM is faster on a GPU (128 rows, or what its tuned table says; never
+    with a quantised ``up``), that is what runs: a row may draft another of two such entries than in a smaller batch.
+    The idea of the fused argmax: FlashSampling (arXiv 2603.15854); the head: SlimSpec (arXiv 2605.10453).
 
     Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
     """
@@ -110,7 +112,8 @@ def low_rank_topk(
     """The ``k`` best entries of each row, best first -> (scores float32 [B, k], ids int64 [B, k]).
 
     The exact top-k, whatever the order of the vocabulary: no entry is lost because better ones sit beside it. Where
-    fewer than ``k`` entries are valid, the rest is (-inf, 0). Precision as :func:`low_rank_argmax`.
+    fewer than ``k`` entries are valid, the rest is (-inf, 0). Triton compares float32 scores at every
+    batch, torch rounded ones.
 
     Raises TypeError or ValueError naming the argument where a dtype, shape, device, ``k`` (1 to 64, at most V) or
     ``impl`` does not fit.
@@ -231,20 +234,22 @@ def prepare(
 ) -> None:
     """Compile and launch every kernel variant that batches of 1 to ``max_batch`` rows can need.
 
-    With ``k`` those of :func:`low_rank_topk`, with ``dense`` (and ``dense_rows``) those of :func:`low_rank_rerank` too;
-    give what will be served. Call it once, outside of CUDA-graph capture; afterwards nothing on the hot path compiles.
-    Torch needs none of it.
+    Those of :func:`low_rank_argmax`, with ``k`` those of :func:`low_rank_topk`, and with ``dense`` (and ``dense_rows``)
+    those of :func:`low_rank_rerank`; give what will be served. Call it once, outside of CUDA-graph capture; afterwards
+    nothing compiles on that path. Torch needs none of it.
     """
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
     if resolve_impl(down.device, impl) == "torch":
         return
-    from vllm_slimspec.kernels._tiles import BATCH_BUCKETS
+    from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, gemm_wins
 
-    for batch in sorted({min(bucket, max_batch) for bucket in BATCH_BUCKETS}):
+    batches = {min(bucket, max_batch) for bucket in BATCH_BUCKETS}
+    if gemm_wins(down.device, max_batch, up):
+        batches.add(max_batch)  # torch loads the kernels of a GEMM when it first runs one
+    for batch in sorted(batches):
         hidden = torch.zeros(batch, down.shape[1], dtype=down.dtype, device=down.device)
         low_rank_argmax(hidden, down, up, impl="triton")
-        low_rank_logits(hidden, down, up, impl="triton")
         if k is not None:
             low_rank_topk(hidden, down, up, k, impl="triton")
             if dense is not None:

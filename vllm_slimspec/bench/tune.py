@@ -14,8 +14,15 @@ from vllm_slimspec.bench.results import CrossoverResults, CrossoverRow, TunedRow
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.cpu import PackedFactor
 
-TILINGS = tuple(product((64, 128), (64, 128, 256), (4, 8), (3, 4)))
-"""(entries, ranks, warps, stages) that are tried: each costs a second of compilation, per form, rank and bucket."""
+TILINGS = tuple(
+    (block_v, block_r, warps, stages)
+    for (block_v, warps), (block_r, stages) in product(
+        ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8)),
+        ((64, 3), (64, 4), (64, 5), (128, 2), (128, 3), (128, 4), (256, 2)),
+    )
+)
+"""(entries, ranks, warps, stages) that are tried: each costs a second of compilation, per form, rank and bucket. At
+most 512 ranks are in flight, few heads have more; two stages fit where shared memory is small."""
 
 GEMM_BATCHES = (64, 128, 256, 512)
 """Where an unfused GEMM may begin to win."""
