@@ -178,7 +178,7 @@ def test_a_silent_config_is_tied_where_there_is_no_head(tmp_path, full_head):
         Target.open(target).head()
 
 
-@pytest.mark.parametrize("kind", ["quantised", "pickle", "torn", "index", "map"])
+@pytest.mark.parametrize("kind", ["quantised", "packed", "pickle", "torn", "index", "map"])
 def test_a_target_whose_head_cannot_be_read(kind, tmp_path, full_head, caplog):
     """Catches: --target as an obstacle to a drafter with a head of its own; a traceback where the rows are needed."""
     target = write_target(tmp_path / "target", full_head)
@@ -186,6 +186,8 @@ def test_a_target_whose_head_cannot_be_read(kind, tmp_path, full_head, caplog):
     match kind:
         case "quantised":
             save_file({"lm_head.weight": full_head.to(torch.int8)}, weights)
+        case "packed":  # beside embeddings that are not the head
+            save_file({"lm_head.qweight": full_head.to(torch.int32), "model.embed_tokens.weight": full_head}, weights)
         case "pickle":
             weights.unlink()
             torch.save({}, target / "pytorch_model.bin")
@@ -242,20 +244,22 @@ def test_bytes_of_a_mixture_are_those_of_the_experts_that_are_read(tmp_path, ful
     assert [(moe.nbytes(k) - dense.nbytes(k)) // expert for k in (1, 2, 3, 5)] == [3, 5, 7, 7]
 
 
-def test_layers_are_those_that_vllm_reads(tmp_path):
+@pytest.mark.parametrize("key", ["eagle_aux_hidden_state_layer_ids", "layer_ids"])  # of runner V1, of V2
+def test_layers_are_those_that_vllm_reads(key, tmp_path):
     """Catches: joint training on other layers than the drafter is served with, where only eagle_config names them."""
-    named = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}, "eagle_aux_hidden_state_layer_ids": None}
+    named = {"eagle_config": {key: [0, 2, 3]}, "eagle_aux_hidden_state_layer_ids": None}
     config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None, **named)
     source = drafters.write(tmp_path / "source", config, drafters.dense(drafters.tensors()))
     assert Drafter.open(source).config["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]
 
 
 def test_a_map_that_explains_nothing_is_refused(tmp_path):
-    """Catches: a full vocabulary made of noise."""
+    """Catches: a full vocabulary made of noise, or refused after hours of calibration."""
     source, _, _ = form("specforge", tmp_path / "source")
     target = write_target(tmp_path / "target", torch.randn(V, D))
+    options = Options(str(source), tmp_path / "out", str(target), vocab="full", calibration=tmp_path / "no such file")
     with pytest.raises(CheckpointError, match=r"no linear map.*--vocab keep"):
-        convert(Options(str(source), tmp_path / "out", str(target), vocab="full"))
+        convert(options)
 
 
 def test_truncation_by_frequencies(tmp_path):

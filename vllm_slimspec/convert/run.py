@@ -107,6 +107,9 @@ class Conversion:
         self.target = None if options.target is None else Target.open(options.target)
         self.source = Drafter.open(options.drafter, self.target)
         self._check_sizes(divisors)  # calibration may take hours
+        self.drafter, self.residual = self.source, 0.0
+        if options.vocab == "full" and self.target is not None:
+            self.drafter, self.residual = self.source.full_vocabulary(self.target)
         self.states = _open_states(options)
         if self.states is not None:
             self.states.check_head(self.source.head.shape[1], options.drafter)
@@ -118,7 +121,8 @@ class Conversion:
                     self.states.path,
                     self.states.index.get("drafter"),
                 )
-        self.drafter, self.residual = self._choose_vocabulary()
+        if options.vocab.isdecimal():
+            self.drafter = self.source.truncated(kept(self.source, self.target, self._counts(), int(options.vocab)))
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.dense = self.drafter.head.to(device)
         self._moved: Rows | None = None  # held-out states of a body that was trained on
@@ -298,15 +302,6 @@ class Conversion:
             _rank(options.rank, options.rank_divisor, vocab, hidden)
         for divisor in divisors:
             _rank(None, divisor, vocab, hidden)
-
-    def _choose_vocabulary(self) -> tuple[Drafter, float]:
-        wanted, source = self.options.vocab, self.source
-        if wanted == "keep":
-            return source, 0.0
-        if wanted == "full":
-            assert self.target is not None
-            return source.full_vocabulary(self.target)
-        return source.truncated(kept(source, self.target, self._counts(), int(wanted))), 0.0
 
     def _counts(self) -> torch.Tensor:
         """How often each of the target's tokens is wanted: by a file, by text, or by the target's answers."""

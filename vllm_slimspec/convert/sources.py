@@ -102,10 +102,13 @@ class Target:
         Raises:
             CheckpointError: there is none in floats of that shape.
         """
-        # The second where they are tied; a config that is silent leaves that to the default of its class.
-        suffixes = ("lm_head.weight", "embed_tokens.weight")
-        found = self._find(suffixes)
-        for suffix in suffixes[: 1 if self.config.get("tie_word_embeddings") is False else 2]:
+        found, suffixes = self._find(), ["lm_head.weight"]
+        tied = self.config.get("tie_word_embeddings")
+        if tied is None:  # left to the default of the class, which the tensors tell: a quantised head has other names
+            tied = not any("lm_head." in name for name in found)
+        if tied:
+            suffixes.append("embed_tokens.weight")
+        for suffix in suffixes:
             for name in sorted(n for n in found if n.endswith(suffix)):
                 try:
                     with safe_open(str(found[name]), framework="pt") as handle:
@@ -121,12 +124,14 @@ class Target:
                 return head
         raise CheckpointError(f"{self.path}: holds no lm_head.weight in safetensors; give the target's own folder")
 
-    def _find(self, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    def _find(self) -> dict[str, Path]:
+        """The files of all tensors that may be the head, or tell that there is one."""
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
             try:
                 files = json.loads(index.read_bytes())["weight_map"]
-                names = {name: Path(file) for name, file in files.items() if name.endswith(suffixes)}
+                may_be = (name for name in files if "lm_head." in name or name.endswith("embed_tokens.weight"))
+                names = {name: Path(files[name]) for name in may_be}
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index}: no usable weight_map ({error!r}); copy the file again") from None
             folder = fetch(self.name, ["*.json", *sorted(map(str, set(names.values())))])
@@ -320,8 +325,9 @@ def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:
         family = str(config.get("model_type", "llama"))
         config["architectures"] = [f"Eagle3{family.capitalize()}ForCausalLM"]  # head_spec knows which there are
     eagle, ids = config.get("eagle_config"), "eagle_aux_hidden_state_layer_ids"
-    if not config.get(ids) and isinstance(eagle, dict) and eagle.get(ids):
-        config[ids] = eagle[ids]  # where vLLM looks next, and trainers do not
+    nested = (eagle.get(ids) or eagle.get("layer_ids")) if isinstance(eagle, dict) else None
+    if nested and not config.get(ids):
+        config[ids] = nested  # where vLLM looks next, each runner for one of the two names, and trainers do not
     rope = config.pop("rope_parameters", None)
     if isinstance(rope, dict):  # the newer spelling; the older one is read by every transformers that is supported
         rope = dict(rope)
