@@ -64,7 +64,7 @@ def alone(material):
     return generate(LLM(model=str(p.target), **engines.OPTIONS), p.prompts, TOKENS)
 
 
-@pytest.mark.parametrize("way", ["dense", "truncated", "low-rank", "rerank", "speculators"])
+@pytest.mark.parametrize("way", ["dense", "truncated", "low-rank", "rerank", "speculators", "speculators-rerank"])
 def test_predicted_is_what_the_engine_counts(way, material, alone, engine, tmp_path):
     """Catches: states that are not those of service, a walk that is not the engine's, a head measured as another; a
     map of a truncated dense drafter that stock vLLM reads otherwise; and a key that vLLM drops from the layout of
@@ -74,21 +74,22 @@ def test_predicted_is_what_the_engine_counts(way, material, alone, engine, tmp_p
     if way == "dense":
         predicted = evaluate(tensors[DENSE], {}, rows, ids).dense_tau
         llm = engine(p.target, drafter, K, speculative={"method": "eagle3"})
-    elif way == "truncated":
+    elif way == "truncated":  # in the layout of speculators, which stock vLLM reads as well
         options = Options(str(drafter), tmp_path / "out", str(p.target), head="dense", vocab="150", force=True)
-        written = convert(replace(options, hidden_states=states.path)).checkpoint
+        written = convert(replace(options, hidden_states=states.path, layout="speculators")).checkpoint
         head, kept = written.load(DENSE), written.load("d2t") + torch.arange(150)
         predicted = evaluate(head, {}, rows, kept).dense_tau
-        llm = engine(p.target, written.path, K, speculative={"method": "eagle3"})
+        llm = engine(written.path)
     else:
-        changes = {"rerank": {"rerank": 8}, "speculators": {"layout": "speculators"}}.get(way, {})
+        changes = {"rerank": 8} if "rerank" in way else {}
+        changes |= {"layout": "speculators"} if "speculators" in way else {}
         options = Options(
             str(drafter), tmp_path / "out", str(p.target), hidden_states=states.path, force=True, **changes
         )
         written = convert(options).checkpoint
         head = evaluate(tensors[DENSE], {"head": (written.load(DOWN), written.load(UP))}, rows, ids).heads["head"]
-        predicted = head.rerank[8].tau if way == "rerank" else head.tau
-        llm = engine(written.path) if way == "speculators" else engine(p.target, written.path, K)
+        predicted = head.rerank[8].tau if "rerank" in way else head.tau
+        llm = engine(written.path) if "speculators" in way else engine(p.target, written.path, K)
     assert generate(llm, p.prompts, TOKENS) == alone
     assert from_engine(llm).length == pytest.approx(predicted.value, abs=1e-6)
     assert predicted.value > 1.05
