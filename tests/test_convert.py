@@ -318,6 +318,33 @@ def test_the_targets_answers_say_which_tokens_stay(tmp_path):
     assert (checkpoint.load("d2t") + torch.arange(3)).tolist() == [20, 22, 24]
 
 
+def test_distillation_knows_the_targets_tokens_by_their_draft_ids(tmp_path, monkeypatch):
+    """Catches: target ids taken for rows of a truncated head, and states of a larger vocabulary as a traceback."""
+    source, head, ids = form("specforge", tmp_path / "source")
+    hidden = torch.randn(20 * 12 * K, D, generator=torch.Generator().manual_seed(5))
+    known = columns(hidden, head, ids)
+    learned = []
+
+    def spy(dense, factors, states, held_out, *rest):
+        learned.extend([states, held_out])
+        return factors
+
+    monkeypatch.setattr(run, "distil", spy)
+    states = write_head_states(tmp_path / "states", **known)
+    options = Options(str(source), tmp_path / "out", rank=2, hidden_states=states, distil=Recipe(2), force=True)
+    convert(options)
+    assert len(learned) == 2
+    for samples in learned:
+        wanted = {tuple(h.tolist()): int(t) for h, t in zip(hidden, known["next_token"], strict=True)}
+        for state, token in zip(samples.hidden, samples.token, strict=True):
+            target = wanted[tuple(state.tolist())]
+            assert (int(ids[token]) == target) if token >= 0 else target not in ids.tolist()
+    known["next_token"][:] = 10**6
+    larger = write_head_states(tmp_path / "larger", **known)
+    with pytest.raises(CheckpointError, match="next_token has 1000000, and the drafter's vocab_size is"):
+        convert(replace(options, output=tmp_path / "out2", hidden_states=larger))
+
+
 def test_a_distillation_goes_on_for_the_same_tokens_only(tmp_path):
     """Catches: rows of one vocabulary that are taken for those of another of the same size."""
     source, _, ids = form("specforge", tmp_path / "source")

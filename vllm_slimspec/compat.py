@@ -169,7 +169,7 @@ def _supported(version: str) -> bool:
         return False
     if release > NEWEST:
         _warn_once(
-            "vllm-slimspec is tested with vLLM %s to %s and found %s: if a SlimSpec drafter fails to load, look for a "
+            "vllm-slimspec knows vLLM %s to %s and found %s: if a SlimSpec drafter fails to load, look for a "
             "newer vllm-slimspec.",
             OLDEST,
             NEWEST,

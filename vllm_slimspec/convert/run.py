@@ -156,7 +156,13 @@ class Conversion:
         rows = self.states.sample(False, _DISTIL_STATES)
         token = torch.full((len(rows),), -1)
         if rows.next_token is not None:
-            draft_ids = torch.full((self.drafter.config["vocab_size"] + 1,), -1)  # the last: of an unknown token, -1
+            vocab = self.drafter.config["vocab_size"]
+            if int(rows.next_token.max()) >= vocab:
+                raise CheckpointError(
+                    f"{self.states.path}: next_token has {int(rows.next_token.max())}, and the drafter's vocab_size is "
+                    f"{vocab}; give states of this drafter's target"
+                )
+            draft_ids = torch.full((vocab + 1,), -1)  # the last: of an unknown token, -1
             ids = torch.arange(len(self.dense)) if self.drafter.ids is None else self.drafter.ids
             draft_ids[ids] = torch.arange(len(ids))
             token = draft_ids[rows.next_token]

@@ -92,7 +92,7 @@ class LowRankDraft(_Eagle3):
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The draft token of each row, without logits: [B, D] -> int64 [B], ids of the target's vocabulary."""
-        self._announce("fused", "the fused path (get_top_tokens, no logits in memory)")
+        self._announce("fused", "the fused path (get_top_tokens)")
         _, ids = self.low_rank_head.argmax(hidden_states, *(self.dense or ()))
         d2t = self.draft_id_to_target_id
         return ids if d2t is None else ids + d2t[ids]
