@@ -53,7 +53,7 @@ setup(
     extras_require={
         "cuda": ["vllm>=0.26,<0.34"],
         "train": ["matplotlib>=3.8", "speculators==0.9.*", "tensorboard>=2.16"],
-        "bench": ["httpx>=0.27", "jinja2>=3.1", "matplotlib>=3.8", "openai>=2.25"],
+        "bench": ["httpx>=0.27", "jinja2>=3.1", "matplotlib>=3.8", "openai>=2.25", "pandas>=2"],
     },
     entry_points={
         "vllm.general_plugins": ["slimspec = vllm_slimspec:register"],

@@ -191,7 +191,7 @@ def soak(result: dict[str, Any]) -> list[str]:
         f"| memory of the {name} process{words} | {m['start']:,.0f} MB, at the end {m['end']:,.0f} MB; "
         f"slope of the second half {m['slope_per_minute']:+.2f} MB a minute |"
         for words, of in (("", "memory"), (", target alone", "memory_alone"))
-        for name, m in result.get(of, {}).items()
+        for name, m in result[of].items()
     ]
     return [
         "| | |",
@@ -276,8 +276,8 @@ def render(document: str, text: str) -> str:
 
 def roofline() -> str:
     """docs/roofline.md, all of it."""
-    heads = HeadResults.model_validate_json((RESULTS / "head-cpu.json").read_text())
-    parts = PartResults.model_validate_json((RESULTS / "head-parts-cpu.json").read_text())
+    heads = HeadResults.read(RESULTS / "head-cpu.json")
+    parts = PartResults.read(RESULTS / "head-parts-cpu.json")
     page = roofline_page(heads, "docs/results/head-cpu.json")
     return f"{page}\n\n{parts_section(parts, 'docs/results/head-parts-cpu.json')}\n"
 

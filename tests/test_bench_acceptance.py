@@ -1,4 +1,4 @@
-"""``slimspec bench acceptance | prompts | serve`` without an engine: what is counted, judged and refused."""
+"""``slimspec bench acceptance | prompts`` without an engine: what is counted, judged and refused."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench import answers, compare, serve
+from vllm_slimspec.bench import answers, compare
 from vllm_slimspec.bench.acceptance import Acceptance
 from vllm_slimspec.bench.answers import Answers, EngineError, Found, Question, ask
 from vllm_slimspec.bench.bootstrap import interval
@@ -217,20 +217,3 @@ def test_wrong_usage(arguments, code, message, monkeypatch):
     run = CliRunner().invoke(app, ["acceptance", "--target", "t", "--prompts", "p.jsonl", *arguments])
     assert run.exit_code == code
     assert message in " ".join(run.output.replace("│", " ").split())
-
-
-def test_row_of_the_load_generator():
-    """Catches: a field of vLLM's result file under another name, or taken for another. The file is one that
-    `vllm bench serve` of 0.32.0 saved for the tiny target of the examples and a dense drafter, without its lists."""
-    saved = json.loads((Path(__file__).parent / "data" / "vllm-bench-serve.json").read_text())
-    row = serve.row("low-rank", 2, saved)
-    assert (row.completed, row.failed) == (saved["num_prompts"], 0)
-    assert row.tokens_per_s == pytest.approx(row.output_tokens / row.duration_s)
-    assert row.ttft_ms_p50 == pytest.approx(saved["median_ttft_ms"])
-    assert row.itl_ms_p50 == pytest.approx(saved["median_itl_ms"])
-    assert row.tpot_ms_p50 == pytest.approx(saved["median_tpot_ms"])
-    # a cycle yields several tokens at once, so that a token takes less than the time between arrivals
-    assert row.tpot_ms_p50 < row.itl_ms_p50
-    assert row.length == pytest.approx(1 + saved["spec_decode_accepted_tokens"] / saved["spec_decode_num_drafts"])
-    del saved["spec_decode_acceptance_length"]
-    assert serve.row("none", 2, saved).length is None

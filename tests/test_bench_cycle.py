@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from cycle_toy import CONFIG, SHAPE
+from measured import acceptance
 from typer.testing import CliRunner
 
 from vllm_slimspec.bench import cycle, cycle_engine, pairs
@@ -150,6 +151,43 @@ def test_a_gpu_has_an_engine_a_head_and_round(toy, tmp_path):
     assert drafters["full"].tensors["lm_head.weight"].shape == (70000, 128)
 
 
+def test_a_gpu_accepts_as_often_as_was_measured(toy, tmp_path):
+    """Rates of one prompt set, of another temperature, of another head; a null that accepts; a K without its rates."""
+    measured = acceptance({"full": [0.8, 0.6, 0.4]}, {"full": [0.4, 0.2, 0.0], "low-rank": [0.6, 0.4, 0.4]})
+    heads = ["null", "full", "full-argmax", "low-rank"]
+    asked = options(tmp_path, heads=heads, rounds=1, acceptance=measured)
+    speculative = {plan.heads[0]: plan.speculative for plan in cycle.plan(asked, "toy", 2, "cuda")}
+    assert speculative["null"] == {"use_local_argmax_reduction": True}
+    for head, expected in (("full", [0.5, 0.3]), ("full-argmax", [0.5, 0.3]), ("low-rank", [0.6, 0.4])):
+        assert speculative[head]["rejection_sample_method"] == "synthetic"
+        assert speculative[head]["synthetic_acceptance_rates"] == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"no acceptance of full at K=4, only of full \(K=3\), low-rank \(K=3\)"):
+        cycle.plan(asked, "toy", 4, "cuda")
+    with pytest.raises(ValueError, match="--drafter trim-32k=FOLDER -k 3"):
+        cycle.plan(asked._replace(heads=["trim-32k-scatter"]), "toy", 3, "cuda")
+
+
+def test_vllm_takes_the_rates(toy, tmp_path):
+    """Names or rates that vLLM's own configuration refuses, minutes later and on the GPU."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    measured = acceptance({"full": [0.5, 0.3, 0.1]})
+    (plan,) = cycle.plan(options(tmp_path, heads=["full"], rounds=1, acceptance=measured), "toy", 3, "cuda")
+    speculative = {"method": "eagle3", "model": plan.drafter, "num_speculative_tokens": 3, **plan.speculative}
+    args = EngineArgs(model=plan.target, skip_tokenizer_init=True, max_model_len=128, speculative_config=speculative)
+    taken = args.create_engine_config().speculative_config
+    assert taken.synthetic_acceptance_rates == pytest.approx([0.5, 0.3, 0.1])
+
+
+def test_tokens_a_second_are_counted(toy):
+    """Tokens over the median cycle, or of the round with clocks too; figures of random weights."""
+    whole = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
+    rows = {row.head: row for row in cycle.rows_of("toy", 5, [whole], accepting=True)}
+    assert rows["full"].tokens_per_s == pytest.approx(12 / (2 * (300 + 301 + 302) / 1e3), abs=0.01)
+    assert rows["null"].tokens_per_s is None
+    assert {row.tokens_per_s for row in cycle.rows_of("toy", 5, [whole])} == {None}
+
+
 def test_drafters_are_made_once(toy, tmp_path):
     """Gigabytes written again for every run and head, or a drafter of another shape kept."""
 
@@ -271,6 +309,7 @@ def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
         (["--heads", "full,low-rank"], "lacks null or full"),
         (["-k", "0"], "'0' is not a list of numbers of draft tokens"),
         (["--context", "a"], "'a' is not a list of prompt lengths"),
+        (["--acceptance", "a.json"], "a.json: vLLM's CPU backend cannot imitate acceptance"),
     ],
 )
 def test_wrong_usage(arguments, message, monkeypatch):

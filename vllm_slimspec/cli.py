@@ -136,7 +136,7 @@ def report(
         if output_path.suffix in (".png", ".svg"):
             if len(results) > 1:
                 raise ValueError(f"{output_path}: one picture is made of one file of `slimspec bench head`")
-            plot_heads(HeadResults.model_validate_json(results[0].read_text()), output_path, batch)
+            plot_heads(HeadResults.read(results[0]), output_path, batch)
         else:
             for file in write_report(results, output_path, mixed_devices=allow_mixed_devices):
                 typer.echo(f"left out: {file.path} holds {file.kind!r}, which has no figure", err=True)

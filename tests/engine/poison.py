@@ -1,10 +1,24 @@
-"""What `--worker-extension-cls poison.Poison` adds to a vLLM worker: NaN in the states that the drafter starts from."""
+"""What `--worker-extension-cls poison.Poison` adds to a vLLM worker: a drafter that gets NaN, or that never returns."""
+
+import threading
 
 import torch
 
 
 class Poison:
     """Mixed into vLLM's worker; called over /collective_rpc, which VLLM_SERVER_DEV_MODE opens."""
+
+    def hang(self) -> None:
+        """The drafter's tenth answer from now never comes, so that a request is in its middle for good."""
+        model = self.model_runner.drafter.model
+        top, left = model.get_top_tokens, iter(range(9))
+
+        def get_top_tokens(hidden: torch.Tensor) -> torch.Tensor:
+            if next(left, None) is None:
+                threading.Event().wait()
+            return top(hidden)
+
+        model.get_top_tokens = get_top_tokens
 
     def poison(self) -> None:
         """From now on every hidden state that the drafter starts from is NaN; what it drafts is watched."""

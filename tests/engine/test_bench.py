@@ -1,11 +1,11 @@
-"""``slimspec bench acceptance`` on a trained pair: its counts are the engine's."""
+"""``slimspec bench acceptance`` and ``bench serve`` on a trained pair: what they count is what was served."""
 
 import json
 
 import pytest
 from engines import generate
 
-from vllm_slimspec.bench import compare
+from vllm_slimspec.bench import compare, serve
 from vllm_slimspec.bench.acceptance import from_engine
 from vllm_slimspec.checkpoint import DraftCheckpoint, write_checkpoint
 
@@ -65,3 +65,24 @@ def test_counts_are_the_engines(pair, prompts, spoiled, engine, tmp_path):
 
     assert first.low <= first.length <= first.high
     assert first.length > 1.5 > rows["spoiled", "first"].length
+
+
+def test_a_server_for_each_drafter(pair, prompts):
+    """Catches: a load generator whose flags or results have changed, a drafter that is not served, warm-ups counted."""
+    p = pair("llama")
+    server = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    served = serve.Pair(str(p.target), {"trained": str(p.drafter)}, prompts[0], server)
+    seen = []
+    options = serve.Options(pair=served, k=K, concurrencies=[1, 2], requests=2, max_tokens=TOKENS)
+    results = serve.measure(options, seen.append)
+    assert [(row.head, row.concurrency) for row in results.rows] == [
+        (head, n) for head in ("none", "trained") for n in (1, 2)
+    ]
+    assert seen[:2] == ["none", "none, 1 at once"]
+    for row in results.rows:
+        assert (row.completed, row.failed) == (2 * row.concurrency, 0)
+        assert row.output_tokens == TOKENS * row.completed
+        assert 0 < row.tpot_ms_p50 < row.ttft_ms_p80 * TOKENS
+    assert [row.length is None for row in results.rows] == [True, True, False, False]
+    assert all(row.length > 1.5 for row in results.rows if row.length is not None)
+    assert (results.prompt_set, results.vocab_size) == ("first", 512)

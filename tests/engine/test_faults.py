@@ -120,10 +120,11 @@ def test_drafter_altered_and_deleted(served, answers):
 
 def test_engine_killed_in_the_middle(served, answers):
     """Catches: clients that wait forever, a server that stays up without an engine, one that cannot start again."""
+    served.call("hang")
     stream = served.client.completions.create(
         model="tiny",
         prompt=served.pair.prompts[0],
-        max_tokens=200,
+        max_tokens=200,  # more than ten draft steps can bring
         temperature=0,
         stream=True,
         extra_body={"ignore_eos": True},

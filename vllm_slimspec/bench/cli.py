@@ -10,12 +10,15 @@ import typer
 
 from vllm_slimspec.bench import cycle, parts, rivals
 from vllm_slimspec.bench.head import app
-from vllm_slimspec.bench.options import positive_ints
+from vllm_slimspec.bench.options import choices, positive_ints
+from vllm_slimspec.bench.pairs import TARGETS
 from vllm_slimspec.bench.prompts import Benchmark, convert, read_lines
+from vllm_slimspec.bench.results import AcceptanceResults
+from vllm_slimspec.bench.synthetic import NO_SYNTHETIC
 from vllm_slimspec.console import json_object, one_line_errors
 
 if TYPE_CHECKING:
-    from vllm_slimspec.bench.results import AcceptanceResults, ServeResults
+    from vllm_slimspec.bench.results import ServeResults
 
 Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
 Drafters = Annotated[
@@ -90,39 +93,59 @@ def prompts(
     "--prompts mt-bench.jsonl --concurrency 1,4,16,64 --json serve.json"
 )
 def serve(
-    target: Target,
-    drafter: Drafters,
-    prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt"}, {"messages"} or {"text"}.')],
+    target: Annotated[str | None, typer.Option("--target", "--verifier", help="A Hugging Face folder or id.")] = None,
+    drafter: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of an EAGLE-3 drafter; repeat.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help='JSONL of {"prompt"}, {"messages"} or {"text"}.')] = None,
+    shape: Annotated[
+        str | None, typer.Option(help=f"Random weights instead of the three above; of: {', '.join(TARGETS)}.")
+    ] = None,
+    heads: Annotated[str, typer.Option(help="Of random weights: `full` and its rivals.")] = "full,trim-32k,low-rank",
+    acceptance: Annotated[
+        Path | None, typer.Option(help="JSON of `bench acceptance`: vLLM then accepts as often. GPU only.")
+    ] = None,
     num_speculative_tokens: K = 5,
     concurrency: Annotated[str, typer.Option(help="Requests at once: from 1 to where more bring no more.")] = "1,4,16",
     requests: Annotated[int, typer.Option(min=1, help="Of each request at once, so many one after the other.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer, exactly.")] = 256,
     server_args: Annotated[str, typer.Option(help="Further arguments of `vllm serve`, as one string.")] = "",
+    work_path: Annotated[Path, typer.Option(help="Keeps random drafters.")] = Path("build/cycle"),
     json: Json = None,
 ) -> None:
     """Serve the target alone and with each drafter, under `vllm bench serve`: latency, throughput and acceptance."""
     import shlex
 
+    import torch
+
     from vllm_slimspec.bench import serve as bench
 
-    options = bench.Options(
-        target=target,
-        drafters=_drafters(drafter),
-        prompts=prompts,
-        k=num_speculative_tokens,
-        concurrencies=positive_ints(concurrency, "--concurrency", "numbers of requests at once"),
-        requests=requests,
-        max_tokens=max_tokens,
-        server=shlex.split(server_args),
-    )
+    if (shape is None and not (target and drafter and prompts)) or (shape and (target or drafter or prompts)):
+        raise typer.BadParameter("give --target, --drafter and --prompts, or --shape for random weights")
+    if acceptance is not None and not torch.cuda.is_available():
+        raise typer.BadParameter(f"{acceptance}: {NO_SYNTHETIC}", param_hint="--acceptance")
+    if shape is not None and shape not in TARGETS:
+        raise typer.BadParameter(f"{shape!r} is not one of: {', '.join(TARGETS)}", param_hint="--shape")
+    numbers = positive_ints(concurrency, "--concurrency", "numbers of requests at once")
+    names, further = choices(heads, bench.HEADS, "--heads"), shlex.split(server_args)
     with one_line_errors(), _status() as tick:
+        if target and drafter and prompts:
+            pair = bench.Pair(target, _drafters(drafter), prompts, further)
+        else:
+            pair = bench.random_pair(str(shape), names, work_path, further)
+        options = bench.Options(
+            pair=pair,
+            k=num_speculative_tokens,
+            concurrencies=numbers,
+            requests=requests,
+            max_tokens=max_tokens,
+            acceptance=None if acceptance is None else AcceptanceResults.read(acceptance),
+        )
         results = bench.measure(options, tick)
         if json is not None:
             results.write(json)
     print_serve(results)
 
 
-def print_acceptance(results: "AcceptanceResults") -> None:
+def print_acceptance(results: AcceptanceResults) -> None:
     """A table for each prompt set and temperature."""
     from rich.console import Console
     from rich.table import Table
@@ -166,6 +189,8 @@ def print_serve(results: "ServeResults") -> None:
                 length = "" if row.length is None else f"{row.length:.2f}"
                 table.add_row(row.head, f"{row.tokens_per_s:.1f}", *times, length, str(row.failed or ""))
         console.print(table)
+    if results.acceptance:
+        console.print(f"vLLM accepted as often as it was measured with {results.acceptance}.")
     console.print("Medians. A cycle's tokens arrive together: ITL is the time of a cycle, TPOT that of a token.")
 
 

@@ -20,10 +20,11 @@ from vllm_slimspec.bench.bootstrap import interval
 from vllm_slimspec.bench.cycle_engine import Found, Plan, Turn, rotated, run
 from vllm_slimspec.bench.head import device_name, quantile
 from vllm_slimspec.bench.options import choices, positive_ints, progress
-from vllm_slimspec.bench.pairs import BY_LOGITS, DTYPE, TARGETS, write_drafter, write_target
-from vllm_slimspec.bench.results import CycleResults, CycleRow, provenance
+from vllm_slimspec.bench.pairs import DTYPE, TARGETS, asked_for, write_drafter, write_target
+from vllm_slimspec.bench.results import AcceptanceResults, CycleResults, CycleRow, provenance
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.speedup import least_ratio
+from vllm_slimspec.bench.synthetic import NO_SYNTHETIC, synthetic
 from vllm_slimspec.console import one_line_errors
 
 HEADS = (
@@ -66,6 +67,7 @@ class Options(NamedTuple):
     cycles: int
     repeats: int
     work: Path  # random drafters and the engines' logs
+    acceptance: AcceptanceResults | None = None  # on a GPU: vLLM accepts as often as these drafters' targets did
 
 
 def measure(options: Options, ticking: Callable[[int], AbstractContextManager[Callable[[], None]]]) -> CycleResults:
@@ -82,12 +84,13 @@ def measure(options: Options, ticking: Callable[[int], AbstractContextManager[Ca
             found = []
             for number, one in enumerate(group):
                 found.append(run(one, options.work / "logs" / f"{shape}-{k}-{number}.log", tick))
-            rows += rows_of(shape, k, found)
+            rows += rows_of(shape, k, found, accepting=options.acceptance is not None)
     return CycleResults(
         **provenance(),
         device=device_name(torch.device(device)),
         threads=found[0].threads,
         rounds=options.rounds,
+        acceptance=None if options.acceptance is None else options.acceptance.target,
         rows=rows,
     )
 
@@ -96,6 +99,8 @@ def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
     """The engines of a shape and K: on a CPU one, in which the heads take turns; on a GPU one a head and round.
 
     A GPU's engines keep a head in their CUDA graphs, where it cannot be exchanged.
+
+    Raises ValueError for a head of unknown acceptance, where acceptance is asked for.
     """
     config, rank = TARGETS[shape], SHAPES[shape].rank
     folder = options.work / shape
@@ -121,13 +126,17 @@ def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
     plans = []
     for number in range(options.rounds):
         for head in rotated(options.heads, number):
-            default = head in BY_LOGITS or head.startswith("low-rank")  # for which the plugin asks
-            plans.append(one([head], head, 1, **({} if default else {"use_local_argmax_reduction": True})))
+            accepting = {} if options.acceptance is None or head == "null" else synthetic(options.acceptance, head, k)
+            plans.append(one([head], head, 1, **asked_for(head), **accepting))
     return plans
 
 
-def rows_of(shape: str, k: int, found: Sequence[Found]) -> list[CycleRow]:
-    """What the engines of one shape and K found, a row for each head, batch and context."""
+def rows_of(shape: str, k: int, found: Sequence[Found], *, accepting: bool = False) -> list[CycleRow]:
+    """What the engines of one shape and K found, a row for each head, batch and context.
+
+    Args:
+        accepting: whether drafts were accepted as a trained drafter's, so that their tokens per second say something.
+    """
     turns = [turn for one in found for turn in one.turns]
     calls = [alone for one in found for alone in one.alone]
     rows = []
@@ -145,6 +154,7 @@ def rows_of(shape: str, k: int, found: Sequence[Found]) -> list[CycleRow]:
             low, high = _ratio_interval(rounds[head], rounds["full"])
             tokens = sum(turn.tokens for turn in here if turn.head == head)
             steps = sum(len(turn.ms) for turn in here if turn.head == head)
+            timed = sum(turn.tokens for turn in here if turn.head == head and turn.parts is None)
             rows.append(
                 CycleRow(
                     head=head,
@@ -161,6 +171,7 @@ def rows_of(shape: str, k: int, found: Sequence[Found]) -> list[CycleRow]:
                     head_ms=round(cycle[head] - cycle["null"], 2),
                     head_alone_us_p50=round(alone[head], 1),
                     accepted=round(tokens / steps / batch - 1, 3),
+                    tokens_per_s=round(timed / sum(times[head]) * 1e3, 2) if accepting and head != "null" else None,
                     kappa=round(kappa, 4),
                     nu=nu and round(nu, 3),
                     ratio=round(cycle[head] / cycle["full"], 4),
@@ -201,6 +212,10 @@ def cycle(
     ] = 3 if torch.cuda.is_available() else 15,
     cycles: Annotated[int, typer.Option(min=1, help="Timed cycles of a turn; 50 or more on a GPU.")] = 4,
     repeats: Annotated[int, typer.Option(min=3, help="Timed calls of each head alone.")] = 21,
+    acceptance: Annotated[
+        Path | None,
+        typer.Option(help="JSON of `bench acceptance`: vLLM then accepts as often, for tokens per second. GPU only."),
+    ] = None,
     work_path: Annotated[Path, typer.Option(help="Keeps random drafters and the engines' logs.")] = Path("build/cycle"),
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
 ) -> None:
@@ -211,6 +226,8 @@ def cycle(
         raise typer.BadParameter(
             f"{heads!r} lacks null or full, which the others are compared with", param_hint="--heads"
         )
+    if acceptance is not None and not torch.cuda.is_available():
+        raise typer.BadParameter(f"{acceptance}: {NO_SYNTHETIC}", param_hint="--acceptance")
     options = Options(
         shapes=choices(shapes, TARGETS, "--shapes"),
         heads=chosen,
@@ -223,6 +240,8 @@ def cycle(
         work=work_path,
     )
     with one_line_errors():
+        if acceptance is not None:
+            options = options._replace(acceptance=AcceptanceResults.read(acceptance))
         results = measure(options, lambda total: progress(total, "cycles"))
         if json:
             results.write(json)
@@ -241,7 +260,8 @@ def _print(results: CycleResults) -> None:
     for (shape, k, batch, context), rows in groups.items():
         title = f"{shape}, K={k}, batch {batch}, context {context}: kappa {rows[0].kappa:.3f}"
         table = Table("head", title=title, title_justify="left")
-        for column in ("p20 ms", "p50 ms", "p80 ms", "K heads ms", "alone us", "x full", "95%", "eq. 4", "off"):
+        columns = ["p20 ms", "p50 ms", "p80 ms", "K heads ms", "alone us", "x full", "95%", "eq. 4", "off"]
+        for column in [*columns, "accepted", "tokens/s"] if results.acceptance else columns:
             table.add_column(column, justify="right")
         for row in rows:
             predicted, off = "", ""
@@ -249,8 +269,13 @@ def _print(results: CycleResults) -> None:
                 predicted, off = f"{row.predicted_ratio:.3f}", f"{100 * (row.ratio / row.predicted_ratio - 1):+.1f}%"
             spread = f"{row.ratio_low:.3f}-{row.ratio_high:.3f}"
             times = (f"{ms:.1f}" for ms in (row.cycle_ms_p20, row.cycle_ms_p50, row.cycle_ms_p80, row.head_ms))
-            table.add_row(row.head, *times, f"{row.head_alone_us_p50:.0f}", f"{row.ratio:.3f}", spread, predicted, off)
+            cells = [*times, f"{row.head_alone_us_p50:.0f}", f"{row.ratio:.3f}", spread, predicted, off]
+            if row.tokens_per_s is not None:
+                cells += [f"{row.accepted:.2f}", f"{row.tokens_per_s:.0f}"]
+            table.add_row(row.head, *cells)
         console.print(table)
+    if results.acceptance:
+        console.print(f"tokens/s: counted, while vLLM accepted as often as it was measured with {results.acceptance}")
     busy = sum(row.cycle_ms_p80 > _STEADY * row.cycle_ms_p20 for row in results.rows)
     if busy:
         spread = f"spread by more than {_STEADY:g}x from p20 to p80"

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vllm_slimspec import ops
 from vllm_slimspec.bench.options import choices, positive_ints, progress
-from vllm_slimspec.bench.results import HeadResults, HeadRow, PartResults, Results, provenance
+from vllm_slimspec.bench.results import HeadResults, HeadRow, PartResults, provenance
 from vllm_slimspec.bench.shapes import SHAPES, Shape
+from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.cpu import PackedFactor
 from vllm_slimspec.selection import best_of
 
@@ -39,7 +40,6 @@ HEADS = (
 RERANK_K = 16
 SPEC_VOCAB_K = 2048  # assumed: the paper's value is not public
 
-R = TypeVar("R", bound=Results)
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -464,18 +464,11 @@ def roofline(
     """Derive, per shape and batch, the least bytes and time of every head, and print measured times against it."""
     from vllm_slimspec.bench.parts import parts_section
 
-    page = roofline_page(_read(HeadResults, results), results.as_posix())
-    if parts is not None:
-        page += "\n\n" + parts_section(_read(PartResults, parts), parts.as_posix())
+    with one_line_errors():
+        page = roofline_page(HeadResults.read(results), results.as_posix())
+        if parts is not None:
+            page += "\n\n" + parts_section(PartResults.read(parts), parts.as_posix())
     typer.echo(page)
-
-
-def _read(kind: type[R], path: Path) -> R:
-    try:
-        return kind.model_validate_json(path.read_text())
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {path}: {' '.join(str(error).split())[:200]}", err=True)
-        raise typer.Exit(1) from None
 
 
 def roofline_page(results: HeadResults, source: str) -> str:

@@ -160,11 +160,28 @@ def low_rank_keys(head: str, rank: int) -> dict[str, Any]:
     return keys
 
 
+def asked_for(head: str) -> dict[str, Any]:
+    """The part of vLLM's speculative_config under which it asks this head for ids rather than logits."""
+    by_default = head in BY_LOGITS or head.startswith("low-rank")  # for the latter our plugin sees to it
+    return {} if by_default else {"use_local_argmax_reduction": True}
+
+
 def write_target(folder: Path, config: dict[str, Any]) -> Path:
     """A folder with ``config`` as config.json, for dummy weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": DTYPE}, indent=2) + "\n")
     return folder
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of the words t0, t1, ..., one a token, beside a target's config.json."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def write_drafter(folder: Path, target: dict[str, Any], rank: int, head: str) -> Path:

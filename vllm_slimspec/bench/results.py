@@ -5,9 +5,9 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class _Record(BaseModel):
@@ -32,6 +32,23 @@ class Results(_Record):
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text(self.model_dump_json(by_alias=True, indent=1) + "\n")
         partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What :meth:`write` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not of this kind, or not of this version.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            kind = cls.model_fields["kind"].default
+            words = f"not what this version writes as {kind!r} ({place}: {first['msg']}); measure again"
+            raise ValueError(f"{path}: {words}") from None
 
 
 class HeadRow(_Record):
@@ -102,7 +119,8 @@ class CycleRow(_Record):
     head_ms: float
     # one call alone, with cold caches, in the same process: independent of the cycle
     head_alone_us_p50: float
-    accepted: float  # draft tokens a request and cycle; near 0 with random weights
+    accepted: float  # draft tokens a request and cycle; near 0 with random weights, else by vLLM's synthetic acceptance
+    tokens_per_s: float | None = None  # of all requests, counted; None without synthetic acceptance
     kappa: float  # (cycle(full) - cycle(null)) / cycle(full), of this shape, K, batch and context
     nu: float | None  # head_alone_us_p50(full) / head_alone_us_p50; None for the constant id
     ratio: float  # cycle_ms_p50 / cycle_ms_p50(full)
@@ -121,6 +139,7 @@ class CycleResults(Results):
     kind: Literal["cycle"] = "cycle"
     threads: int
     rounds: int
+    acceptance: str | None = None  # whose acceptance rates vLLM imitated; None: those of random weights
     rows: list[CycleRow]
 
 
@@ -230,6 +249,7 @@ class ServeResults(Results):
     prompt_set: str
     num_speculative_tokens: int
     max_tokens: int
+    acceptance: str | None = None  # whose acceptance rates vLLM imitated; None: the drafters' own
     rows: list[ServeRow]
 
 

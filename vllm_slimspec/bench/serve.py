@@ -5,34 +5,93 @@ from one request at once, where a cycle waits for memory, to as many as it takes
 """
 
 import json
+import random
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from vllm_slimspec.bench.compare import read_sets
-from vllm_slimspec.bench.results import ServeResults, ServeRow, provenance
+from vllm_slimspec.bench.pairs import TARGETS, asked_for, write_drafter, write_target, write_tokenizer
+from vllm_slimspec.bench.results import AcceptanceResults, ServeResults, ServeRow, provenance
 from vllm_slimspec.bench.server import Server, ServerError, vllm_command
+from vllm_slimspec.bench.shapes import SHAPES
+from vllm_slimspec.bench.synthetic import synthetic
 from vllm_slimspec.convert.sources import Target
 
+HEADS = (
+    "full",
+    "full-argmax",
+    "trim-32k",
+    "trim-32k-scatter",
+    "low-rank",
+    "low-rank-fp8",
+    "low-rank-int8",
+    "low-rank-int4",
+    "low-rank-rerank",
+    "low-rank-int8-rerank",
+)
+"""Of random weights: those that a server has by itself or from the plugin."""
+
 _WARM_UP = 2  # requests for each one at once, before anything is counted
+_PROMPTS, _PROMPT_TOKENS = 64, 128  # of random weights
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is served: a target, its drafters, and prompts for them."""
+
+    target: str
+    drafters: Mapping[str, str]  # name of the head -> folder or Hugging Face id
+    prompts: Path  # JSONL
+    server: Sequence[str] = ()  # further arguments of `vllm serve`
+    # more of vLLM's speculative_config, by name
+    speculative: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Options:
     """What is measured, and how; the flags of the command line."""
 
-    target: str
-    drafters: Mapping[str, str]  # name of the head -> folder or Hugging Face id
-    prompts: Path  # JSONL
+    pair: Pair
     k: int
     concurrencies: Sequence[int]
     requests: int  # for each of the requests at once
     max_tokens: int
-    server: Sequence[str] = ()  # further arguments of `vllm serve`
+    acceptance: AcceptanceResults | None = None  # on a GPU: vLLM accepts as often as these drafters' targets did
+
+
+def random_pair(shape: str, heads: Sequence[str], work: Path, server: Sequence[str] = ()) -> Pair:
+    """A pair of true shapes and random weights, made in ``work``, where drafters that are there are kept.
+
+    Args:
+        shape: a name of TARGETS.
+        heads: names of HEADS.
+        work: a folder.
+        server: further arguments of `vllm serve`.
+    """
+    config, rank = TARGETS[shape], SHAPES[shape].rank
+    target = write_target(work / shape / "target", config)
+    write_tokenizer(target, config["vocab_size"])
+    draw = random.Random(0)
+    texts = (
+        " ".join(f"t{draw.randrange(config['vocab_size'])}" for _ in range(_PROMPT_TOKENS)) for _ in range(_PROMPTS)
+    )
+    prompts = work / shape / "random.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    # A dummy drafter's vocabulary map would be random numbers too.
+    loading = {"draft_load_config": {"load_format": "safetensors"}}
+    return Pair(
+        target=str(target),
+        drafters={head: str(write_drafter(work / shape, config, rank, head)) for head in heads},
+        prompts=prompts,
+        server=["--load-format", "dummy", *server],
+        speculative={head: loading | asked_for(head) for head in heads},
+    )
 
 
 def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -> ServeResults:
@@ -40,6 +99,8 @@ def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -
 
     Raises:
         CheckpointError: a prompt is bad.
+        ImportError: the load generator lacks a package.
+        ValueError: the acceptance of a drafter is asked for and was not measured.
         ServerError: a server or the load generator failed; the message names the log.
     """
     import torch
@@ -47,23 +108,35 @@ def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -
 
     from vllm_slimspec.bench.head import device_name
 
-    target = Target.open(options.target)
+    if find_spec("pandas") is None:
+        raise ImportError("`vllm bench serve` needs pandas; pip install 'vllm-slimspec[bench]'")
+    pair = options.pair
+    accepting = {
+        name: synthetic(options.acceptance, name, options.k) if options.acceptance else {} for name in pair.drafters
+    }
+    target = Target.open(pair.target)
     room = options.max_tokens + options.k
-    (prompt_set, prompts), *_ = read_sets([options.prompts], target, max_model_len=None, room=room).items()
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    (prompt_set, prompts), *_ = read_sets([pair.prompts], target, max_model_len=None, room=room).items()
+    tokenizer = AutoTokenizer.from_pretrained(pair.target)
     work = Path(tempfile.mkdtemp(prefix="slimspec-"))
     # As text, because the load generator sends text; the server's tokenizer puts its first token there again.
     texts = [tokenizer.decode(ids[ids[0] == tokenizer.bos_token_id :], skip_special_tokens=False) for ids in prompts]
     data = work / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     rows: list[ServeRow] = []
-    for name, drafter in {"none": None, **options.drafters}.items():
+    for name, drafter in {"none": None, **pair.drafters}.items():
         tick(name)
-        arguments = ["--served-model-name", "target", "--no-enable-prefix-caching", *options.server]
+        arguments = ["--served-model-name", "target", "--no-enable-prefix-caching", *pair.server]
         if drafter is not None:
-            speculative = {"method": "eagle3", "model": drafter, "num_speculative_tokens": options.k}
+            speculative = {
+                "method": "eagle3",
+                "model": drafter,
+                "num_speculative_tokens": options.k,
+                **pair.speculative.get(name, {}),
+                **accepting[name],
+            }
             arguments += ["--speculative-config", json.dumps(speculative)]
-        with Server(options.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200) as server:
+        with Server(pair.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200) as server:
             for concurrency in options.concurrencies:
                 tick(f"{name}, {concurrency} at once")
                 rows.append(row(name, concurrency, _load(options, server.url, data, concurrency, work)))
@@ -71,12 +144,13 @@ def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -
     return ServeResults(
         **provenance(),
         device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
-        target=options.target,
+        target=pair.target,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
         prompt_set=prompt_set,
         num_speculative_tokens=options.k,
         max_tokens=options.max_tokens,
+        acceptance=None if options.acceptance is None else options.acceptance.target,
         rows=rows,
     )
 
@@ -87,7 +161,7 @@ def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) 
     count = concurrency * options.requests
     command = [
         *(vllm_command(), "bench", "serve", "--backend", "openai", "--base-url", url, "--model", "target"),
-        *("--tokenizer", options.target, "--dataset-name", "custom", "--dataset-path", str(data)),
+        *("--tokenizer", options.pair.target, "--dataset-name", "custom", "--dataset-path", str(data)),
         *("--skip-chat-template", "--custom-output-len", str(options.max_tokens), "--ignore-eos"),
         *("--num-prompts", str(count), "--num-warmups", str(_WARM_UP * concurrency)),
         *("--max-concurrency", str(concurrency), "--temperature", "0", "--disable-tqdm"),

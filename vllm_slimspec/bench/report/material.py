@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from pydantic import ValidationError
-
 from vllm_slimspec.bench import results as kinds
 
 _KINDS: dict[str, type[kinds.Results]] = {
@@ -65,18 +63,11 @@ def read(paths: Sequence[Path], *, mixed_devices: bool = False) -> tuple[list[Ma
     groups: dict[str, Material] = {}
     left_out: list[LeftOut] = []
     for path in paths:
-        kind, text = _kind(path)
+        kind = _kind(path)
         if kind not in _KINDS:
             left_out.append(LeftOut(path, kind))
             continue
-        try:
-            results = _KINDS[kind].model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(
-                f"{path}: not what this version writes as {kind!r} ({place}: {first['msg']}); measure again"
-            ) from None
+        results = _KINDS[kind].read(path)
         group = groups.setdefault(results.device, Material(results.device))
         getattr(group, kind).append(Source(path, results))
         if len(groups) > 1 and not mixed_devices:
@@ -91,13 +82,12 @@ def read(paths: Sequence[Path], *, mixed_devices: bool = False) -> tuple[list[Ma
     return sorted(groups.values(), key=lambda group: -len(group.sources)), left_out
 
 
-def _kind(path: Path) -> tuple[str, str]:
+def _kind(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-        kind = json.loads(text)["kind"]
+        kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = (
             "no such file" if isinstance(error, FileNotFoundError) else "not what a `slimspec bench` command writes"
         )
         raise ValueError(f"{path}: {reason}; give files that were written with --json") from None
-    return str(kind), text
+    return str(kind)

@@ -181,7 +181,7 @@ def _cycles(material: Material, name: str) -> Iterable[Section]:
             ]
             where = f"{shape}, K={k}, context {context}"
             tag = f"{name}{shape}-k{k}-c{context}"
-            yield _decomposition(rows, where, tag)
+            yield _decomposition(rows, source.results.acceptance, where, tag)
             for batch in dict.fromkeys(row.batch for row in rows):
                 chosen = [row for row in rows if row.batch == batch]
                 if section := _plane(chosen, material, shape, k, f"{where}, batch {batch}", f"{tag}-b{batch}"):
@@ -190,7 +190,7 @@ def _cycles(material: Material, name: str) -> Iterable[Section]:
                 yield _prediction(rows, where, tag)
 
 
-def _decomposition(rows: Sequence[CycleRow], where: str, tag: str) -> Section:
+def _decomposition(rows: Sequence[CycleRow], acceptance: str | None, where: str, tag: str) -> Section:
     table = [
         [
             row.head,
@@ -200,6 +200,7 @@ def _decomposition(rows: Sequence[CycleRow], where: str, tag: str) -> Section:
             f"{row.head_ms:.1f}",
             f"{row.ratio:.2f}x ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
             *(_maybe(ms, ".1f") for ms in (row.verify_ms, row.body_ms, row.wrapped_head_ms)),
+            *([f"{1 + row.accepted:.2f}", _maybe(row.tokens_per_s, ".0f")] if acceptance else []),
         ]
         for row in rows
     ]
@@ -215,6 +216,8 @@ def _decomposition(rows: Sequence[CycleRow], where: str, tag: str) -> Section:
             f"With the full head at batch {first}, clocks around the parts saw the target's verification take "
             f"{row.verify_ms:.1f} ms of a cycle and the drafter without its head {row.body_ms:.1f} ms."
         )
+    if acceptance:
+        words.append(f"Tokens per second were counted while vLLM accepted as often as was measured with {acceptance}.")
     listed = ", ".join(f"{row.head} {row.cycle_ms_p50:.0f} ms" for row in rows if row.batch == first)
     return Section(
         f"A cycle taken apart, {where}",
@@ -233,6 +236,7 @@ def _decomposition(rows: Sequence[CycleRow], where: str, tag: str) -> Section:
                 "verify ms",
                 "body ms",
                 "heads ms, clocked",
+                *(["tokens a cycle", "tokens/s"] if acceptance else []),
             ],
             table,
         ),

@@ -1,0 +1,129 @@
+"""``slimspec bench serve`` without a server: what servers are given, what the load generator's results become."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cycle_toy import CONFIG, SHAPE
+from measured import acceptance
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from vllm_slimspec.bench import pairs, serve
+from vllm_slimspec.bench.cli import app
+from vllm_slimspec.bench.shapes import SHAPES
+from vllm_slimspec.checkpoint import DraftCheckpoint
+
+SAVED = json.loads((Path(__file__).parent / "data" / "vllm-bench-serve.json").read_text())
+RATES = [0.5, 0.3, 0.1]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(SHAPES, "toy", SHAPE)
+    monkeypatch.setitem(pairs.TARGETS, "toy", CONFIG)
+
+
+@pytest.fixture
+def servers(monkeypatch):
+    """The arguments of every `vllm serve`, none of which is started, and the prompts that were sent to it."""
+    started = []
+
+    class Server:
+        url = "http://nowhere"
+
+        def __init__(self, model, arguments, **_):
+            started.append((model, arguments))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    def load(options, url, data, concurrency, work):
+        texts = [json.loads(line)["prompt"] for line in data.read_text().splitlines()]
+        started[-1] += (texts,)
+        return SAVED
+
+    monkeypatch.setattr(serve, "Server", Server)
+    monkeypatch.setattr(serve, "_load", load)
+    return started
+
+
+def speculative(arguments):
+    return json.loads(arguments[arguments.index("--speculative-config") + 1])
+
+
+def test_random_weights_are_served(toy, servers, tmp_path):
+    """Catches: dummy weights for a vocabulary map, a rival asked otherwise than its name says, rates of another head,
+    prompts that are not the tokens they were drawn as."""
+    heads = ["full", "trim-32k", "low-rank-int8"]
+    pair = serve.random_pair("toy", heads, tmp_path, ["--enforce-eager"])
+    measured = acceptance(dict.fromkeys(heads, RATES))
+    options = serve.Options(pair, k=3, concurrencies=[1], requests=1, max_tokens=4, acceptance=measured)
+    results = serve.measure(options)
+    assert [row.head for row in results.rows] == ["none", *heads]
+    assert (results.hidden_size, results.vocab_size, results.acceptance) == (128, 70000, "the-target")
+    assert all(model == str(tmp_path / "toy/target") for model, *_ in servers)
+    assert all(arguments[3:6] == ["--load-format", "dummy", "--enforce-eager"] for _, arguments, _ in servers)
+    assert "--speculative-config" not in servers[0][1]
+    configs = {head: speculative(arguments) for head, (_, arguments, _) in zip(heads, servers[1:], strict=True)}
+    for config in configs.values():
+        assert config["draft_load_config"] == {"load_format": "safetensors"}
+        assert config["rejection_sample_method"] == "synthetic"
+        assert config["synthetic_acceptance_rates"] == RATES
+    assert [head for head in heads if configs[head].get("use_local_argmax_reduction")] == ["trim-32k"]
+    assert DraftCheckpoint.open(configs["low-rank-int8"]["model"]).spec.quantization == "int8"
+    assert len(servers[0][2]) == 64
+    assert {len(AutoTokenizer.from_pretrained(pair.target)(text)["input_ids"]) for text in servers[0][2]} == {128}
+    with pytest.raises(ValueError, match="no acceptance of full at K=4"):
+        serve.measure(serve.Options(pair, k=4, concurrencies=[1], requests=1, max_tokens=4, acceptance=measured))
+
+
+def test_row_of_the_load_generator():
+    """Catches: a field of vLLM's result file under another name, or taken for another. The file is one that
+    `vllm bench serve` of 0.32.0 saved for the tiny target of the examples and a dense drafter, without its lists."""
+    row = serve.row("low-rank", 2, SAVED)
+    assert (row.completed, row.failed) == (SAVED["num_prompts"], 0)
+    assert row.tokens_per_s == pytest.approx(row.output_tokens / row.duration_s)
+    assert row.ttft_ms_p50 == pytest.approx(SAVED["median_ttft_ms"])
+    assert row.itl_ms_p50 == pytest.approx(SAVED["median_itl_ms"])
+    assert row.tpot_ms_p50 == pytest.approx(SAVED["median_tpot_ms"])
+    # a cycle yields several tokens at once, so that a token takes less than the time between arrivals
+    assert row.tpot_ms_p50 < row.itl_ms_p50
+    assert row.length == pytest.approx(1 + SAVED["spec_decode_accepted_tokens"] / SAVED["spec_decode_num_drafts"])
+    alone = {key: value for key, value in SAVED.items() if key != "spec_decode_acceptance_length"}
+    assert serve.row("none", 2, alone).length is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--target", "t"], 2, "give --target, --drafter and --prompts, or --shape"),
+        (["--shape", "llama-3.2-1b", "--target", "t"], 2, "give --target, --drafter and --prompts, or --shape"),
+        (["--shape", "llama-9"], 2, "'llama-9' is not one of: llama-3.2-1b"),
+        (["--shape", "llama-3.2-1b", "--heads", "null"], 2, "'null' is not one of"),
+        (["--shape", "llama-3.2-1b", "--concurrency", "0"], 2, "'0' is not a list of numbers of requests at once"),
+        (["--shape", "llama-3.2-1b", "--acceptance", "a.json"], 2, "vLLM's CPU backend cannot imitate acceptance"),
+        (["--target", "t", "--drafter", "a", "--prompts", "p"], 2, "'a' is not NAME=FOLDER"),
+        (["--target", "t", "--drafter", "a=b", "--prompts", "p"], 1, "error: t: no such folder"),
+    ],
+)
+def test_wrong_usage(arguments, code, message, servers, monkeypatch):
+    """Catches: a server started, minutes spent, before a mistake in the command is found."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = CliRunner().invoke(app, ["serve", *arguments])
+    assert run.exit_code == code
+    assert message in " ".join(run.output.replace("│", " ").split())
+    assert not servers
+
+
+def test_the_load_generators_package_is_missed_first(servers, monkeypatch):
+    """Catches: servers started for a load generator that then cannot be."""
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    run = CliRunner().invoke(app, ["serve", "--target", "t", "--drafter", "a=b", "--prompts", "p"])
+    assert run.exit_code == 1
+    assert "pip install 'vllm-slimspec[bench]'" in run.output
+    assert not servers
