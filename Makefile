@@ -8,6 +8,7 @@
 # make gpu        on a GPU: the kernels checked there, their tilings tuned, every head timed
 # make test-compat VLLM=0.28.0   the plugin and engine tests on another vLLM
 # make soak   ten minutes of load on a served drafter, every answer compared with the target's
+# make faults   what is broken on purpose, and how often
 # make documents   the figures of README.md and docs/, out of docs/results
 # make dist-check   wheel and sdist, built twice, installed into clean environments
 #
@@ -21,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-engine test-compat soak documents dist-check lint clean compare ablation bench-pair report-check gpu
+.PHONY: help install demo test test-unit test-engine test-compat soak faults documents dist-check lint clean compare ablation bench-pair report-check gpu
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -74,6 +75,10 @@ test-compat: install
 
 soak: install
 	$(PY) tests/soak.py --seconds 600 --json docs/results/soak.json
+	$(PY) tests/documents.py
+
+faults: install
+	$(PY) tests/faults_run.py --json docs/results/faults.json
 	$(PY) tests/documents.py
 
 documents: install

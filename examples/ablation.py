@@ -50,6 +50,7 @@ from vllm_slimspec.train.states import read_documents, write_states
 
 RANKS = {"dense": None, "rank-32": 32, "rank-16": 16, "rank-8": 8}  # D = 128
 SEEDS = (0, 1, 2)
+CORES = len(os.sched_getaffinity(0))
 STEPS = 80
 K, PROMPTS, TOKENS = 3, 128, 32
 RECIPE: dict[str, Any] = {**tiny_pair.RECIPE, "max_steps": STEPS}
@@ -94,11 +95,10 @@ class Bench:
 
     def rows(self, parts: Sequence[tuple[str, int]]) -> list[AblationRow]:
         """Those of these heads and seeds, one on each core: faster than one after the other on all cores."""
-        cores = len(os.sched_getaffinity(0))
-        with ProcessPoolExecutor(cores, get_context("spawn"), initializer=_quietly) as pool:
+        with ProcessPoolExecutor(CORES, get_context("spawn"), initializer=_quietly) as pool:
             list(pool.map(self.train, *zip(*parts, strict=True)))
         self.answers(None)
-        with ThreadPoolExecutor(cores) as pool:  # an engine has a process of its own
+        with ThreadPoolExecutor(CORES) as pool:  # an engine has a process of its own
             return list(pool.map(self.row, *zip(*parts, strict=True)))
 
     def answers(self, drafter: Path | None) -> Answers:
@@ -196,7 +196,7 @@ def report(bench: Bench, rows: Sequence[AblationRow]) -> AblationResults:
         max_tokens=TOKENS,
         arms=[summarise(bench, head, of[head], of["dense"]) for head in RANKS],
         rows=list(rows),
-        device=device_name(torch.device("cpu")),
+        device=device_name(torch.device("cpu"), threads=CORES),
         **provenance(),
     )
 

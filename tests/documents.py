@@ -212,6 +212,22 @@ def soak(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def faults(result: dict[str, Any]) -> list[str]:
+    """What was broken on purpose."""
+    rows = []
+    for row in result["rows"]:
+        tests = " ".join(f"`{file}`" for file in row["files"])
+        rows.append(f"| {row['fault']} | {row['injected']:,} | {row['answers'] or ''} | {tests} |")
+    return [
+        f"{sum(row['injected'] for row in result['rows']):,} faults in {result['passed']} tests that passed, "
+        f"{len(result['failed'])} that failed.",
+        "",
+        "| fault | injected | answers compared afterwards | tests |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
 def versions(result: dict[str, Any]) -> list[str]:
     """vLLM versions, and how each was tested."""
     out = ["| vLLM | how | tests passed | failed | skipped | command |", "|---|---|---|---|---|---|"]
@@ -250,6 +266,7 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
     "docs/reliability.md": {
         "hostile": ("hostile", hostile),
         "soak": ("soak", soak),
+        "faults": ("faults", faults),
         "versions": ("versions", versions),
         "dist": ("dist", dist),
     },

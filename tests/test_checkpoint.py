@@ -286,14 +286,17 @@ class TestRefusedFiles:
         return str(error.value)
 
     def test_no_folder(self, tmp_path):
+        """Catches: a traceback, or a hub that is asked for a mistyped path."""
         assert "no such folder" in self._error(tmp_path / "none")
 
     def test_no_config(self, tmp_path):
+        """Catches: weights that are taken for a drafter of default sizes."""
         folder = drafters.write(tmp_path / "d", {}, drafters.tensors())
         (folder / "config.json").unlink()
         assert "config.json" in self._error(folder)
 
     def test_config_not_json(self, tmp_path):
+        """Catches: a traceback of the JSON parser, without the file it read."""
         folder = drafters.write(tmp_path / "d", {}, drafters.tensors())
         (folder / "config.json").write_text("{")
         assert "not valid JSON" in self._error(folder)
@@ -321,6 +324,7 @@ class TestRefusedFiles:
         assert _open(folder).spec.rank == R
 
     def test_no_weights(self, tmp_path):
+        """Catches: a drafter that is refused only when its first tensor is wanted."""
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         (folder / "model.safetensors").unlink()
         assert "no .safetensors" in self._error(folder)
@@ -389,6 +393,7 @@ class TestInspect:
         assert report["dense_bytes"] == 4 * V * D
 
     def test_table_names_the_saving(self, tmp_path):
+        """Catches: a saving computed from other bytes than those that are served."""
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         result = CliRunner().invoke(app, ["inspect", str(folder)])
         assert "5.33x" in result.stdout

@@ -129,7 +129,7 @@ def run():
     return start
 
 
-def test_killed_anywhere(run, tmp_path):
+def test_killed_anywhere(run, tmp_path, injected):
     """Catches: a folder that looks like a drafter and is not; a rerun that stumbles over what is left."""
     source, _, _ = form("specforge", tmp_path / "source")
     options = Options(str(source), tmp_path / "out", rank=4, rerank=8)
@@ -150,9 +150,10 @@ def test_killed_anywhere(run, tmp_path):
     assert not list(tmp_path.glob(".out.*.partial"))
     with pytest.raises(CheckpointError, match="not an empty folder"):
         convert(options)
+    injected("conversion killed while it writes", point)
 
 
-def test_collection_killed_anywhere(run, tmp_path):
+def test_collection_killed_anywhere(run, tmp_path, injected):
     """Catches: half a file counted as a group, a group that is asked again or left out, an index before its files."""
     lines = [json.dumps({"input_ids": [i, i + 1]}) for i in range(20)]  # two groups of at most 16
     for name in ("whole", "out"):
@@ -174,6 +175,7 @@ def test_collection_killed_anywhere(run, tmp_path):
         assert asked.call_count == 2 - written, name
         assert HeadStates.open(folder).index["sha256s"] == whole.index["sha256s"], name
         shutil.rmtree(folder)
+    injected("collecting hidden states killed", len(points))
 
 
 def test_a_drafter_that_was_trained_anew_is_another_one(tmp_path):
@@ -209,7 +211,7 @@ def test_a_part_of_the_prompts_is_of_the_whole_file(tmp_path):
     assert len({d.number // 16 for d in documents}) == 6
 
 
-def test_distillation_killed_anywhere(run, tmp_path):
+def test_distillation_killed_anywhere(run, tmp_path, injected):
     """Catches: half a checkpoint taken for one; steps done again from the wrong place, or not at all."""
     log = tmp_path / "log"
     expected = _distil(None, tmp_path / "whole.pt")
@@ -221,6 +223,7 @@ def test_distillation_killed_anywhere(run, tmp_path):
         assert run(_distil, point, log, checkpoint) == -signal.SIGKILL, name
         for a, b in zip(_distil(None, checkpoint), expected, strict=True):
             assert torch.equal(a, b), name
+    injected("distillation killed", len(points))
 
 
 def _on_a_full_disk(where: str, answer, folder: Path, source: Path, recorded: Path) -> None:
@@ -245,7 +248,7 @@ def _on_a_full_disk(where: str, answer, folder: Path, source: Path, recorded: Pa
 
 
 @pytest.mark.parametrize("where", ["drafter", "states", "distillation"])
-def test_a_full_disk_is_one_line(where, tmp_path):
+def test_a_full_disk_is_one_line(where, tmp_path, injected):
     """Catches: half a file under the name of a whole one, or left on the full disk; errors of safetensors and torch,
     which are no OSError, as a traceback."""
     source, _, _ = form("specforge", tmp_path / "source")
@@ -266,3 +269,4 @@ def test_a_full_disk_is_one_line(where, tmp_path):
     assert "not written" in line
     files = [p.name for p in sorted(tmp_path.rglob("*")) if p not in before and p.is_file()]
     assert files == (["recipe.json"] if where == "states" else [])
+    injected("no room on the disk: conversion")

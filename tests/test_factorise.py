@@ -23,12 +23,15 @@ def statistics(weight, states):
 
 
 def test_exact_rank_is_reproduced_by_plain_svd():
+    """Catches: factors swapped, transposed or scaled, or a Gram matrix whose squares lose the small directions."""
     weight = torch.randn(V, R) @ torch.randn(R, D)
     down, up = factorise(weight, R)
     torch.testing.assert_close(up @ down, weight, rtol=1e-5, atol=1e-5)
 
 
 def test_exact_rank_is_reproduced_up_to_one_row_when_weighted():
+    """Catches: a weighting that is not taken out of the factors again. A row that all logits share changes no
+    choice."""
     weight, states = torch.randn(V, R) @ torch.randn(R, D), anisotropic_states(400)
     down, up = factorise(weight, R, **statistics(weight, states))
     difference = weight - up @ down
@@ -37,6 +40,7 @@ def test_exact_rank_is_reproduced_up_to_one_row_when_weighted():
 
 
 def test_plain_svd_is_the_optimum_of_eckart_and_young():
+    """Catches: directions kept other than the largest, one too few or too many."""
     weight = torch.randn(V, D)
     down, up = factorise(weight, R)
     left_out = torch.linalg.svdvals(weight)[R:].norm()
@@ -44,6 +48,7 @@ def test_plain_svd_is_the_optimum_of_eckart_and_young():
 
 
 def test_weighted_beats_plain_on_anisotropic_states():
+    """Catches: weights applied on the wrong side, or squared: agreement then falls below the plain factors'."""
     weight, states = torch.randn(V, D), anisotropic_states(2000)
     calibration, held_out = states[:1000], states[1000:]
     dense = (held_out @ weight.T).argmax(-1)
@@ -58,6 +63,7 @@ def test_weighted_beats_plain_on_anisotropic_states():
 
 
 def test_chunks_change_nothing(monkeypatch):
+    """Catches: rows of a vocabulary left out or counted twice where it is streamed."""
     weight, states = torch.randn(V, D), anisotropic_states(300)
     whole = factorise(weight, R, **statistics(weight, states))
     monkeypatch.setattr("vllm_slimspec.convert.factorise._CHUNK", 100)
@@ -66,6 +72,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_too_few_states_to_span_the_space():
+    """Catches: a singular covariance, divided by: NaN, or noise where no state was seen."""
     weight, states = torch.randn(V, D), anisotropic_states(R)
     down, up = factorise(weight, R, second_moment=second_moment(states))
     assert torch.isfinite(down).all()
@@ -73,6 +80,7 @@ def test_too_few_states_to_span_the_space():
 
 
 def test_factors_are_balanced_and_keep_the_dtype():
+    """Catches: one factor of tiny and one of huge numbers, which half precision then rounds."""
     down, up = factorise(torch.randn(V, D, dtype=torch.bfloat16), R)
     assert (down.dtype, up.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (tuple(down.shape), tuple(up.shape)) == ((R, D), (V, R))
@@ -94,11 +102,13 @@ def test_factors_are_balanced_and_keep_the_dtype():
     ],
 )
 def test_bad_input_is_one_line(weight, rank, kwargs, message):
+    """Catches: NaN that spreads into every factor, or an error of LAPACK that names nothing."""
     with pytest.raises(ValueError, match=message) as error:
         factorise(weight, rank, **kwargs)
     assert "\n" not in str(error.value)
 
 
 def test_no_states_is_refused():
+    """Catches: a covariance of nothing: 0 / 0."""
     with pytest.raises(ValueError, match="N >= 1"):
         second_moment(torch.zeros(0, D))

@@ -74,6 +74,7 @@ def trainers(monkeypatch):
 
 
 def test_states_are_what_enters_the_layers(work):
+    """Catches: states of the layer after, or a last one that is normed twice."""
     model = AutoModelForCausalLM.from_pretrained(work / "llama", dtype=torch.float32).eval()
     ids = torch.arange(10, 30)
     (states,) = hidden_states(model, [ids], LAYERS)
@@ -86,6 +87,7 @@ def test_states_are_what_enters_the_layers(work):
 
 
 def test_states_do_not_depend_on_the_batch(work):
+    """Catches: padding that is attended to."""
     model = AutoModelForCausalLM.from_pretrained(work / "llama", dtype=torch.float32).eval()
     batch = [torch.arange(3, 8), torch.arange(40, 60)]
     for ids, states in zip(batch, hidden_states(model, batch, LAYERS), strict=True):
@@ -128,7 +130,7 @@ def test_states_are_resumed(work, tmp_path, monkeypatch, run_again):
         assert state_file(tmp_path, i).read_bytes() == state_file(work / "states", i).read_bytes()
 
 
-def test_broken_states_are_named_and_mended(work, tmp_path, run_again):
+def test_broken_states_are_named_and_mended(work, tmp_path, run_again, injected):
     """Catches: training on half a file, or on one whose bytes have changed."""
     write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
     truncated, changed, lost = (state_file(tmp_path / "s", i) for i in (3, 5, 20))
@@ -143,6 +145,7 @@ def test_broken_states_are_named_and_mended(work, tmp_path, run_again):
     assert run_again == [DOCUMENTS[i] for i in (3, 5, 20)]
     for i in (3, 5, 20):
         assert state_file(tmp_path / "s", i).read_bytes() == state_file(work / "states", i).read_bytes()
+    injected("hidden states cut, changed and lost", 3)
 
 
 def test_whole_states_are_not_read_again(work, tmp_path, monkeypatch):
@@ -199,6 +202,8 @@ def test_documents_by_line(work, tmp_path, caplog):
 
 @pytest.mark.parametrize(("family", "draft_vocab"), [("llama", V), ("qwen3", DRAFT_V)])
 def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, family, draft_vocab):
+    """Catches: a head that is not trained, betas of torch's own, keys or dtypes that vLLM does not read, code in the
+    folder."""
     target = work / "llama"  # the drafter's layer need not be of the target's family
     fit(target, work / "states", tmp_path / "d", draft_arch=family, draft_vocab_size=draft_vocab, **FLAGS)
     (trainer,) = trainers
@@ -233,6 +238,7 @@ def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, fa
 
 
 def test_a_dense_head_to_compare_with(work, tmp_path, trainers):
+    """Catches: a rival of another start or format than the stock drafters."""
     fit(work / "llama", work / "states", tmp_path / "d", head="dense", **FLAGS)
     written = DraftCheckpoint.open(tmp_path / "d")
     assert written.spec is None
@@ -268,6 +274,7 @@ def test_tokens_and_states_are_one_place_apart(work, tmp_path, monkeypatch):
 
 
 def test_the_head_starts_from_the_targets(work, tmp_path, trainers):
+    """Catches: a flag that changes nothing, factors of another matrix."""
     dense = AutoModelForCausalLM.from_pretrained(work / "llama").lm_head.weight.detach()
     for how in ("svd", "weighted-svd", "random"):
         fit(work / "llama", work / "states", tmp_path / how, head_init=how, **ONE_STEP)
@@ -279,6 +286,7 @@ def test_the_head_starts_from_the_targets(work, tmp_path, trainers):
 
 
 def test_a_run_resumes_without_rounding(work, tmp_path, trainers):
+    """Catches: weights that pass through bfloat16 between two runs (as in speculators)."""
     fit(work / "llama", work / "states", tmp_path / "a", **FLAGS)
     (tmp_path / "a").rename(tmp_path / "first")
     fit(work / "llama", work / "states", tmp_path / "a", **FLAGS)  # nothing left to do but to write
@@ -288,6 +296,7 @@ def test_a_run_resumes_without_rounding(work, tmp_path, trainers):
 
 
 def test_the_config_gives_vllm_the_same_rotary_embedding(work, tmp_path, trainers):
+    """Catches: a drafter that is served at other angles than it was trained at."""
     fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
     config = draft_config(trainers[0].model, torch.float32)
     layer = trainers[0].model.config.transformer_layer_config
@@ -329,6 +338,7 @@ def test_tensorboard_shows_the_run(work, tmp_path):
 
 
 def test_a_dense_head_is_not_lost_silently(work, tmp_path):
+    """Catches: a checkpoint whose dense head is dropped, and factors left as they were initialised."""
     fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
     (checkpoint,) = (p for p in (tmp_path / "d.run/checkpoints").iterdir() if p.name.isdigit())
     SlimSpecEagle3Model.from_pretrained(str(checkpoint))
@@ -368,6 +378,7 @@ def test_what_training_starts_from(work, tmp_path):
     ],
 )
 def test_bad_flags_are_one_line(work, tmp_path, flags, message):
+    """Catches: a run that starts, or a folder that is made, before a flag is looked at."""
     with pytest.raises(ValueError, match=message) as error:
         fit(work / "llama", work / "states", tmp_path / "d", **flags)
     assert "\n" not in str(error.value)
@@ -375,6 +386,7 @@ def test_bad_flags_are_one_line(work, tmp_path, flags, message):
 
 
 def test_bad_places_are_one_line(work, tmp_path):
+    """Catches: states of other layers or tokens trained on; a folder of something else written into."""
     with pytest.raises(ValueError, match="holds no training data"):
         fit(work / "llama", tmp_path, tmp_path / "d")
     with pytest.raises(ValueError, match="not an empty folder"):
@@ -388,6 +400,7 @@ def test_bad_places_are_one_line(work, tmp_path):
 
 
 def test_the_command_line_reports_one_line(work, tmp_path):
+    """Catches: a traceback where a person made a typing mistake."""
     documents = tmp_path / "docs.jsonl"
     documents.write_text('{"input_ids": [1, 2, 3]}\n{"inputs": []}\n')
     arguments = ["states", "--target", str(work / "llama"), "--documents", str(documents)]

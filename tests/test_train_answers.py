@@ -65,6 +65,7 @@ def prompts(tmp_path):
 
 
 def test_answers_are_documents(target, engine, prompts, tmp_path):
+    """Catches: an answer without its prompt, prompts asked twice, another temperature than asked for."""
     assert write_answers(target, prompts, tmp_path / "a.jsonl", temperature=0.0, max_tokens=2) == len(PROMPTS)
     expected = [[*prompt, prompt[-1], seed] for seed, prompt in enumerate(PROMPTS)]
     assert read_documents(tmp_path / "a.jsonl", target, max_length=64) == expected
@@ -104,6 +105,7 @@ def test_other_answers_are_not_continued(target, engine, prompts, tmp_path):
 
 
 def test_bad_prompts_are_named_before_an_engine_starts(target, engine, prompts, tmp_path):
+    """Catches: an engine started, and files left, for prompts that do not fit."""
     with prompts.open("a") as file:
         file.write(json.dumps({"input_ids": [1] * 63}) + "\n")
     with pytest.raises(CheckpointError, match=r"prompts\.jsonl:12: the prompt has 63 tokens, 1 to 62 fit"):

@@ -44,6 +44,7 @@ def fit_command(work, output, *flags):
     ],
 )
 def test_bad_flags(work, tmp_path, flags, message):
+    """Catches: a traceback, or a folder left behind by a run that never began."""
     code, text = fit_command(work, tmp_path / "d", *flags)
     assert (code, text.count("\n")) == (1, 1)
     assert message in text
@@ -84,16 +85,18 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_no_room_for_states(work, tmp_path):
+def test_no_room_for_states(work, tmp_path, injected):
     """Catches: a traceback of safetensors, or half a file that is taken for a whole one."""
     with largest_file(4000), pytest.raises(OSError, match=r"hs_0\.safetensors: not written .*; what is there is kept"):
         write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
     assert not list((tmp_path / "s/hidden_states").iterdir())
     write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
     assert not any(flaw(tmp_path / "s", i, ids) for i, ids in enumerate(DOCUMENTS))
+    injected("no room on the disk: training")
 
 
-def test_no_room_for_a_checkpoint(work, tmp_path):
+def test_no_room_for_a_checkpoint(work, tmp_path, injected):
+    """Catches: a run that cannot go on because half a checkpoint took the place of a whole one."""
     fit(work / "llama", work / "states", tmp_path / "whole", **FLAGS)
     with largest_file(20_000), pytest.raises(OSError, match=r"a checkpoint was not written .*; the last one is whole"):
         fit(work / "llama", work / "states", tmp_path / "d", **FLAGS)
@@ -101,6 +104,7 @@ def test_no_room_for_a_checkpoint(work, tmp_path):
     fit(work / "llama", work / "states", tmp_path / "d", **FLAGS)
     whole = load_file(tmp_path / "whole/model.safetensors")
     torch.testing.assert_close(load_file(tmp_path / "d/model.safetensors"), whole, rtol=0, atol=0)
+    injected("no room on the disk: training")
 
 
 @pytest.fixture
@@ -150,7 +154,7 @@ def server(work):
         running.shutdown()
 
 
-def test_a_server_that_goes_away(work, tmp_path, server):
+def test_a_server_that_goes_away(work, tmp_path, server, injected):
     """Catches: documents that are left out in silence, a traceback, or steps that are lost with the server."""
     handler, url = server
     online = tmp_path / "online"
@@ -169,3 +173,4 @@ def test_a_server_that_goes_away(work, tmp_path, server):
     whole, again = (json.loads((tmp_path / name / "slimspec.json").read_text()) for name in ("whole", "d"))
     assert again["steps"] == whole["steps"]
     assert again["held_out"] == whole["held_out"]
+    injected("the server of hidden states gone in the middle of training")

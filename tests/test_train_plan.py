@@ -53,6 +53,7 @@ def test_a_plan_is_what_is_done(work, tmp_path, monkeypatch, flags):
 
 
 def test_operations_of_the_target(work):
+    """Catches: FLOPs of a formula that forgets a layer, the head or attention: torch counts them."""
     model = AutoModelForCausalLM.from_pretrained(work / "llama", attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(24)[None], use_cache=False)
@@ -63,6 +64,7 @@ def test_operations_of_the_target(work):
 
 
 def test_a_rank_costs_what_it_says(work, tmp_path):
+    """Catches: a plan in which the head costs nothing, or the whole vocabulary at full width."""
     empty = {
         rank: build_empty(resolve(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "rank": rank}))
         for rank in (4, 8)
@@ -72,6 +74,7 @@ def test_a_rank_costs_what_it_says(work, tmp_path):
 
 
 def test_the_plan_starts_nothing(work, tmp_path):
+    """Catches: --plan that trains or writes."""
     arguments = ["train", "fit", "--target", str(work / "llama"), "--data-path", str(work / "states"), "--plan"]
     result = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "d"), "--rank", "4", "--epochs", "3"])
     assert result.exit_code == 0, result.output

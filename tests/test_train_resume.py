@@ -89,7 +89,7 @@ def same_drafter(one: Path, other: Path) -> None:
     ("moment", "count"),
     [("step", 1), ("step", 4), ("optimizer", 3), ("checkpoint", 5), ("rename", 4), ("rename", 5), ("validation", 2)],
 )
-def test_killed_anywhere(work, fit_and_die, taken, moment, count):
+def test_killed_anywhere(work, fit_and_die, taken, injected, moment, count):
     """Catches: half a checkpoint, one of weights and moments of different steps, an epoch that is trained again."""
     whole, output = work / "whole", work / f"{moment}-{count}"
     assert fit_and_die(work, moment, count) == -signal.SIGKILL
@@ -108,6 +108,7 @@ def test_killed_anywhere(work, fit_and_die, taken, moment, count):
     assert steps == list(range(total))
     leftovers = [p.name for p in (work / f"{output.name}.run/checkpoints").iterdir() if p.name.startswith(".")]
     assert not leftovers
+    injected("training killed")
 
 
 def json_of(run: Path) -> int:
@@ -117,7 +118,7 @@ def json_of(run: Path) -> int:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_between_two_steps(work, tmp_path, taken, monkeypatch, sign):
+def test_stopped_between_two_steps(work, tmp_path, taken, injected, monkeypatch, sign):
     """Catches: a checkpoint from the middle of a step, or one that is kept and never resumed (as in speculators)."""
     original = SlimSpecTrainer._stepped
 
@@ -135,6 +136,7 @@ def test_stopped_between_two_steps(work, tmp_path, taken, monkeypatch, sign):
     fit(work / "llama", work / "states", tmp_path / "d", **FLAGS, checkpoint_freq=1.0)
     assert len(taken) == json.loads((tmp_path / "d/slimspec.json").read_text())["steps"]
     same_drafter(tmp_path / "d", work / "whole")
+    injected("training stopped by SIGINT or SIGTERM")
 
 
 def test_checkpoints_do_not_fill_the_disk(work, tmp_path, taken, monkeypatch):

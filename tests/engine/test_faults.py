@@ -86,7 +86,7 @@ def answers(served):
     return ids
 
 
-def test_nan_in_the_hidden_states(served, answers):
+def test_nan_in_the_hidden_states(served, answers, injected):
     """Catches: a NaN that becomes an id out of range, reaches the target's output, or stays in the drafter."""
     prompts = served.pair.prompts
     served.call("poison")
@@ -101,9 +101,10 @@ def test_nan_in_the_hidden_states(served, answers):
     ids, length = served.ask(prompts[:6])
     assert ids == answers
     assert length > 1.5
+    injected("NaN in a hidden state that the drafter starts from", seen["nan_rows"], 3 * len(answers))
 
 
-def test_drafter_altered_and_deleted(served, answers):
+def test_drafter_altered_and_deleted(served, answers, injected):
     """Catches: files that are read again, or still mapped, while serving."""
     weights = served.drafter / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
@@ -116,9 +117,10 @@ def test_drafter_altered_and_deleted(served, answers):
     ids, length = served.ask(served.pair.prompts[:6])
     assert ids == answers
     assert length > 1.5
+    injected("the drafter's files overwritten, cut to nothing, deleted while serving", 3, 3 * len(answers))
 
 
-def test_engine_killed_in_the_middle(served, answers):
+def test_engine_killed_in_the_middle(served, answers, injected):
     """Catches: clients that wait forever, a server that stays up without an engine, one that cannot start again."""
     served.call("hang")
     stream = served.client.completions.create(
@@ -140,6 +142,7 @@ def test_engine_killed_in_the_middle(served, answers):
     served.restore()
     with served.server:
         assert served.ask(served.pair.prompts[:6])[0] == answers
+    injected("the engine process killed in the middle of an answer", 1, len(answers))
 
 
 NO_MEMORY = """
@@ -163,7 +166,7 @@ with set_current_vllm_config(config):
 """
 
 
-def test_no_memory_for_the_head(tmp_path):
+def test_no_memory_for_the_head(tmp_path, injected):
     """Catches: an allocator's message that does not say what did not fit, nor what to do."""
     from transformers import LlamaConfig
 
@@ -179,4 +182,5 @@ def test_no_memory_for_the_head(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
     assert f"MemoryError: {tmp_path / 'd'}: no memory for a draft head of 268.5 MB" in last, done.stderr[-2000:]
+    injected("no memory for the draft head at load")
     assert "tensor-parallel" in last

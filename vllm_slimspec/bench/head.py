@@ -369,14 +369,14 @@ def quantile(values: Iterable[float], q: float) -> float:
     return ordered[round(q * (len(ordered) - 1))]
 
 
-def device_name(device: torch.device) -> str:
-    """How results name ``device``; a CPU with its threads and instruction set."""
+def device_name(device: torch.device, threads: int | None = None) -> str:
+    """How results name ``device``; a CPU with the threads that worked on it, by default this process's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {threads or torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @app.command(epilog="Example: slimspec bench head --shapes llama-3.2-1b --batches 1,8,64 --json head.json")

@@ -1,0 +1,81 @@
+"""`make faults`: the tests that break things on purpose, and a count of what they broke.
+
+    python tests/faults_run.py --json docs/results/faults.json
+
+A test says what it brought about by the fixture ``injected``; one that fails is counted as such, whatever it said.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+from pydantic import BaseModel
+
+from vllm_slimspec.bench.results import Results, provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = [
+    "tests/engine/test_faults.py",
+    "tests/test_convert_kill.py",
+    "tests/test_train.py",
+    "tests/test_train_resume.py",
+    "tests/test_train_errors.py",
+]
+
+
+class Fault(BaseModel):
+    """All injections of one kind."""
+
+    fault: str
+    injected: int
+    answers: int  # compared with the target's own afterwards
+    files: list[str]  # of the tests
+
+
+class Faults(Results):
+    """One run."""
+
+    kind: str = "faults"
+    passed: int  # tests that broke something, and saw what should come of it
+    failed: list[str]
+    rows: list[Fault]
+
+
+def read(report: Path) -> tuple[list[Fault], int, list[str]]:
+    """From pytest's JUnit report -> faults, tests that passed and reported one, names of tests that failed."""
+    faults: dict[str, Fault] = {}
+    passed, failed = 0, []
+    for case in ElementTree.parse(report).iter("testcase"):
+        said = {item.get("name"): str(item.get("value")) for item in case.iter("property")}
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif "fault" in said:
+            passed += 1
+            fault = faults.setdefault(said["fault"], Fault(fault=said["fault"], injected=0, answers=0, files=[]))
+            fault.injected += int(said["times"])
+            fault.answers += int(said["answers"])
+            file = str(case.get("classname")).replace(".", "/") + ".py"
+            if file not in fault.files:
+                fault.files.append(file)
+    return list(faults.values()), passed, failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", *FILES, "-q", f"--junitxml={report}"]
+        code = subprocess.run(command, cwd=ROOT).returncode
+        rows, passed, failed = read(report)
+    if arguments.json:
+        Faults(**provenance(), device="cpu", passed=passed, failed=failed, rows=rows).write(arguments.json)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
