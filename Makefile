@@ -6,6 +6,7 @@
 # make bench-pair   what converting a drafter costs, on a pair of twice the demo's width
 # make report-check   the report of docs/results in a real browser: screenshots, console, network
 # make gpu        on a GPU: the kernels checked there, their tilings tuned, every head timed
+# make gpu-cycle   on a GPU: whole cycles and servers, an engine for each head; hours, unless SHAPES, HEADS, K narrow it
 # make test-compat VLLM=0.28.0   the plugin and engine tests on another vLLM
 # make soak   ten minutes of load on a served drafter, every answer compared with the target's
 # make faults   what is broken on purpose, and how often
@@ -22,7 +23,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-engine test-compat soak faults documents dist-check lint clean compare ablation bench-pair report-check gpu
+.PHONY: help install demo test test-unit test-engine test-compat soak faults documents dist-check lint clean compare ablation bench-pair report-check gpu gpu-cycle
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -94,6 +95,17 @@ gpu: install
 	$(PY) -m vllm_slimspec bench head --device cuda --tune --shapes llama-3.1-8b,llama-3.2-1b,gpt-oss-20b
 	$(PY) -m vllm_slimspec bench head --device cuda --shapes all --batches 1,2,4,8,16,32,64,128,256 --json docs/results/head-gpu.json
 	$(PY) -m vllm_slimspec bench roofline docs/results/head-gpu.json > docs/roofline-gpu.md
+
+# ACCEPTANCE is a result of `slimspec bench acceptance`: tokens per second are then those of drafters that accept as much.
+SHAPES ?= llama-3.1-8b,qwen3-30b-a3b,gpt-oss-20b
+HEADS ?= full,full-argmax,trim-32k,trim-32k-scatter,low-rank,low-rank-fp8,low-rank-int4,low-rank-rerank
+SERVED ?= llama-3.1-8b
+K ?= 3,5,7
+gpu-cycle: install
+	$(PY) -m vllm_slimspec bench cycle --shapes $(SHAPES) --heads null,$(HEADS) -k $(K) --batches 1,8,32,64 --cycles 50 \
+		$(if $(ACCEPTANCE),--acceptance $(ACCEPTANCE)) --json docs/results/cycle-gpu.json
+	$(PY) -m vllm_slimspec bench serve --shape $(SERVED) --heads $(HEADS) --concurrency 1,8,32,64 \
+		$(if $(ACCEPTANCE),--acceptance $(ACCEPTANCE)) --json docs/results/serve-gpu.json
 
 lint: install
 	$(PY) -m ruff check .
