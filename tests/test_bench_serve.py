@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from vllm_slimspec.bench import pairs, serve
 from vllm_slimspec.bench.cli import app
 from vllm_slimspec.bench.shapes import SHAPES
+from vllm_slimspec.bench.words import last_words
 from vllm_slimspec.checkpoint import DraftCheckpoint
 
 SAVED = json.loads((Path(__file__).parent / "data" / "vllm-bench-serve.json").read_text())
@@ -127,3 +128,22 @@ def test_the_load_generators_package_is_missed_first(servers, monkeypatch):
     assert run.exit_code == 1
     assert "pip install 'vllm-slimspec[bench]'" in run.output
     assert not servers
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("", "no word"),
+        ("Loading\n\nKilled\n", "Killed"),
+        ("  raise ValueError(x)\nValueError: the head\n", "ValueError: the head"),
+        (
+            "(EngineCore pid=7) ERROR 11-25 10:00:00 [core.py:1] torch.OutOfMemoryError: 1 GB\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n[W socket] bye\n",
+            "OutOfMemoryError: 1 GB",
+        ),
+    ],
+)
+def test_the_cause_is_in_the_message(log, words, tmp_path):
+    """Catches: "see root cause above" where there is no above, a traceback's line of code for its exception."""
+    (tmp_path / "log").write_text(log)
+    assert last_words(tmp_path / "log") == f"({words}); see {tmp_path / 'log'}"

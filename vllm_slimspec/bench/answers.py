@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_slimspec.bench.acceptance import Acceptance, from_engine
+from vllm_slimspec.bench.words import last_words
 
 _TOP = 8  # log-probabilities kept of the target alone
 
@@ -74,8 +75,7 @@ def ask(question: Question, file: Path) -> Found:
         process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
     asked.unlink()
     if process.returncode:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise EngineError(f"vLLM ended with code {process.returncode} ({lines[-1] if lines else 'no word'}); see {log}")
+        raise EngineError(f"vLLM ended with code {process.returncode} {last_words(log)}")
     return Found.model_validate_json(file.read_text())
 
 

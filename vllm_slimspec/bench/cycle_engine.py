@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.bench.pairs import DTYPE
+from vllm_slimspec.bench.words import last_words
 
 
 class Plan(BaseModel):
@@ -110,8 +111,7 @@ def run(plan: Plan, log: Path, tick: Callable[[], None] = lambda: None) -> Found
             process.wait()
             raise
     if process.returncode:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise EngineError(f"vLLM ended with code {process.returncode} ({lines[-1] if lines else 'no word'}); see {log}")
+        raise EngineError(f"vLLM ended with code {process.returncode} {last_words(log)}")
     return Found.model_validate_json(found.read_text())
 
 

@@ -166,6 +166,11 @@ def asked_for(head: str) -> dict[str, Any]:
     return {} if by_default else {"use_local_argmax_reduction": True}
 
 
+def is_rival(head: str) -> bool:
+    """Whether neither vLLM nor the plugin has this head, but :mod:`vllm_slimspec.bench.cycle_worker` alone."""
+    return not head.startswith(("trim", "low-rank")) and head not in ("full", "full-argmax")
+
+
 def write_target(folder: Path, config: dict[str, Any]) -> Path:
     """A folder with ``config`` as config.json, for dummy weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +232,7 @@ def _drafter_config(target: dict[str, Any], rank: int, head: str) -> dict[str, A
     }
     if head.startswith("low-rank"):
         config |= {"architectures": [ARCHITECTURES["llama"]], **low_rank_keys(head, rank)}
-    elif not head.startswith("trim") and head not in ("full", "full-argmax"):
+    elif is_rival(head):
         config |= {"architectures": [RIVAL_ARCHITECTURE], "rival_head": head, "rival_rank": rank}
     return config
 

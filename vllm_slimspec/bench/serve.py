@@ -16,25 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm_slimspec.bench.compare import read_sets
-from vllm_slimspec.bench.pairs import TARGETS, asked_for, write_drafter, write_target, write_tokenizer
+from vllm_slimspec.bench.cycle import HEADS as CYCLE_HEADS
+from vllm_slimspec.bench.pairs import TARGETS, asked_for, is_rival, write_drafter, write_target, write_tokenizer
 from vllm_slimspec.bench.results import AcceptanceResults, ServeResults, ServeRow, provenance
 from vllm_slimspec.bench.server import Server, ServerError, vllm_command
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.synthetic import synthetic
+from vllm_slimspec.bench.words import last_words
 from vllm_slimspec.convert.sources import Target
 
-HEADS = (
-    "full",
-    "full-argmax",
-    "trim-32k",
-    "trim-32k-scatter",
-    "low-rank",
-    "low-rank-fp8",
-    "low-rank-int8",
-    "low-rank-int4",
-    "low-rank-rerank",
-    "low-rank-int8-rerank",
-)
+HEADS = tuple(head for head in CYCLE_HEADS if not is_rival(head))
 """Of random weights: those that a server has by itself or from the plugin."""
 
 _WARM_UP = 2  # requests for each one at once, before anything is counted
@@ -171,11 +162,11 @@ def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) 
     with log.open("wb") as output:
         process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
     if process.returncode or not result.is_file():
-        raise ServerError(f"vllm bench serve ended with code {process.returncode}; see {log}")
+        raise ServerError(f"vllm bench serve ended with code {process.returncode} {last_words(log)}")
     saved = json.loads(result.read_text())
     result.unlink()
     if not saved["completed"]:
-        raise ServerError(f"vllm bench serve: none of {count} requests came back; see {log}")
+        raise ServerError(f"vllm bench serve: none of {count} requests came back {last_words(log)}")
     return saved
 
 

@@ -14,6 +14,8 @@ from types import TracebackType
 
 import httpx
 
+from vllm_slimspec.bench.words import last_words
+
 
 class ServerError(ChildProcessError):
     """The server did not come up; the message names its log."""
@@ -105,7 +107,7 @@ class Server:
         assert self.process is not None
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ServerError(f"vllm serve exited with code {self.process.returncode}; see {self.log}")
+                raise ServerError(f"vllm serve exited with code {self.process.returncode} {last_words(self.log)}")
             try:
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
@@ -113,7 +115,7 @@ class Server:
                 pass
             self.waiting()
             time.sleep(0.25)
-        raise ServerError(f"vllm serve did not answer within {self.timeout:.0f} s; see {self.log}")
+        raise ServerError(f"vllm serve did not answer within {self.timeout:.0f} s {last_words(self.log)}")
 
     def _kill_orphans(self) -> None:
         """The leader may be gone while an engine process of its group is not."""
