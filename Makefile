@@ -1,4 +1,4 @@
-# make demo   trains a tiny pair and serves it: the whole thing on one machine, in about ten minutes
+# make demo   trains a tiny pair and serves it: the whole thing on one machine, in ten to fifteen minutes
 # make test   unit tests, then real vLLM engines
 # make lint   ruff, formatting, mypy
 # make compare        what every kind of draft head accepts on the demo's target
@@ -13,8 +13,8 @@
 # make documents   the figures of README.md and docs/, out of docs/results
 # make dist-check   wheel and sdist, built twice, installed into clean environments
 #
-# Everything runs in .venv, which is made on first use. With a CUDA vLLM already installed, use it instead:
-#   make demo PY=python
+# Everything runs in .venv, which is made on first use, with a vLLM for CPUs. To use a CUDA vLLM that is installed:
+#   python -m pip install -e '.[train,bench]' && make demo PY=python
 
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
@@ -89,23 +89,30 @@ dist-check: install
 	$(PY) tests/dist_check.py --json docs/results/dist.json
 	$(PY) tests/documents.py
 
-# Writes kernels/tuned/DEVICE.json and docs/results/head-gpu.json: commit both.
+# With PY=python. Writes kernels/tuned/DEVICE.json, docs/results/head-gpu.json and docs/roofline-gpu.md: commit them.
 gpu: install
 	TRITON_INTERPRET=0 $(PY) -m pytest tests/test_kernels_gpu.py -q
 	$(PY) -m vllm_slimspec bench head --device cuda --tune --shapes llama-3.1-8b,llama-3.2-1b,gpt-oss-20b
 	$(PY) -m vllm_slimspec bench head --device cuda --shapes all --batches 1,2,4,8,16,32,64,128,256 --json docs/results/head-gpu.json
 	$(PY) -m vllm_slimspec bench roofline docs/results/head-gpu.json > docs/roofline-gpu.md
 
-# ACCEPTANCE is a result of `slimspec bench acceptance`: tokens per second are then those of drafters that accept as much.
+# With PY=python. ACCEPTANCE is a result of `slimspec bench acceptance` with all of HEADS (-argmax and -scatter draft as
+# the heads of the name before) and with the largest K: tokens per second are then those of drafters that accept as much.
+# One engine for each shape, K, head and round, a minute or two each: results are written after each shape and K.
 SHAPES ?= llama-3.1-8b,qwen3-30b-a3b,gpt-oss-20b
 HEADS ?= full,full-argmax,trim-32k,trim-32k-scatter,low-rank,low-rank-fp8,low-rank-int4,low-rank-rerank
-SERVED ?= llama-3.1-8b
 K ?= 3,5,7
+BATCHES ?= 1,8,32,64
+ROUNDS ?= 3
+SERVED ?= llama-3.1-8b
+SERVED_HEADS ?= full,trim-32k,low-rank,low-rank-fp8
+SERVED_K ?= 5
+ACCEPTING = $(if $(ACCEPTANCE),--acceptance $(ACCEPTANCE))
 gpu-cycle: install
-	$(PY) -m vllm_slimspec bench cycle --shapes $(SHAPES) --heads null,$(HEADS) -k $(K) --batches 1,8,32,64 --cycles 50 \
-		$(if $(ACCEPTANCE),--acceptance $(ACCEPTANCE)) --json docs/results/cycle-gpu.json
-	$(PY) -m vllm_slimspec bench serve --shape $(SERVED) --heads $(HEADS) --concurrency 1,8,32,64 \
-		$(if $(ACCEPTANCE),--acceptance $(ACCEPTANCE)) --json docs/results/serve-gpu.json
+	$(PY) -m vllm_slimspec bench cycle --shapes $(SHAPES) --heads null,$(HEADS) -k $(K) --batches $(BATCHES) --rounds $(ROUNDS) \
+		--cycles 50 $(ACCEPTING) --json docs/results/cycle-gpu.json
+	$(PY) -m vllm_slimspec bench serve --shape $(SERVED) --heads $(SERVED_HEADS) -k $(SERVED_K) --concurrency $(BATCHES) \
+		$(ACCEPTING) --json docs/results/serve-gpu.json
 
 lint: install
 	$(PY) -m ruff check .

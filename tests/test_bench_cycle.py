@@ -136,6 +136,7 @@ def test_a_gpu_has_an_engine_a_head_and_round(toy, tmp_path):
     plans = cycle.plan(options(tmp_path, heads=heads, rounds=2), "toy", 3, "cuda")
     assert [plan.heads[0] for plan in plans] == [*heads, *heads[1:], heads[0]]
     assert {len(plan.heads) for plan in plans} == {plan.rounds for plan in plans} == {1}
+    assert [plan.seed for plan in plans] == [0] * len(heads) + [1] * len(heads)  # or every round draws the same
     argmax = {plan.heads[0] for plan in plans if plan.speculative == {"use_local_argmax_reduction": True}}
     assert argmax == {"null", "full-argmax", "trim-32k", "spec-vocab"}
     drafters = {head: DraftCheckpoint.open(tmp_path / "toy" / head) for head in heads}
@@ -179,13 +180,23 @@ def test_vllm_takes_the_rates(toy, tmp_path):
     assert taken.synthetic_acceptance_rates == pytest.approx([0.5, 0.3, 0.1])
 
 
-def test_tokens_a_second_are_counted(toy):
-    """Tokens over the median cycle, or of the round with clocks too; figures of random weights."""
+def test_tokens_a_second_are_of_the_acceptance(toy):
+    """One request's for all of them, another head's acceptance, draft tokens without the target's own; or figures of
+    random weights that accept nothing."""
     whole = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
-    rows = {row.head: row for row in cycle.rows_of("toy", 5, [whole], accepting=True)}
-    assert rows["full"].tokens_per_s == pytest.approx(12 / (2 * (300 + 301 + 302) / 1e3), abs=0.01)
+    measured = acceptance({"full": [0.8, 0.6, 0.4, 0.1, 0.1], "low-rank": [0.5, 0.3, 0.1, 0.1, 0.0]})
+    rows = {row.head: row for row in cycle.rows_of("toy", 5, [whole], measured)}
+    assert rows["full"].tokens_per_s == pytest.approx(2 * 3 / 0.301, abs=0.01)
+    assert rows["low-rank"].tokens_per_s == pytest.approx(2 * 2 / 0.141, abs=0.01)
     assert rows["null"].tokens_per_s is None
     assert {row.tokens_per_s for row in cycle.rows_of("toy", 5, [whole])} == {None}
+
+
+def test_a_gpus_engine_is_not_forked():
+    """A name that vLLM does not read: its core is forked from a process that has looked for GPUs, and dies of it."""
+    from vllm import envs
+
+    assert cycle_engine.SPAWN in envs.environment_variables
 
 
 def test_drafters_are_made_once(toy, tmp_path):
@@ -261,7 +272,8 @@ def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
 
 
 def test_command(toy, tmp_path, monkeypatch):
-    """Rows of one K under another, a file that its own model refuses, a table without the prediction."""
+    """Rows of one K under another, a file that its own model refuses or that waits for the last of many engines, a
+    table without the prediction."""
     asked = []
 
     def run(plan, log, tick):
@@ -269,6 +281,8 @@ def test_command(toy, tmp_path, monkeypatch):
         tick()
         return found({"null": 1.0, "full": 40e3, "low-rank": 8e3}, extra=100.0 * plan.num_speculative_tokens)
 
+    write, written = CycleResults.write, []
+    monkeypatch.setattr(CycleResults, "write", lambda self, path: written.append(self.rows) or write(self, path))
     monkeypatch.setattr(cycle, "run", run)
     path = tmp_path / "cycle.json"
     arguments = ["--shapes", "toy", "--heads", "null,full,low-rank", "-k", "5,3", "--work-path", str(tmp_path)]
@@ -280,6 +294,7 @@ def test_command(toy, tmp_path, monkeypatch):
         (k, head) for k in (5, 3) for head in ("null", "full", "low-rank")
     ]
     assert [row.cycle_ms_p50 for row in results.rows if row.head == "null"] == [601, 401]
+    assert [len(r) for r in written] == [3, 6]
     assert "toy, K=3, batch 2, context 16: kappa 0.333" in result.output
     assert "other programs ran too" not in result.output
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from vllm_slimspec.bench import pairs, serve
 from vllm_slimspec.bench.cli import app
+from vllm_slimspec.bench.process import last_words
 from vllm_slimspec.bench.shapes import SHAPES
-from vllm_slimspec.bench.words import last_words
 from vllm_slimspec.checkpoint import DraftCheckpoint
 
 SAVED = json.loads((Path(__file__).parent / "data" / "vllm-bench-serve.json").read_text())
@@ -64,7 +64,7 @@ def test_random_weights_are_served(toy, servers, tmp_path):
     pair = serve.random_pair("toy", heads, tmp_path, ["--enforce-eager"])
     measured = acceptance(dict.fromkeys(heads, RATES))
     options = serve.Options(pair, k=3, concurrencies=[1], requests=1, max_tokens=4, acceptance=measured)
-    results = serve.measure(options)
+    *_, results = serve.measure(options)
     assert [row.head for row in results.rows] == ["none", *heads]
     assert (results.hidden_size, results.vocab_size, results.acceptance) == (128, 70000, "the-target")
     assert all(model == str(tmp_path / "toy/target") for model, *_ in servers)
@@ -80,7 +80,7 @@ def test_random_weights_are_served(toy, servers, tmp_path):
     assert len(servers[0][2]) == 64
     assert {len(AutoTokenizer.from_pretrained(pair.target)(text)["input_ids"]) for text in servers[0][2]} == {128}
     with pytest.raises(ValueError, match="no acceptance of full at K=4"):
-        serve.measure(serve.Options(pair, k=4, concurrencies=[1], requests=1, max_tokens=4, acceptance=measured))
+        next(serve.measure(serve.Options(pair, k=4, concurrencies=[1], requests=1, max_tokens=4, acceptance=measured)))
 
 
 def test_row_of_the_load_generator():

@@ -25,7 +25,8 @@ def test_kernels_find_the_table(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(_tiles, "TUNED", tmp_path)
     gpu = torch.device("cuda", 7)
-    table = tune.tune(["tiny", "tiny"], torch.device("cpu"))
+    *parts, table = tune.tune(["tiny", "tiny"], torch.device("cpu"))
+    assert [len(part.rows) for part in parts] == [n * len(_tiles.BATCH_BUCKETS) for n in (1, 2, 3)]
     table.write(_tiles.tuned_path("NVIDIA H200"))
     assert [path.name for path in tmp_path.iterdir()] == ["nvidia-h200.json"]
     assert len(table.rows) == 4 * len(_tiles.BATCH_BUCKETS)
@@ -42,6 +43,25 @@ def test_kernels_find_the_table(monkeypatch, tmp_path):
     finally:
         _tiles._tiling_for.cache_clear()
         _tiles._table.cache_clear()
+
+
+def test_tuning_goes_on_where_it_was(monkeypatch):
+    """Catches: an hour of tilings lost to a limit of ten minutes, or kept for another version's compiler."""
+    monkeypatch.setattr(tune, "TILINGS", ((128, 64, 8, 4),))
+    monkeypatch.setattr(tune, "GEMM_BATCHES", (64,))
+    tuned = []
+    original = tune._best_tiling
+    monkeypatch.setattr(tune, "_best_tiling", lambda *args: tuned.append(args[3].shape) or original(*args))
+    first = next(tune.tune(["tiny"], torch.device("cpu")))
+    buckets = len(_tiles.BATCH_BUCKETS)
+    assert len(tuned) == buckets
+    *_, whole = tune.tune(["tiny"], torch.device("cpu"), known=first)
+    assert len(tuned) == 4 * buckets
+    assert whole.gemm_rows == first.gemm_rows > 0
+    assert [row for row in whole.rows if row.form == "float32"] == first.rows
+    assert not list(tune.tune(["tiny"], torch.device("cpu"), known=whole))
+    other = whole.model_copy(update={"versions": {"triton": "0"}})
+    assert len(list(tune.tune(["tiny"], torch.device("cpu"), known=other))) == 4
 
 
 def test_the_default_is_tried():

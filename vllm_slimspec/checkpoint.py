@@ -65,6 +65,7 @@ _PIECE = 1 << 20  # numbers of a tensor that are looked at in one go
 MAX_RERANK = 64  # ops.MAX_K: what the kernels keep of each row
 _QUANTIZED = {"fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}
 _GROUPS = (32, 64, 128)
+_LARGEST_TOKENIZER = 64 << 20  # bytes
 
 Format = Literal["slimspec", "torchspec", "speculators", "eagle3"]
 
@@ -818,6 +819,20 @@ def _check_size(file: Path, size: int, described: int) -> None:
             f"{file}: {size} bytes of JSON, at most {most} are read (1 MiB, or a sixteenth of the weights); "
             "copy the file again"
         )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a drafter's tokenizer.json that is no file of its own folder, or of a size that no tokenizer has.
+
+    Raises:
+        CheckpointError: so it is; nothing of it was read. A folder without one is fine.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_symlink() and not file.exists():
+        return
+    _check_place(file)
+    if (size := file.stat().st_size) > _LARGEST_TOKENIZER:
+        raise CheckpointError(f"{file}: {size} bytes, at most {_LARGEST_TOKENIZER} are read; copy the file again")
 
 
 def _check_place(file: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.version import InvalidVersion, Version
 
 from vllm_slimspec import __version__, compat
-from vllm_slimspec.checkpoint import ARCHITECTURES, HEAD_KEYS, CheckpointError, DraftCheckpoint
+from vllm_slimspec.checkpoint import ARCHITECTURES, HEAD_KEYS, CheckpointError, DraftCheckpoint, check_tokenizer
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -249,6 +249,7 @@ def _tokens(checkpoint: DraftCheckpoint, target: "Target") -> Iterator[Finding]:
         from tokenizers import Tokenizer
 
         try:
+            check_tokenizer(checkpoint.path)
             ours, theirs = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
         except Exception as error:  # of its own, without a class
             yield Finding("warning", "tokenizer", _line(error), "copy the tokenizer.json of both again")

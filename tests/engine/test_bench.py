@@ -74,7 +74,8 @@ def test_a_server_for_each_drafter(pair, prompts):
     served = serve.Pair(str(p.target), {"trained": str(p.drafter)}, prompts[0], server)
     seen = []
     options = serve.Options(pair=served, k=K, concurrencies=[1, 2], requests=2, max_tokens=TOKENS)
-    results = serve.measure(options, seen.append)
+    first_server, results = serve.measure(options, seen.append)
+    assert first_server.rows == results.rows[:2]
     assert [(row.head, row.concurrency) for row in results.rows] == [
         (head, n) for head in ("none", "trained") for n in (1, 2)
     ]

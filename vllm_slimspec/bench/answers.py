@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_slimspec.bench.acceptance import Acceptance, from_engine
-from vllm_slimspec.bench.words import last_words
+from vllm_slimspec.bench.process import last_words
 
 _TOP = 8  # log-probabilities kept of the target alone
 

@@ -139,9 +139,9 @@ def serve(
             max_tokens=max_tokens,
             acceptance=None if acceptance is None else AcceptanceResults.read(acceptance),
         )
-        results = bench.measure(options, tick)
-        if json is not None:
-            results.write(json)
+        for results in bench.measure(options, tick):
+            if json is not None:
+                results.write(json)
     print_serve(results)
 
 

@@ -6,7 +6,7 @@ one. Here kappa comes from cycles (those of a head that returns a constant id ta
 heads timed alone, and the prediction can be held against the cycle that was measured.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ from vllm_slimspec.bench.pairs import DTYPE, TARGETS, asked_for, write_drafter, 
 from vllm_slimspec.bench.results import AcceptanceResults, CycleResults, CycleRow, provenance
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.speedup import least_ratio
-from vllm_slimspec.bench.synthetic import NO_SYNTHETIC, synthetic
+from vllm_slimspec.bench.synthetic import NO_SYNTHETIC, rates, synthetic
 from vllm_slimspec.console import one_line_errors
 
 HEADS = (
@@ -70,8 +70,12 @@ class Options(NamedTuple):
     acceptance: AcceptanceResults | None = None  # on a GPU: vLLM accepts as often as these drafters' targets did
 
 
-def measure(options: Options, ticking: Callable[[int], AbstractContextManager[Callable[[], None]]]) -> CycleResults:
+def measure(
+    options: Options, ticking: Callable[[int], AbstractContextManager[Callable[[], None]]]
+) -> Iterator[CycleResults]:
     """Run every head at every shape, K, batch and context, in engines of their own; ``ticking`` shows progress.
+
+    Gives what is known after each shape and K: on a GPU there are hours between them.
 
     Raises:
         EngineError: an engine failed, or refused a head because it drafts wrong tokens; the message names its log.
@@ -84,15 +88,15 @@ def measure(options: Options, ticking: Callable[[int], AbstractContextManager[Ca
             found = []
             for number, one in enumerate(group):
                 found.append(run(one, options.work / "logs" / f"{shape}-{k}-{number}.log", tick))
-            rows += rows_of(shape, k, found, accepting=options.acceptance is not None)
-    return CycleResults(
-        **provenance(),
-        device=device_name(torch.device(device)),
-        threads=found[0].threads,
-        rounds=options.rounds,
-        acceptance=None if options.acceptance is None else options.acceptance.target,
-        rows=rows,
-    )
+            rows += rows_of(shape, k, found, options.acceptance)
+            yield CycleResults(
+                **provenance(),
+                device=device_name(torch.device(device)),
+                threads=found[0].threads,
+                rounds=options.rounds,
+                acceptance=None if options.acceptance is None else options.acceptance.target,
+                rows=list(rows),
+            )
 
 
 def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
@@ -105,7 +109,7 @@ def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
     config, rank = TARGETS[shape], SHAPES[shape].rank
     folder = options.work / shape
 
-    def one(heads: list[str], drafter: str, rounds: int, **speculative: Any) -> Plan:
+    def one(heads: list[str], drafter: str, rounds: int, seed: int = 0, **speculative: Any) -> Plan:
         return Plan(
             target=str(write_target(folder / "target", config)),
             drafter=str(write_drafter(folder, config, rank, drafter)),
@@ -119,6 +123,7 @@ def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
             repeats=options.repeats,
             device=device,
             speculative=speculative,
+            seed=seed,
         )
 
     if device == "cpu":
@@ -127,15 +132,15 @@ def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
     for number in range(options.rounds):
         for head in rotated(options.heads, number):
             accepting = {} if options.acceptance is None or head == "null" else synthetic(options.acceptance, head, k)
-            plans.append(one([head], head, 1, **asked_for(head), **accepting))
+            plans.append(one([head], head, 1, number, **asked_for(head), **accepting))
     return plans
 
 
-def rows_of(shape: str, k: int, found: Sequence[Found], *, accepting: bool = False) -> list[CycleRow]:
+def rows_of(shape: str, k: int, found: Sequence[Found], acceptance: AcceptanceResults | None = None) -> list[CycleRow]:
     """What the engines of one shape and K found, a row for each head, batch and context.
 
-    Args:
-        accepting: whether drafts were accepted as a trained drafter's, so that their tokens per second say something.
+    Tokens per second are those of the ``acceptance`` that vLLM imitated: it draws, and a few hundred cycles would put
+    its luck into the comparison. ``accepted`` is what it drew.
     """
     turns = [turn for one in found for turn in one.turns]
     calls = [alone for one in found for alone in one.alone]
@@ -154,7 +159,7 @@ def rows_of(shape: str, k: int, found: Sequence[Found], *, accepting: bool = Fal
             low, high = _ratio_interval(rounds[head], rounds["full"])
             tokens = sum(turn.tokens for turn in here if turn.head == head)
             steps = sum(len(turn.ms) for turn in here if turn.head == head)
-            timed = sum(turn.tokens for turn in here if turn.head == head and turn.parts is None)
+            expected = None if acceptance is None or head == "null" else 1 + sum(rates(acceptance, head, k))
             rows.append(
                 CycleRow(
                     head=head,
@@ -171,7 +176,7 @@ def rows_of(shape: str, k: int, found: Sequence[Found], *, accepting: bool = Fal
                     head_ms=round(cycle[head] - cycle["null"], 2),
                     head_alone_us_p50=round(alone[head], 1),
                     accepted=round(tokens / steps / batch - 1, 3),
-                    tokens_per_s=round(timed / sum(times[head]) * 1e3, 2) if accepting and head != "null" else None,
+                    tokens_per_s=expected and round(expected * batch / cycle[head] * 1e3, 2),
                     kappa=round(kappa, 4),
                     nu=nu and round(nu, 3),
                     ratio=round(cycle[head] / cycle["full"], 4),
@@ -242,9 +247,9 @@ def cycle(
     with one_line_errors():
         if acceptance is not None:
             options = options._replace(acceptance=AcceptanceResults.read(acceptance))
-        results = measure(options, lambda total: progress(total, "cycles"))
-        if json:
-            results.write(json)
+        for results in measure(options, lambda total: progress(total, "cycles")):
+            if json:
+                results.write(json)
     _print(results)
 
 
@@ -275,7 +280,8 @@ def _print(results: CycleResults) -> None:
             table.add_row(row.head, *cells)
         console.print(table)
     if results.acceptance:
-        console.print(f"tokens/s: counted, while vLLM accepted as often as it was measured with {results.acceptance}")
+        words = "tokens/s: of the acceptance length that was measured with"
+        console.print(f"{words} {results.acceptance}, at the median cycle; accepted: draft tokens a cycle, as counted")
     busy = sum(row.cycle_ms_p80 > _STEADY * row.cycle_ms_p20 for row in results.rows)
     if busy:
         spread = f"spread by more than {_STEADY:g}x from p20 to p80"

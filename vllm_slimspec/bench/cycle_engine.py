@@ -19,7 +19,9 @@ from pydantic import BaseModel
 
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.bench.pairs import DTYPE
-from vllm_slimspec.bench.words import last_words
+from vllm_slimspec.bench.process import last_words, stop
+
+SPAWN = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 class Plan(BaseModel):
@@ -37,11 +39,17 @@ class Plan(BaseModel):
     repeats: int  # timed calls of each head alone
     device: str
     speculative: dict[str, Any]  # more of vLLM's speculative_config
+    seed: int = 0  # of the engine: what vLLM's synthetic acceptance draws
 
     @property
     def exchange(self) -> bool:
         """Whether heads take turns in this engine."""
         return self.device == "cpu"
+
+    @property
+    def untimed(self) -> int:
+        """Cycles before the timed ones of a turn: a host that runs ahead of a GPU takes a few to fall in step."""
+        return 1 if self.exchange else 5
 
     @property
     def ticks(self) -> int:
@@ -51,8 +59,8 @@ class Plan(BaseModel):
     @property
     def max_model_len(self) -> int:
         """Room for a round even if every draft token were accepted."""
-        turns = len(self.heads) * (self.cycles + 1) + 2 + max(self.batches)
-        return max(self.contexts) + (self.num_speculative_tokens + 1) * turns
+        cycles = len(self.heads) * (self.cycles + self.untimed) + 2 + max(self.batches)
+        return max(self.contexts) + (self.num_speculative_tokens + 1) * cycles
 
 
 class Turn(BaseModel):
@@ -98,7 +106,12 @@ def run(plan: Plan, log: Path, tick: Callable[[], None] = lambda: None) -> Found
         try:
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    command, stdout=output, stderr=subprocess.STDOUT, pass_fds=[writing], stdin=subprocess.DEVNULL
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[writing],
+                    start_new_session=True,  # with the processes of the engine, for stop()
                 )
         finally:
             os.close(writing)
@@ -107,8 +120,7 @@ def run(plan: Plan, log: Path, tick: Callable[[], None] = lambda: None) -> Found
                 tick()
             process.wait()
         except BaseException:
-            process.terminate()
-            process.wait()
+            stop(process)
             raise
     if process.returncode:
         raise EngineError(f"vLLM ended with code {process.returncode} {last_words(log)}")
@@ -142,7 +154,7 @@ class Engine:
             enforce_eager=plan.exchange,
             skip_tokenizer_init=True,
             enable_prefix_caching=True,  # a round begins where the others did, without their prefill
-            seed=0,
+            seed=plan.seed,
             worker_extension_cls=f"{cycle_worker.__name__}.{cycle_worker.WorkerHeads.__name__}",
         )
         self._params = SamplingParams(
@@ -177,14 +189,14 @@ class Engine:
             engine.step()
 
     def turn(self, head: str, batch: int, context: int, clocks: bool = False) -> Turn:
-        """Time some cycles of the head that is in, after one that is not timed."""
+        """Time some cycles of the head that is in, after those that are not timed."""
         found = Turn(head=head, batch=batch, context=context, ms=[], tokens=0, parts=[] if clocks else None)
-        for i in range(self.plan.cycles + 1):
+        for i in range(self.plan.untimed + self.plan.cycles):
             start = time.perf_counter()
             outputs = self.llm.llm_engine.step()
             ms = (time.perf_counter() - start) * 1e3
             parts = self.ask("slimspec_parts") if clocks else None
-            if i == 0:
+            if i < self.plan.untimed:
                 continue
             if len(outputs) != batch:
                 raise RuntimeError(f"a cycle of {head} gave tokens to {len(outputs)} of {batch} requests")
@@ -242,7 +254,7 @@ def main() -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one step of the engine is then one cycle, and no more
     else:
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # torch has looked for GPUs here already
+        os.environ.setdefault(SPAWN, "spawn")  # torch has looked for GPUs here already
     result = measure(Engine(plan), lambda: os.write(ticks, b"."))
     found.write_text(result.model_dump_json())
 

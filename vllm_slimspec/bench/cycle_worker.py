@@ -18,6 +18,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 
+from vllm_slimspec import register
 from vllm_slimspec.bench.head import Arm, Clock, Weights, check, trimmed_offsets
 from vllm_slimspec.bench.pairs import BY_LOGITS, RIVAL_ARCHITECTURE, TRIMMED, low_rank_keys
 from vllm_slimspec.bench.shapes import Shape
@@ -25,7 +26,9 @@ from vllm_slimspec.checkpoint import ARCHITECTURES, DOWN, UP, head_spec
 from vllm_slimspec.models.draft import LowRankDraft
 from vllm_slimspec.models.head import LowRankHead
 
-# In the worker's process: vLLM imports this module there for the sake of WorkerHeads, before it loads a model.
+# In the worker's process: vLLM imports this module there for the sake of WorkerHeads, before it loads a model. The
+# plugin is registered too: a package that is run out of a checkout has no entry point.
+register()
 ModelRegistry.register_model(RIVAL_ARCHITECTURE, f"{__name__}:RivalDraft")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_slimspec import ops
 from vllm_slimspec.bench.options import choices, positive_ints, progress
-from vllm_slimspec.bench.results import HeadResults, HeadRow, PartResults, provenance
+from vllm_slimspec.bench.results import HeadResults, HeadRow, PartResults, TunedTable, provenance
 from vllm_slimspec.bench.shapes import SHAPES, Shape
 from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.cpu import PackedFactor
@@ -426,13 +426,14 @@ def _tune(shapes: Sequence[str], device: torch.device, repeats: int, json: Path 
                 f"bfloat16 {row.bfloat16_us:.0f} us: {faster}"
             )
         return
-    with progress(None, "tuning") as tick:
-        table = tune(shapes, device, tick)
     from vllm_slimspec.kernels._tiles import tuned_path
 
-    path = json or tuned_path(table.device)
-    table.write(path)
-    typer.echo(f"{len(table.rows)} tilings written to {path}")
+    path = json or tuned_path(device_name(device))
+    known = TunedTable.read(path) if path.is_file() else None
+    with progress(None, "tuning") as tick:
+        for table in tune(shapes, device, tick, known):  # minutes each: what is known is kept
+            table.write(path)
+    typer.echo(f"{path}: what it had for these versions was kept, the rest was tuned; remove it to begin anew")
 
 
 def _print(results: HeadResults) -> None:

@@ -120,7 +120,8 @@ class CycleRow(_Record):
     # one call alone, with cold caches, in the same process: independent of the cycle
     head_alone_us_p50: float
     accepted: float  # draft tokens a request and cycle; near 0 with random weights, else by vLLM's synthetic acceptance
-    tokens_per_s: float | None = None  # of all requests, counted; None without synthetic acceptance
+    # of all requests, at the imitated acceptance length and the median cycle; None without synthetic acceptance
+    tokens_per_s: float | None = None
     kappa: float  # (cycle(full) - cycle(null)) / cycle(full), of this shape, K, batch and context
     nu: float | None  # head_alone_us_p50(full) / head_alone_us_p50; None for the constant id
     ratio: float  # cycle_ms_p50 / cycle_ms_p50(full)

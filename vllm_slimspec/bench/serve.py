@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any
 from vllm_slimspec.bench.compare import read_sets
 from vllm_slimspec.bench.cycle import HEADS as CYCLE_HEADS
 from vllm_slimspec.bench.pairs import TARGETS, asked_for, is_rival, write_drafter, write_target, write_tokenizer
+from vllm_slimspec.bench.process import last_words
 from vllm_slimspec.bench.results import AcceptanceResults, ServeResults, ServeRow, provenance
 from vllm_slimspec.bench.server import Server, ServerError, vllm_command
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.synthetic import synthetic
-from vllm_slimspec.bench.words import last_words
 from vllm_slimspec.convert.sources import Target
 
 HEADS = tuple(head for head in CYCLE_HEADS if not is_rival(head))
@@ -85,8 +85,10 @@ def random_pair(shape: str, heads: Sequence[str], work: Path, server: Sequence[s
     )
 
 
-def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -> ServeResults:
+def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -> Iterator[ServeResults]:
     """Serve the target alone, then with each drafter, and load each server the same; ``tick`` is called with each name.
+
+    Gives what is known after each server.
 
     Raises:
         CheckpointError: a prompt is bad.
@@ -131,19 +133,19 @@ def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -
             for concurrency in options.concurrencies:
                 tick(f"{name}, {concurrency} at once")
                 rows.append(row(name, concurrency, _load(options, server.url, data, concurrency, work)))
+        yield ServeResults(
+            **provenance(),
+            device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
+            target=pair.target,
+            hidden_size=target.hidden_size,
+            vocab_size=target.vocab_size,
+            prompt_set=prompt_set,
+            num_speculative_tokens=options.k,
+            max_tokens=options.max_tokens,
+            acceptance=None if options.acceptance is None else options.acceptance.target,
+            rows=list(rows),
+        )
     shutil.rmtree(work)
-    return ServeResults(
-        **provenance(),
-        device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
-        target=pair.target,
-        hidden_size=target.hidden_size,
-        vocab_size=target.vocab_size,
-        prompt_set=prompt_set,
-        num_speculative_tokens=options.k,
-        max_tokens=options.max_tokens,
-        acceptance=None if options.acceptance is None else options.acceptance.target,
-        rows=rows,
-    )
 
 
 def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) -> dict[str, Any]:

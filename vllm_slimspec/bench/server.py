@@ -1,9 +1,7 @@
 """A `vllm serve` of one's own: started on loopback, waited for, and never left behind."""
 
-import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +12,7 @@ from types import TracebackType
 
 import httpx
 
-from vllm_slimspec.bench.words import last_words
+from vllm_slimspec.bench.process import last_words, stop
 
 
 class ServerError(ChildProcessError):
@@ -87,15 +85,7 @@ class Server:
         """Stop the server and everything that it started."""
         if self.process is None:
             return
-        for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
-            try:
-                os.killpg(self.process.pid, sign)
-                self.process.wait(patience)
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        self._kill_orphans()
+        stop(self.process)
         self.process = None
 
     def output(self) -> str:
@@ -116,12 +106,6 @@ class Server:
             self.waiting()
             time.sleep(0.25)
         raise ServerError(f"vllm serve did not answer within {self.timeout:.0f} s {last_words(self.log)}")
-
-    def _kill_orphans(self) -> None:
-        """The leader may be gone while an engine process of its group is not."""
-        assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def vllm_command() -> str:

@@ -1,7 +1,7 @@
 """``slimspec bench head --tune``: what the heads choose by, measured: tilings on a GPU, crossovers on a CPU."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 
@@ -30,10 +30,16 @@ GEMM_BATCHES = (64, 128, 256, 512)
 CROSSOVER_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
-def tune(shapes: Sequence[str], device: torch.device, tick: Callable[[], None] = lambda: None) -> TunedTable:
+def tune(
+    shapes: Sequence[str],
+    device: torch.device,
+    tick: Callable[[], None] = lambda: None,
+    known: TunedTable | None = None,
+) -> Iterator[TunedTable]:
     """Time every tiling worth trying, per form of `up`, rank and batch bucket, wherever Triton runs.
 
-    Of shapes with the same padded rank only the first is timed: tables know ranks, not shapes.
+    Gives the table after each form and rank; those that ``known`` has, of the same versions, are not timed again. Of
+    shapes with the same padded rank only the first is timed: tables know ranks, not shapes.
 
     Raises ValueError where Triton has no device.
     """
@@ -42,8 +48,11 @@ def tune(shapes: Sequence[str], device: torch.device, tick: Callable[[], None] =
 
     clock = Clock(device)
     dtype = torch.float32 if _tiles.INTERPRETED else torch.bfloat16
-    rows: dict[tuple[str, int, int], TunedRow] = {}
-    gemm_rows = []
+    origin = provenance()
+    if known is not None and known.versions != origin["versions"]:
+        known = None
+    rows = {} if known is None else {(row.form, row.rank, row.batch): row for row in known.rows}
+    gemm_rows = [0 if known is None else known.gemm_rows]
     for shape in shapes:
         weights = Weights(SHAPES[shape], dtype, device)
         for kind in (None, "fp8", "int8", "int4"):
@@ -58,9 +67,8 @@ def tune(shapes: Sequence[str], device: torch.device, tick: Callable[[], None] =
                 rows[form, rank, bucket] = _best_tiling(clock, weights.hidden(bucket), down, packed, tick)
             if kind is None:
                 gemm_rows.append(_gemm_rows(clock, weights, down, packed, rows[form, rank, bucket], tick))
-    return TunedTable(
-        **provenance(), device=device_name(device), gemm_rows=max(gemm_rows), rows=[rows[key] for key in sorted(rows)]
-    )
+            ordered = [rows[key] for key in sorted(rows)]
+            yield TunedTable(**origin, device=device_name(device), gemm_rows=max(gemm_rows), rows=ordered)
 
 
 def _best_tiling(

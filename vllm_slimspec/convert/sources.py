@@ -34,6 +34,7 @@ from vllm_slimspec.checkpoint import (
     TensorInfo,
     check_body,
     check_tensor,
+    check_tokenizer,
     head_spec,
     read_config,
     read_headers,
@@ -366,6 +367,7 @@ def _check_target(config: dict[str, Any], where: str, target: Target) -> None:
             f"{where}: vocab_size={config['vocab_size']} but {target.name} has {target.vocab_size}; "
             "give the target that this drafter was made for"
         )
+    check_tokenizer(Path(where))
     tokenizers = [_vocabulary(folder / "tokenizer.json") for folder in (Path(where), target.path)]
     if all(tokenizers) and tokenizers[0] != tokenizers[1]:
         raise CheckpointError(

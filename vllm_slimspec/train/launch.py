@@ -51,7 +51,7 @@ RECIPE: Mapping[str, Any] = {
     "scheduler_type": "cosine",
     "scheduler_warmup_steps": 100,
     "loss_fn": "kl_div",
-    "checkpoint_freq": 0.1,  # of an epoch: so much is done again after a kill, at the most
+    "checkpoint_freq": 0.1,  # of an epoch; fewer where an epoch is short (SlimSpecTrainer.maybe_save_checkpoint)
     "max_consecutive_generation_failures": 1,  # speculators would go on without the documents that a server lost
 }
 LOSSES = {

@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -132,7 +133,8 @@ def _draw(requests=8, vocab=40, k=2):
     request, steps = torch.arange(requests), torch.arange(k + 1)
     temperature = torch.tensor([0.0, 1.0]).repeat(requests // 2)
     positions, of_request = (steps + 3).repeat(requests), request.repeat_interleave(k + 1)
-    drawn = [gumbel_sample(logits[::3], request, temperature, request, positions[::3], True, False).tolist()]
+    since_0_30 = {"is_drafting": False} if "is_drafting" in signature(gumbel_sample).parameters else {}
+    drawn = [gumbel_sample(logits[::3], request, temperature, request, positions[::3], True, **since_0_30).tolist()]
     bounds = torch.arange(requests + 1, dtype=torch.int32) * (k + 1)
     common = (drafts, bounds, positions, request, of_request, steps.repeat(requests), temperature, request, k)
     for proposal, options in (

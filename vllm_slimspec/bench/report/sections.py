@@ -217,7 +217,10 @@ def _decomposition(rows: Sequence[CycleRow], acceptance: str | None, where: str,
             f"{row.verify_ms:.1f} ms of a cycle and the drafter without its head {row.body_ms:.1f} ms."
         )
     if acceptance:
-        words.append(f"Tokens per second were counted while vLLM accepted as often as was measured with {acceptance}.")
+        words.append(
+            f"Tokens per second: vLLM accepted drafts as often as was measured with {acceptance}; at that acceptance "
+            "length and the median cycle. Tokens a cycle were counted."
+        )
     listed = ", ".join(f"{row.head} {row.cycle_ms_p50:.0f} ms" for row in rows if row.batch == first)
     return Section(
         f"A cycle taken apart, {where}",

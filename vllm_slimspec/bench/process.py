@@ -1,0 +1,33 @@
+"""A vLLM in a process of its own: how it is ended with all that it started, and what it said of its end."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+_EXCEPTION = re.compile(r"\b\w+(?:Error|Exception): \S.*")
+_WRAPPER = "Engine core initialization failed"  # vLLM's front process says it last, and not why
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a process that was started with ``start_new_session``, and everything in that session."""
+    for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(patience)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    with contextlib.suppress(ProcessLookupError):  # the leader may be gone while an engine of its group is not
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_words(log: Path) -> str:
+    """The exception that ended a process, or its last line, and where the rest is: for a message of one line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    raised = [found[0] for line in lines if (found := _EXCEPTION.search(line)) and _WRAPPER not in line]
+    return f"({[*lines[-1:], *raised][-1] if lines else 'no word'}); see {log}"
