@@ -108,7 +108,7 @@ def run_file(file: str, site: Path, report: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version")
-    parser.add_argument("files", nargs="*", help="test files; default all that need a vLLM")
+    parser.add_argument("files", nargs="*", help="test files; those of an earlier run stay; default all")
     parser.add_argument("--static", action="store_true", help="read the wheel only")
     parser.add_argument("--json", type=Path, help="add to what this file knows of versions")
     arguments = parser.parse_args()
@@ -131,7 +131,10 @@ def main() -> None:
     if arguments.json:
         row = {"vllm": arguments.version, "symbols": len(found["symbols"]) - len(missing), "why_static": reason}
         rows = json.loads(arguments.json.read_text())["rows"] if arguments.json.is_file() else []
-        rows = [r for r in rows if r["vllm"] != arguments.version] + [row | {"mended": mended, "files": files}]
+        before = next((r["files"] for r in rows if r["vllm"] == arguments.version), []) if arguments.files else []
+        again = {file["file"] for file in files}
+        files_known = [file for file in before if file["file"] not in again] + files
+        rows = [r for r in rows if r["vllm"] != arguments.version] + [row | {"mended": mended, "files": files_known}]
         rows.sort(key=lambda r: Version(r["vllm"]))
         Versions(**provenance(), device="cpu", rows=rows).write(arguments.json)
     if missing or any(f["exit_code"] for f in files):

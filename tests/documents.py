@@ -296,7 +296,7 @@ def roofline() -> str:
     """docs/roofline.md, all of it."""
     heads = HeadResults.read(RESULTS / "head-cpu.json")
     parts = PartResults.read(RESULTS / "head-parts-cpu.json")
-    page = roofline_page(heads, "docs/results/head-cpu.json")
+    page = roofline_page(heads, "docs/results/head-cpu.json --parts docs/results/head-parts-cpu.json")
     return f"{page}\n\n{parts_section(parts, 'docs/results/head-parts-cpu.json')}\n"
 
 

@@ -641,6 +641,10 @@ def _bad(case: str, folder: Path) -> list[str]:
             for place, token in ((good, "a"), (folder / "target", "b")):
                 (place / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {token: 0}}}))
             return [str(good), "--target", target]
+        case "huge tokenizer":
+            with (good / "tokenizer.json").open("wb") as file:
+                file.truncate(65 << 20)  # of holes
+            return [str(good), "--target", target]
         case "no tokenizer":
             (good / "tokenizer.json").write_text("[]")
             return [str(good), "--target", target]
@@ -725,6 +729,7 @@ def _bad(case: str, folder: Path) -> list[str]:
         ("other hidden size", "made for a target of hidden size 64"),
         ("other vocabulary", "vocab_size=128 but"),
         ("other tokenizer", "tokenizer is not that of"),
+        ("huge tokenizer", "tokenizer.json: 68157440 bytes, at most 67108864 are read"),
         ("no tokenizer", "tokenizer.json: describes no tokenizer"),
         ("no target for a drafter without a head", "give --target"),
         ("two devices", "tensor_parallel_size=2: head states are recorded in one process"),

@@ -115,10 +115,13 @@ def test_default_aux_layers_of_a_shallow_target(target, drafter):
 
 
 def test_tokenizer_mismatch(target, drafter):
-    """Catches: a vocabulary of the same size with the tokens in another order."""
+    """Catches: a vocabulary of the same size with the tokens in another order; a file from elsewhere read."""
     _tokenizer(target)
     _tokenizer(drafter, offset=1)
     assert "128 of 128 tokens have another id" in _examine(drafter, target)["tokenizer"].detail
+    (drafter / "tokenizer.json").rename(drafter.parent / "elsewhere.json")
+    (drafter / "tokenizer.json").symlink_to(drafter.parent / "elsewhere.json")
+    assert "a link out of its folder" in _examine(drafter, target)["tokenizer"].detail
     (drafter / "tokenizer.json").unlink()
     _change_config(drafter, eos_token_id=7)
     assert "eos_token_id is 7, the target's is 2" in _examine(drafter, target)["tokenizer"].detail

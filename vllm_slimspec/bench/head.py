@@ -455,7 +455,7 @@ def _print(results: HeadResults) -> None:
         console.print(table)
 
 
-@app.command(epilog="Example: slimspec bench roofline docs/results/head-cpu.json > docs/roofline.md")
+@app.command(epilog="Example: slimspec bench roofline head.json --parts parts.json > roofline.md")
 def roofline(
     results: Annotated[Path, typer.Argument(help="What `slimspec bench head --json` wrote.")],
     parts: Annotated[
@@ -466,14 +466,14 @@ def roofline(
     from vllm_slimspec.bench.parts import parts_section
 
     with one_line_errors():
-        page = roofline_page(HeadResults.read(results), results.as_posix())
+        page = roofline_page(HeadResults.read(results), " --parts ".join(p.as_posix() for p in (results, parts) if p))
         if parts is not None:
             page += "\n\n" + parts_section(PartResults.read(parts), parts.as_posix())
     typer.echo(page)
 
 
 def roofline_page(results: HeadResults, source: str) -> str:
-    """The page `docs/roofline.md`."""
+    """The page `docs/roofline.md`, but for its parts; ``source``: what the command that prints it is given."""
     bandwidth = max(results.read_gb_s, results.copy_gb_s)
     lines = [
         "# Roofline",
