@@ -30,12 +30,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from vllm_slimspec.bench.acceptance import from_server
+from vllm_slimspec.bench.process import last_words
 from vllm_slimspec.bench.results import Results, provenance
-from vllm_slimspec.bench.server import Server
+from vllm_slimspec.bench.server import Server, ServerError
 
 K = 3
 CLIENTS = 32
 PROMPTS, LONGEST_PROMPT, LONGEST_ANSWER = 256, 160, 64  # tokens
+MANY = 100  # errors, after which nobody asks any more
 NEAR_TIE, NEAR_TIES_ALLOWED = 1e-4, 1e-4  # log-probability; share of the tokens
 # MB a minute more than the target alone, of runs long enough to see it: at first vLLM and its libraries keep one more
 # buffer for each new shape.
@@ -213,7 +215,10 @@ async def ask(
 async def load(
     server: Server, prompts: list[list[int]], answers: list[Answer], seconds: float
 ) -> tuple[Tally, dict[str, Memory]]:
-    """Clients without a pause -> what they saw, and the memory of the server's processes meanwhile."""
+    """Clients without a pause -> what they saw, and the memory of the server's processes meanwhile.
+
+    Raises ServerError if the server went away.
+    """
     tally = Tally()
     start = time.monotonic()
     assert server.process is not None
@@ -225,7 +230,7 @@ async def load(
 
     async def client_loop(client: openai.AsyncOpenAI, seed: int) -> None:
         rng = random.Random(seed)
-        while time.monotonic() < start + seconds:
+        while time.monotonic() < start + seconds and len(tally.errors) < MANY:
             try:
                 await ask(client, rng, prompts, answers, tally)
             except (openai.OpenAIError, httpx.HTTPError) as error:
@@ -234,13 +239,19 @@ async def load(
     async def watch() -> None:
         while True:
             for name, process in processes.items():
-                samples[name].append((time.monotonic() - start, process.memory_info().rss / 1e6))
+                try:
+                    samples[name].append((time.monotonic() - start, process.memory_info().rss / 1e6))
+                except psutil.Error:
+                    tally.errors.append(f"the process {name} is gone")
+                    return
             await asyncio.sleep(1)
 
     async with client_of(server) as client:
         watching = asyncio.create_task(watch())
         await asyncio.gather(*(client_loop(client, seed) for seed in range(CLIENTS)))
         watching.cancel()
+    if len(tally.errors) >= MANY:
+        raise ServerError(f"{tally.errors[0]} {last_words(server.log)}")
     return tally, {
         name: Memory(start=found[0][1], end=found[-1][1], slope_per_minute=60 * line(found))
         for name, found in samples.items()
