@@ -1,6 +1,8 @@
 """What training learns from and what it makes, against the real engine."""
 
 import json
+import subprocess
+import sys
 
 import engines
 import pytest
@@ -8,10 +10,8 @@ import torch
 from engines import drafter_of, generate, record
 from speculators.models.eagle3.data import shift_batch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import DraftCheckpoint
-from vllm_slimspec.cli import app
 from vllm_slimspec.train.answers import write_answers
 from vllm_slimspec.train.model import SlimSpecEagle3Config, SlimSpecEagle3Model
 from vllm_slimspec.train.states import hidden_states
@@ -96,12 +96,13 @@ def test_one_command_from_prompts_to_a_drafter(pair, engine, tmp_path):
     arguments = f"train --target {p.target} --prompts {tmp_path}/prompts.jsonl --output-path {tmp_path}/drafter"
     arguments += " --max-tokens 24 --temperature 0 --rank 8 --target-layer-ids 1 2 3 --total-seq-len 128 --epochs 2"
     options = json.dumps({name: engines.OPTIONS[name] for name in ("dtype", "max_model_len", "enforce_eager")})
-    result = CliRunner().invoke(app, [*arguments.split(), "--engine-args", options])
-    assert result.exit_code == 0, result.output
+    command = [sys.executable, "-m", "vllm_slimspec", *arguments.split()]
+    result = subprocess.run([*command, "--engine-args", options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     assert DraftCheckpoint.open(tmp_path / "drafter").spec.rank == 8
     assert generate(engine(p.target, tmp_path / "drafter"), p.prompts[:2]) == generate(engine(p.target), p.prompts[:2])
-    again = CliRunner().invoke(app, arguments.split())
-    assert again.exit_code == 1
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
     assert (
         again.stderr
         == f"error: {tmp_path}/drafter: exists and is not an empty folder; remove it or choose another output\n"
