@@ -359,6 +359,23 @@ def test_the_verdict_counts_acceptance():
     assert len(verdict.table.columns) == len(verdict.table.rows[0]) == 5
 
 
+def test_imitated_acceptance_is_named():
+    """Catches: tokens per second of acceptance that another model had, without a word; or columns of nothing."""
+    own = _section({"cycle": cycles()}, "A cycle taken apart")
+    assert "tokens/s" not in own.table.columns
+    imitated = cycles()
+    imitated.acceptance = "some-model"
+    for row in imitated.rows[1:]:
+        row.accepted, row.tokens_per_s = 1.5, 7.4
+    found = _section({"cycle": imitated}, "A cycle taken apart")
+    assert found.table.columns[-2:] == ["tokens a cycle", "tokens/s"]
+    assert [cells[-2:] for cells in found.table.rows] == [["1.00", ""], *[["2.50", "7"]] * 3]
+    assert "as was measured with some-model" in found.words[-1]
+    served = serving()
+    served.acceptance = "some-model"
+    assert "as was measured with some-model" in _section({"serve": served}, "Served").words[-1]
+
+
 def test_the_same_prompts_for_both_heads():
     """Catches: an interval of rho as wide as those of two separate sets of prompts, which cancel here."""
     both = acceptances(full=[0, 10, 20, 30], low_rank=[0, 10, 20, 30])

@@ -412,7 +412,8 @@ def _serving(material: Material, name: str) -> Iterable[Section]:
             [
                 f"vllm bench serve against a server for each head, K={results.num_speculative_tokens}, "
                 f"{results.max_tokens} tokens an answer; from left to right ever more requests at once. A cycle's "
-                "tokens arrive together: ITL is the time of a cycle, TPOT that of a token."
+                "tokens arrive together: ITL is the time of a cycle, TPOT that of a token.",
+                *([f"vLLM accepted as often as was measured with {results.acceptance}."] if results.acceptance else []),
             ],
             "Lines of server throughput against the speed of one request. "
             + ", ".join(f"at {c} at once {r.head} is first with {r.tokens_per_s:.0f} tokens/s" for c, r in best.items())
