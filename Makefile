@@ -2,7 +2,7 @@
 # make test   unit tests, then real vLLM engines
 # make lint   ruff, formatting, mypy
 # make compare        what every kind of draft head accepts on the demo's target
-# make ablation   what the rank of the head costs: twelve drafters trained and served, about half an hour
+# make ablation   what the rank of the head costs: twelve drafters trained and served, in a quarter to half an hour
 # make bench-pair   what converting a drafter costs, on a pair of twice the demo's width
 # make report-check   the report of docs/results in a real browser: screenshots, console, network
 # make gpu        on a GPU: the kernels checked there, their tilings tuned, every head timed
