@@ -9,9 +9,9 @@ demo's recipe, whose learning rate was found with a low-rank head: the dense one
 
 What is done is kept: stop it when you like and run it again. `--only rank-16:0 rank-16:1` does two parts of it.
 
-Expected output (2 CPU cores, a quarter to half an hour): a table in which the acceptance length falls with the rank, and
-the two files above. At D = 128 a rank of D/8 is 16, far from the ranks of real drafters: the order is what to look at,
-not the size of the gap.
+Expected output (2 CPU cores, a quarter to half an hour): a table in which the acceptance length falls with the rank,
+and the two files above. At D = 128 a rank of D/8 is 16, far from the ranks of real drafters: the order is what to
+look at, not the size of the gap.
 """
 
 import argparse
