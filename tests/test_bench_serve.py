@@ -68,7 +68,8 @@ def test_random_weights_are_served(toy, servers, tmp_path):
     assert [row.head for row in results.rows] == ["none", *heads]
     assert (results.hidden_size, results.vocab_size, results.acceptance) == (128, 70000, "the-target")
     assert all(model == str(tmp_path / "toy/target") for model, *_ in servers)
-    assert all(arguments[3:6] == ["--load-format", "dummy", "--enforce-eager"] for _, arguments, _ in servers)
+    given = ["--load-format", "dummy", "--max-model-len", "4096", "--enforce-eager"]
+    assert all(arguments[3:8] == given for _, arguments, _ in servers)
     assert "--speculative-config" not in servers[0][1]
     configs = {head: speculative(arguments) for head, (_, arguments, _) in zip(heads, servers[1:], strict=True)}
     for config in configs.values():

@@ -30,6 +30,7 @@ HEADS = tuple(head for head in CYCLE_HEADS if not is_rival(head))
 
 _WARM_UP = 2  # requests for each one at once, before anything is counted
 _PROMPTS, _PROMPT_TOKENS = 64, 128  # of random weights
+_LENGTH = 4096  # of a text at the most, or a cache has to have room for the 131072 tokens that some configs name
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def random_pair(shape: str, heads: Sequence[str], work: Path, server: Sequence[s
         target=str(target),
         drafters={head: str(write_drafter(work / shape, config, rank, head)) for head in heads},
         prompts=prompts,
-        server=["--load-format", "dummy", *server],
+        server=["--load-format", "dummy", "--max-model-len", str(_LENGTH), *server],
         speculative={head: loading | asked_for(head) for head in heads},
     )
 
