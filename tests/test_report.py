@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from vllm_slimspec import cli
 from vllm_slimspec.bench.report import write_report
-from vllm_slimspec.bench.report.material import Material, Source
+from vllm_slimspec.bench.report.material import Material, Source, read
 from vllm_slimspec.bench.report.sections import acceptance_ratios, chapter
 from vllm_slimspec.bench.results import (
     AblationArm,
@@ -283,6 +283,13 @@ def test_markdown_has_its_pictures(written):
     assert {name for _, name in shown} == {file.name for file in written.glob("*.png")}
     assert all(len(words) > 40 for words, _ in shown)
     assert "convert-8b.json" in text
+
+
+def test_what_the_project_measured_can_be_reported():
+    """Catches: a result in docs/results over which `slimspec report docs/results/*.json` stumbles."""
+    groups, left_out = read(sorted((ROOT / "docs/results").glob("*.json")), mixed_devices=True)
+    assert {"head", "cycle", "acceptance", "ablation"} <= {s.results.kind for g in groups for s in g.sources}
+    assert "demo" in {file.kind for file in left_out}
 
 
 def test_devices_are_not_mixed_by_accident(tmp_path):
