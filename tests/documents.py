@@ -109,6 +109,20 @@ def acceptance(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def served(result: dict[str, Any]) -> list[str]:
+    """What clients of a server for each head saw."""
+    lines = [
+        "| at once | head | tokens/s | TTFT ms | ITL ms | TPOT ms | acceptance length |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(result["rows"], key=lambda row: row["concurrency"]):
+        length = f"{row['length']:.2f}" if row["length"] else ""
+        times = " | ".join(f"{row[name]:.1f}" for name in ("ttft_ms_p50", "itl_ms_p50", "tpot_ms_p50"))
+        lines.append(f"| {row['concurrency']} | {row['head']} | {row['tokens_per_s']:.0f} | {times} | {length} |")
+    failed = sum(row["failed"] for row in result["rows"])
+    return [*lines, "", f"{failed} of {sum(row['completed'] for row in result['rows']) + failed:,} requests failed."]
+
+
 def conversions(result: dict[str, Any]) -> list[str]:
     """A dense drafter converted in every way, in the engine."""
     dense = next(row["length"] for row in result["rows"] if row["head"] == "dense")
@@ -256,6 +270,7 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
         "cycles": ("cycle-cpu", cycles),
         "again": ("cycle-k5-b1-cpu", cycles),
         "acceptance": ("acceptance-demo", acceptance),
+        "served": ("serve-demo", served),
     },
     "docs/convert.md": {
         "tiny": ("convert-tiny", conversions),
