@@ -127,6 +127,7 @@ def serve(
     numbers = positive_ints(concurrency, "--concurrency", "numbers of requests at once")
     names, further = choices(heads, bench.HEADS, "--heads"), shlex.split(server_args)
     with one_line_errors(), _status() as tick:
+        measured = None if acceptance is None else AcceptanceResults.read(acceptance)
         if target and drafter and prompts:
             pair = bench.Pair(target, _drafters(drafter), prompts, further)
         else:
@@ -137,7 +138,7 @@ def serve(
             concurrencies=numbers,
             requests=requests,
             max_tokens=max_tokens,
-            acceptance=None if acceptance is None else AcceptanceResults.read(acceptance),
+            acceptance=measured,
         )
         for results in bench.measure(options, tick):
             if json is not None:

@@ -13,17 +13,12 @@ _WRAPPER = "Engine core initialization failed"  # vLLM's front process says it l
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
     """End a process that was started with ``start_new_session``, and everything in that session."""
+    # The second round is for an engine that outlives the leader of its group, too.
     for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    with contextlib.suppress(ProcessLookupError):  # the leader may be gone while an engine of its group is not
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def last_words(log: Path) -> str:

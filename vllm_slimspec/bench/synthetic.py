@@ -1,7 +1,7 @@
 """Acceptance that was measured elsewhere, imitated by vLLM: its synthetic rejection sampler, which no CPU has.
 
 Random weights at true shapes accept next to nothing. With the rates of ``slimspec bench acceptance`` their cycles yield
-as many tokens as a trained drafter's would, and tokens per second can be counted.
+as many tokens as a trained drafter's would, and tokens per second mean something.
 """
 
 from typing import Any
