@@ -45,8 +45,9 @@ from vllm_slimspec.bench.report.figures import by_rank
 from vllm_slimspec.bench.report.theme import LIGHT, drawing, save_png
 from vllm_slimspec.bench.results import AblationArm, AblationResults, AblationRow, provenance
 from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.train.documents import read_documents
 from vllm_slimspec.train.launch import fit
-from vllm_slimspec.train.states import read_documents, write_states
+from vllm_slimspec.train.states import write_states
 
 RANKS = {"dense": None, "rank-32": 32, "rank-16": 16, "rank-8": 8}  # D = 128
 SEEDS = (0, 1, 2)

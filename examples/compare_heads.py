@@ -36,8 +36,9 @@ from vllm_slimspec.bench.results import AcceptanceResults
 from vllm_slimspec.convert import run
 from vllm_slimspec.convert.collect import collect
 from vllm_slimspec.ops import MAX_K
+from vllm_slimspec.train.documents import read_documents
 from vllm_slimspec.train.launch import fit
-from vllm_slimspec.train.states import read_documents, write_states
+from vllm_slimspec.train.states import write_states
 
 K, PROMPTS, TOKENS = 3, 128, 32
 TRIMS = (1024, 512)  # of 4096 tokens: as 32k is to Llama 3's 128k, and with as many bytes as the low-rank head of R=16

@@ -42,8 +42,9 @@ from vllm_slimspec.convert.distil import Recipe
 from vllm_slimspec.convert.evaluate import RERANK
 from vllm_slimspec.convert.joint import JointRecipe
 from vllm_slimspec.convert.run import Conversion, Options, convert
+from vllm_slimspec.train.documents import read_documents
 from vllm_slimspec.train.launch import fit
-from vllm_slimspec.train.states import read_documents, write_states
+from vllm_slimspec.train.states import write_states
 
 K, TOKENS = 3, 32
 CALIBRATION, ANSWER_TOKENS = 512, 64  # prompts, and tokens of each answer

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_slimspec
+from vllm_slimspec.train.documents import read_documents
 from vllm_slimspec.train.launch import fit
-from vllm_slimspec.train.states import read_documents, write_states
+from vllm_slimspec.train.states import write_states
 
 PROMPT_TOKENS, ANSWER_TOKENS = 48, 80
 DOCUMENTS = 2000  # of 128 tokens each, half of them corpus and half the target's answers

@@ -19,6 +19,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from vllm_slimspec.convert.states import Document
 from vllm_slimspec.train.launch import fit
 from vllm_slimspec.train.states import write_states
 
@@ -50,7 +51,8 @@ def make_pair(
     torch.manual_seed(seed)
     words = [rng.choices(range(1, VOCAB), k=rng.randint(3, 7)) for _ in range(80)]
     target = _train_target(folder / "target", family, words, rng)
-    write_states(target, [_text(words, rng, 128) for _ in range(64)], folder / "states", layer_ids=_LAYER_IDS)
+    documents = [Document(i, _text(words, rng, 128), 0) for i in range(64)]
+    write_states(target, documents, folder / "states", layer_ids=_LAYER_IDS)
     fit(
         target,
         folder / "states",

@@ -7,27 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 from speculators import SpeculatorModel
 from speculators.models.eagle3 import Eagle3DraftModel
 from speculators.train import trainer as speculators_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_training import DOCUMENTS, DRAFT_V, FLAGS, LAYERS, D, R, V, write_work
+from tiny_training import DOCUMENTS, DRAFT_V, FLAGS, LAYERS, TOKENS, D, R, V, write_work
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
 from vllm_slimspec.convert.factorise import factorise
 from vllm_slimspec.convert.speculators import speculators_config
+from vllm_slimspec.convert.states import Document
 from vllm_slimspec.train import states as states_module
 from vllm_slimspec.train import store
 from vllm_slimspec.train.cli import app
+from vllm_slimspec.train.documents import read_documents
 from vllm_slimspec.train.export import draft_config
 from vllm_slimspec.train.launch import LOSSES, SlimSpecTrainer, fit
 from vllm_slimspec.train.metrics import read_metrics
 from vllm_slimspec.train.model import SlimSpecEagle3Model
-from vllm_slimspec.train.states import hidden_states, read_documents, write_states
+from vllm_slimspec.train.states import hidden_states, write_states
 from vllm_slimspec.train.store import check_states, state_file
 
 ONE_STEP = {**FLAGS, "epochs": 1, "max_steps": 1}
@@ -125,7 +127,7 @@ def test_states_are_resumed(work, tmp_path, monkeypatch, run_again):
     monkeypatch.setattr(states_module, "write_state", original)
     run_again.clear()
     write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
-    assert run_again == DOCUMENTS[7:]
+    assert run_again == TOKENS[7:]
     for i in range(len(DOCUMENTS)):
         assert state_file(tmp_path, i).read_bytes() == state_file(work / "states", i).read_bytes()
 
@@ -142,7 +144,7 @@ def test_broken_states_are_named_and_mended(work, tmp_path, run_again, injected)
     assert not (tmp_path / "d.run").exists()
     run_again.clear()
     write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
-    assert run_again == [DOCUMENTS[i] for i in (3, 5, 20)]
+    assert run_again == [TOKENS[i] for i in (3, 5, 20)]
     for i in (3, 5, 20):
         assert state_file(tmp_path / "s", i).read_bytes() == state_file(work / "states", i).read_bytes()
     injected("hidden states cut, changed and lost", 3)
@@ -188,16 +190,81 @@ def test_documents_by_line(work, tmp_path, caplog):
     """Catches: a line that ends at U+2028, an empty one that is an error, documents that are cut and nobody told."""
     file = tmp_path / "documents.jsonl"
     file.write_text('{"input_ids": [1, 2], "from": "a\u2028b"}\n\n{"input_ids": [3, 4, 5, 6]}\n', encoding="utf-8")
-    assert read_documents(file, work / "llama", max_length=3) == [[1, 2], [3, 4, 5]]
+    assert read_documents(file, work / "llama", max_length=3) == [Document(1, [1, 2], 0), Document(3, [3, 4, 5], 0)]
     assert f"{file}: 1 of 2 documents are cut to --max-length 3" in caplog.messages
     for line, message in (
         ('{"input_ids": ["x"]}', "refuses it"),
         ('{"input_ids": [96]}', "token ids are 0 to 95"),
         ('{"prompt": "x"}', "a prompt without its answer"),
+        ('{"input_ids": [1, 2, 3], "prompt_tokens": 4}', "prompt_tokens is 4, must be an integer from 0 to 3"),
+        ('{"input_ids": [1, 2, 3], "prompt_tokens": -1}', "prompt_tokens is -1, must be"),
+        ('{"input_ids": [1, 2, 3], "prompt_tokens": "2"}', "prompt_tokens is '2', must be"),
+        ('{"input_ids": [1, 2, 3], "prompt_tokens": true}', "prompt_tokens is True, must be"),
     ):
         file.write_text(line)
         with pytest.raises(CheckpointError, match=f"{file}:1: .*{message}"):
             read_documents(file, work / "llama", max_length=3)
+
+
+def write_lines(file: Path, *lines: dict[str, Any]) -> Path:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_prompts_are_known_or_said_to_be_unknown(work, tmp_path, caplog):
+    """Catches: a prompt that is trained on; a document that is cut before its answer and still counted; silence about
+    documents that are trained on whole."""
+    file = write_lines(
+        tmp_path / "documents.jsonl",
+        {"input_ids": [1, 2, 3, 4, 5], "prompt_tokens": 2},
+        {"input_ids": [1, 2, 3, 4, 5], "prompt_tokens": 5},  # no answer
+        {"input_ids": [1, 2, 3, 4, 5], "prompt_tokens": 4},  # no token of it is drafted: the target gives the first
+        {"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9], "prompt_tokens": 5},  # cut behind that first token
+        {"input_ids": [1, 2, 3]},
+        {"input_ids": [1, 2, 3], "prompt_tokens": 0},
+    )
+    assert read_documents(file, work / "llama", max_length=6) == [
+        Document(1, [1, 2, 3, 4, 5], 2),
+        Document(5, [1, 2, 3], 0),
+        Document(6, [1, 2, 3], 0),
+    ]
+    assert caplog.messages == [
+        f"{file}: 1 of 6 documents are cut to --max-length 6",
+        f"{file}: 1 of 6 documents have no prompt_tokens, so the whole of each is trained on and measured",
+        f"{file}: 3 of 6 documents are left out: fewer than 2 tokens of their answer are within --max-length 6",
+    ]
+    caplog.clear()
+    everything = read_documents(file, work / "llama", max_length=9, train_on="all")
+    assert [(d.number, d.prompt) for d in everything] == [(number, 0) for number in range(1, 7)]
+    assert caplog.messages == []
+    with pytest.raises(CheckpointError, match="no document has 2 tokens of an answer within --max-length 2; raise it"):
+        read_documents(write_lines(file, {"input_ids": [1, 2, 3, 4], "prompt_tokens": 2}), work / "llama", 2)
+
+
+def test_states_of_answers_mask_their_prompts(work, tmp_path):
+    """Catches: a loss on prompts, tokens of prompts in the choice of a draft vocabulary, or data of one mask taken for
+    that of another."""
+    file = write_lines(
+        tmp_path / "answers.jsonl",
+        {"input_ids": [1, 2, 3, 4, 5], "prompt_tokens": 2},
+        {"input_ids": [1, 2, 3], "prompt_tokens": 1},
+        {"input_ids": [7, 8]},
+    )
+    arguments = ["states", "--target", str(work / "llama"), "--documents", str(file)]
+    arguments += [word for layer in LAYERS for word in ("--target-layer-ids", str(layer))]
+    for train_on, masks, frequency in (
+        ("answers", [[0, 0, 1, 1, 1], [0, 1, 1], [1, 1]], {2: 1, 3: 2, 4: 1, 5: 1, 7: 1, 8: 1}),
+        ("all", [[1] * 5, [1] * 3, [1] * 2], {1: 2, 2: 2, 3: 2, 4: 1, 5: 1, 7: 1, 8: 1}),
+    ):
+        folder = tmp_path / train_on
+        option = [] if train_on == "answers" else ["--train-on", train_on]
+        result = CliRunner().invoke(app, [*arguments, "--output-path", str(folder), *option])
+        assert result.exit_code == 0, result.output
+        assert load_from_disk(folder).with_format(None)["loss_mask"][:] == masks
+        assert torch.load(folder / "token_freq.pt") == frequency
+    again = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "all")])
+    assert again.exit_code == 1
+    assert "another --train-on; choose another folder" in again.stderr
 
 
 @pytest.mark.parametrize(("family", "draft_vocab"), [("llama", V), ("qwen3", DRAFT_V)])
@@ -394,9 +461,10 @@ def test_bad_places_are_one_line(work, tmp_path):
     with pytest.raises(ValueError, match=r"holds the states of layers \[0, 1, 3\]"):
         fit(work / "llama", work / "states", tmp_path / "d", target_layer_ids=[1, 2, 3])
     with pytest.raises(ValueError, match="holds a data set already"):
-        write_states(work / "llama", [[1, 2]], work / "states", layer_ids=LAYERS)
+        write_states(work / "llama", DOCUMENTS[:1], work / "states", layer_ids=LAYERS)
+    documents = [Document(1, [1, 2], 0), Document(2, [3, V], 0)]
     with pytest.raises(ValueError, match="document 1: 2 tokens, ids must be 0 to 95"):
-        write_states(work / "llama", [[1, 2], [3, V]], tmp_path / "s", layer_ids=LAYERS)
+        write_states(work / "llama", documents, tmp_path / "s", layer_ids=LAYERS)
 
 
 def test_the_command_line_reports_one_line(work, tmp_path):

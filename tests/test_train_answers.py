@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.cli import app
+from vllm_slimspec.convert.states import Document
 from vllm_slimspec.train import answers as module
 from vllm_slimspec.train.answers import write_answers
-from vllm_slimspec.train.states import read_documents
+from vllm_slimspec.train.documents import read_documents
 
 PROMPTS = [[i, i + 1, i + 2] for i in range(1, 11)]
 
@@ -67,7 +68,7 @@ def prompts(tmp_path):
 def test_answers_are_documents(target, engine, prompts, tmp_path):
     """Catches: an answer without its prompt, prompts asked twice, another temperature than asked for."""
     assert write_answers(target, prompts, tmp_path / "a.jsonl", temperature=0.0, max_tokens=2) == len(PROMPTS)
-    expected = [[*prompt, prompt[-1], seed] for seed, prompt in enumerate(PROMPTS)]
+    expected = [Document(seed + 1, [*prompt, prompt[-1], seed], len(prompt)) for seed, prompt in enumerate(PROMPTS)]
     assert read_documents(tmp_path / "a.jsonl", target, max_length=64) == expected
     assert engine.params[0].temperature == 0.0
     assert engine.params[0].max_tokens == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import DOCUMENTS, FLAGS, LAYERS, write_work
+from tiny_training import DOCUMENTS, FLAGS, LAYERS, TOKENS, write_work
 from transformers import AutoModelForCausalLM, GPT2Config
 from typer.testing import CliRunner
 
@@ -91,7 +91,7 @@ def test_no_room_for_states(work, tmp_path, injected):
         write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
     assert not list((tmp_path / "s/hidden_states").iterdir())
     write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
-    assert not any(flaw(tmp_path / "s", i, ids) for i, ids in enumerate(DOCUMENTS))
+    assert not any(flaw(tmp_path / "s", i, ids) for i, ids in enumerate(TOKENS))
     injected("no room on the disk: training")
 
 
@@ -124,7 +124,7 @@ def server(work):
                 return
             Handler.left -= 1
             file = work / f"online-{threading.get_ident()}-{Handler.left}.safetensors"
-            file.write_bytes((work / "states/hidden_states" / f"hs_{DOCUMENTS.index(ids)}.safetensors").read_bytes())
+            file.write_bytes((work / "states/hidden_states" / f"hs_{TOKENS.index(ids)}.safetensors").read_bytes())
             choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": None, "prompt_token_ids": ids}
             self._answer(
                 {

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from vllm_slimspec.convert.states import Document
 from vllm_slimspec.train.states import write_states
 
 V, D, R, DRAFT_V = 96, 32, 4, 40
@@ -36,7 +37,8 @@ FLAGS: dict[str, Any] = {
     "total_seq_len": 96,
     "hidden_states_dtype": "float32",
 }
-DOCUMENTS = [[(i * step + step) % V for i in range(24)] for step in range(1, 31)]
+DOCUMENTS = [Document(step, [(i * step + step) % V for i in range(24)], 0) for step in range(1, 31)]
+TOKENS = [document.tokens for document in DOCUMENTS]
 
 
 def write_work(folder: Path) -> Path:

@@ -71,8 +71,7 @@ def train_jointly(
             )
         _write_start(drafter, factors, target, folder / "start")
         if recipe.data is None:
-            documents = [document.tokens for document in states.documents(held_out=False)]
-            write_states(target, documents, folder / "data", layer_ids=layer_ids)
+            write_states(target, states.documents(held_out=False), folder / "data", layer_ids=layer_ids)
         flags = {
             "max_steps": recipe.steps,
             "epochs": recipe.steps,  # more than are needed

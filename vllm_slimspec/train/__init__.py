@@ -1,6 +1,7 @@
 """Training SlimSpec drafters on vLLM's own trainer, speculators 0.9 (extra ``[train]``).
 
     answers.write_answers  let the target answer prompts, with vLLM
+    documents              what a drafter learns from, and how much of it is a prompt
     states.write_states    run the target over documents, keep the hidden states that a drafter learns from
     store                  those states on disk, checked before they are trained on
     launch.fit             train a drafter on them and write it in the format that vLLM serves

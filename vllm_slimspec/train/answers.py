@@ -38,7 +38,7 @@ def write_answers(
     Args:
         target: Hugging Face folder or id.
         prompts: JSONL file, see :mod:`vllm_slimspec.convert.prompts`; a prompt that is there twice is asked once.
-        output: JSONL file for :func:`vllm_slimspec.train.states.read_documents`.
+        output: JSONL file for :func:`vllm_slimspec.train.documents.read_documents`.
         temperature: of sampling; default as the target's generation_config.json says.
         max_tokens: of an answer.
         engine: further arguments of ``vllm.LLM``.

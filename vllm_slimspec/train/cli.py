@@ -32,6 +32,11 @@ class _Head(StrEnum):
     DENSE = "dense"
 
 
+class _TrainOn(StrEnum):
+    ANSWERS = "answers"
+    ALL = "all"
+
+
 class _HeadInit(StrEnum):
     WEIGHTED_SVD = "weighted-svd"
     SVD = "svd"
@@ -50,6 +55,9 @@ Temperature = Annotated[
 MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
 EngineArgs = Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens kept of each document.")]
+TrainOn = Annotated[
+    _TrainOn, typer.Option(help="What is trained on and measured: the answers, or all tokens, the prompts' too.")
+]
 Layers = Annotated[
     list[int] | None, typer.Option(help="A layer whose input the drafter sees; repeat. [default: 2, n/2, n-3]")
 ]
@@ -77,6 +85,7 @@ def run(
     max_tokens: MaxTokens = 512,
     engine_args: EngineArgs = "{}",
     max_length: MaxLength = 2048,
+    train_on: TrainOn = _TrainOn.ANSWERS,
     head: Head = _Head.LOW_RANK,
     rank: Rank = None,
     head_init: Init = _HeadInit.WEIGHTED_SVD,
@@ -104,7 +113,7 @@ def run(
             _show_plan(config, Data(lengths, len(lengths) * max_tokens), output_path, tflops, terabytes)
             return
     answers(target, prompts, data / "answers.jsonl", temperature, max_tokens, engine_args)
-    states(target, data / "answers.jsonl", data / "states", max_length, flags.get("target_layer_ids"))
+    states(target, data / "answers.jsonl", data / "states", max_length, train_on, flags.get("target_layer_ids"))
     _fit(target, data / "states", output_path, flags)
 
 
@@ -129,9 +138,13 @@ def answers(
 @app.command(epilog="Example: slimspec train states --target T --documents answers.jsonl --output-path states")
 def states(
     target: Target,
-    documents: Annotated[Path, typer.Option(help='JSONL, a line {"text": ...} or {"input_ids": [...]}.')],
+    documents: Annotated[
+        Path,
+        typer.Option(help='JSONL of `answers`, or lines {"text": ...} or {"input_ids": [...]}.'),
+    ],
     output_path: Annotated[Path, typer.Option(help="Where the hidden states go.")],
     max_length: MaxLength = 2048,
+    train_on: TrainOn = _TrainOn.ANSWERS,
     target_layer_ids: Layers = None,
     keep: Annotated[
         int | None,
@@ -140,9 +153,10 @@ def states(
 ) -> None:
     """Run the target over documents and keep the hidden states; run again, it resumes and mends broken files."""
     with one_line_errors():
-        from vllm_slimspec.train.states import read_documents, write_states
+        from vllm_slimspec.train.documents import read_documents
+        from vllm_slimspec.train.states import write_states
 
-        found = read_documents(documents, target, max_length)
+        found = read_documents(documents, target, max_length, train_on.value)
         write_states(target, found, output_path, layer_ids=target_layer_ids, keep=keep)
 
 

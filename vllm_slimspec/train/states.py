@@ -5,7 +5,6 @@ Plain transformers does it, so a small target needs no server. The layout on dis
 
 import hashlib
 import json
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,45 +14,18 @@ import torch
 from datasets import Dataset
 from speculators.models.utils import resolve_target_layer_ids
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from vllm_slimspec.checkpoint import CheckpointError, write_whole
-from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokens_of
+from vllm_slimspec.checkpoint import write_whole
+from vllm_slimspec.convert.states import Document
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.store import flaw, is_checked, write_state
-
-logger = logging.getLogger(__name__)
-
-
-def read_documents(file: str | Path, target: str | Path, max_length: int) -> list[list[int]]:
-    """Token ids of each line of a JSONL file: its ``input_ids``, or its ``text`` by the target's tokenizer.
-
-    Args:
-        file: see :mod:`vllm_slimspec.convert.prompts`.
-        target: Hugging Face folder or id; its tokenizer is loaded only if a line holds text.
-        max_length: tokens kept of a line; how many lines are longer is logged.
-
-    Raises:
-        CheckpointError: a line holds neither, or what the target does not know.
-    """
-    file = Path(file)
-    rows = read_prompts(file)
-    for number, row in rows:
-        if not row.keys() & {"input_ids", "text"}:
-            raise CheckpointError(
-                f"{file}:{number}: a prompt without its answer; run `slimspec train answers` over the file first"
-            )
-    vocab_size = AutoConfig.from_pretrained(str(target)).get_text_config().vocab_size
-    documents = [ids for _, ids in tokens_of(rows, open_tokenizer(rows, str(target)), vocab_size, file)]
-    if cut := sum(len(ids) > max_length for ids in documents):
-        logger.warning("%s: %d of %d documents are cut to --max-length %d", file, cut, len(documents), max_length)
-    return [ids[:max_length] for ids in documents]
 
 
 @quiet()
 def write_states(
     target: str | Path,
-    documents: Sequence[Sequence[int]],
+    documents: Sequence[Document],
     folder: str | Path,
     *,
     layer_ids: list[int] | None = None,
@@ -66,7 +38,7 @@ def write_states(
 
     Args:
         target: Hugging Face folder or id.
-        documents: token ids, each document at least 2 tokens.
+        documents: each of at least 2 tokens; those of its prompt are not trained on.
         folder: where to write; empty, or the states of the same target, layers and documents.
         layer_ids: the target layers whose inputs the drafter sees; default (2, n // 2, n - 3).
         keep: states of so many documents only, where the others are to come from a server while training.
@@ -80,7 +52,8 @@ def write_states(
     _blocks(model)  # before anything is written
     layers = resolve_target_layer_ids(layer_ids, str(target))
     vocab = model.config.get_text_config().vocab_size
-    for i, ids in enumerate(documents):
+    tokens = [document.tokens for document in documents]
+    for i, ids in enumerate(tokens):
         if len(ids) < 2 or not 0 <= min(ids) <= max(ids) < vocab:
             raise ValueError(
                 f"document {i}: {len(ids)} tokens, ids must be 0 to {vocab - 1} and at least 2; drop or re-tokenise it"
@@ -88,26 +61,26 @@ def write_states(
     _claim(path, {"target": str(target), "layer_ids": layers, "sha256": _fingerprint(model, layers, documents)})
 
     model.to(torch.accelerator.current_accelerator() or "cpu")
-    kept = documents[:keep]
+    kept = tokens[:keep]
     todo = [] if is_checked(path) else [i for i, ids in enumerate(kept) if flaw(path, i, ids)]
     with tqdm(total=len(kept), desc="Hidden states", unit="doc", disable=None) as progress:
         progress.update(len(kept) - len(todo))
-        for indices in _batches(todo, [len(documents[i]) for i in todo], tokens_per_batch):
-            batch = [torch.tensor(documents[i], dtype=torch.long) for i in indices]
+        for indices in _batches(todo, [len(tokens[i]) for i in todo], tokens_per_batch):
+            batch = [torch.tensor(tokens[i], dtype=torch.long) for i in indices]
             for i, ids, states in zip(indices, batch, hidden_states(model, batch, layers), strict=True):
                 write_state(path, i, ids, states)
             progress.update(len(indices))
     if (path / "dataset_info.json").exists():
         return
     rows = {
-        "input_ids": [list(ids) for ids in documents],
-        "loss_mask": [[1] * len(ids) for ids in documents],
-        "seq_len": [len(ids) for ids in documents],
+        "input_ids": tokens,
+        "loss_mask": [[0] * d.prompt + [1] * (len(d.tokens) - d.prompt) for d in documents],
+        "seq_len": [len(ids) for ids in tokens],
     }
     part = path / ".part"
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     Dataset.from_dict(rows).with_format("torch").save_to_disk(part)
-    torch.save(dict(Counter(token for ids in documents for token in ids)), part / "token_freq.pt")
+    torch.save(dict(Counter(token for d in documents for token in d.tokens[d.prompt :])), part / "token_freq.pt")
     for file in sorted(part.iterdir(), key=lambda file: file.name == "dataset_info.json"):
         file.replace(path / file.name)  # that one last: without it a folder is not complete
     part.rmdir()
@@ -134,19 +107,25 @@ def _claim(path: Path, identity: dict[str, object]) -> None:
     if file.exists() and json.loads(file.read_text())["sha256"] == identity["sha256"]:
         return
     if file.exists() or (path / "dataset_info.json").exists():
-        raise ValueError(f"{path}: holds a data set already, of another target or documents; choose another folder")
+        raise ValueError(
+            f"{path}: holds a data set already, of another target, other documents or another --train-on; choose "
+            "another folder"
+        )
     (path / "hidden_states").mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda part: part.write_text(json.dumps(identity, indent=2) + "\n"))
 
 
-def _fingerprint(model: PreTrainedModel, layer_ids: list[int], documents: Sequence[Sequence[int]]) -> str:
-    """One hash of everything that the states depend on."""
+def _fingerprint(model: PreTrainedModel, layer_ids: list[int], documents: Sequence[Document]) -> str:
+    """Return one hash of everything that the states and the loss mask depend on."""
     digest = hashlib.sha256(f"{model.config.to_json_string()} {layer_ids}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    for ids in documents:
-        digest.update(torch.tensor([len(ids), *ids]).numpy())
+    for document in documents:
+        digest.update(torch.tensor([len(document.tokens), *document.tokens]).numpy())
+    prompts = [document.prompt for document in documents]
+    if any(prompts):  # otherwise it is the hash that earlier versions wrote, which masked nothing
+        digest.update(torch.tensor(prompts).numpy())
     return digest.hexdigest()
 
 

@@ -1,0 +1,92 @@
+"""Reading what a drafter learns from: documents, and how much of each is a prompt that the target did not write."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig
+
+from vllm_slimspec.checkpoint import CheckpointError
+from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokens_of
+from vllm_slimspec.convert.states import Document
+
+logger = logging.getLogger(__name__)
+
+TrainOn = Literal["answers", "all"]
+
+
+def read_documents(
+    file: str | Path, target: str | Path, max_length: int, train_on: TrainOn = "answers"
+) -> list[Document]:
+    """Read the documents of a JSONL file: the ``input_ids`` of each line, or its ``text`` by the target's tokenizer.
+
+    The first ``prompt_tokens`` of a line are its prompt. A drafter never has to guess in there, nor the first token of
+    an answer, which the target gives when it reads the prompt; so a document needs two more tokens to teach anything.
+
+    Args:
+        file: see :mod:`vllm_slimspec.convert.prompts`.
+        target: Hugging Face folder or id; its tokenizer is loaded only if a line holds text.
+        max_length: tokens kept of a line; how many lines are longer is logged.
+        train_on: ``answers`` leaves out documents that are cut before their answer, and logs how many, and how many
+            have no known prompt; ``all`` takes no notice of prompts.
+
+    Raises:
+        CheckpointError: a line holds neither, or what the target does not know; or no document is left.
+    """
+    file = Path(file)
+    rows = read_prompts(file)
+    for number, row in rows:
+        if not row.keys() & {"input_ids", "text"}:
+            raise CheckpointError(
+                f"{file}:{number}: a prompt without its answer; run `slimspec train answers` over the file first"
+            )
+    vocab_size = AutoConfig.from_pretrained(str(target)).get_text_config().vocab_size
+    documents, unknown, cut = [], 0, 0
+    for (number, ids), (_, row) in zip(
+        tokens_of(rows, open_tokenizer(rows, str(target)), vocab_size, file), rows, strict=True
+    ):
+        prompt = _prompt_tokens(row, len(ids), f"{file}:{number}")
+        unknown += prompt is None
+        cut += len(ids) > max_length
+        documents.append(Document(number, ids[:max_length], (prompt or 0) if train_on == "answers" else 0))
+    if cut:
+        logger.warning("%s: %d of %d documents are cut to --max-length %d", file, cut, len(documents), max_length)
+    if unknown and train_on == "answers":
+        logger.warning(
+            "%s: %d of %d documents have no prompt_tokens, so the whole of each is trained on and measured",
+            file,
+            unknown,
+            len(documents),
+        )
+    teaching = [d for d in documents if not d.prompt or len(d.tokens) - d.prompt >= 2]
+    if len(teaching) < len(documents):
+        logger.warning(
+            "%s: %d of %d documents are left out: fewer than 2 tokens of their answer are within --max-length %d",
+            file,
+            len(documents) - len(teaching),
+            len(documents),
+            max_length,
+        )
+    if not teaching:
+        raise CheckpointError(
+            f"{file}: no document has 2 tokens of an answer within --max-length {max_length}; raise it, or give "
+            "--train-on all"
+        )
+    return teaching
+
+
+def _prompt_tokens(row: dict[str, Any], length: int, place: str) -> int | None:
+    """Return how many of a document's tokens are its prompt, or None if the line does not say.
+
+    Raises:
+        CheckpointError: it says something that cannot be.
+    """
+    found = row.get("prompt_tokens")
+    if found is None:
+        return None
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found <= length:
+        raise CheckpointError(
+            f"{place}: prompt_tokens is {found!r}, must be an integer from 0 to {length}, the document's tokens; mend "
+            "it, or leave it out to train on the whole document"
+        )
+    return found
