@@ -39,6 +39,7 @@ from vllm_slimspec.checkpoint import (
     read_config,
     read_headers,
 )
+from vllm_slimspec.rope import plain_rope, rope_keys, speculators_rope, without_rope
 
 logger = logging.getLogger(__name__)
 
@@ -320,22 +321,25 @@ def fingerprint(name: str | os.PathLike[str]) -> str:
 
 def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     """config.json as this package writes it, without the keys of the head."""
-    config = checkpoint.flat
+    config, rope = checkpoint.flat, _rope(checkpoint)
     if checkpoint.format == "speculators":
-        config = {**_SPECULATORS_DEFAULTS, **config}
+        config = {**_SPECULATORS_DEFAULTS, **without_rope(config), **rope_keys(rope)}
         family = str(config.get("model_type", "llama"))
         config["architectures"] = [f"Eagle3{family.capitalize()}ForCausalLM"]  # head_spec knows which there are
     eagle, ids = config.get("eagle_config"), "eagle_aux_hidden_state_layer_ids"
     nested = (eagle.get(ids) or eagle.get("layer_ids")) if isinstance(eagle, dict) else None
     if nested and not config.get(ids):
         config[ids] = nested  # where vLLM looks next, each runner for one of the two names, and trainers do not
-    rope = config.pop("rope_parameters", None)
-    if isinstance(rope, dict):  # the newer spelling; the older one is read by every transformers that is supported
-        rope = dict(rope)
-        config["rope_theta"] = rope.pop("rope_theta", 10000.0)
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = rope
     return {k: v for k, v in config.items() if k not in (*_NOT_OURS, *HEAD_KEYS)} | {"tie_word_embeddings": False}
+
+
+def _rope(checkpoint: DraftCheckpoint) -> dict[str, Any]:
+    try:
+        if checkpoint.format == "speculators":
+            return speculators_rope(checkpoint.config["transformer_layer_config"])
+        return plain_rope(checkpoint.config)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}; copy the file again") from None
 
 
 def _check(checkpoint: DraftCheckpoint, spec: HeadSpec, head: torch.Tensor, d2t: torch.Tensor | None) -> None:

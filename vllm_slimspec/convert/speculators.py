@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_slimspec.rope import plain_rope, rope_keys, without_rope
+
 # vLLM reads these from the top (transformers_utils/configs/speculators/algos.py, update_eagle3), all else below.
 _TOP = (
     "draft_vocab_size",
@@ -37,6 +39,7 @@ def speculators_config(config: Mapping[str, Any], target: str, k: int) -> dict[s
         },
         **top,
         "transformer_layer_config": {
-            key: value for key, value in config.items() if key not in (*_TOP, "architectures")
-        },
+            key: value for key, value in without_rope(config).items() if key not in (*_TOP, "architectures")
+        }
+        | rope_keys(plain_rope(config)),
     }

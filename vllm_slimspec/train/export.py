@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speculators.models.utils import flatten_rope_parameters
 
 from vllm_slimspec.checkpoint import ARCHITECTURES, DENSE_ARCHITECTURES, DraftCheckpoint, write_checkpoint
+from vllm_slimspec.rope import rope_keys
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 
 _LAYER_KEYS = (
@@ -54,8 +56,6 @@ def export(
 def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the exported drafter."""
     layer = model.config.transformer_layer_config
-    rope = dict(layer.rope_parameters)
-    theta = rope.pop("rope_theta")
     config: dict[str, Any] = {
         "architectures": [(ARCHITECTURES if model.config.lm_head_rank else DENSE_ARCHITECTURES)[layer.model_type]],
         "model_type": layer.model_type,
@@ -65,12 +65,10 @@ def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, An
         "num_aux_hidden_states": len(model.target_layer_ids),
         **{key: getattr(model.config, key) for key in _NORM_KEYS},
         **{key: getattr(layer, key) for key in _LAYER_KEYS},
-        "rope_theta": theta,  # and rope_scaling: the older spelling, which every supported transformers reads
+        **rope_keys(flatten_rope_parameters(layer).rope_parameters),  # what the model was built with
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
     if "sliding_attention" in (layer.layer_types or ()):
         config |= {"layer_types": layer.layer_types, "sliding_window": layer.sliding_window, "use_sliding_window": True}
     return config

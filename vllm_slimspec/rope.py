@@ -1,0 +1,65 @@
+"""The rotary embedding that a drafter's config.json means, spelled so that every reader reads the same.
+
+Configs put the base frequency beside the block of parameters or inside it, call the block ``rope_parameters`` or
+``rope_scaling``, and its type ``rope_type`` or ``type``. vLLM reads the plain layout by transformers' class of the
+model type, and speculators' layout by a bare class without defaults, so one set of keys can mean two things.
+``rope_theta`` with ``rope_scaling`` beside it means one thing in both, under every transformers that is supported.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_BLOCKS = ("rope_scaling", "rope_parameters")
+_PARTIAL = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
+_ORIGINAL = "original_max_position_embeddings"
+_THETA = 10000.0  # transformers' default
+_SILENT_THETA = {"qwen3": 1000000.0}  # vLLM's, of a speculators config that says nothing of its rope
+
+
+def plain_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that vLLM reads from a config in the plain layout.
+
+    Raises:
+        TypeError: the block is no JSON object.
+    """
+    return _parameters(config, config.get("rope_scaling") or config.get("rope_parameters") or {})
+
+
+def speculators_rope(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that vLLM reads from the ``transformer_layer_config`` of speculators' layout.
+
+    Raises:
+        TypeError: the block is no JSON object.
+    """
+    named = [key for key in layer if key in _BLOCKS]
+    if not named and layer.get("rope_theta") is None:
+        return {"rope_theta": _SILENT_THETA.get(str(layer.get("model_type")), _THETA), "rope_type": "default"}
+    # There both names are one attribute, so the later of them is what counts.
+    return _parameters(layer, (layer[named[-1]] if named else None) or {})
+
+
+def rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of config.json that give these parameters in either layout."""
+    block = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    theta = {"rope_theta": parameters["rope_theta"]}
+    return theta if block == {"rope_type": "default"} else theta | {"rope_scaling": block}
+
+
+def without_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config without the keys that :func:`rope_keys` replaces."""
+    return {k: v for k, v in config.items() if k not in ("rope_theta", *_BLOCKS, *_PARTIAL)}
+
+
+def _parameters(config: Mapping[str, Any], block: Any) -> dict[str, Any]:
+    if not isinstance(block, Mapping):
+        raise TypeError(f"the rope parameters are {block!r}, must be a JSON object")
+    parameters = dict(block)
+    theta = config.get("rope_theta")
+    parameters.setdefault("rope_theta", _THETA if theta is None else theta)
+    partial = next((config[key] for key in _PARTIAL if config.get(key) is not None), None)
+    if partial is not None:
+        parameters.setdefault("partial_rotary_factor", partial)
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    if config.get(_ORIGINAL) is not None and parameters["rope_type"] in ("llama3", "yarn", "longrope", "su"):
+        parameters[_ORIGINAL] = config[_ORIGINAL]  # it wins over the block's
+    return parameters
