@@ -1,0 +1,461 @@
+"""Where commands write: refused before any work or written whole, never another run's, never half."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from vllm_slimspec import output
+from vllm_slimspec.output import OutputError, beside, check_free, claim_file, claim_folder, claim_work, write_whole
+
+FILES = {"model.safetensors": "weights", "README.md": "card", "config.json": "{}"}
+
+
+def fill(new: Path) -> None:
+    for name, text in FILES.items():
+        (new / name).write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def dot(work: Path) -> str:
+    (work / "empty").mkdir()
+    os.chdir(work / "empty")
+    return "."
+
+
+def dot_slash(work: Path) -> str:
+    dot(work)
+    return "./"
+
+
+def empty_name(work: Path) -> str:
+    dot(work)
+    return ""
+
+
+def dots(work: Path) -> str:
+    (work / "empty" / "below").mkdir(parents=True)
+    os.chdir(work / "empty")
+    return "below/../below/x/../../out"
+
+
+def new(work: Path) -> str:
+    return str(work / "new")
+
+
+def deep(work: Path) -> str:
+    return str(work / "a" / "b" / "new")
+
+
+def empty(work: Path) -> str:
+    (work / "empty").mkdir()
+    return str(work / "empty")
+
+
+def link(work: Path) -> str:
+    (work / "real").mkdir()
+    (work / "link").symlink_to("real")
+    return str(work / "link")
+
+
+def through_a_link(work: Path) -> str:
+    link(work)
+    return str(work / "link" / "new")
+
+
+def long_name(work: Path) -> str:
+    return str(work / ("n" * 246))
+
+
+WORK = [dot, dot_slash, empty_name, dots, new, deep, empty, link, through_a_link, long_name]
+
+
+@pytest.mark.parametrize("place", WORK, ids=lambda place: place.__name__)
+def test_folder_is_written_whole(place, tmp_path, monkeypatch):
+    """Catches: a bare errno after hours, an output somewhere else, anything left beside it or in it."""
+    monkeypatch.chdir(tmp_path)
+    path = place(tmp_path)
+    real = Path(os.path.realpath(path))
+    with claim_folder(path, run=beside(Path(path), ".run")) as claim:
+        claim.write_folder(fill)
+    assert contents(real) == FILES
+    left = {file for file in tmp_path.rglob("*") if not file.is_relative_to(real) and not file.is_symlink()}
+    assert left == {folder for folder in real.parents if folder.is_relative_to(tmp_path) and folder != tmp_path} | {
+        folder for folder in (tmp_path / "empty", tmp_path / "empty" / "below") if folder.exists() and folder != real
+    }
+
+
+@pytest.mark.parametrize("place", WORK, ids=lambda place: place.__name__)
+def test_claim_without_output_leaves_nothing(place, tmp_path, monkeypatch):
+    """Catches: folders left behind by a run that was refused for another reason."""
+    monkeypatch.chdir(tmp_path)
+    path = place(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ZeroDivisionError), claim_folder(path, run=beside(Path(path), ".run")):
+        raise ZeroDivisionError
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def full_folder(work: Path) -> str:
+    (work / "full").mkdir()
+    (work / "full" / "mine").write_text("mine")
+    return str(work / "full")
+
+
+def root(work: Path) -> str:
+    return "/"
+
+
+def a_file(work: Path) -> str:
+    (work / "file").write_text("mine")
+    return str(work / "file")
+
+
+def below_a_file(work: Path) -> str:
+    return f"{a_file(work)}/new"
+
+
+def far_below_a_file(work: Path) -> str:
+    return f"{a_file(work)}/a/b/new"
+
+
+def link_to_nowhere(work: Path) -> str:
+    (work / "link").symlink_to("nowhere")
+    return str(work / "link")
+
+
+def below_a_link_to_nowhere(work: Path) -> str:
+    return f"{link_to_nowhere(work)}/new"
+
+
+def link_to_itself(work: Path) -> str:
+    (work / "link").symlink_to("link")
+    return str(work / "link")
+
+
+def too_long(work: Path) -> str:
+    return str(work / ("n" * 250))
+
+
+def far_too_long(work: Path) -> str:
+    return str(work / ("n" * 300) / "new")
+
+
+def device(work: Path) -> str:
+    return "/dev/null"
+
+
+def run_is_a_file(work: Path) -> str:
+    (work / "new.run").write_text("mine")
+    return str(work / "new")
+
+
+REFUSED = [
+    (full_folder, "exists and is not an empty folder; remove it or choose another output"),
+    (root, "exists and is not an empty folder; remove it or choose another output"),
+    (a_file, "exists and is not an empty folder but a file; remove it or choose another output"),
+    (below_a_file, "file is no folder, so nothing can be written in it; choose another output"),
+    (far_below_a_file, "is no folder, so nothing can be written in it; choose another output"),
+    (link_to_nowhere, "is a link to nowhere, which is not there; make that folder or choose another output"),
+    (below_a_link_to_nowhere, "link is a link to nowhere, which is not there; make that folder or choose another"),
+    (link_to_itself, "is a link to link, which is not there"),
+    (too_long, "the name is too long, with what is added to it while it is written; choose a shorter name"),
+    (far_too_long, "the name is too long, with what is added to it while it is written; choose a shorter name"),
+    (device, "exists and is not an empty folder but a file"),
+    (run_is_a_file, "is a file where a folder for work in progress must be; choose another output"),
+]
+
+
+@pytest.mark.parametrize(("place", "message"), REFUSED, ids=lambda case: getattr(case, "__name__", ""))
+def test_folder_that_cannot_be_written_is_refused_before_any_work(place, message, tmp_path):
+    """Catches: a place that turns out to be no place after hours of work; files of somebody else touched."""
+    path = place(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError) as error, claim_folder(path, run=beside(Path(path), ".run")):
+        pytest.fail("the work began")
+    assert str(error.value).startswith(f"{path}")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (empty, "is a folder, and a file is to be written; give the name of a file as the output"),
+        (device, "is a device or pipe, and a file is to be written; give the name of a file as the output"),
+        (below_a_file, "is no folder, so nothing can be written in it"),
+        (link_to_nowhere, "is a link to nowhere, which is not there"),
+        (too_long, "the name is too long"),
+    ],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_file_that_cannot_be_written_is_refused_before_any_work(place, message, tmp_path):
+    """Catches: results of hours that have no place; a device replaced by a file."""
+    path = place(tmp_path)
+    with pytest.raises(OutputError, match=message), claim_file(path):
+        pytest.fail("the work began")
+
+
+@pytest.mark.parametrize("place", [new, deep, a_file, through_a_link, long_name], ids=lambda place: place.__name__)
+def test_file_is_written_whole(place, tmp_path):
+    """Catches: a file that is half the old one, or a folder left beside it."""
+    path = Path(place(tmp_path))
+    with claim_file(path) as claim:
+        claim.write(lambda file: file.write_text("one"))
+        with pytest.raises(ZeroDivisionError):
+            claim.write(lambda file: (file.write_text("half"), 1 / 0))
+        assert path.read_text() == "one"
+        with claim_file(path) as again:
+            again.write(lambda file: file.write_text("two"))
+    assert path.read_text() == "two"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_file_behind_a_link_stays_behind_it(tmp_path):
+    """Catches: the link replaced by a file, so that its owner looks at the old one for ever."""
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    with claim_file(tmp_path / "link.json") as claim:
+        claim.write(lambda file: file.write_text("new"))
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+
+
+def test_mounted_file_is_written_in_place(tmp_path, monkeypatch):
+    """Catches: a result lost because a container mounts its file, which no rename can replace."""
+    (tmp_path / "f.json").write_text("old")
+    with monkeypatch.context() as patched, claim_file(tmp_path / "f.json") as claim:
+        patched.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
+        claim.write(lambda file: file.write_text("new"))
+    assert contents(tmp_path) == {"f.json": "new"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO])
+def test_file_system_that_refuses_is_one_line(number, tmp_path, monkeypatch):
+    """Catches: a disk that is full, or may only be read, found out after the work; a bare errno."""
+
+    def refuse(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OutputError, match="choose another output") as error, claim_folder(tmp_path / "new"):
+        pytest.fail("the work began")
+    assert os.strerror(number) in str(error.value)
+    assert "Errno" not in str(error.value)
+
+
+def test_disk_without_room_for_a_byte_is_refused(tmp_path, monkeypatch):
+    """Catches: a disk that has room for names but not for bytes, found out after the work."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(OutputError, match="its disk has no room"), claim_folder(tmp_path / "new"):
+        pytest.fail("the work began")
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_was_filled_meanwhile_is_kept_apart(tmp_path):
+    """Catches: hours of work gone, or somebody's files overwritten, because the output came to be while they lasted."""
+    with claim_folder(tmp_path / "d") as claim:
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "config.json").write_text("mine")
+        with pytest.raises(OutputError, match=r"it is kept in .*, move it from there"):
+            claim.write_folder(fill)
+    assert contents(tmp_path / "d") == {"config.json": "mine"}
+    (kept,) = (tmp_path / ".d.partial").glob("new*")
+    assert contents(kept) == FILES
+
+
+OTHER = """
+import sys, pathlib
+from vllm_slimspec import output
+with getattr(output, sys.argv[1])(sys.argv[2]) as claim:
+    (claim.place / "new").mkdir()
+    (claim.place / "new" / "model.safetensors").write_text("of the living")
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Start another process that claims an output, and works on it until it is told to end or is killed."""
+    started = []
+
+    def start(kind: str, path: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", OTHER, kind, path]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path)
+        started.append(process)
+        assert process.stdout.readline() == b"claimed\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("kind", ["claim_folder", "claim_file", "claim_work"])
+def test_second_run_of_one_output_is_refused(kind, other, tmp_path, monkeypatch):
+    """Catches: two runs that write one output, under one spelling of its name or two."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    process = other(kind, "out")
+    place = next(tmp_path.rglob("*.partial"))
+    monkeypatch.chdir(tmp_path)
+    for spelled in ("out", f"{tmp_path}/out", "link/out", "x/../out"):
+        message = rf"^{spelled}: another run writes this output \(pid {process.pid} on .+\); wait for it, end it, or"
+        with pytest.raises(OutputError, match=message), getattr(output, kind)(spelled):
+            pytest.fail("the work began")
+    assert (place / "new" / "model.safetensors").read_text() == "of the living"
+    process.communicate()
+    with getattr(output, kind)("out"):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["claim_folder", "claim_file", "claim_work"])
+def test_dead_owner_leaves_nothing_in_the_way(kind, other, tmp_path, injected):
+    """Catches: an output that nobody can write any more after a kill; gigabytes of a dead run left on the disk."""
+    process = other(kind, "out")
+    process.kill()
+    process.wait()
+    with getattr(output, kind)(tmp_path / "out") as claim:
+        assert [file.name for file in claim.place.iterdir()] == ["lock"]
+    assert not list(tmp_path.rglob("*.partial"))
+    injected("the owner of an output killed", 1)
+
+
+def test_claim_of_a_longer_name_is_left_alone(other, tmp_path):
+    """Catches: a run that removes the unfinished work of another one, whose name begins like its own."""
+    other("claim_folder", "llama-3.1-8b-slim")
+    for name in ("llama-3", "llama-3.1-8b-slim.safetensors", "lama-3.1-8b-slim", ".llama-3.1-8b-slim"):
+        with claim_folder(tmp_path / name) as claim:
+            claim.write_folder(fill)
+    found = tmp_path / ".llama-3.1-8b-slim.partial" / "new" / "model.safetensors"
+    assert found.read_text() == "of the living"
+
+
+def test_claim_in_another_thread_is_refused(tmp_path):
+    """Catches: two threads that write one output, where locks belong to the whole process."""
+    seen = []
+
+    def work():
+        try:
+            with claim_folder(tmp_path / "d"):
+                seen.append("claimed")
+        except OutputError as error:
+            seen.append(str(error))
+
+    with claim_folder(tmp_path / "d"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert f"pid {os.getpid()} on" in seen[0]
+
+
+def test_forked_child_keeps_no_claim(tmp_path):
+    """Catches: a data loader's worker that outlives its parent and keeps the output locked, or removes the parent's."""
+    with claim_folder(tmp_path / "d") as claim:
+        child = os.fork()
+        if child == 0:
+            os._exit(1 if output._held else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        claim.write_folder(fill)
+    assert contents(tmp_path / "d") == FILES
+
+
+def test_file_system_without_locks_only_warns(tmp_path, monkeypatch, caplog):
+    """Catches: no output at all on a network file system that cannot lock."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(output.fcntl, "flock", refuse)
+    with claim_folder(tmp_path / "d") as claim:
+        claim.write_folder(fill)
+    assert contents(tmp_path / "d") == FILES
+    assert "cannot lock files (No locks available)" in caplog.text
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vllm_slimspec import output
+points = 0
+def watched(original):
+    def call(*arguments, **options):
+        global points
+        points += 1
+        if points == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    return call
+for name in ("replace", "rename", "write_text", "unlink", "mkdir"):
+    setattr(Path, name, watched(getattr(Path, name)))
+os.fsync = watched(os.fsync)
+def fill(new):
+    for name in ("model.safetensors", "README.md", "config.json"):
+        (new / name).write_text(name)
+os.chdir(sys.argv[1])
+with output.claim_folder(".") as claim:
+    claim.write_folder(fill)
+"""
+
+
+def test_folder_in_place_killed_anywhere_is_no_drafter_until_it_is_whole(tmp_path, injected):
+    """Catches: half a drafter in a folder that no rename can replace; a rerun that stumbles over that half."""
+    point, code = 0, -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        point += 1
+        folder = tmp_path / str(point)
+        folder.mkdir()
+        code = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(point)]).returncode
+        names = {file.name for file in folder.iterdir()}
+        assert "config.json" not in names or {"model.safetensors", "README.md"} <= names
+        if "config.json" not in names:
+            check_free(folder / "x")
+            subprocess.run([sys.executable, "-c", KILLED, str(folder), "-1"], check=True)
+        assert {file.name for file in folder.iterdir()} - {".slimspec.partial"} == set(FILES)
+        shutil.rmtree(folder)
+    assert code == 0
+    assert point > 12
+    injected("writing into a mounted folder killed", point)
+
+
+def test_earlier_report_may_be_replaced(tmp_path):
+    """Catches: a report that cannot be made twice in one folder, or one that is written over other files."""
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds other files, but no report\.md"):
+        check_free(tmp_path, earlier="report.md")
+    (tmp_path / "report.md").write_text("old")
+    with claim_folder(tmp_path, earlier="report.md") as claim:
+        claim.write_folder(lambda new: (new / "report.md").write_text("new"), last="report.md")
+    assert contents(tmp_path) == {"config.json": "mine", "report.md": "new"}
+
+
+def test_work_folder_keeps_what_is_in_it(tmp_path):
+    """Catches: the work of an earlier run removed, or called taken."""
+    (tmp_path / "states").write_text("kept")
+    with claim_work(tmp_path) as claim:
+        claim.write_folder(lambda new: (new / "more").write_text("new"), last="more")
+    assert contents(tmp_path) == {"states": "kept", "more": "new"}
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_write_whole_gives_the_room_back(durable, tmp_path):
+    """Catches: half a file under its name, or left on the full disk."""
+    write_whole(tmp_path / "f", lambda part: part.write_text("one"), durable=durable)
+    with pytest.raises(ZeroDivisionError):
+        write_whole(tmp_path / "f", lambda part: (part.write_text("half"), 1 / 0), durable=durable)
+    assert contents(tmp_path) == {"f": "one"}
