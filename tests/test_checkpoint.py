@@ -20,6 +20,7 @@ from vllm_slimspec.checkpoint import (
     write_checkpoint,
 )
 from vllm_slimspec.cli import app
+from vllm_slimspec.output import OutputError
 
 
 def _open(folder: Path) -> DraftCheckpoint:
@@ -376,7 +377,7 @@ class TestWrite:
     def test_taken_folder(self, tmp_path):
         """Catches: somebody's files overwritten."""
         (tmp_path / "file").write_text("mine")
-        with pytest.raises(CheckpointError, match="not an empty folder"):
+        with pytest.raises(OutputError, match="not an empty folder"):
             write_checkpoint(tmp_path, drafters.config(), drafters.tensors(), {})
         assert [f.name for f in tmp_path.iterdir()] == ["file"]
 

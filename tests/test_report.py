@@ -424,7 +424,7 @@ def test_bad_files(files, message, tmp_path, monkeypatch):
 def test_nobody_elses_folder_is_replaced(tmp_path):
     """Catches: --output-path . and the work in it is gone."""
     heads().write(tmp_path / "head.json")
-    with pytest.raises(ValueError, match="exists and is no report"):
+    with pytest.raises(ValueError, match=r"exists and holds other files, but no report\.md"):
         write_report([tmp_path / "head.json"], tmp_path)
     assert (tmp_path / "head.json").is_file()
     for _ in range(2):  # its own earlier one is

@@ -183,7 +183,7 @@ def test_a_data_set_is_whole_or_not_there(work, tmp_path, monkeypatch):
             write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
     write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
     check_states(tmp_path)
-    assert not (tmp_path / ".part").exists()
+    assert not (tmp_path / ".slimspec.partial").exists()
 
 
 def test_documents_by_line(work, tmp_path, caplog):

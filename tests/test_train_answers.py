@@ -86,7 +86,7 @@ def test_nothing_is_lost_and_nothing_asked_twice(target, engine, prompts, tmp_pa
     with pytest.raises(EngineError, match=r"vLLM failed \(EngineCore encountered an issue\); repeat the command"):
         write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
     assert not (tmp_path / "a.jsonl").exists()
-    with (tmp_path / "a.jsonl.part").open("ab") as file:
+    with (tmp_path / "a.jsonl.partial").open("ab") as file:
         file.write(b'{"input_ids": [7, 8')
     engine.dies_after = None
     write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)

@@ -22,13 +22,13 @@ checkpoint is ever run. Every refusal is a :class:`CheckpointError`: one line wi
 import json
 import math
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from vllm_slimspec.output import claim_folder
 
 if TYPE_CHECKING:
     import torch
@@ -515,8 +515,6 @@ def write_checkpoint(
 ) -> DraftCheckpoint:
     """Write a drafter, low-rank or dense, whole or not at all.
 
-    Everything is written and checked in a folder beside the final one, which then takes its name.
-
     Args:
         folder: the new drafter; must not exist, or be empty.
         config: config.json, with the keys of this module's docstring.
@@ -525,35 +523,23 @@ def write_checkpoint(
         card: README.md, the model card, if there is one.
 
     Raises:
-        CheckpointError: the folder is taken, or what was written would not be accepted by :meth:`DraftCheckpoint.open`.
+        OutputError: the folder is taken.
+        CheckpointError: what was written would not be accepted by :meth:`DraftCheckpoint.open`.
         OSError: the disk refuses; nothing is left behind.
     """
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path}: exists and is not an empty folder; remove it or choose another output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for entry in path.parent.iterdir():  # of runs that were killed
-        if entry.name.startswith(f".{path.name}.") and entry.suffix == ".partial":
-            shutil.rmtree(entry, ignore_errors=True)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
-    try:
+
+    def fill(new: Path) -> None:
         whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_tensors(whole, partial / "model.safetensors", {"format": "pt"})
+        save_tensors(whole, new / "model.safetensors", {"format": "pt"})
         for name, content in (("config.json", config), ("slimspec.json", provenance)):
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        written = DraftCheckpoint.open(partial)
-        written.check_values()
-        for file in partial.iterdir():
-            _fsync(file)
-        _fsync(partial)
-        partial.rename(path)
-        _fsync(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return DraftCheckpoint.open(path)
+            (new / "README.md").write_text(card, encoding="utf-8")
+        DraftCheckpoint.open(new).check_values()
+
+    with claim_folder(folder) as claim:
+        claim.write_folder(fill)
+    return DraftCheckpoint.open(folder)
 
 
 def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -574,30 +560,6 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[
 def architecture(spec: HeadSpec) -> str:
     """The vLLM architecture that serves this head."""
     return ARCHITECTURES[spec.family]
-
-
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` write beside the file and rename, so that a name is there only with all its bytes.
-
-    Raises:
-        Exception: what ``write`` raises; nothing is left behind, so a full disk gets its room back.
-    """
-    part = file.with_name(f".{file.name}.part")
-    try:
-        write(part)
-        _fsync(part)
-        part.replace(file)
-    except Exception:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _without_none(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from vllm_slimspec.bench.acceptance import Acceptance, from_engine
 from vllm_slimspec.bench.process import last_words
+from vllm_slimspec.output import write_whole
 
 _TOP = 8  # log-probabilities kept of the target alone
 
@@ -165,9 +166,7 @@ def main() -> None:
     llm, answers = _run(Question.model_validate_json(asked.read_text()))
     dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
     found = Found(made_from=made_from, device=device, dtype=dtype, answers=answers)
-    partial = file.with_suffix(".partial")
-    partial.write_text(found.model_dump_json())
-    partial.replace(file)
+    write_whole(file, lambda part: part.write_text(found.model_dump_json()))
 
 
 if __name__ == "__main__":

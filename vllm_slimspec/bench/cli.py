@@ -2,7 +2,7 @@
 
 import json as json_format
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +10,13 @@ import typer
 
 from vllm_slimspec.bench import cycle, parts, rivals
 from vllm_slimspec.bench.head import app
-from vllm_slimspec.bench.options import choices, positive_ints
+from vllm_slimspec.bench.options import choices, claim_results, positive_ints
 from vllm_slimspec.bench.pairs import TARGETS
 from vllm_slimspec.bench.prompts import Benchmark, convert, read_lines
 from vllm_slimspec.bench.results import AcceptanceResults
 from vllm_slimspec.bench.synthetic import NO_SYNTHETIC
 from vllm_slimspec.console import json_object, one_line_errors
+from vllm_slimspec.output import beside, claim_file, claim_work
 
 if TYPE_CHECKING:
     from vllm_slimspec.bench.results import ServeResults
@@ -60,9 +61,9 @@ def acceptance(
         ignore_eos=ignore_eos,
         engine=json_object(engine_args, "--engine-args"),
         # what an engine answered is kept there, for a run that was killed
-        work=None if json is None else json.with_name(f"{json.name}.run"),
+        work=None if json is None else beside(json, ".run"),
     )
-    with one_line_errors(), _status() as tick:
+    with one_line_errors(), claim_results(json, run=options.work), _status() as tick:
         results = compare.measure(options, tick)
         if json is not None:
             results.write(json)
@@ -77,14 +78,13 @@ def prompts(
     raw: Annotated[bool, typer.Option("--raw", help="For a model that completes text: no chat.")] = False,
 ) -> None:
     """Turn MT-Bench (first turns), HumanEval or GSM8K into prompts."""
-    with one_line_errors():
+    with one_line_errors(), claim_file(output_path) as claim:
         try:
             rows = convert(read_lines(file), source, raw=raw)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         text = "".join(json_format.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        output_path.parent.mkdir(parents=True, exist_ok=True)
-        output_path.write_text(text, encoding="utf-8")
+        claim.write(lambda new: new.write_text(text, encoding="utf-8"))
     typer.echo(f"{len(rows)} prompts written to {output_path}")
 
 
@@ -126,7 +126,7 @@ def serve(
         raise typer.BadParameter(f"{shape!r} is not one of: {', '.join(TARGETS)}", param_hint="--shape")
     numbers = positive_ints(concurrency, "--concurrency", "numbers of requests at once")
     names, further = choices(heads, bench.HEADS, "--heads"), shlex.split(server_args)
-    with one_line_errors(), _status() as tick:
+    with one_line_errors(), claim_results(json), claim_work(work_path) if shape else nullcontext(), _status() as tick:
         measured = None if acceptance is None else AcceptanceResults.read(acceptance)
         if target and drafter and prompts:
             pair = bench.Pair(target, _drafters(drafter), prompts, further)

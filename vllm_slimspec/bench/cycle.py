@@ -19,13 +19,14 @@ import typer
 from vllm_slimspec.bench.bootstrap import interval
 from vllm_slimspec.bench.cycle_engine import Found, Plan, Turn, rotated, run
 from vllm_slimspec.bench.head import device_name, quantile
-from vllm_slimspec.bench.options import choices, positive_ints, progress
+from vllm_slimspec.bench.options import choices, claim_results, positive_ints, progress
 from vllm_slimspec.bench.pairs import DTYPE, TARGETS, asked_for, write_drafter, write_target
 from vllm_slimspec.bench.results import AcceptanceResults, CycleResults, CycleRow, provenance
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.speedup import least_ratio
 from vllm_slimspec.bench.synthetic import NO_SYNTHETIC, rates, synthetic
 from vllm_slimspec.console import one_line_errors
+from vllm_slimspec.output import claim_work
 
 HEADS = (
     "null",
@@ -244,7 +245,7 @@ def cycle(
         repeats=repeats,
         work=work_path,
     )
-    with one_line_errors():
+    with one_line_errors(), claim_results(json), claim_work(work_path):
         if acceptance is not None:
             options = options._replace(acceptance=AcceptanceResults.read(acceptance))
         for results in measure(options, lambda total: progress(total, "cycles")):

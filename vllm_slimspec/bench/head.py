@@ -13,11 +13,12 @@ import typer
 from torch import Tensor
 
 from vllm_slimspec import ops
-from vllm_slimspec.bench.options import choices, positive_ints, progress
+from vllm_slimspec.bench.options import choices, claim_results, positive_ints, progress
 from vllm_slimspec.bench.results import HeadResults, HeadRow, PartResults, TunedTable, provenance
 from vllm_slimspec.bench.shapes import SHAPES, Shape
 from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.cpu import PackedFactor
+from vllm_slimspec.output import claim_file
 from vllm_slimspec.selection import best_of
 
 HEADS = (
@@ -395,20 +396,29 @@ def head(
     shape_names = choices(shapes, SHAPES, "--shapes")
     head_names = choices(heads, HEADS, "--heads")
     sizes = positive_ints(batches, "--batches", "batch sizes")
-    try:
-        where = torch.device(device)
+    with one_line_errors(), claim_results(json):
+        where = _device(device)
         if tune:
             _tune(shape_names, where, repeats, json)
             return
         turns = len(shape_names) * len(sizes) * (repeats + 2)
         with progress(turns, "timing") as tick:
             results = measure(shape_names, head_names, sizes, device=where, repeats=repeats, tick=tick)
-    except (RuntimeError, ValueError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-    if json:
-        results.write(json)
+        if json:
+            results.write(json)
     _print(results)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name; ValueError where this machine has none."""
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # the second: torch was built without CUDA
+        raise ValueError(
+            f"--device {name}: this machine cannot run on it ({str(error).splitlines()[0]}); give cpu"
+        ) from None
+    return found
 
 
 def _tune(shapes: Sequence[str], device: torch.device, repeats: int, json: Path | None) -> None:
@@ -430,7 +440,7 @@ def _tune(shapes: Sequence[str], device: torch.device, repeats: int, json: Path 
 
     path = json or tuned_path(device_name(device))
     known = TunedTable.read(path) if path.is_file() else None
-    with progress(None, "tuning") as tick:
+    with claim_file(path), progress(None, "tuning") as tick:
         for table in tune(shapes, device, tick, known):  # minutes each: what is known is kept
             table.write(path)
     typer.echo(f"{path}: what it had for these versions was kept, the rest was tuned; remove it to begin anew")

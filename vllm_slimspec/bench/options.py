@@ -2,9 +2,13 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import typer
+
+from vllm_slimspec.output import claim_file
 
 
 def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
@@ -25,6 +29,11 @@ def positive_ints(given: str, option: str, what: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise typer.BadParameter(f"{given!r} is not a list of {what} such as 1,8,64", param_hint=option)
     return numbers
+
+
+def claim_results(json: Path | None, *, run: Path | None = None) -> AbstractContextManager[Any]:
+    """Claim the file of ``--json``, where it is given, before anything is measured; see :func:`claim_file`."""
+    return nullcontext() if json is None else claim_file(json, run=run)
 
 
 @contextmanager

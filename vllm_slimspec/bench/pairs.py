@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_slimspec.bench.head import RERANK_K, Weights, trimmed_offsets
 from vllm_slimspec.bench.shapes import Shape
-from vllm_slimspec.checkpoint import ARCHITECTURES, DENSE, DOWN, UP
+from vllm_slimspec.checkpoint import ARCHITECTURES, DENSE, DOWN, UP, save_tensors
+from vllm_slimspec.output import claim_folder, write_whole
 from vllm_slimspec.quantized import KINDS
 
 RIVAL_ARCHITECTURE = "SlimSpecRivalLlamaForCausalLMEagle3"
@@ -202,14 +202,17 @@ def write_drafter(folder: Path, target: dict[str, Any], rank: int, head: str) ->
     path = folder / head
     if _is_made_from(path, config):
         return path
-    partial = folder / f".{head}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for part in _parts(config, head):
-        os.link(_part(folder, config, rank, part), partial / f"{part}.safetensors")
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.rmtree(path, ignore_errors=True)
-    return partial.rename(path)
+    with claim_folder(path) as claim:
+        files = {part: _part(folder, config, rank, part) for part in _parts(config, head)}
+
+        def fill(new: Path) -> None:
+            for part, file in files.items():
+                os.link(file, new / f"{part}.safetensors")
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+        claim.write_folder(fill)
+    return path
 
 
 def _is_made_from(path: Path, config: dict[str, Any]) -> bool:
@@ -252,9 +255,7 @@ def _part(folder: Path, config: dict[str, Any], rank: int, part: str) -> Path:
     file = folder / f"{part}-{key}.safetensors"
     if not file.is_file():
         tensors = _body(config) if part == "body" else _head(config, rank, part)
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(file)
+        write_whole(file, lambda part: save_tensors(tensors, part, {"format": "pt"}))
     return file
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_slimspec.output import claim_file
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -28,10 +30,9 @@ class Results(_Record):
 
     def write(self, path: Path) -> None:
         """Write the file whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(self.model_dump_json(by_alias=True, indent=1) + "\n")
-        partial.replace(path)
+        text = self.model_dump_json(by_alias=True, indent=1) + "\n"
+        with claim_file(path) as claim:
+            claim.write(lambda new: new.write_text(text))
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_slimspec.console import json_object, one_line_errors
+from vllm_slimspec.output import beside, claim_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,9 +134,11 @@ def convert(
     )
     with one_line_errors():
         if divisors:
-            evaluation, outcomes = run.sweep(options, divisors)
-            _print_sweep(evaluation, outcomes)
-            _plot_sweep(outcomes, output_path.with_name(f"{output_path.name}.sweep.png"))
+            plot = beside(output_path, ".sweep.png")
+            with claim_file(plot):
+                evaluation, outcomes = run.sweep(options, divisors)
+                _print_sweep(evaluation, outcomes)
+                _plot_sweep(outcomes, plot)
             return
         done = run.convert(options)
     if done.evaluation is not None:
@@ -192,7 +195,8 @@ def _plot_sweep(outcomes: list["Outcome"], file: Path) -> None:
     except ImportError:
         typer.echo("no plot: pip install 'vllm-slimspec[bench]'", err=True)
         return
-    figure.savefig(file, dpi=150)
+    with claim_file(file) as claim:
+        claim.write(lambda new: figure.savefig(new, dpi=150))
     typer.echo(f"plot: {file}")
 
 

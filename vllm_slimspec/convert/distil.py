@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from vllm_slimspec.checkpoint import write_whole
 from vllm_slimspec.convert.evaluate import Factors
+from vllm_slimspec.output import write_whole
 
 Loss = Literal["greedy", "kl", "nla", "lk_hybrid"]
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256 as hash_of
@@ -35,6 +37,7 @@ from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.convert.states import HeadStates, Rows, common, concatenate, sha256
 from vllm_slimspec.convert.vocabulary import check_size, counts_from_file, counts_from_states, counts_from_text, kept
 from vllm_slimspec.ops import MAX_K
+from vllm_slimspec.output import beside, claim_folder, claim_work
 from vllm_slimspec.quantized import quantize_up
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,12 @@ class Options:
     @property
     def run(self) -> Path:
         """Where calibration and distillation keep what they have done."""
-        return self.output.with_name(f"{self.output.name}.run")
+        return beside(self.output, ".run")
+
+    @property
+    def runs(self) -> Path | None:
+        """The same, where there is something to keep."""
+        return self.run if self.calibration or self.distil or self.joint else None
 
 
 @dataclass(frozen=True)
@@ -341,11 +349,15 @@ def convert(options: Options) -> Converted:
     Raises:
         CheckpointError: the input is bad, or the conversion loses more than ``max_loss`` and ``force`` is off. Nothing
             is written then but the resumable run beside the output.
+        OutputError: the output is taken, cannot be written, or another process writes it.
         OSError: the disk refuses; the output is not there.
     """
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        raise CheckpointError(f"{options.output}: exists and is not an empty folder; remove it or choose another")
     _check(options)
+    with claim_folder(options.output, run=options.runs):
+        return _convert(options)
+
+
+def _convert(options: Options) -> Converted:
     work = Conversion(options)
     made = _dense(work) if options.head == "dense" else _low_rank(work)
     # Dense rows are of no use to a head without factors, and not of the same body as one that was trained with it.
@@ -410,6 +422,11 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
             "--sweep measures every rank with and without re-ranking, and nothing else; leave out --distill-steps, "
             "--joint-steps, --rerank, --quantize and --head"
         )
+    with claim_work(options.run) if options.runs else nullcontext():
+        return _sweep(options, divisors)
+
+
+def _sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[Outcome]]:
     work = Conversion(options, divisors)
     if work.states is None:
         raise CheckpointError("--sweep measures, so it needs --calibration or --hidden-states")
@@ -547,7 +564,14 @@ def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome
     }
     provenance = json.loads(json.dumps(provenance))  # keys that are numbers become text, as they will be on disk
     alone = options.layout == "speculators"
-    text = card(config, provenance, target=options.target, output=options.output.name, k=work.k, alone=alone)
+    text = card(
+        config,
+        provenance,
+        target=options.target,
+        output=Path(os.path.realpath(options.output)).name,
+        k=work.k,
+        alone=alone,
+    )
     if alone:
         assert options.target is not None
         # A name to be loaded from wherever the server is started.

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_slimspec.checkpoint import CheckpointError, save_tensors, write_whole
+from vllm_slimspec.checkpoint import CheckpointError, save_tensors
+from vllm_slimspec.output import write_whole
 
 FORMAT = 1
 _HELD_OUT = 5  # one document in five
@@ -273,7 +274,7 @@ class StatesWriter:
 
     def _others(self) -> Iterator[Path]:
         """Files that no run of this class left there, killed or not."""
-        return (file for file in self.path.iterdir() if not file.name.endswith(".part"))
+        return (file for file in self.path.iterdir() if not file.name.endswith(".partial"))
 
     def _file(self, group: int) -> Path:
         return self.path / f"states-{group:05d}.safetensors"

@@ -2,7 +2,7 @@
 
 OUTPUT.jsonl         {"input_ids": [...], "prompt_tokens": 17}, a line for each different prompt, in their order
 OUTPUT.jsonl.json    what they are the answers of: target, prompts, sampling
-OUTPUT.jsonl.part    while it grows; the same command goes on where it was killed
+OUTPUT.jsonl.partial while it grows; the same command goes on where it was killed
 """
 
 import gc
@@ -17,9 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_slimspec.bench.answers import EngineError
-from vllm_slimspec.checkpoint import write_whole
 from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
+from vllm_slimspec.output import beside, claim_file, write_whole
 
 _TOGETHER = 1024  # prompts; so much is answered again after a kill, at the most
 
@@ -49,13 +49,25 @@ def write_answers(
     Raises:
         CheckpointError: a line is no prompt, does not fit, or cannot be tokenised; or vLLM does not take the target.
         ValueError: the output holds the answers of another target, other prompts or other sampling.
+        OutputError: the output cannot be written, or another process writes it.
         EngineError: vLLM failed. What was answered is kept.
     """
-    output, options = Path(output), dict(engine or {})
-    rows = read_prompts(Path(prompts))
+    with claim_file(output) as claim:
+        return _write_answers(target, Path(prompts), claim.path, temperature, max_tokens, dict(engine or {}))
+
+
+def _write_answers(
+    target: str | Path,
+    prompts: Path,
+    output: Path,
+    temperature: float | None,
+    max_tokens: int,
+    options: dict[str, Any],
+) -> int:
+    rows = read_prompts(prompts)
     tokenizer = open_tokenizer(rows, str(target))
     vocab_size, length = limits(target, options)
-    documents = tokenise(rows, tokenizer, vocab_size, length - max_tokens, Path(prompts))
+    documents = tokenise(rows, tokenizer, vocab_size, length - max_tokens, prompts)
     made_from = {
         "target": str(target),
         "prompts": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
@@ -65,7 +77,7 @@ def write_answers(
     _claim(output, made_from)
     if output.exists():
         return len(documents)
-    part = output.with_name(f"{output.name}.part")
+    part = beside(output, ".partial")
     with part.open("ab+") as file, tqdm(total=len(documents), desc="Answers", unit="prompt", disable=None) as progress:
         done = _whole_lines(file)
         progress.update(done)

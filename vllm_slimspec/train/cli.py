@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from vllm_slimspec.console import json_object, one_line_errors
+from vllm_slimspec.output import beside, claim_file, claim_folder, claim_work
 
 
 class _Stages(TyperGroup):
@@ -95,7 +96,7 @@ def run(
     terabytes: Terabytes = None,
 ) -> None:
     """All three stages, from prompts to a drafter; run again, it goes on where it stopped."""
-    data = Path(f"{output_path}.run")
+    data = beside(output_path, ".run")
     with one_line_errors():
         flags = _flags(context, loss, head=head.value, rank=rank, head_init=head_init.value)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -112,9 +113,10 @@ def run(
             lengths = [n + max_tokens for n in read_lengths(target, prompts)]
             _show_plan(config, Data(lengths, len(lengths) * max_tokens), output_path, tflops, terabytes)
             return
-    answers(target, prompts, data / "answers.jsonl", temperature, max_tokens, engine_args)
-    states(target, data / "answers.jsonl", data / "states", max_length, train_on, flags.get("target_layer_ids"))
-    _fit(target, data / "states", output_path, flags)
+    with one_line_errors(), claim_folder(output_path, run=data):
+        answers(target, prompts, data / "answers.jsonl", temperature, max_tokens, engine_args)
+        states(target, data / "answers.jsonl", data / "states", max_length, train_on, flags.get("target_layer_ids"))
+        _fit(target, data / "states", output_path, flags)
 
 
 @app.command(epilog="Example: slimspec train answers --target T --prompts prompts.jsonl --output-path answers.jsonl")
@@ -129,7 +131,7 @@ def answers(
     """Let the target answer prompts, by vLLM; run again, it goes on where it stopped."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     engine = json_object(engine_args, "--engine-args")
-    with one_line_errors():
+    with one_line_errors(), claim_file(output_path):
         from vllm_slimspec.train.answers import write_answers
 
         write_answers(target, prompts, output_path, temperature=temperature, max_tokens=max_tokens, engine=engine)
@@ -152,7 +154,7 @@ def states(
     ] = None,
 ) -> None:
     """Run the target over documents and keep the hidden states; run again, it resumes and mends broken files."""
-    with one_line_errors():
+    with one_line_errors(), claim_work(output_path):
         from vllm_slimspec.train.documents import read_documents
         from vllm_slimspec.train.states import write_states
 

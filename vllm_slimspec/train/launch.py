@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,8 @@ from speculators.train.logger import setup_metric_logger
 from transformers import AutoConfig, PretrainedConfig
 
 import vllm_slimspec
-from vllm_slimspec.checkpoint import DraftCheckpoint, write_whole
+from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.output import beside, check_free, claim_folder, write_whole
 from vllm_slimspec.train.export import export
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
@@ -156,7 +157,8 @@ def fit(
         the drafter; None in all but the first process of torchrun.
 
     Raises:
-        ValueError: a value is not allowed, the output is taken, or the run there is another one.
+        ValueError: a value is not allowed, or the run there is another one.
+        OutputError: the output is taken, cannot be written, or another process writes it.
         OSError: the disk is full, or the vLLM server of ``on_missing="generate"`` is gone. Checkpoints are kept.
         KeyboardInterrupt: the run was interrupted; its checkpoint is kept.
     """
@@ -166,9 +168,17 @@ def fit(
         raise ValueError(f"{data}: holds no training data; make it with `slimspec train states` first")
     if run["draft_vocab_size"] and not (Path(data) / "token_freq.pt").exists():
         raise ValueError(f"{data}: no token_freq.pt to choose a vocabulary by; write the states again")
-    output, checkpoints = Path(output), Path(run["save_path"])
-    process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
-    check_states(Path(data), missing_is_wrong=run["on_missing"] == "raise", part=process, parts=processes)
+    output = Path(output)
+    process = int(os.environ.get("RANK", "0"))  # torchrun's, of which the first one writes the output
+    with claim_folder(output, run=beside(output, ".run")) if process == 0 else nullcontext():
+        return _fit(config, Path(data), output)
+
+
+def _fit(config: SlimSpecTrainConfig, data: Path, output: Path) -> DraftCheckpoint | None:
+    run = config.flatten()
+    target, checkpoints = run["verifier_name_or_path"], Path(run["save_path"])
+    process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    check_states(data, missing_is_wrong=run["on_missing"] == "raise", part=process, parts=processes)
     if process == 0:
         _claim(output, run)
     with slimspec_in_speculators() as trainers:
@@ -190,7 +200,7 @@ def fit(
     metrics = metrics_file(checkpoints)
     speed = _speed(model, run, metrics)
     logger.info("%d steps, %.0f tokens and %.3g TFLOP a second on each device", trainer.global_step, *speed.values())
-    target_config = AutoConfig.from_pretrained(str(target)).get_text_config()
+    target_config = AutoConfig.from_pretrained(target).get_text_config()
     checkpoint = export(
         model,
         output,
@@ -201,7 +211,7 @@ def fit(
                 "vllm-slimspec": vllm_slimspec.__version__,
                 **{name: version(name) for name in ("speculators", "torch", "transformers")},
             },
-            "target": str(target),
+            "target": target,
             "flags": {key: run[key] for key in sorted(run) if run[key] is not None},
             "steps": trainer.global_step,
             "held_out": trainer.held_out,
@@ -229,8 +239,7 @@ def resolve(
     """
     _require_speculators()
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: exists and is not an empty folder; remove it or choose another output")
+    check_free(output)
     layer_ids = read_layer_ids(Path(data))
     if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
         raise ValueError(f"{data}: holds the states of layers {layer_ids}; leave target_layer_ids out or write others")
@@ -251,12 +260,12 @@ def resolve(
         **({} if torch.accelerator.is_available() else _CPU_RECIPE),
         "mask_token_id": 0,  # EAGLE-3 never masks; unset, speculators looks for a tokenizer to choose one
         "on_missing": "raise",
-        "log_dir": f"{output}.run/logs",
+        "log_dir": str(beside(output, ".run") / "logs"),
         "target_layer_ids": layer_ids,
         **flags,
         "verifier_name_or_path": str(target),
         "data_path": str(data),
-        "save_path": f"{output}.run/checkpoints",
+        "save_path": str(beside(output, ".run") / "checkpoints"),
         "lm_head_rank": rank if head == "low-rank" else 0,
         "head_init": head_init,
     }
@@ -304,7 +313,7 @@ def _claim(output: Path, run: Mapping[str, Any]) -> None:
         ValueError: it is another's.
         OSError: a checkpoint does not fit the disk.
     """
-    folder = Path(f"{output}.run")
+    folder = beside(output, ".run")
     folder.mkdir(parents=True, exist_ok=True)
     mine = {key: run[key] for key in _IDENTITY}
     file = folder / "run.json"

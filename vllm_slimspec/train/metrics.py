@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_slimspec.checkpoint import write_whole
+from vllm_slimspec.output import write_whole
 
 METRICS = "speculators.metrics"  # the logger that speculators reports to
 

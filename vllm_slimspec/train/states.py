@@ -5,7 +5,6 @@ Plain transformers does it, so a small target needs no server. The layout on dis
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from speculators.models.utils import resolve_target_layer_ids
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from vllm_slimspec.checkpoint import write_whole
 from vllm_slimspec.convert.states import Document
+from vllm_slimspec.output import Claim, claim_work, write_whole
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.store import flaw, is_checked, write_state
 
@@ -46,8 +45,21 @@ def write_states(
 
     Raises:
         ValueError: a document is too short or holds an unknown token, the folder is taken, or the layers do not exist.
+        OutputError: the folder cannot be written, or another process writes it.
     """
-    path = Path(folder)
+    with claim_work(folder) as claim:
+        _write_states(target, documents, claim, layer_ids, keep, tokens_per_batch)
+
+
+def _write_states(
+    target: str | Path,
+    documents: Sequence[Document],
+    claim: Claim,
+    layer_ids: list[int] | None,
+    keep: int | None,
+    tokens_per_batch: int,
+) -> None:
+    path = claim.path
     model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
     _blocks(model)  # before anything is written
     layers = resolve_target_layer_ids(layer_ids, str(target))
@@ -77,13 +89,12 @@ def write_states(
         "loss_mask": [[0] * d.prompt + [1] * (len(d.tokens) - d.prompt) for d in documents],
         "seq_len": [len(ids) for ids in tokens],
     }
-    part = path / ".part"
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    Dataset.from_dict(rows).with_format("torch").save_to_disk(part)
-    torch.save(dict(Counter(token for d in documents for token in d.tokens[d.prompt :])), part / "token_freq.pt")
-    for file in sorted(part.iterdir(), key=lambda file: file.name == "dataset_info.json"):
-        file.replace(path / file.name)  # that one last: without it a folder is not complete
-    part.rmdir()
+
+    def fill(new: Path) -> None:
+        Dataset.from_dict(rows).with_format("torch").save_to_disk(new)
+        torch.save(dict(Counter(token for d in documents for token in d.tokens[d.prompt :])), new / "token_freq.pt")
+
+    claim.write_folder(fill, last="dataset_info.json")
 
 
 def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:

@@ -13,7 +13,6 @@ output of the last layer *before* the final norm. Our files carry a checksum in 
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from speculators.data_generation.offline import check_hidden_states
 from tqdm import tqdm
 
-from vllm_slimspec.checkpoint import write_whole
+from vllm_slimspec.output import write_whole
 
 
 def state_file(folder: Path, i: int) -> Path:
@@ -41,14 +40,12 @@ def write_state(folder: Path, i: int, ids: torch.Tensor, states: torch.Tensor) -
         OSError: the disk refuses.
     """
     file = state_file(folder, i)
-    unfinished = file.with_suffix(".part")
     tensors = {"hidden_states": states, "token_ids": ids}
+    metadata = {"crc32": str(_checksum(tensors))}
     try:
-        save_file(tensors, unfinished, metadata={"crc32": str(_checksum(tensors))})
+        write_whole(file, lambda part: save_file(tensors, part, metadata), durable=False)  # the checksum tells
     except SafetensorError as error:
-        unfinished.unlink(missing_ok=True)
         raise OSError(f"{file}: not written ({error}); what is there is kept, make room and repeat it") from None
-    os.replace(unfinished, file)
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:

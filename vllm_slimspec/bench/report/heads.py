@@ -4,6 +4,7 @@ from pathlib import Path
 
 from vllm_slimspec.bench.report.figures import reference
 from vllm_slimspec.bench.results import HeadResults, HeadRow
+from vllm_slimspec.output import claim_file
 
 # What a reader compares first, in the order of the picture; everything else stays in the tables. On a CPU the dense
 # head to compare with is the one in the layout that ours have: plainly stored it is slower, and flatters them.
@@ -53,8 +54,8 @@ def plot_heads(results: HeadResults, output: Path, batch: int = 1) -> None:
         if axes.get_subplotspec().colspan.start:
             axes.set_yticks([])
     figure.supxlabel(f"{results.device}; medians of {results.repeats} calls, interleaved, cold caches", fontsize=8)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=160)
+    with claim_file(output) as claim:
+        claim.write(lambda new: figure.savefig(new, dpi=160))
 
 
 def _label(row: HeadRow, ratio: float) -> str:

@@ -1,6 +1,5 @@
 """A report as one HTML page that needs nothing else, and as Markdown with its pictures beside it."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from vllm_slimspec.bench.report.material import LeftOut, Material, read
 from vllm_slimspec.bench.report.sections import Chapter, Table, chapter
 from vllm_slimspec.bench.report.theme import INLINE, LIGHT, css, drawing, inline_svg, save_png
+from vllm_slimspec.output import claim_folder
 
 TITLE = "Draft heads, side by side"
 
@@ -17,32 +17,28 @@ def write_report(paths: Sequence[Path], output: Path, *, mixed_devices: bool = F
 
     Args:
         paths: what the measuring commands wrote with --json.
-        output: the folder; an earlier report in it is replaced.
+        output: the folder; the files of an earlier report in it are replaced.
         mixed_devices: report each device for itself, where there are several.
 
     Returns:
         the files that there is no figure for.
 
     Raises:
-        ValueError: a file is not one of results, or two are of different devices; or ``output`` holds something else.
+        ValueError: a file is not one of results, or two are of different devices.
+        OutputError: ``output`` holds something else, or cannot be written.
     """
     groups, left_out = read(paths, mixed_devices=mixed_devices)
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "report.md").is_file())):
-        raise ValueError(f"{output}: exists and is no report; choose another --output-path")
-    chapters = [chapter(group, f"{i}-" if len(groups) > 1 else "") for i, group in enumerate(groups)]
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for section in (section for made in chapters for section in made.sections):
-            with drawing(LIGHT):
-                save_png(section.draw(LIGHT), partial / f"{section.name}.png")
-        (partial / "index.html").write_text(_html(groups, chapters, left_out), encoding="utf-8")
-        (partial / "report.md").write_text(_markdown(groups, chapters, left_out), encoding="utf-8")
-        shutil.rmtree(output, ignore_errors=True)
-        partial.replace(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with claim_folder(output, earlier="report.md") as claim:
+        chapters = [chapter(group, f"{i}-" if len(groups) > 1 else "") for i, group in enumerate(groups)]
+
+        def fill(new: Path) -> None:
+            for section in (section for made in chapters for section in made.sections):
+                with drawing(LIGHT):
+                    save_png(section.draw(LIGHT), new / f"{section.name}.png")
+            (new / "index.html").write_text(_html(groups, chapters, left_out), encoding="utf-8")
+            (new / "report.md").write_text(_markdown(groups, chapters, left_out), encoding="utf-8")
+
+        claim.write_folder(fill, last="index.html")
     return left_out
 
 
