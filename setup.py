@@ -40,6 +40,7 @@ setup(
     package_data={
         "vllm_slimspec": ["py.typed"],
         "vllm_slimspec.bench.report": ["*.jinja"],
+        "vllm_slimspec.train": ["openings.jsonl"],
         "vllm_slimspec.kernels": ["tuned/*.json"],
     },
     # vLLM, torch and transformers are the user's: naming them here could replace a CPU, ROCm or nightly build.

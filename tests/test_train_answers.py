@@ -67,13 +67,13 @@ def prompts(tmp_path):
 
 def test_answers_are_documents(target, engine, prompts, tmp_path):
     """Catches: an answer without its prompt, prompts asked twice, another temperature than asked for."""
-    assert write_answers(target, prompts, tmp_path / "a.jsonl", temperature=0.0, max_tokens=2) == len(PROMPTS)
+    assert write_answers(target, prompts, tmp_path / "a.jsonl", temperatures=[0.0], max_tokens=2) == len(PROMPTS)
     expected = [Document(seed + 1, [*prompt, prompt[-1], seed], len(prompt)) for seed, prompt in enumerate(PROMPTS)]
     assert read_documents(tmp_path / "a.jsonl", target, max_length=64) == expected
     assert engine.params[0].temperature == 0.0
     assert engine.params[0].max_tokens == 2
     written = (tmp_path / "a.jsonl.json").stat().st_ino
-    assert write_answers(target, prompts, tmp_path / "a.jsonl", temperature=0.0, max_tokens=2) == len(PROMPTS)
+    assert write_answers(target, prompts, tmp_path / "a.jsonl", temperatures=[0.0], max_tokens=2) == len(PROMPTS)
     assert engine.asked == PROMPTS  # the second call asked nothing
     assert (tmp_path / "a.jsonl.json").stat().st_ino == written  # a kill while it is rewritten would orphan the answers
 
@@ -97,8 +97,8 @@ def test_nothing_is_lost_and_nothing_asked_twice(target, engine, prompts, tmp_pa
 def test_other_answers_are_not_continued(target, engine, prompts, tmp_path):
     """Catches: greedy and sampled answers, or those of two targets, in one file."""
     write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
-    with pytest.raises(ValueError, match="holds answers of another target, prompts or sampling"):
-        write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2, temperature=1.0)
+    with pytest.raises(ValueError, match="holds what another target, other prompts or other sampling gave"):
+        write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2, temperatures=[1.0])
     (tmp_path / "mine.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="was not written by this command"):
         write_answers(target, prompts, tmp_path / "mine.jsonl", max_tokens=2)

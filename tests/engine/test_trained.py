@@ -115,7 +115,7 @@ def test_answers_are_the_targets_own(pair, engine, tmp_path):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("".join(json.dumps({"input_ids": prompt}) + "\n" for prompt in p.prompts))
     options = engines.OPTIONS | {"skip_tokenizer_init": False}
-    assert write_answers(p.target, prompts, output, temperature=0.0, max_tokens=16, engine=options) == len(p.prompts)
+    assert write_answers(p.target, prompts, output, temperatures=[0.0], max_tokens=16, engine=options) == len(p.prompts)
     expected = generate(engine(p.target), p.prompts, tokens=16)
     end = AutoModelForCausalLM.from_pretrained(p.target).config.eos_token_id
     for line, prompt, answer in zip(output.read_text().splitlines(), p.prompts, expected, strict=True):

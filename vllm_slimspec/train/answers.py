@@ -29,7 +29,7 @@ def write_answers(
     prompts: str | Path,
     output: str | Path,
     *,
-    temperature: float | None = None,
+    temperatures: Sequence[float] | None = None,
     max_tokens: int = 512,
     engine: Mapping[str, Any] | None = None,
 ) -> int:
@@ -39,7 +39,8 @@ def write_answers(
         target: Hugging Face folder or id.
         prompts: JSONL file, see :mod:`vllm_slimspec.convert.prompts`; a prompt that is there twice is asked once.
         output: JSONL file for :func:`vllm_slimspec.train.documents.read_documents`.
-        temperature: of sampling; default as the target's generation_config.json says.
+        temperatures: of sampling; the prompts take them in turn. Default: what the target's generation_config.json
+            says.
         max_tokens: of an answer.
         engine: further arguments of ``vllm.LLM``.
 
@@ -71,7 +72,7 @@ def _write_answers(
     made_from = {
         "target": str(target),
         "prompts": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
-        "temperature": temperature,
+        "temperatures": list(temperatures or ()) or None,
         "max_tokens": max_tokens,
     }
     _claim(output, made_from)
@@ -84,7 +85,7 @@ def _write_answers(
         with _engine(target, options) as llm:
             for first in range(done, len(documents), _TOGETHER):
                 batch = documents[first : first + _TOGETHER]
-                for prompt, answer in zip(batch, _ask(llm, batch, first, temperature, max_tokens), strict=True):
+                for prompt, answer in zip(batch, _ask(llm, batch, first, temperatures, max_tokens), strict=True):
                     line = {"input_ids": prompt + answer, "prompt_tokens": len(prompt)}
                     file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
@@ -107,15 +108,15 @@ def read_lengths(target: str | Path, prompts: str | Path) -> list[int]:
 
 
 def _ask(
-    llm: Any, prompts: Sequence[list[int]], first: int, temperature: float | None, max_tokens: int
+    llm: Any, prompts: Sequence[list[int]], first: int, temperatures: Sequence[float] | None, max_tokens: int
 ) -> Iterator[list[int]]:
     """The answers; the same ones again after a kill, because each prompt has a seed of its own."""
     params = []
     for place in range(len(prompts)):
         params.append(llm.get_default_sampling_params())
         params[-1].max_tokens, params[-1].detokenize, params[-1].seed = max_tokens, False, first + place
-        if temperature is not None:
-            params[-1].temperature = temperature
+        if temperatures:
+            params[-1].temperature = temperatures[(first + place) % len(temperatures)]
     try:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     except Exception as error:  # whatever a dying engine raises
@@ -127,9 +128,12 @@ def _ask(
 @contextmanager
 def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
     from vllm import LLM
+    from vllm.platforms import current_platform
 
+    # vLLM's CPU worker fails ("CPU Generator does not use offset") when a prompt with a seed is prefilled in pieces.
+    whole = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
     try:
-        llm = LLM(model=str(target), **options)
+        llm = LLM(model=str(target), **whole | options)
     except Exception as error:
         raise EngineError(f"{target}: vLLM does not start ({_line(error)})") from None
     try:
@@ -143,7 +147,9 @@ def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
 def _claim(output: Path, made_from: dict[str, Any]) -> None:
     file = output.with_name(f"{output.name}.json")
     if file.exists() and json.loads(file.read_text()) != made_from:
-        raise ValueError(f"{output}: holds answers of another target, prompts or sampling; choose another output")
+        raise ValueError(
+            f"{output}: holds what another target, other prompts or other sampling gave; choose another output"
+        )
     if output.exists() and not file.exists():
         raise ValueError(f"{output}: exists and was not written by this command; choose another output")
     if not file.exists():

@@ -1,4 +1,4 @@
-"""Train a SlimSpec drafter: ``answers``, ``states`` and ``fit``, or all three (``run``, which may be left out)."""
+"""Train a SlimSpec drafter: ``prompts``, ``answers``, ``states`` and ``fit``, or all four (``run``)."""
 
 import argparse
 import logging
@@ -25,6 +25,7 @@ class _Stages(TyperGroup):
 
 
 app = typer.Typer(cls=_Stages, no_args_is_help=True, help=__doc__)
+_PLANNED_PROMPT = 60  # tokens of a prompt that a plan assumes before the target has written it
 _PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -51,8 +52,14 @@ Prompts = Annotated[
 ]
 Drafter = Annotated[Path, typer.Option(help="The new drafter; everything else goes to OUTPUT_PATH.run.")]
 Temperature = Annotated[
-    float | None, typer.Option(min=0, help="Of the answers. [default: as the target's generation_config.json says]")
+    list[float] | None,
+    typer.Option(
+        min=0,
+        help="Temperature of the answers. Repeat the option, and the prompts take the temperatures in turn. "
+        "[default: what the target's generation_config.json says]",
+    ),
 ]
+Count = Annotated[int, typer.Option(min=1, help="How many prompts the target writes.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
 EngineArgs = Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens kept of each document.")]
@@ -80,8 +87,15 @@ Terabytes = Annotated[float | None, typer.Option(min=0, help="... and the TB/s t
 def run(
     context: typer.Context,
     target: Target,
-    prompts: Prompts,
     output_path: Drafter,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSONL file, a line {"prompt": ...}, {"messages": [...]}, {"text": ...} or {"input_ids": [...]}. '
+            "[default: the target writes --count prompts itself]"
+        ),
+    ] = None,
+    count: Count = 4000,
     temperature: Temperature = None,
     max_tokens: MaxTokens = 512,
     engine_args: EngineArgs = "{}",
@@ -95,7 +109,7 @@ def run(
     tflops: Tflops = None,
     terabytes: Terabytes = None,
 ) -> None:
-    """All three stages, from prompts to a drafter; run again, it goes on where it stopped."""
+    """Do all stages, from prompts to a drafter; the same command goes on where it stopped."""
     data = beside(output_path, ".run")
     with one_line_errors():
         flags = _flags(context, loss, head=head.value, rank=rank, head_init=head_init.value)
@@ -110,13 +124,60 @@ def run(
             from vllm_slimspec.train.answers import read_lengths
             from vllm_slimspec.train.plan import Data
 
-            lengths = [n + max_tokens for n in read_lengths(target, prompts)]
+            asked = [_PLANNED_PROMPT] * count if prompts is None else read_lengths(target, prompts)
+            lengths = [n + max_tokens for n in asked]
             _show_plan(config, Data(lengths, len(lengths) * max_tokens), output_path, tflops, terabytes)
             return
     with one_line_errors(), claim_folder(output_path, run=data):
+        if prompts is None:
+            prompts = data / "prompts.jsonl"
+            write(target, prompts, count, engine_args=engine_args)
         answers(target, prompts, data / "answers.jsonl", temperature, max_tokens, engine_args)
         states(target, data / "answers.jsonl", data / "states", max_length, train_on, flags.get("target_layer_ids"))
         _fit(target, data / "states", output_path, flags)
+
+
+@app.command("prompts", epilog="Example: slimspec train prompts --target T --count 4000 --output-path prompts.jsonl")
+def write(
+    target: Target,
+    output_path: Annotated[Path, typer.Option(help="JSONL file of prompts for `answers`.")],
+    count: Count = 4000,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(min=0, help="Temperature of the prompts. Repeat the option, and they take turns. [default: 1.0]"),
+    ] = None,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus that tokens are sampled from.")] = 0.95,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Drop tokens below this share of the best one's probability. On a CPU, --top-p 1 --min-p 0.05 is "
+            "several times as fast as --top-p, which sorts the vocabulary at every step.",
+        ),
+    ] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt that is kept.")] = 256,
+    second_turns: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of the prompts that follow an answer of the target.")
+    ] = 0.15,
+    openings: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSONL file, a line {"system": ..., "opening": ...} with either or both: system prompts and first '
+            "words that the prompts take in turn. [default: a list that comes with this package]"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample.")] = 0,
+    engine_args: EngineArgs = "{}",
+) -> None:
+    """Let a chat target write its own training prompts, by vLLM; the same command goes on where it stopped."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    engine = json_object(engine_args, "--engine-args")
+    with one_line_errors(), claim_file(output_path):
+        from vllm_slimspec.train.prompts import OPENINGS, Sampling, write_prompts
+
+        sampling = Sampling(tuple(temperature or (1.0,)), top_p, min_p, max_tokens, second_turns, seed)
+        write_prompts(target, output_path, count, sampling=sampling, openings=openings or OPENINGS, engine=engine)
 
 
 @app.command(epilog="Example: slimspec train answers --target T --prompts prompts.jsonl --output-path answers.jsonl")
@@ -134,7 +195,7 @@ def answers(
     with one_line_errors(), claim_file(output_path):
         from vllm_slimspec.train.answers import write_answers
 
-        write_answers(target, prompts, output_path, temperature=temperature, max_tokens=max_tokens, engine=engine)
+        write_answers(target, prompts, output_path, temperatures=temperature, max_tokens=max_tokens, engine=engine)
 
 
 @app.command(epilog="Example: slimspec train states --target T --documents answers.jsonl --output-path states")

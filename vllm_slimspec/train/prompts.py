@@ -1,0 +1,274 @@
+"""Prompts without a data set: the target writes the questions that it will answer (Magpie, arXiv 2406.08464).
+
+A chat model that is given its chat template up to the place where a user speaks goes on as a user would. What it writes
+there is a question; a question that it does not finish, or has written before, is dropped.
+
+OUTPUT.jsonl         {"messages": [...]}, a line for each different question
+OUTPUT.jsonl.json    what the questions were made from: target, sampling, openings
+OUTPUT.jsonl.part    while the file grows; the same command goes on where it was killed
+
+Left to itself a small model asks a narrow kind of question. ``openings.jsonl`` widens it: each of its lines is a system
+prompt, the first words of a question, or both, and the samples take its lines in turn.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_slimspec.bench.answers import EngineError
+from vllm_slimspec.checkpoint import CheckpointError, write_whole
+from vllm_slimspec.convert.collect import limits
+from vllm_slimspec.convert.prompts import one_line
+from vllm_slimspec.train.answers import _claim, _engine, _line
+
+OPENINGS = Path(__file__).with_name("openings.jsonl")
+_TOGETHER = 512  # samples that are asked together; so many are asked again after a kill, at the most
+_TRIES = 8  # samples for each wanted question; a model that needs more does not write questions
+_FEWEST_WORDS = 3
+_REPLY_TOKENS = 192  # of an answer that another question follows
+_PLACE = "(here the user speaks)"  # goes through the chat template, to show where a user's words stand
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the target writes its questions. Sample i has ``temperatures[i % n]`` and the seed ``seed + i``."""
+
+    temperatures: tuple[float, ...] = (1.0,)
+    top_p: float = 0.95
+    min_p: float = 0.0  # on a CPU far cheaper than top_p, which sorts the whole vocabulary at every step
+    max_tokens: int = 256  # of a question; a longer one is dropped
+    second_turns: float = 0.15  # share of the questions that follow an answer of the target
+    seed: int = 0
+
+
+def write_prompts(
+    target: str | Path,
+    output: str | Path,
+    count: int,
+    *,
+    sampling: Sampling | None = None,
+    openings: str | Path = OPENINGS,
+    engine: Mapping[str, Any] | None = None,
+) -> None:
+    """Let the target write ``count`` different questions; called again with the same arguments it resumes.
+
+    Args:
+        target: Hugging Face folder or id of a chat model.
+        output: JSONL file of prompts, as :mod:`vllm_slimspec.convert.prompts` reads them.
+        count: questions to write.
+        sampling: see :class:`Sampling`.
+        openings: JSONL file, a line {"system": ..., "opening": ...} with either or both.
+        engine: further arguments of ``vllm.LLM``.
+
+    Raises:
+        CheckpointError: the target has no chat template, or a line of ``openings`` is not an opening.
+        ValueError: the output holds other prompts.
+        EngineError: vLLM failed, or the target does not write questions. What was written is kept.
+    """
+    output, sampling, options = Path(output), sampling or Sampling(), dict(engine or {})
+    starts = _read_openings(Path(openings))
+    chat = _Chat(target)
+    limits(target, options)
+    recipe = {**vars(sampling), "temperatures": list(sampling.temperatures)}
+    _claim(output, {"target": str(target), "count": count, "openings": _hash(Path(openings)), **recipe})
+    if output.exists():
+        return
+    part = output.with_name(f"{output.name}.part")
+    kept, tried = _resume(part)
+    seen = {_normal(messages[-1]["content"]) for messages in kept}
+    with (
+        part.open("a", encoding="utf-8") as file,
+        _engine(target, options) as llm,
+        tqdm(total=count, initial=len(kept), desc="Questions", unit="prompt", disable=None) as progress,
+    ):
+        while len(kept) < count:
+            if tried >= _TRIES * count + _TOGETHER:
+                raise EngineError(
+                    f"{target}: {tried} samples gave {len(kept)} usable questions, and --count asks for {count}; "
+                    "lower --count, or give prompts of your own with --prompts"
+                )
+            batch = [starts[(tried + place) % len(starts)] for place in range(_TOGETHER)]
+            found = _new(chat.questions(llm, batch, tried, sampling), seen)
+            found = found[: max(1, round((count - len(kept)) * (1 - sampling.second_turns)))]
+            if follow := round(len(found) * sampling.second_turns / (1 - sampling.second_turns)):
+                replied = [(messages, "") for messages in chat.replies(llm, found[:follow], tried, sampling)]
+                found += _new(chat.questions(llm, replied, tried, sampling), seen)
+            found, tried = found[: count - len(kept)], tried + _TOGETHER
+            file.writelines(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in found)
+            file.write(json.dumps({"tried": tried}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            kept += found
+            progress.update(len(found))
+    lines = "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in kept)
+    write_whole(output, lambda unfinished: unfinished.write_text(lines, encoding="utf-8"))
+    part.unlink()
+
+
+class _Chat:
+    """The target's chat template, from both sides."""
+
+    def __init__(self, target: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(target))
+        except Exception as error:  # transformers, tokenizers and the hub raise classes of their own
+            raise CheckpointError(f"{target}: its tokenizer cannot be loaded ({one_line(error)})") from None
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise CheckpointError(
+                f"{target}: has no chat template, so it cannot write questions; give prompts of your own with --prompts"
+            )
+        # A turn ends with the token that the template writes behind a user's words, where that is a special one.
+        after = self._render([{"role": "user", "content": _PLACE}]).partition(_PLACE)[2]
+        ids = self._tokenizer(after, add_special_tokens=False)["input_ids"]
+        self._stop = [i for i in ids[:1] if i in self._tokenizer.all_special_ids]
+        self._stop_text = None if self._stop or not after.strip() else after.strip()
+
+    def questions(
+        self, llm: Any, starts: Sequence[tuple[list[Message], str]], first: int, sampling: Sampling
+    ) -> list[list[Message]]:
+        """Let the target speak as the user.
+
+        Args:
+            llm: the engine.
+            starts: for each sample the messages so far, and the first words of the question.
+            first: the number of the first sample.
+            sampling: as of :func:`write_prompts`.
+
+        Returns:
+            for each question that is finished and usable, the messages with the question as the last one.
+        """
+        texts = []
+        for messages, opening in starts:
+            before = self._render([*messages, {"role": "user", "content": _PLACE}]).partition(_PLACE)[0]
+            texts.append(before + opening)
+        said = self._continue(llm, texts, first, sampling, sampling.max_tokens)
+        questions = []
+        for (messages, opening), words in zip(starts, said, strict=True):
+            question = "" if words is None else (opening + words).strip()
+            if len(question.split()) >= _FEWEST_WORDS and _PLACE not in question:
+                questions.append([*messages, {"role": "user", "content": question}])
+        return questions
+
+    def replies(
+        self, llm: Any, conversations: Sequence[list[Message]], first: int, sampling: Sampling
+    ) -> list[list[Message]]:
+        """Let the target answer; returns the conversations with their answers, without those that it did not finish."""
+        texts = [self._render(messages, add_generation_prompt=True) for messages in conversations]
+        said = self._continue(llm, texts, first, sampling, _REPLY_TOKENS)
+        return [
+            [*messages, {"role": "assistant", "content": words.strip()}]
+            for messages, words in zip(conversations, said, strict=True)
+            if words and words.strip()
+        ]
+
+    def _render(self, messages: list[Message], **options: Any) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # templates raise whatever their author chose
+            roles = ", ".join(message["role"] for message in messages)
+            raise CheckpointError(
+                f"the target's chat template refuses messages of {roles} ({one_line(error)}); give --openings without "
+                "system prompts, --second-turns 0, or prompts of your own"
+            ) from None
+
+    def _continue(
+        self, llm: Any, texts: Sequence[str], first: int, sampling: Sampling, max_tokens: int
+    ) -> list[str | None]:
+        """What the target writes after each text; None where it did not come to an end."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=sampling.temperatures[number % len(sampling.temperatures)],
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                max_tokens=max_tokens,
+                seed=sampling.seed + number,
+                stop_token_ids=self._stop,
+                stop=self._stop_text,
+            )
+            for number in range(first, first + len(texts))
+        ]
+        ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        try:
+            outputs = llm.generate([{"prompt_token_ids": i} for i in ids], params, use_tqdm=False)
+        except Exception as error:  # whatever a dying engine raises
+            raise EngineError(f"vLLM failed ({_line(error)}); repeat the command, it goes on from here") from None
+        ended = (output.outputs[0] for output in outputs)
+        return [output.text if output.finish_reason == "stop" else None for output in ended]
+
+
+def _read_openings(file: Path) -> list[tuple[list[Message], str]]:
+    """For each line of a file of openings, its system prompt as messages, and the first words of a question."""
+    starts: list[tuple[list[Message], str]] = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({one_line(error)}); give a JSONL file of openings") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        known = isinstance(row, dict) and row.keys() <= {"system", "opening"}
+        if not known or not all(isinstance(value, str) for value in row.values()):
+            raise CheckpointError(
+                f'{file}:{number}: is not an opening; a line is {{"system": "...", "opening": "..."}} with either, '
+                "both or neither"
+            )
+        system = [{"role": "system", "content": row["system"]}] if "system" in row else []
+        starts.append((system, row.get("opening", "")))
+    if not starts:
+        raise CheckpointError(f'{file}: holds no opening; write one JSON object a line, such as {{"opening": "How"}}')
+    return starts
+
+
+def _new(found: Sequence[list[Message]], seen: set[str]) -> list[list[Message]]:
+    """The conversations whose question is not in ``seen`` yet; their questions are added there."""
+    fresh = []
+    for messages in found:
+        question = _normal(messages[-1]["content"])
+        if question not in seen:
+            seen.add(question)
+            fresh.append(messages)
+    return fresh
+
+
+def _normal(question: str) -> str:
+    return " ".join(question.casefold().split())
+
+
+def _resume(part: Path) -> tuple[list[list[Message]], int]:
+    """The questions of a run that was killed, and how many samples they took; a torn batch is cut off."""
+    kept: list[list[Message]] = []
+    batch: list[list[Message]] = []
+    tried = end = place = 0
+    for line in part.read_bytes().splitlines(keepends=True) if part.exists() else ():
+        place += len(line)
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn by the kill
+            break
+        if "tried" in row:
+            kept, batch, tried, end = kept + batch, [], row["tried"], place
+        else:
+            batch.append(row["messages"])
+    if part.exists():
+        os.truncate(part, end)
+    return kept, tried
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
