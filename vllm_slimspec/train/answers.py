@@ -54,14 +54,14 @@ def write_answers(
         EngineError: vLLM failed. What was answered is kept.
     """
     with claim_file(output) as claim:
-        return _write_answers(target, Path(prompts), claim.path, temperature, max_tokens, dict(engine or {}))
+        return _write_answers(target, Path(prompts), claim.path, temperatures, max_tokens, dict(engine or {}))
 
 
 def _write_answers(
     target: str | Path,
     prompts: Path,
     output: Path,
-    temperature: float | None,
+    temperatures: Sequence[float] | None,
     max_tokens: int,
     options: dict[str, Any],
 ) -> int:

@@ -3,9 +3,9 @@
 A chat model that is given its chat template up to the place where a user speaks goes on as a user would. What it writes
 there is a question; a question that it does not finish, or has written before, is dropped.
 
-OUTPUT.jsonl         {"messages": [...]}, a line for each different question
-OUTPUT.jsonl.json    what the questions were made from: target, sampling, openings
-OUTPUT.jsonl.part    while the file grows; the same command goes on where it was killed
+OUTPUT.jsonl            {"messages": [...]}, a line for each different question
+OUTPUT.jsonl.json       what the questions were made from: target, sampling, openings
+OUTPUT.jsonl.partial    while the file grows; the same command goes on where it was killed
 
 Left to itself a small model asks a narrow kind of question. ``openings.jsonl`` widens it: each of its lines is a system
 prompt, the first words of a question, or both, and the samples take its lines in turn.
@@ -22,9 +22,10 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_slimspec.bench.answers import EngineError
-from vllm_slimspec.checkpoint import CheckpointError, write_whole
+from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import one_line
+from vllm_slimspec.output import Claim, beside, claim_file
 from vllm_slimspec.train.answers import _claim, _engine, _line
 
 OPENINGS = Path(__file__).with_name("openings.jsonl")
@@ -73,15 +74,21 @@ def write_prompts(
         ValueError: the output holds other prompts.
         EngineError: vLLM failed, or the target does not write questions. What was written is kept.
     """
-    output, sampling, options = Path(output), sampling or Sampling(), dict(engine or {})
-    starts = _read_openings(Path(openings))
+    with claim_file(output) as claim:
+        _write_prompts(target, claim, count, sampling or Sampling(), Path(openings), dict(engine or {}))
+
+
+def _write_prompts(
+    target: str | Path, claim: Claim, count: int, sampling: Sampling, openings: Path, options: dict[str, Any]
+) -> None:
+    output, starts = claim.path, _read_openings(openings)
     chat = _Chat(target)
     limits(target, options)
     recipe = {**vars(sampling), "temperatures": list(sampling.temperatures)}
-    _claim(output, {"target": str(target), "count": count, "openings": _hash(Path(openings)), **recipe})
+    _claim(output, {"target": str(target), "count": count, "openings": _hash(openings), **recipe})
     if output.exists():
         return
-    part = output.with_name(f"{output.name}.part")
+    part = beside(output, ".partial")
     kept, tried = _resume(part)
     seen = {_normal(messages[-1]["content"]) for messages in kept}
     with (
@@ -109,7 +116,7 @@ def write_prompts(
             kept += found
             progress.update(len(found))
     lines = "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in kept)
-    write_whole(output, lambda unfinished: unfinished.write_text(lines, encoding="utf-8"))
+    claim.write(lambda new: new.write_text(lines, encoding="utf-8"))
     part.unlink()
 
 
