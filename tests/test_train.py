@@ -316,6 +316,19 @@ def test_a_dense_head_to_compare_with(work, tmp_path, trainers):
     assert not torch.equal(written.load("lm_head.weight"), targets)
 
 
+def test_fit_with_the_targets_head_trains_and_stores_no_head(work, tmp_path, trainers):
+    """Catches: a copy of the target's head that is trained or written, which vLLM would serve instead of lending."""
+    drafter = fit(work / "llama", work / "states", tmp_path / "d", head="target", **FLAGS)
+    assert not any("lm_head" in name for name in drafter.tensors)
+    assert drafter.spec is None
+    (trainer,) = trainers
+    assert not trainer.model.lm_head.weight.requires_grad
+    assert torch.equal(trainer.model.lm_head.weight, trainer.model.verifier_lm_head.weight)
+    for flag in ({"draft_vocab_size": 8}, {"head_init": "random"}):
+        with pytest.raises(ValueError, match="--head target is the target's whole head"):
+            fit(work / "llama", work / "states", tmp_path / "e", head="target", **FLAGS, **flag)
+
+
 def test_tokens_and_states_are_one_place_apart(work, tmp_path, monkeypatch):
     """Without shift_batch, training runs on happily and learns nothing of use."""
     batches = []

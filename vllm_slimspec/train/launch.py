@@ -67,6 +67,7 @@ _IDENTITY = (
     "data_path",
     "from_pretrained",
     "lm_head_rank",
+    "head_is_targets",
     "head_init",
     "draft_vocab_size",
     "draft_arch",
@@ -91,10 +92,12 @@ class SlimSpecTrainConfig(TrainConfig):
     """speculators' configuration and ours, which travel to the model together."""
 
     lm_head_rank: int = Field(default=1, ge=0)
+    head_is_targets: bool = False
     head_init: HeadInit = "weighted-svd"
 
     def flatten(self) -> dict[str, Any]:
-        return {**super().flatten(), "lm_head_rank": self.lm_head_rank, "head_init": self.head_init}
+        ours = {key: getattr(self, key) for key in ("lm_head_rank", "head_is_targets", "head_init")}
+        return {**super().flatten(), **ours}
 
 
 @contextmanager
@@ -136,7 +139,7 @@ def fit(
     data: str | Path,
     output: str | Path,
     *,
-    head: Literal["low-rank", "dense"] = "low-rank",
+    head: Literal["low-rank", "dense", "target"] = "low-rank",
     rank: int | None = None,
     head_init: HeadInit = "weighted-svd",
     **flags: Any,
@@ -149,6 +152,7 @@ def fit(
         output: the drafter; must not exist, or be empty. Everything else goes to ``<output>.run``: the checkpoints,
             from which a run that was stopped or killed is resumed, metrics.jsonl and training.png.
         head: ``dense`` for a drafter to compare with: the ordinary head, trained like the factors and served by vLLM.
+            ``target``: the target's own head, which is neither trained nor exported, because vLLM lends it.
         rank: R of a low-rank head; default D // 8.
         head_init: how the factors start, see :meth:`SlimSpecEagle3Model.init_head`.
         flags: any flag of ``speculators train``, with underscores; they win over :data:`RECIPE`.
@@ -227,7 +231,7 @@ def resolve(
     data: str | Path,
     output: str | Path,
     *,
-    head: Literal["low-rank", "dense"] = "low-rank",
+    head: Literal["low-rank", "dense", "target"] = "low-rank",
     rank: int | None = None,
     head_init: HeadInit = "weighted-svd",
     **flags: Any,
@@ -254,6 +258,11 @@ def resolve(
     if not 1 <= rank <= hidden:
         raise ValueError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
 
+    if head == "target" and (head_init == "random" or flags.get("draft_vocab_size") is not None):
+        raise ValueError(
+            "--head target is the target's whole head; leave out --head-init random and --draft-vocab-size, or train a "
+            "head of the drafter's own with --head dense"
+        )
     run = {
         **RECIPE,
         **({} if flags.keys() & {"draft_config", "from_pretrained"} else _SHAPE),
@@ -267,6 +276,7 @@ def resolve(
         "data_path": str(data),
         "save_path": str(beside(output, ".run") / "checkpoints"),
         "lm_head_rank": rank if head == "low-rank" else 0,
+        "head_is_targets": head == "target",
         "head_init": head_init,
     }
     unknown = run.keys() - SlimSpecTrainConfig().flatten().keys()
