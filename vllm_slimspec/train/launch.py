@@ -33,11 +33,12 @@ import vllm_slimspec
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.output import beside, check_free, claim_folder, write_whole
 from vllm_slimspec.train.export import export
+from vllm_slimspec.train.held_out import check_held_out
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.replaced import replaced
-from vllm_slimspec.train.store import check_states, read_layer_ids
+from vllm_slimspec.train.store import check_states, knows_prompts, read_layer_ids
 from vllm_slimspec.train.trainer import ServerGone, SlimSpecTrainer, metrics_file, settle
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def fit(
         raise ValueError(f"{data}: holds no training data; make it with `slimspec train states` first")
     if run["draft_vocab_size"] and not (Path(data) / "token_freq.pt").exists():
         raise ValueError(f"{data}: no token_freq.pt to choose a vocabulary by; write the states again")
+    check_held_out(Path(data), **{name: run[name] for name in ("train_data_ratio", "total_seq_len", "ttt_steps")})
     output = Path(output)
     process = int(os.environ.get("RANK", "0"))  # torchrun's, of which the first one writes the output
     with claim_folder(output, run=beside(output, ".run")) if process == 0 else nullcontext():
@@ -185,6 +187,8 @@ def _fit(config: SlimSpecTrainConfig, data: Path, output: Path) -> DraftCheckpoi
     check_states(data, missing_is_wrong=run["on_missing"] == "raise", part=process, parts=processes)
     if process == 0:
         _claim(output, run)
+        if not knows_prompts(data):
+            logger.warning("%s: no prompt is known there, so every token is trained on and measured", data)
     with slimspec_in_speculators() as trainers:
         try:
             speculators_cli.main(config)
