@@ -6,7 +6,7 @@ vLLM and Triton are imported only by the parts that use them.
 
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file() and (_checkout / "kernels").is_dir():

@@ -4,7 +4,7 @@ from vllm.model_executor.models.qwen3_eagle3 import Eagle3Qwen3ForCausalLM
 
 from vllm_slimspec.models.draft import LowRankDraft
 
-RELEASE = "0.1.0"  # vLLM caches what it finds out of the class under a hash of this file alone
+RELEASE = "0.2.0"  # vLLM caches what it finds out of the class under a hash of this file alone
 
 
 class SlimSpecQwen3ForCausalLM(LowRankDraft, Eagle3Qwen3ForCausalLM):
