@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from vllm_slimspec.bench.acceptance import Acceptance, from_engine
 from vllm_slimspec.bench.process import last_words
+from vllm_slimspec.cores import every_core
 from vllm_slimspec.output import write_whole
 
 _TOP = 8  # log-probabilities kept of the target alone
@@ -95,7 +96,8 @@ def _run(question: Question) -> tuple[Any, list[Answers]]:
         }
         if by_request:
             options["per_request_spec_decode_metrics"] = "summary"
-    llm = LLM(model=question.target, **options)
+    with every_core():
+        llm = LLM(model=question.target, **options)
     return llm, [_ask(llm, question, temperature, by_request) for temperature in question.temperatures]
 
 
