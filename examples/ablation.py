@@ -149,13 +149,15 @@ def prepare(folder: Path) -> Bench:
     prompts, documents, states = folder / "prompts.jsonl", folder / "documents.jsonl", folder / "states"
     tiny_pair.once(prompts, key, lambda: tiny_pair.write_prompts(target, prompts, PROMPTS))
     tiny_pair.once(documents, key, lambda: tiny_pair.write_documents(target, documents))
-    tiny_pair.once(states, key, lambda: write_states(target, read_documents(documents, target, 128), states))
+    tiny_pair.once(
+        states, key, lambda: write_states(target, read_documents(documents, target, 128), states, dtype="float32")
+    )
     return Bench(folder, target, key)
 
 
 def held_out_loss(drafter: Path) -> float:
     """As training saw it in the end."""
-    return json.loads((drafter / "slimspec.json").read_text())["held_out"]["loss"]
+    return json.loads((drafter / "slimspec.json").read_text())["held_out"]["loss_epoch"]
 
 
 def lengths(rows: Sequence[AblationRow], drawn: np.ndarray) -> np.ndarray:

@@ -61,7 +61,10 @@ class Material:
         """Of the target, over the documents that drafters learn from."""
         documents = self._once("documents.jsonl", lambda file: tiny_pair.write_documents(self.target, file))
         return self._once(
-            "states", lambda folder: write_states(self.target, read_documents(documents, self.target, 128), folder)
+            "states",
+            lambda folder: write_states(
+                self.target, read_documents(documents, self.target, 128), folder, dtype="float32"
+            ),
         )
 
     def _once(self, name: str, make: Callable[[Path], Any]) -> Path:

@@ -89,7 +89,7 @@ def training_states(folder: Path, target: Path) -> Path:
         part = documents.with_suffix(".part")
         tiny_pair.write_documents(target, part)
         part.rename(documents)
-    write_states(target, read_documents(documents, target, max_length=128), states)
+    write_states(target, read_documents(documents, target, max_length=128), states, dtype="float32")
     return states
 
 

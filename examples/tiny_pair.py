@@ -121,7 +121,8 @@ def train_drafter(target: Path, drafter: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     write_documents(target, work / "documents.jsonl")
-    write_states(target, read_documents(work / "documents.jsonl", target, max_length=128), work / "states")
+    documents = read_documents(work / "documents.jsonl", target, max_length=128)
+    write_states(target, documents, work / "states", dtype="float32")  # as the target is served
     fit(target, work / "states", work / "drafter", **RECIPE)
     (work / "drafter").rename(drafter)
     shutil.rmtree(work)

@@ -52,7 +52,7 @@ def make_pair(
     words = [rng.choices(range(1, VOCAB), k=rng.randint(3, 7)) for _ in range(80)]
     target = _train_target(folder / "target", family, words, rng)
     documents = [Document(i, _text(words, rng, 128), 0) for i in range(64)]
-    write_states(target, documents, folder / "states", layer_ids=_LAYER_IDS)
+    write_states(target, documents, folder / "states", layer_ids=_LAYER_IDS, dtype="float32")
     fit(
         target,
         folder / "states",

@@ -239,7 +239,7 @@ def test_a_trained_drafter_is_measured_on_its_own_states(target, states, tmp_pat
     speaks of the old one."""
     recorded = []
 
-    def collect_again(name, drafter, documents, folder, *, k, engine):
+    def collect_again(name, drafter, documents, folder, *, k, engine, dtype):
         recorded.append((str(name), [d.number for d in documents], k, engine))
         return states_of(folder, documents, hidden_seed=100)
 

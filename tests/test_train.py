@@ -121,12 +121,12 @@ def test_states_are_resumed(work, tmp_path, monkeypatch, run_again):
 
     monkeypatch.setattr(states_module, "write_state", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS, tokens_per_batch=48)
+        write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS, tokens_per_batch=48, dtype="float32")
     with pytest.raises(ValueError, match="holds no training data"):
         fit(work / "llama", tmp_path, tmp_path / "d")
     monkeypatch.setattr(states_module, "write_state", original)
     run_again.clear()
-    write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
+    write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS, dtype="float32")
     assert run_again == TOKENS[7:]
     for i in range(len(DOCUMENTS)):
         assert state_file(tmp_path, i).read_bytes() == state_file(work / "states", i).read_bytes()
@@ -134,7 +134,7 @@ def test_states_are_resumed(work, tmp_path, monkeypatch, run_again):
 
 def test_broken_states_are_named_and_mended(work, tmp_path, run_again, injected):
     """Catches: training on half a file, or on one whose bytes have changed."""
-    write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
+    write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS, dtype="float32")
     truncated, changed, lost = (state_file(tmp_path / "s", i) for i in (3, 5, 20))
     truncated.write_bytes(truncated.read_bytes()[:-9])
     changed.write_bytes(changed.read_bytes()[:-9] + b"9" + changed.read_bytes()[-8:])
@@ -143,7 +143,7 @@ def test_broken_states_are_named_and_mended(work, tmp_path, run_again, injected)
         fit(work / "llama", tmp_path / "s", tmp_path / "d", **FLAGS)
     assert not (tmp_path / "d.run").exists()
     run_again.clear()
-    write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
+    write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS, dtype="float32")
     assert run_again == [TOKENS[i] for i in (3, 5, 20)]
     for i in (3, 5, 20):
         assert state_file(tmp_path / "s", i).read_bytes() == state_file(work / "states", i).read_bytes()
@@ -300,8 +300,7 @@ def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, fa
 
     provenance = json.loads((tmp_path / "d" / "slimspec.json").read_text())
     assert provenance["steps"] == trainer.global_step
-    held_out = provenance["held_out"]
-    assert 1 <= held_out["low"] <= held_out["length"] <= held_out["high"]
+    assert 0 <= provenance["held_out"]["full_acc_0_epoch"] <= 1
     assert SpeculatorModel.registry["eagle3"] is Eagle3DraftModel  # put back
 
 
@@ -315,19 +314,6 @@ def test_a_dense_head_to_compare_with(work, tmp_path, trainers):
     targets = AutoModelForCausalLM.from_pretrained(work / "llama").lm_head.weight
     assert torch.equal(trainers[0].first_head["weight"], targets)
     assert not torch.equal(written.load("lm_head.weight"), targets)
-
-
-def test_fit_with_the_targets_head_trains_and_stores_no_head(work, tmp_path, trainers):
-    """Catches: a copy of the target's head that is trained or written, which vLLM would serve instead of lending."""
-    drafter = fit(work / "llama", work / "states", tmp_path / "d", head="target", **FLAGS)
-    assert not any("lm_head" in name for name in drafter.tensors)
-    assert drafter.spec is None
-    (trainer,) = trainers
-    assert not trainer.model.lm_head.weight.requires_grad
-    assert torch.equal(trainer.model.lm_head.weight, trainer.model.verifier_lm_head.weight)
-    for flag in ({"draft_vocab_size": 8}, {"head_init": "random"}):
-        with pytest.raises(ValueError, match="--head target is the target's whole head"):
-            fit(work / "llama", work / "states", tmp_path / "e", head="target", **FLAGS, **flag)
 
 
 def test_tokens_and_states_are_one_place_apart(work, tmp_path, monkeypatch):

@@ -48,5 +48,5 @@ def write_work(folder: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config(**SHAPE), dtype=torch.float32)
         torch.nn.init.normal_(model.lm_head.weight)  # a target with opinions: something to learn
         model.save_pretrained(folder / name)
-    write_states(folder / "llama", DOCUMENTS, folder / "states", layer_ids=LAYERS)
+    write_states(folder / "llama", DOCUMENTS, folder / "states", layer_ids=LAYERS, dtype="float32")
     return folder

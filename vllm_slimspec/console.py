@@ -1,11 +1,47 @@
 """What all commands share at the terminal."""
 
 import json
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
+
+
+class Dtype(StrEnum):
+    """What ``--dtype`` takes; what it means is :mod:`vllm_slimspec.work_dtype`'s, which imports torch."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        help="What is computed in. [auto: bfloat16 where the CPU multiplies it, else float32; as stored on a GPU]",
+    ),
+]
+
+
+@contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Within it, what this package logs, from information on, is printed to stderr."""
+    log = logging.getLogger("vllm_slimspec")
+    handler = logging.StreamHandler(sys.stderr)
+    before, handlers = log.level, list(log.handlers)
+    log.setLevel(logging.INFO)
+    log.handlers = [handler]  # alone: commands call each other
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.handlers = handlers
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from vllm_slimspec.bench.pairs import TARGETS
 from vllm_slimspec.bench.prompts import Benchmark, convert, read_lines
 from vllm_slimspec.bench.results import AcceptanceResults
 from vllm_slimspec.bench.synthetic import NO_SYNTHETIC
-from vllm_slimspec.console import json_object, one_line_errors
+from vllm_slimspec.console import Dtype, json_object, one_line_errors
 from vllm_slimspec.output import beside, claim_file, claim_work
 
 if TYPE_CHECKING:
@@ -46,11 +46,17 @@ def acceptance(
     max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 256,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answer on to --max-tokens.")] = False,
     engine_args: Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")] = "{}",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of both models. [auto: float32 on a CPU, where answers are the same; else vLLM's]")
+    ] = Dtype.AUTO,
     json: Json = None,
 ) -> None:
     """Count how much of each drafter's proposals the target accepts, and check that its greedy answers stay its own."""
     from vllm_slimspec.bench import compare
 
+    engine = json_object(engine_args, "--engine-args")
+    if dtype is not Dtype.AUTO:
+        engine.setdefault("dtype", dtype.value)
     options = compare.Options(
         target=target,
         drafters=_drafters(drafter),
@@ -59,7 +65,7 @@ def acceptance(
         temperatures=_temperatures(temperature),
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
-        engine=json_object(engine_args, "--engine-args"),
+        engine=engine,
         # what an engine answered is kept there, for a run that was killed
         work=None if json is None else beside(json, ".run"),
     )

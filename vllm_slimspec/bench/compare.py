@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from vllm_slimspec.bench.acceptance import Acceptance
 from vllm_slimspec.bench.answers import Answers, Found, Question, ask
+from vllm_slimspec.bench.bootstrap import interval
 from vllm_slimspec.bench.results import AcceptanceResults, AcceptanceRow, provenance
-from vllm_slimspec.bench.walk import acceptance_length
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.convert.sources import Target, fetch
 
@@ -68,7 +69,8 @@ def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -
             temperatures=[t for t in options.temperatures if drafter is not None or not t],
             max_tokens=options.max_tokens,
             ignore_eos=options.ignore_eos,
-            engine=dict(options.engine),
+            # token for token, answers are compared in float32, which vLLM would not choose by itself
+            engine={**({"dtype": "float32"} if on_cpu else {}), **options.engine},
         )
         return ask(question, work / f"{_file_name(name)}.json")
 
@@ -152,19 +154,20 @@ def _check(row: AcceptanceRow, dtype: str) -> None:
 
 def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
     assert answers.accepted is not None
-    counts = np.array([(prompt.drafts, *(prompt.accepted_per_position or (0,))) for prompt in answers.accepted])
-    cycles, positions = counts[:, 0], counts[:, 1:]
+    cycles = np.array([prompt.drafts for prompt in answers.accepted])
+    accepted = np.array([prompt.accepted for prompt in answers.accepted])
     if not cycles.sum():
         raise ValueError("no draft was verified: the answers are one token long; give other prompts")
-    length = acceptance_length(counts)
+    positions = np.array([prompt.accepted_per_position or (0,) for prompt in answers.accepted])
+    low, high = interval(len(cycles), lambda drawn: 1 + accepted[drawn].sum(1) / cycles[drawn].sum(1))
     compared = compare(alone, answers) if alone is not None else None
     return {
-        "length": length.value,
-        "low": length.low,
-        "high": length.high,
+        "length": Acceptance(int(cycles.sum()), int(accepted.sum()), ()).length,
+        "low": low,
+        "high": high,
         "per_position": (positions.sum(0) / cycles.sum()).tolist(),
         "cycles": cycles.tolist(),
-        "accepted": positions.sum(1).tolist(),
+        "accepted": accepted.tolist(),
         "tokens": sum(map(len, answers.tokens)),
         "equal": compared and compared.equal,
         "near_ties": compared and compared.near_ties,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_slimspec.console import json_object, one_line_errors
+from vllm_slimspec.console import Dtype, DtypeOption, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.output import beside, claim_file
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def convert(
     ] = _Layout.SLIMSPEC,
     sweep: Annotated[str | None, typer.Option(help="Only measure rank divisors, such as 16,12,8,6,4.")] = None,
     engine_args: Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")] = "{}",
+    dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Turn an EAGLE-3 drafter into a SlimSpec one, and say what it costs before writing it."""
     from vllm_slimspec.convert import run
@@ -106,6 +107,8 @@ def convert(
 
     divisors = _divisors(sweep)
     flags = json_object(train_args, "--train-args")
+    if dtype is not Dtype.AUTO:
+        flags.setdefault("hidden_states_dtype", dtype.value)
     options = run.Options(
         drafter=drafter,
         output=output_path,
@@ -131,8 +134,9 @@ def convert(
         force=force,
         layout=layout.value,
         engine=json_object(engine_args, "--engine-args"),
+        dtype=dtype.value,
     )
-    with one_line_errors():
+    with log_on_stderr(), one_line_errors():
         if divisors:
             plot = beside(output_path, ".sweep.png")
             with claim_file(plot):

@@ -24,6 +24,8 @@ from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.convert.prompts import one_line, open_tokenizer, read_prompts, tokenise
 from vllm_slimspec.convert.sources import fingerprint
 from vllm_slimspec.convert.states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
+from vllm_slimspec.cores import every_core
+from vllm_slimspec.work_dtype import Asked, engine_options
 
 _DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
@@ -40,6 +42,7 @@ def collect(
     max_tokens: int = 256,
     max_states: int = 100_000,
     engine: dict[str, Any] | None = None,
+    dtype: Asked = "auto",
 ) -> HeadStates:
     """Record head states while the target answers prompts; a run that was killed goes on where it was.
 
@@ -53,6 +56,7 @@ def collect(
         max_tokens: of each answer, at most.
         max_states: stop after the group of documents that reaches it.
         engine: arguments of ``vllm.LLM``.
+        dtype: what both models compute in, see :func:`vllm_slimspec.work_dtype.engine_options`.
 
     Raises:
         CheckpointError: the prompts are no use, the folder holds something else, nothing could be recorded, or vLLM
@@ -78,7 +82,7 @@ def collect(
     tokenizer = open_tokenizer(rows, str(options.get("tokenizer", target)))
     documents = tokenise(rows, tokenizer, vocab_size, length, Path(prompts))
     order = random.Random(0).sample([*enumerate(documents)], len(documents))
-    with _engine(target, drafter, max(k, 2), options) as llm:
+    with _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states")) as llm:
         watcher = _Watcher(llm, k)
         with tqdm(total=max_states, desc="Head states", unit="state", disable=None) as progress:
             for group, first in enumerate(range(0, len(order), _DOCUMENTS)):
@@ -105,11 +109,12 @@ def collect_again(
     *,
     k: int,
     engine: dict[str, Any] | None = None,
+    dtype: Asked = "auto",
 ) -> HeadStates:
     """Record the head states of another drafter over documents that the target has answered before.
 
     Args:
-        target, drafter, folder, k, engine: as for :func:`collect`.
+        target, drafter, folder, k, engine, dtype: as for :func:`collect`.
         documents: of :meth:`HeadStates.documents`; they keep their numbers.
 
     Raises:
@@ -120,7 +125,7 @@ def collect_again(
     if writer.complete:
         return HeadStates.open(folder)
     with (
-        _engine(target, drafter, max(k, 2), engine or {}) as llm,
+        _engine(target, drafter, max(k, 2), engine_options(engine or {}, dtype, "head states")) as llm,
         tqdm(total=len(documents), desc="Head states", unit="doc", disable=None) as progress,
     ):
         watcher = _Watcher(llm, k)
@@ -182,7 +187,8 @@ def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, 
         speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": k}
         ours = {"speculative_config": speculative, "enforce_eager": True, "async_scheduling": False}
         try:
-            llm = LLM(model=str(target), **options | ours)
+            with every_core():
+                llm = LLM(model=str(target), **options | ours)
         except Exception as error:  # out of memory, or whatever vLLM raises
             raise CheckpointError(f"{target}: vLLM does not start ({one_line(error)}); {_KEPT}") from None
         try:

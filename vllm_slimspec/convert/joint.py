@@ -71,7 +71,8 @@ def train_jointly(
             )
         _write_start(drafter, factors, target, folder / "start")
         if recipe.data is None:
-            write_states(target, states.documents(held_out=False), folder / "data", layer_ids=layer_ids)
+            dtype = recipe.flags.get("hidden_states_dtype", "auto")
+            write_states(target, states.documents(held_out=False), folder / "data", layer_ids=layer_ids, dtype=dtype)
         flags = {
             "max_steps": recipe.steps,
             "epochs": recipe.steps,  # more than are needed

@@ -32,6 +32,7 @@ from vllm_slimspec.convert.distil import Recipe, Samples, distil
 from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
 from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
 from vllm_slimspec.convert.joint import JointRecipe, train_jointly
+from vllm_slimspec.convert.scoring import converted, scoring_head
 from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
 from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.convert.states import HeadStates, Rows, common, concatenate, sha256
@@ -39,6 +40,7 @@ from vllm_slimspec.convert.vocabulary import check_size, counts_from_file, count
 from vllm_slimspec.ops import MAX_K
 from vllm_slimspec.output import beside, claim_folder, claim_work
 from vllm_slimspec.quantized import quantize_up
+from vllm_slimspec.work_dtype import Asked
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class Options:
     force: bool = False
     layout: Literal["slimspec", "speculators"] = "slimspec"
     engine: Mapping[str, Any] = field(default_factory=dict)
+    dtype: Asked = "auto"  # of the engine that records states, and of scores over them
 
     @property
     def run(self) -> Path:
@@ -178,7 +181,7 @@ class Conversion:
         cut = len(rows) * 9 // 10
         learn, choose = Samples(rows.hidden[:cut], token[:cut]), Samples(rows.hidden[cut:], token[cut:])
         checkpoint = self.options.run / f"distil-{self._key(factors, recipe)}.pt"
-        return distil(self.dense, factors, learn, choose, recipe, checkpoint)
+        return distil(self._scoring, factors, learn, choose, recipe, checkpoint)
 
     def train_jointly(self, factors: Factors, recipe: JointRecipe) -> Factors:
         """The factors after training with fc and layer, whose drafter takes the place of the one that came.
@@ -193,7 +196,15 @@ class Conversion:
         folder = self.options.run / f"joint-{self._key(factors, recipe)}"
         self.drafter = train_jointly(self.drafter, factors, self.options.target, self.states, recipe, folder)
         drafter, engine = self.drafter.path, dict(self.options.engine)
-        states = collect_again(self.options.target, drafter, documents, folder / "states", k=self.k, engine=engine)
+        states = collect_again(
+            self.options.target,
+            drafter,
+            documents,
+            folder / "states",
+            k=self.k,
+            engine=engine,
+            dtype=self.options.dtype,
+        )
         self._moved = concatenate(list(states.read(held_out=True)))
         assert self.drafter.factors is not None
         down, up = self.drafter.factors
@@ -220,7 +231,8 @@ class Conversion:
         if self._moved is not None:
             states, rows = common(self._held_out, self._moved)
             moved = rows.hidden
-        return evaluate(self.dense, heads, states, self.drafter.ids, rerank=rerank, uncut=uncut, moved=moved)
+        heads = {name: converted(head, self._scoring.dtype) for name, head in heads.items()}
+        return evaluate(self._scoring, heads, states, self.drafter.ids, rerank=rerank, uncut=uncut, moved=moved)
 
     def outcome(
         self, rank: int | None, head_bytes: int, evaluation: Evaluation | None, name: str, rerank: int | None
@@ -281,6 +293,10 @@ class Conversion:
         return self.states.sample(True, max(_HELD_OUT_STATES, int(allowed)))
 
     @cached_property
+    def _scoring(self) -> torch.Tensor:
+        return scoring_head(self.dense, self.options.dtype)
+
+    @cached_property
     def _second_moment(self) -> torch.Tensor:
         assert self.states is not None
         size = self.states.hidden_size
@@ -295,7 +311,7 @@ class Conversion:
     def _probabilities(self) -> torch.Tensor:
         assert self.states is not None
         hidden = self.states.sample(False, _PROBABILITY_STATES).hidden
-        return token_probabilities(self.dense, hidden.to(self.dense))
+        return token_probabilities(self._scoring, hidden.to(self._scoring))
 
     def _check_sizes(self, divisors: Sequence[int]) -> None:
         """Refuse a rank, a vocabulary or candidates that will not fit, divisors of a sweep included."""
@@ -470,6 +486,10 @@ def _check(options: Options) -> None:
         raise CheckpointError(
             "--joint-steps moves the body away from the dense rows that --rerank scores by; leave one of them out"
         )
+    if options.joint is not None and options.dtype == "float16":
+        raise CheckpointError(
+            "--dtype float16 with --joint-steps: gradients would need scaling; choose auto, float32 or bfloat16"
+        )
     if options.calibration is not None or options.joint is not None:
         from vllm_slimspec.convert.collect import check_engine
 
@@ -519,6 +539,7 @@ def _open_states(options: Options) -> HeadStates | None:
         max_tokens=options.max_tokens,
         max_states=options.max_states,
         engine=dict(options.engine),
+        dtype=options.dtype,
     )
 
 

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
+from vllm_slimspec.cores import every_core
 from vllm_slimspec.output import beside, claim_file, write_whole
+from vllm_slimspec.work_dtype import Asked, engine_options
 
 _TOGETHER = 1024  # prompts; so much is answered again after a kill, at the most
 
@@ -32,6 +34,7 @@ def write_answers(
     temperatures: Sequence[float] | None = None,
     max_tokens: int = 512,
     engine: Mapping[str, Any] | None = None,
+    dtype: Asked = "auto",
 ) -> int:
     """Let the target answer every prompt; called again with the same arguments it resumes.
 
@@ -43,6 +46,7 @@ def write_answers(
             says.
         max_tokens: of an answer.
         engine: further arguments of ``vllm.LLM``.
+        dtype: what the target computes in, see :func:`vllm_slimspec.work_dtype.engine_options`.
 
     Returns:
         answers in the file.
@@ -54,7 +58,7 @@ def write_answers(
         EngineError: vLLM failed. What was answered is kept.
     """
     with claim_file(output) as claim:
-        return _write_answers(target, Path(prompts), claim.path, temperatures, max_tokens, dict(engine or {}))
+        return _write_answers(target, Path(prompts), claim.path, temperatures, max_tokens, engine or {}, dtype)
 
 
 def _write_answers(
@@ -63,11 +67,12 @@ def _write_answers(
     output: Path,
     temperatures: Sequence[float] | None,
     max_tokens: int,
-    options: dict[str, Any],
+    engine: Mapping[str, Any],
+    dtype: Asked,
 ) -> int:
     rows = read_prompts(prompts)
     tokenizer = open_tokenizer(rows, str(target))
-    vocab_size, length = limits(target, options)
+    vocab_size, length = limits(target, dict(engine))
     documents = tokenise(rows, tokenizer, vocab_size, length - max_tokens, prompts)
     made_from = {
         "target": str(target),
@@ -82,7 +87,7 @@ def _write_answers(
     with part.open("ab+") as file, tqdm(total=len(documents), desc="Answers", unit="prompt", disable=None) as progress:
         done = _whole_lines(file)
         progress.update(done)
-        with _engine(target, options) as llm:
+        with _engine(target, engine_options(engine, dtype, "answers")) as llm:
             for first in range(done, len(documents), _TOGETHER):
                 batch = documents[first : first + _TOGETHER]
                 for prompt, answer in zip(batch, _ask(llm, batch, first, temperatures, max_tokens), strict=True):
@@ -133,7 +138,8 @@ def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
     # vLLM's CPU worker fails ("CPU Generator does not use offset") when a prompt with a seed is prefilled in pieces.
     whole = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
     try:
-        llm = LLM(model=str(target), **whole | options)
+        with every_core():
+            llm = LLM(model=str(target), **whole | options)
     except Exception as error:
         raise EngineError(f"{target}: vLLM does not start ({_line(error)})") from None
     try:

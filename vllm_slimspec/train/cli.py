@@ -1,9 +1,7 @@
 """Train a SlimSpec drafter: ``prompts``, ``answers``, ``states`` and ``fit``, or all four (``run``)."""
 
 import argparse
-import logging
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vllm_slimspec.console import json_object, one_line_errors
+from vllm_slimspec.console import Dtype, DtypeOption, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.output import beside, claim_file, claim_folder, claim_work
 
 
@@ -32,7 +30,6 @@ _PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 class _Head(StrEnum):
     LOW_RANK = "low-rank"
     DENSE = "dense"
-    TARGET = "target"
 
 
 class _TrainOn(StrEnum):
@@ -70,13 +67,7 @@ TrainOn = Annotated[
 Layers = Annotated[
     list[int] | None, typer.Option(help="A layer whose input the drafter sees; repeat. [default: 2, n/2, n-3]")
 ]
-Head = Annotated[
-    _Head,
-    typer.Option(
-        help="A dense head is for comparison, and stock vLLM serves it. With `target` it stays the target's own: it "
-        "is neither trained nor stored, and vLLM lends it."
-    ),
-]
+Head = Annotated[_Head, typer.Option(help="A dense head is for comparison; stock vLLM serves it.")]
 Rank = Annotated[int | None, typer.Option(help="Rank of the head. [default: hidden size / 8]")]
 Init = Annotated[_HeadInit, typer.Option(help="How the head starts.")]
 Loss = Annotated[
@@ -112,6 +103,7 @@ def run(
     rank: Rank = None,
     head_init: Init = _HeadInit.WEIGHTED_SVD,
     loss: Loss = None,
+    dtype: DtypeOption = Dtype.AUTO,
     plan: ShowPlan = False,
     tflops: Tflops = None,
     terabytes: Terabytes = None,
@@ -119,7 +111,7 @@ def run(
     """Do all stages, from prompts to a drafter; the same command goes on where it stopped."""
     data = beside(output_path, ".run")
     with one_line_errors():
-        flags = _flags(context, loss, head=head.value, rank=rank, head_init=head_init.value)
+        flags = _flags(context, loss, dtype, head=head.value, rank=rank, head_init=head_init.value)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 "several processes fit, but one answers: run `answers`, `states`, then torchrun with `fit`"
@@ -138,9 +130,10 @@ def run(
     with one_line_errors(), claim_folder(output_path, run=data):
         if prompts is None:
             prompts = data / "prompts.jsonl"
-            write(target, prompts, count, engine_args=engine_args)
-        answers(target, prompts, data / "answers.jsonl", temperature, max_tokens, engine_args)
-        states(target, data / "answers.jsonl", data / "states", max_length, train_on, flags.get("target_layer_ids"))
+            write(target, prompts, count, engine_args=engine_args, dtype=dtype)
+        answers(target, prompts, data / "answers.jsonl", temperature, max_tokens, engine_args, dtype)
+        layers = flags.get("target_layer_ids")
+        states(target, data / "answers.jsonl", data / "states", max_length, train_on, layers, dtype=dtype)
         _fit(target, data / "states", output_path, flags)
 
 
@@ -176,15 +169,24 @@ def write(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample.")] = 0,
     engine_args: EngineArgs = "{}",
+    dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Let a chat target write its own training prompts, by vLLM; the same command goes on where it stopped."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     engine = json_object(engine_args, "--engine-args")
-    with one_line_errors(), claim_file(output_path):
+    with log_on_stderr(), one_line_errors(), claim_file(output_path):
         from vllm_slimspec.train.prompts import OPENINGS, Sampling, write_prompts
 
         sampling = Sampling(tuple(temperature or (1.0,)), top_p, min_p, max_tokens, second_turns, seed)
-        write_prompts(target, output_path, count, sampling=sampling, openings=openings or OPENINGS, engine=engine)
+        write_prompts(
+            target,
+            output_path,
+            count,
+            sampling=sampling,
+            openings=openings or OPENINGS,
+            engine=engine,
+            dtype=dtype.value,
+        )
 
 
 @app.command(epilog="Example: slimspec train answers --target T --prompts prompts.jsonl --output-path answers.jsonl")
@@ -195,14 +197,23 @@ def answers(
     temperature: Temperature = None,
     max_tokens: MaxTokens = 512,
     engine_args: EngineArgs = "{}",
+    dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Let the target answer prompts, by vLLM; run again, it goes on where it stopped."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     engine = json_object(engine_args, "--engine-args")
-    with one_line_errors(), claim_file(output_path):
+    with log_on_stderr(), one_line_errors(), claim_file(output_path):
         from vllm_slimspec.train.answers import write_answers
 
-        write_answers(target, prompts, output_path, temperatures=temperature, max_tokens=max_tokens, engine=engine)
+        write_answers(
+            target,
+            prompts,
+            output_path,
+            temperatures=temperature,
+            max_tokens=max_tokens,
+            engine=engine,
+            dtype=dtype.value,
+        )
 
 
 @app.command(epilog="Example: slimspec train states --target T --documents answers.jsonl --output-path states")
@@ -220,14 +231,15 @@ def states(
         int | None,
         typer.Option(min=1, help="States of the first so many only; the others come from a server while training."),
     ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Run the target over documents and keep the hidden states; run again, it resumes and mends broken files."""
-    with one_line_errors(), claim_work(output_path):
+    with log_on_stderr(), one_line_errors(), claim_work(output_path):
         from vllm_slimspec.train.documents import read_documents
         from vllm_slimspec.train.states import write_states
 
         found = read_documents(documents, target, max_length, train_on.value)
-        write_states(target, found, output_path, layer_ids=target_layer_ids, keep=keep)
+        write_states(target, found, output_path, layer_ids=target_layer_ids, keep=keep, dtype=dtype.value)
 
 
 @app.command(
@@ -243,13 +255,14 @@ def fit(
     rank: Rank = None,
     head_init: Init = _HeadInit.WEIGHTED_SVD,
     loss: Loss = None,
+    dtype: DtypeOption = Dtype.AUTO,
     plan: ShowPlan = False,
     tflops: Tflops = None,
     terabytes: Terabytes = None,
 ) -> None:
     """Train a drafter by the paper's recipe; any flag of `speculators train` may follow and wins."""
     with one_line_errors():
-        flags = _flags(context, loss, head=head.value, rank=rank, head_init=head_init.value)
+        flags = _flags(context, loss, dtype, head=head.value, rank=rank, head_init=head_init.value)
         if plan:
             from vllm_slimspec.train.launch import resolve
             from vllm_slimspec.train.plan import data_of
@@ -281,12 +294,12 @@ def plan(
         from vllm_slimspec.train.launch import resolve
         from vllm_slimspec.train.plan import Data
 
-        config = resolve(target, "states", "drafter", **_flags(context, None, head=head.value, rank=rank))
+        config = resolve(target, "states", "drafter", **_flags(context, None, Dtype.AUTO, head=head.value, rank=rank))
         data = Data([prompt_tokens + answer_tokens] * documents, answer_tokens * documents)
         _show_plan(config, data, Path("drafter"), tflops, terabytes, ranks)
 
 
-def _flags(context: typer.Context, loss: str | None, **flags: Any) -> dict[str, Any]:
+def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any) -> dict[str, Any]:
     """Our flags, and those of speculators that follow them.
 
     Raises:
@@ -300,14 +313,15 @@ def _flags(context: typer.Context, loss: str | None, **flags: Any) -> dict[str, 
         raise ValueError(f"--loss {loss}: no such loss; choose one of {', '.join(LOSSES)}")
     parser = argparse.ArgumentParser("slimspec train fit", add_help=False)
     add_config_cli_arguments(parser)
-    return {**vars(parser.parse_args(context.args)), **({"loss_fn": LOSSES[loss]} if loss else {}), **flags}
+    chosen = {
+        **({"loss_fn": LOSSES[loss]} if loss else {}),
+        **({} if dtype is Dtype.AUTO else {"hidden_states_dtype": dtype.value}),
+    }
+    return {**vars(parser.parse_args(context.args)), **chosen, **flags}
 
 
 def _fit(target: str, data: Path, output: Path, flags: dict[str, Any]) -> None:
-    log = logging.getLogger("vllm_slimspec")
-    log.addHandler(logging.StreamHandler(sys.stderr))
-    log.setLevel(logging.INFO)
-    with one_line_errors():
+    with log_on_stderr(), one_line_errors():
         from vllm_slimspec.train.launch import fit
 
         try:

@@ -27,6 +27,7 @@ from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import one_line
 from vllm_slimspec.output import Claim, beside, claim_file
 from vllm_slimspec.train.answers import _claim, _engine, _line
+from vllm_slimspec.work_dtype import Asked, engine_options
 
 OPENINGS = Path(__file__).with_name("openings.jsonl")
 _TOGETHER = 512  # samples that are asked together; so many are asked again after a kill, at the most
@@ -58,6 +59,7 @@ def write_prompts(
     sampling: Sampling | None = None,
     openings: str | Path = OPENINGS,
     engine: Mapping[str, Any] | None = None,
+    dtype: Asked = "auto",
 ) -> None:
     """Let the target write ``count`` different questions; called again with the same arguments it resumes.
 
@@ -68,6 +70,7 @@ def write_prompts(
         sampling: see :class:`Sampling`.
         openings: JSONL file, a line {"system": ..., "opening": ...} with either or both.
         engine: further arguments of ``vllm.LLM``.
+        dtype: what the target computes in, see :func:`vllm_slimspec.work_dtype.engine_options`.
 
     Raises:
         CheckpointError: the target has no chat template, or a line of ``openings`` is not an opening.
@@ -75,11 +78,17 @@ def write_prompts(
         EngineError: vLLM failed, or the target does not write questions. What was written is kept.
     """
     with claim_file(output) as claim:
-        _write_prompts(target, claim, count, sampling or Sampling(), Path(openings), dict(engine or {}))
+        _write_prompts(target, claim, count, sampling or Sampling(), Path(openings), dict(engine or {}), dtype)
 
 
 def _write_prompts(
-    target: str | Path, claim: Claim, count: int, sampling: Sampling, openings: Path, options: dict[str, Any]
+    target: str | Path,
+    claim: Claim,
+    count: int,
+    sampling: Sampling,
+    openings: Path,
+    options: dict[str, Any],
+    dtype: Asked,
 ) -> None:
     output, starts = claim.path, _read_openings(openings)
     chat = _Chat(target)
@@ -93,7 +102,7 @@ def _write_prompts(
     seen = {_normal(messages[-1]["content"]) for messages in kept}
     with (
         part.open("a", encoding="utf-8") as file,
-        _engine(target, options) as llm,
+        _engine(target, engine_options(options, dtype, "prompts")) as llm,
         tqdm(total=count, initial=len(kept), desc="Questions", unit="prompt", disable=None) as progress,
     ):
         while len(kept) < count:

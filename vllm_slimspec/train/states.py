@@ -19,6 +19,7 @@ from vllm_slimspec.convert.states import Document
 from vllm_slimspec.output import Claim, claim_work, write_whole
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.store import flaw, is_checked, write_state
+from vllm_slimspec.work_dtype import Asked, work_dtype
 
 
 @quiet()
@@ -30,8 +31,9 @@ def write_states(
     layer_ids: list[int] | None = None,
     keep: int | None = None,
     tokens_per_batch: int = 8192,
+    dtype: Asked = "auto",
 ) -> None:
-    """Run the target over documents and keep its hidden states, in the target's own dtype.
+    """Run the target over documents and keep its hidden states.
 
     Called again with the same arguments it resumes: documents whose states are there and whole are not run again.
 
@@ -42,13 +44,15 @@ def write_states(
         layer_ids: the target layers whose inputs the drafter sees; default (2, n // 2, n - 3).
         keep: states of so many documents only, where the others are to come from a server while training.
         tokens_per_batch: padded tokens in one forward pass (a longer document goes alone).
+        dtype: what the target computes in, see :func:`vllm_slimspec.work_dtype.work_dtype`. Its states are kept in the
+            dtype that it is stored in, so that a folder's size and format are the same on every machine.
 
     Raises:
         ValueError: a document is too short or holds an unknown token, the folder is taken, or the layers do not exist.
         OutputError: the folder cannot be written, or another process writes it.
     """
     with claim_work(folder) as claim:
-        _write_states(target, documents, claim, layer_ids, keep, tokens_per_batch)
+        _write_states(target, documents, claim, layer_ids, keep, tokens_per_batch, dtype)
 
 
 def _write_states(
@@ -58,6 +62,7 @@ def _write_states(
     layer_ids: list[int] | None,
     keep: int | None,
     tokens_per_batch: int,
+    dtype: Asked,
 ) -> None:
     path = claim.path
     model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
@@ -70,9 +75,12 @@ def _write_states(
             raise ValueError(
                 f"document {i}: {len(ids)} tokens, ids must be 0 to {vocab - 1} and at least 2; drop or re-tokenise it"
             )
-    identity = {"target": str(target), "layer_ids": layers, "prompts": sum(d.prompt > 0 for d in documents)}
-    _claim(path, {**identity, "sha256": _fingerprint(model, layers, documents)})
+    _claim(path, {"target": str(target), "layer_ids": layers, "sha256": _fingerprint(model, layers, documents)})
 
+    chosen, stored = work_dtype(dtype, model.dtype), model.dtype
+    chosen.log("hidden states")
+    if chosen.dtype != stored:  # anew, because Module.to() would round the rotary frequencies too
+        model = AutoModelForCausalLM.from_pretrained(str(target), dtype=chosen.dtype).eval()
     model.to(torch.accelerator.current_accelerator() or "cpu")
     kept = tokens[:keep]
     todo = [] if is_checked(path) else [i for i, ids in enumerate(kept) if flaw(path, i, ids)]
@@ -81,7 +89,7 @@ def _write_states(
         for indices in _batches(todo, [len(tokens[i]) for i in todo], tokens_per_batch):
             batch = [torch.tensor(tokens[i], dtype=torch.long) for i in indices]
             for i, ids, states in zip(indices, batch, hidden_states(model, batch, layers), strict=True):
-                write_state(path, i, ids, states)
+                write_state(path, i, ids, states.to(stored))
             progress.update(len(indices))
     if (path / "dataset_info.json").exists():
         return

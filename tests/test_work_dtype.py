@@ -1,0 +1,187 @@
+"""The dtype of work over many rows: chosen by the processor, by the user first, and never what is stored."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_training import DOCUMENTS, FLAGS, LAYERS, write_work
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from vllm_slimspec.cli import app
+from vllm_slimspec.convert.scoring import scoring_head
+from vllm_slimspec.convert.states import Document
+from vllm_slimspec.cores import every_core
+from vllm_slimspec.train.launch import resolve
+from vllm_slimspec.train.states import hidden_states, write_states
+from vllm_slimspec.train.store import read_state, state_file
+from vllm_slimspec.work_dtype import engine_options, work_dtype
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return write_work(tmp_path_factory.mktemp("dtype"))
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Play a processor without an accelerator beside it."""
+
+    def play(*, bf16=False, amx=False, capability="AVX512", onednn=True, limit=None):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+        if limit is not None:
+            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+
+    return play
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"bf16": True}, torch.bfloat16),
+        ({"amx": True}, torch.bfloat16),
+        ({}, torch.float32),
+        ({"bf16": True, "capability": "AVX2"}, torch.float32),
+        ({"bf16": True, "onednn": False}, torch.float32),
+        ({"bf16": True, "limit": "avx512_core_vnni"}, torch.float32),
+        ({"bf16": True, "limit": "AVX512_CORE_BF16"}, torch.bfloat16),
+    ],
+)
+def test_auto_follows_the_instructions_that_can_be_used(processor, given, expected):
+    """Catches: bfloat16 that is emulated; float32 where AVX512-BF16 or AMX would do the work in less time."""
+    processor(**given)
+    assert work_dtype("auto", torch.float16).dtype == expected
+
+
+def test_hidden_instructions_are_not_counted_on():
+    """Catches: a choice by what the processor has and not by what PyTorch and oneDNN may use of it."""
+    hidden = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    code = "from vllm_slimspec.work_dtype import multiplies_bfloat16; print(multiplies_bfloat16())"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **hidden}, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_the_users_choice_wins_and_is_logged_in_one_line(processor, caplog):
+    """Catches: a dtype that is overridden, or chosen without a word."""
+    processor(bf16=True)
+    with caplog.at_level("INFO", "vllm_slimspec"):
+        work_dtype("float32", torch.bfloat16).log("training")
+        work_dtype("auto", torch.float32).log("training")
+    assert caplog.messages == [
+        "training: computing in float32, because it was asked for",
+        "training: computing in bfloat16, because this processor has instructions for it",
+    ]
+
+
+def test_an_accelerator_takes_weights_as_they_are_stored(monkeypatch):
+    """Catches: a GPU's work that is decided by the processor beside it, or an engine's dtype taken from vLLM."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert work_dtype("auto", torch.float16).dtype == torch.float16
+    assert engine_options({"max_model_len": 8}, "auto", "answers") == {"max_model_len": 8}
+    assert engine_options({}, "bfloat16", "answers") == {"dtype": "bfloat16"}
+
+
+def test_an_engine_gets_the_dtype_of_work_over_many_rows_unless_its_arguments_have_one(processor):
+    """Catches: answers in bfloat16 on a processor that emulates it; a dtype of --engine-args that is replaced."""
+    processor()
+    assert engine_options({"seed": 1}, "auto", "answers") == {"seed": 1, "dtype": "float32"}
+    assert engine_options({"dtype": "bfloat16"}, "float32", "answers") == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_states_are_computed_as_asked_and_kept_as_stored(work, tmp_path, stored, asked):
+    """Catches: files whose dtype depends on the machine; rotary frequencies that are rounded with the weights."""
+    target = tmp_path / "target"
+    AutoModelForCausalLM.from_pretrained(work / "llama", dtype=stored).save_pretrained(target)
+    write_states(target, [Document(0, list(range(90)), 0)], tmp_path / "s", layer_ids=LAYERS, dtype=asked)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=getattr(torch, asked)).eval()
+    (expected,) = hidden_states(model, [torch.arange(90)], LAYERS)
+    found = read_state(state_file(tmp_path / "s", 0))["hidden_states"]
+    assert found.dtype == stored
+    torch.testing.assert_close(found, expected.to(stored), rtol=0, atol=0)
+
+
+def test_states_in_another_dtype_are_resumed(work, tmp_path):
+    """Catches: a folder that is refused on another machine because its processor computes in another dtype."""
+    for asked in ("float32", "bfloat16"):
+        write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS, dtype=asked)
+
+
+def test_training_computes_in_the_dtype_of_the_processor(work, tmp_path, processor):
+    """Catches: autocast to bfloat16 on a processor that emulates it; a flag of speculators that is overridden."""
+    flags = {key: value for key, value in FLAGS.items() if key != "hidden_states_dtype"}
+
+    def dtype(**more):
+        config = resolve(work / "llama", work / "states", tmp_path / "d", **flags, **more)
+        return config.flatten()["hidden_states_dtype"]
+
+    processor(bf16=True)
+    assert dtype() == "bfloat16"
+    assert dtype(hidden_states_dtype="float32") == "float32"
+    processor()
+    assert dtype() == "float32"
+    with pytest.raises(ValueError, match="--dtype float16: gradients would need scaling; choose auto, float32 or bf"):
+        dtype(hidden_states_dtype="float16")
+
+
+def test_the_option_reaches_states_and_training(work, tmp_path):
+    """Catches: --dtype that is read and forgotten; a choice that is made in silence."""
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"input_ids": d.tokens}) + "\n" for d in DOCUMENTS))
+    target, states = str(work / "llama"), tmp_path / "states"
+    done = CliRunner().invoke(
+        app,
+        ["train", "states", "--target", target, "--documents", str(documents), "--output-path", str(states)]
+        + [option for layer in LAYERS for option in ("--target-layer-ids", str(layer))]
+        + ["--dtype", "bfloat16"],
+    )
+    assert done.exit_code == 0, done.output
+    assert "hidden states: computing in bfloat16, because it was asked for\n" in done.stderr
+    fit = ["train", "fit", "--target", target, "--data-path", str(states), "--output-path", str(tmp_path / "drafter")]
+    done = CliRunner().invoke(app, [*fit, "--rank", "4", "--max-steps", "1", "--dtype", "float32"])
+    assert done.exit_code == 0, done.output
+    assert "training: computing in float32, because it was asked for\n" in done.stderr
+    with safe_open(tmp_path / "drafter" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("lm_head.up.weight").dtype == torch.float32  # the target's own
+    done = CliRunner().invoke(app, [*fit[:-1], str(tmp_path / "other"), "--dtype", "float16"])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: --dtype float16: ")
+
+
+def test_a_head_is_scored_by_the_processor_and_never_more_coarsely_than_it_is_stored(processor):
+    """Catches: a float32 or float16 head that is rounded to bfloat16 before it is measured."""
+    processor(bf16=True)
+    for stored, expected in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+    ):
+        assert scoring_head(torch.ones(2, 2, dtype=stored), "auto").dtype == expected
+    assert scoring_head(torch.ones(2, 2), "bfloat16").dtype == torch.bfloat16
+    processor()
+    assert scoring_head(torch.ones(2, 2, dtype=torch.bfloat16), "auto").dtype == torch.float32
+
+
+@pytest.mark.parametrize("theirs", [None, "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND"])
+def test_offline_engines_take_every_core_unless_the_environment_chooses(monkeypatch, theirs):
+    """Catches: half of a machine of two cores that waits; a choice of the user that is overridden or lost."""
+    names = ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    if theirs:
+        monkeypatch.setenv(theirs, "1")
+    before = {name: os.environ.get(name) for name in names}
+    with every_core():
+        inside = {name: os.environ.get(name) for name in names}
+    assert inside == (before if theirs else {**before, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"})
+    assert {name: os.environ.get(name) for name in names} == before
