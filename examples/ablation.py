@@ -157,7 +157,7 @@ def prepare(folder: Path) -> Bench:
 
 def held_out_loss(drafter: Path) -> float:
     """As training saw it in the end."""
-    return json.loads((drafter / "slimspec.json").read_text())["held_out"]["loss_epoch"]
+    return json.loads((drafter / "slimspec.json").read_text())["held_out"]["loss"]
 
 
 def lengths(rows: Sequence[AblationRow], drawn: np.ndarray) -> np.ndarray:

@@ -300,7 +300,8 @@ def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, fa
 
     provenance = json.loads((tmp_path / "d" / "slimspec.json").read_text())
     assert provenance["steps"] == trainer.global_step
-    assert 0 <= provenance["held_out"]["full_acc_0_epoch"] <= 1
+    held_out = provenance["held_out"]
+    assert 1 <= held_out["low"] <= held_out["length"] <= held_out["high"]
     assert SpeculatorModel.registry["eagle3"] is Eagle3DraftModel  # put back
 
 
@@ -314,6 +315,19 @@ def test_a_dense_head_to_compare_with(work, tmp_path, trainers):
     targets = AutoModelForCausalLM.from_pretrained(work / "llama").lm_head.weight
     assert torch.equal(trainers[0].first_head["weight"], targets)
     assert not torch.equal(written.load("lm_head.weight"), targets)
+
+
+def test_fit_with_the_targets_head_trains_and_stores_no_head(work, tmp_path, trainers):
+    """Catches: a copy of the target's head that is trained or written, which vLLM would serve instead of lending."""
+    drafter = fit(work / "llama", work / "states", tmp_path / "d", head="target", **FLAGS)
+    assert not any("lm_head" in name for name in drafter.tensors)
+    assert drafter.spec is None
+    (trainer,) = trainers
+    assert not trainer.model.lm_head.weight.requires_grad
+    assert torch.equal(trainer.model.lm_head.weight, trainer.model.verifier_lm_head.weight)
+    for flag in ({"draft_vocab_size": 8}, {"head_init": "random"}):
+        with pytest.raises(ValueError, match="--head target is the target's whole head"):
+            fit(work / "llama", work / "states", tmp_path / "e", head="target", **FLAGS, **flag)
 
 
 def test_tokens_and_states_are_one_place_apart(work, tmp_path, monkeypatch):

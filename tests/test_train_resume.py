@@ -202,6 +202,7 @@ def test_two_processes(work, tmp_path):
     assert load_file(tmp_path / "d/model.safetensors").keys() == load_file(work / "whole/model.safetensors").keys()
     train = [line["step"] for line in read_metrics(tmp_path / "d.run/metrics.jsonl") if line["split"] == "train"]
     assert train == list(range(found["steps"]))
+    assert found["held_out"]["documents"] == 3  # those of both processes
 
 
 def test_metrics_and_picture(work):
@@ -210,8 +211,10 @@ def test_metrics_and_picture(work):
     held_out = [line for line in lines if line["split"] == "held-out"]
     assert [line["epoch"] for line in held_out] == [0, 1]
     for line in held_out:
-        assert len(line["accepted"]) == len(line["alpha"]) == 3
+        assert len(line["accepted"]) == len(line["by_place"]) == len(line["alpha"]) == 3
         assert line["length"] == pytest.approx(1 + sum(line["accepted"]))
+        assert line["low"] <= line["length"] <= line["high"]
+        assert line["documents"] == 3  # a tenth
         assert all(0 < alpha < 1 for alpha in line["alpha"])
     train = [line for line in lines if line["split"] == "train"]
     assert all(line["loss"] > 0 and line["tokens_per_s"] > 0 for line in train)

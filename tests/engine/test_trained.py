@@ -7,10 +7,11 @@ import sys
 import engines
 import pytest
 import torch
-from engines import drafter_of, generate, record
+from engines import TOKENS, drafter_of, generate, record
 from speculators.models.eagle3.data import shift_batch
 from transformers import AutoModelForCausalLM
 
+from vllm_slimspec.bench.acceptance import from_engine
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.train.answers import write_answers
 from vllm_slimspec.train.model import SlimSpecEagle3Config, SlimSpecEagle3Model
@@ -90,17 +91,41 @@ def test_training_and_serving_draft_alike(trained, engine):
 
 
 def test_one_command_from_prompts_to_a_drafter(pair, engine, tmp_path):
-    """Catches: stages that do not fit together; hours of answers before a refusal; a second run that overwrites."""
+    """Catches: stages that do not fit together; hours of answers before a refusal; a second run that overwrites; a
+    length that training prints and vLLM does not serve, because prompts are easy or each place counts once."""
     p = pair()
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"input_ids": prompt}) + "\n" for prompt in p.prompts))
+    system = p.prompts[10]  # the same before every question: a drafter soon knows it by heart
+    questions = [p.prompts[11][first : first + 4 + first % 5] for first in range(30)]
+    questions += [prompt[:length] for prompt in p.prompts[:10] for length in range(4, len(prompt))]
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"input_ids": system + question}) + "\n" for question in questions)
+    )
     arguments = f"train --target {p.target} --prompts {tmp_path}/prompts.jsonl --output-path {tmp_path}/drafter"
-    arguments += " --max-tokens 24 --temperature 0 --rank 8 --target-layer-ids 1 2 3 --total-seq-len 128 --epochs 2"
+    arguments += f" --max-tokens {TOKENS} --temperature 0 --rank 8 --target-layer-ids 1 2 3 --total-seq-len 256"
+    arguments += " --hidden-states-dtype float32 --epochs 3 --lr 4e-3 --scheduler-warmup-steps 5"
     options = json.dumps({name: engines.OPTIONS[name] for name in ("dtype", "max_model_len", "enforce_eager")})
     command = [sys.executable, "-m", "vllm_slimspec", *arguments.split()]
     result = subprocess.run([*command, "--engine-args", options], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert DraftCheckpoint.open(tmp_path / "drafter").spec.rank == 8
-    assert generate(engine(p.target, tmp_path / "drafter"), p.prompts[:2]) == generate(engine(p.target), p.prompts[:2])
+
+    printed = json.loads((tmp_path / "drafter/slimspec.json").read_text())["held_out"]
+    assert f"acceptance length {printed['length']:.2f} (95%: " in result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "drafter.run/answers.jsonl").read_text().splitlines()]
+    held_out = lines[int(len(lines) * 0.9) :]
+    prompts = [line["input_ids"][: line["prompt_tokens"]] for line in held_out]
+    answers = [line["input_ids"][line["prompt_tokens"] :] for line in held_out]
+    llm, steps = engine(p.target, tmp_path / "drafter"), len(printed["accepted"])
+    # The walk stops where fewer than K tokens of the answer are left; so far, every cycle is one that is served.
+    assert generate(llm, prompts, TOKENS - steps + 1) == [answer[: TOKENS - steps + 1] for answer in answers]
+    walked = from_engine(llm)
+    assert (walked.drafts, walked.length) == (printed["cycles"], pytest.approx(printed["length"], abs=1e-9))
+    assert walked.per_position == pytest.approx(printed["accepted"])
+    assert generate(llm, prompts, TOKENS) == answers
+    served = from_engine(llm) - walked
+    assert printed["low"] < served.length < printed["high"]
+
+    assert generate(llm, p.prompts[:2]) == generate(engine(p.target), p.prompts[:2])
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1
     assert (

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_slimspec.bench.acceptance import Acceptance
 from vllm_slimspec.bench.answers import Answers, Found, Question, ask
-from vllm_slimspec.bench.bootstrap import interval
 from vllm_slimspec.bench.results import AcceptanceResults, AcceptanceRow, provenance
+from vllm_slimspec.bench.walk import acceptance_length
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.convert.sources import Target, fetch
 
@@ -154,20 +153,19 @@ def _check(row: AcceptanceRow, dtype: str) -> None:
 
 def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
     assert answers.accepted is not None
-    cycles = np.array([prompt.drafts for prompt in answers.accepted])
-    accepted = np.array([prompt.accepted for prompt in answers.accepted])
+    counts = np.array([(prompt.drafts, *(prompt.accepted_per_position or (0,))) for prompt in answers.accepted])
+    cycles, positions = counts[:, 0], counts[:, 1:]
     if not cycles.sum():
         raise ValueError("no draft was verified: the answers are one token long; give other prompts")
-    positions = np.array([prompt.accepted_per_position or (0,) for prompt in answers.accepted])
-    low, high = interval(len(cycles), lambda drawn: 1 + accepted[drawn].sum(1) / cycles[drawn].sum(1))
+    length = acceptance_length(counts)
     compared = compare(alone, answers) if alone is not None else None
     return {
-        "length": Acceptance(int(cycles.sum()), int(accepted.sum()), ()).length,
-        "low": low,
-        "high": high,
+        "length": length.value,
+        "low": length.low,
+        "high": length.high,
         "per_position": (positions.sum(0) / cycles.sum()).tolist(),
         "cycles": cycles.tolist(),
-        "accepted": accepted.tolist(),
+        "accepted": positions.sum(1).tolist(),
         "tokens": sum(map(len, answers.tokens)),
         "equal": compared and compared.equal,
         "near_ties": compared and compared.near_ties,

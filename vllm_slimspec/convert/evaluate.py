@@ -1,9 +1,9 @@
 """What a low-rank head keeps of the dense one, measured on held-out head states before anything is written.
 
 The figure that counts is tau, the tokens a draft-and-verify cycle yields. It needs no engine: where the states of every
-place of a greedy answer are known (:mod:`vllm_slimspec.convert.collect`), a head's walk through the answer follows. It
-drafts from place c, the target accepts the a tokens that it would have chosen itself, and the next cycle starts at
-c + a + 1. At temperature 0 that is what the engine does. Letters: N states, D hidden size, R rank, V draft vocabulary.
+place of a greedy answer are known (:mod:`vllm_slimspec.convert.collect`), a head's walk through the answer follows
+(:mod:`vllm_slimspec.bench.walk`). At temperature 0 that is what the engine does. Letters: N states, D hidden size,
+R rank, V draft vocabulary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +13,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from vllm_slimspec.bench.bootstrap import interval
 from vllm_slimspec.bench.speedup import speedup
+from vllm_slimspec.bench.walk import Tau, acceptance_length, walk
 from vllm_slimspec.convert.states import Rows
 from vllm_slimspec.ops import MAX_K
 
@@ -23,15 +23,6 @@ _LOGITS = 2**25  # at once: 128 MiB in float32
 
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # down [R, D], up [V, R]
 Head: TypeAlias = Factors | torch.Tensor  # or dense, [V, D]
-
-
-@dataclass(frozen=True)
-class Tau:
-    """Expected acceptance length, or one as a share of another, and a 95% interval by resampling documents."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -162,7 +153,7 @@ class _Totals:
 
 
 def _walks(states: Rows, drafted: torch.Tensor) -> np.ndarray | None:
-    """Cycles and accepted tokens of each document, int64 [documents, 2]; None where the target's tokens are unknown.
+    """Count the cycles of each document, int64 [documents, K + 1]; None where the target's tokens are unknown.
 
     Args:
         drafted: int64 [N], in the target's vocabulary.
@@ -172,39 +163,18 @@ def _walks(states: Rows, drafted: torch.Tensor) -> np.ndarray | None:
     hit = (drafted == states.next_token).numpy()
     doc, step = states.doc.numpy(), states.step.numpy()
     start = states.pos.numpy() - step
-    k = int(step.max()) + 1
-    accepted: dict[int, dict[int, np.ndarray]] = {}
-    for row in range(len(hit)):
-        cycle = accepted.setdefault(int(doc[row]), {}).setdefault(int(start[row]), np.zeros(k, dtype=bool))
-        cycle[step[row]] = hit[row]
-    return np.array([_walk(cycles) for cycles in accepted.values()])
+    walks = []
+    for document in dict.fromkeys(doc.tolist()):
+        own = doc == document
+        places, row = np.unique(start[own], return_inverse=True)
+        hits = np.zeros((len(places), step.max() + 1), dtype=bool)
+        hits[row, step[own]] = hit[own]
+        walks.append(walk(places, hits))
+    return np.stack(walks)
 
 
 def _tau(walks: np.ndarray | None, of: np.ndarray | None = None) -> Tau | None:
-    """Expected acceptance length of some walks; as a share of that of other walks through the same documents."""
-    if walks is None:
-        return None
-
-    def statistic(drawn: np.ndarray) -> np.ndarray:
-        return _length(walks[drawn]) if of is None else _length(walks[drawn]) / _length(of[drawn])
-
-    return Tau(float(statistic(np.arange(len(walks)))), *interval(len(walks), statistic))
-
-
-def _length(walks: np.ndarray) -> np.ndarray:
-    """Tokens a cycle of walks [..., documents, 2], float [...]."""
-    cycles, accepted = np.moveaxis(walks.sum(-2), -1, 0)
-    return 1 + accepted / cycles
-
-
-def _walk(cycles: Mapping[int, np.ndarray]) -> tuple[int, int]:
-    """Cycles and accepted tokens of one document; over a place that was not recorded, on to the next that was."""
-    count = total = next_place = 0
-    for place in sorted(cycles):
-        if place >= next_place:
-            hits = int(np.cumprod(cycles[place]).sum())
-            count, total, next_place = count + 1, total + hits, place + hits + 1
-    return count, total
+    return None if walks is None else acceptance_length(walks, of)
 
 
 def predicted_speedup(

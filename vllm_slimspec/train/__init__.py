@@ -8,6 +8,7 @@
     plan                   what a run will come to, on paper
     model                  the EAGLE-3 model of speculators with two factors for a head
     trainer, metrics       speculators' trainer with checkpoints that survive a kill, and what it reports
+    held_out               the acceptance length of held-out answers, as it will be served
     export                 that model as a plain Hugging Face folder
     quiet, replaced        one progress bar a stage, ours; what speculators has no switch for
 

@@ -30,6 +30,7 @@ _PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 class _Head(StrEnum):
     LOW_RANK = "low-rank"
     DENSE = "dense"
+    TARGET = "target"
 
 
 class _TrainOn(StrEnum):
@@ -67,7 +68,13 @@ TrainOn = Annotated[
 Layers = Annotated[
     list[int] | None, typer.Option(help="A layer whose input the drafter sees; repeat. [default: 2, n/2, n-3]")
 ]
-Head = Annotated[_Head, typer.Option(help="A dense head is for comparison; stock vLLM serves it.")]
+Head = Annotated[
+    _Head,
+    typer.Option(
+        help="A dense head is for comparison, and stock vLLM serves it. With `target` it stays the target's own: it "
+        "is neither trained nor stored, and vLLM lends it."
+    ),
+]
 Rank = Annotated[int | None, typer.Option(help="Rank of the head. [default: hidden size / 8]")]
 Init = Annotated[_HeadInit, typer.Option(help="How the head starts.")]
 Loss = Annotated[

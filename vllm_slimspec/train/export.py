@@ -44,11 +44,14 @@ def export(
         dtype: of the floating-point tensors on disk.
         provenance: how this drafter came to be, written as slimspec.json.
     """
-    own_embeddings = model.config.embed_requires_grad  # otherwise they are the target's, which vLLM shares
+    # What is the target's, vLLM lends.
+    own_embeddings, own_head = model.config.embed_requires_grad, not model.config.head_is_targets
     tensors = {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
-        if not name.startswith(_NOT_SERVED) and (own_embeddings or not name.startswith("embed_tokens."))
+        if not name.startswith(_NOT_SERVED)
+        and (own_embeddings or not name.startswith("embed_tokens."))
+        and (own_head or not name.startswith("lm_head."))
     }
     return write_checkpoint(folder, draft_config(model, dtype), tensors, provenance)
 

@@ -33,11 +33,12 @@ import vllm_slimspec
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.output import beside, check_free, claim_folder, write_whole
 from vllm_slimspec.train.export import export
+from vllm_slimspec.train.held_out import check_held_out
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.replaced import replaced
-from vllm_slimspec.train.store import check_states, read_layer_ids
+from vllm_slimspec.train.store import check_states, knows_prompts, read_layer_ids
 from vllm_slimspec.train.trainer import ServerGone, SlimSpecTrainer, metrics_file, settle
 from vllm_slimspec.work_dtype import work_dtype
 
@@ -69,6 +70,7 @@ _IDENTITY = (
     "data_path",
     "from_pretrained",
     "lm_head_rank",
+    "head_is_targets",
     "head_init",
     "draft_vocab_size",
     "draft_arch",
@@ -93,10 +95,12 @@ class SlimSpecTrainConfig(TrainConfig):
     """speculators' configuration and ours, which travel to the model together."""
 
     lm_head_rank: int = Field(default=1, ge=0)
+    head_is_targets: bool = False
     head_init: HeadInit = "weighted-svd"
 
     def flatten(self) -> dict[str, Any]:
-        return {**super().flatten(), "lm_head_rank": self.lm_head_rank, "head_init": self.head_init}
+        ours = {key: getattr(self, key) for key in ("lm_head_rank", "head_is_targets", "head_init")}
+        return {**super().flatten(), **ours}
 
 
 @contextmanager
@@ -138,7 +142,7 @@ def fit(
     data: str | Path,
     output: str | Path,
     *,
-    head: Literal["low-rank", "dense"] = "low-rank",
+    head: Literal["low-rank", "dense", "target"] = "low-rank",
     rank: int | None = None,
     head_init: HeadInit = "weighted-svd",
     **flags: Any,
@@ -151,6 +155,7 @@ def fit(
         output: the drafter; must not exist, or be empty. Everything else goes to ``<output>.run``: the checkpoints,
             from which a run that was stopped or killed is resumed, metrics.jsonl and training.png.
         head: ``dense`` for a drafter to compare with: the ordinary head, trained like the factors and served by vLLM.
+            ``target``: the target's own head, which is neither trained nor exported, because vLLM lends it.
         rank: R of a low-rank head; default D // 8.
         head_init: how the factors start, see :meth:`SlimSpecEagle3Model.init_head`.
         flags: any flag of ``speculators train``, with underscores; they win over :data:`RECIPE`.
@@ -170,6 +175,7 @@ def fit(
         raise ValueError(f"{data}: holds no training data; make it with `slimspec train states` first")
     if run["draft_vocab_size"] and not (Path(data) / "token_freq.pt").exists():
         raise ValueError(f"{data}: no token_freq.pt to choose a vocabulary by; write the states again")
+    check_held_out(Path(data), **{name: run[name] for name in ("train_data_ratio", "total_seq_len", "ttt_steps")})
     output = Path(output)
     process = int(os.environ.get("RANK", "0"))  # torchrun's, of which the first one writes the output
     if process == 0:
@@ -185,6 +191,8 @@ def _fit(config: SlimSpecTrainConfig, data: Path, output: Path) -> DraftCheckpoi
     check_states(data, missing_is_wrong=run["on_missing"] == "raise", part=process, parts=processes)
     if process == 0:
         _claim(output, run)
+        if not knows_prompts(data):
+            logger.warning("%s: no prompt is known there, so every token is trained on and measured", data)
     with slimspec_in_speculators() as trainers:
         try:
             speculators_cli.main(config)
@@ -231,7 +239,7 @@ def resolve(
     data: str | Path,
     output: str | Path,
     *,
-    head: Literal["low-rank", "dense"] = "low-rank",
+    head: Literal["low-rank", "dense", "target"] = "low-rank",
     rank: int | None = None,
     head_init: HeadInit = "weighted-svd",
     **flags: Any,
@@ -260,6 +268,11 @@ def resolve(
     if not 1 <= rank <= hidden:
         raise ValueError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
 
+    if head == "target" and (head_init == "random" or flags.get("draft_vocab_size") is not None):
+        raise ValueError(
+            "--head target is the target's whole head; leave out --head-init random and --draft-vocab-size, or train a "
+            "head of the drafter's own with --head dense"
+        )
     run = {
         **RECIPE,
         **({} if flags.keys() & {"draft_config", "from_pretrained"} else _SHAPE),
@@ -274,6 +287,7 @@ def resolve(
         "data_path": str(data),
         "save_path": str(beside(output, ".run") / "checkpoints"),
         "lm_head_rank": rank if head == "low-rank" else 0,
+        "head_is_targets": head == "target",
         "head_init": head_init,
     }
     unknown = run.keys() - SlimSpecTrainConfig().flatten().keys()

@@ -1,11 +1,14 @@
 """How a run goes: every step and every evaluation as a line of JSON, and a picture of them.
 
-    {"split": "train", "step": 7, "epoch": 0, "loss": ..., "accepted": [...], "lr": ..., "tokens_per_s": ...}
-    {"split": "held-out", "step": 230, "epoch": 0, "loss": ..., "accepted": [...], "alpha": [...], "length": ...}
+    {"split": "train", "step": 7, "epoch": 0, "loss": ..., "by_place": [...], "lr": ..., "tokens_per_s": ...}
+    {"split": "held-out", "step": 230, "epoch": 0, "loss": ..., "by_place": [...], "alpha": [...],
+     "length": ..., "low": ..., "high": ..., "accepted": [...], "cycles": ..., "documents": ...}
 
-``accepted`` is the share of places where the drafts at positions 1, 2, ... are all the target's own best tokens, which
-is what greedy decoding accepts; ``length`` is the acceptance length that follows, 1 + their sum; ``alpha`` the mean of
-sum(min(p, q)) at each position, which is what sampling accepts. The target's own tokens are fed to the drafter.
+``length`` is the acceptance length of the walk of cycles through the answers, as it is served, ``low`` to ``high`` its
+95% interval by resampling documents, ``accepted`` the share of its cycles whose drafts at positions 1, 2, ... were all
+accepted (:mod:`vllm_slimspec.train.held_out`). Over all places that are trained on, which is another mean, ``by_place``
+is the share where the drafts at positions 1, 2, ... are all the target's own best tokens, and ``alpha`` the mean of
+sum(min(p, q)) at each position, which is what sampling accepts.
 """
 
 import json
@@ -14,6 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vllm_slimspec.bench.walk import acceptance_length
 from vllm_slimspec.output import write_whole
 
 METRICS = "speculators.metrics"  # the logger that speculators reports to
@@ -37,30 +43,56 @@ class MetricsFile(logging.Handler):
         self._file = file.open("a", buffering=1)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, if the record is a report."""
+        """Write a line, if the record is the report of a training step."""
         report: Any = record.msg
-        if isinstance(report, Mapping) and (line := self._line(report, getattr(record, "step", 0))):
-            self._file.write(json.dumps(line) + "\n")
+        if isinstance(report, Mapping) and "train" in report:
+            measured = _of(report["train"], self.decay)
+            speed = {"lr": report["lr"], "tokens_per_s": report["profile"]["tokens_per_s"]}
+            self.write({"split": "train", "step": record.step, "epoch": report["epoch"], **measured, **speed})  # type: ignore[attr-defined]
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Write a line."""
+        self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
         super().close()
 
-    def _line(self, report: Mapping[str, Any], step: int) -> dict[str, Any] | None:
-        if "train" in report:
-            found = {"split": "train", "step": step, "epoch": report["epoch"], **_of(report["train"], self.decay)}
-            return found | {"lr": report["lr"], "tokens_per_s": report["profile"]["tokens_per_s"]}
-        if "val" in report:
-            metrics = {name.removesuffix("_epoch"): value for name, value in report["val"].items()}
-            return {"split": "held-out", "step": step, "epoch": report["epoch"], **_of(metrics, self.decay)}
-        return None
+
+def measure_held_out(report: Mapping[str, float], counts: np.ndarray, decay: float) -> dict[str, Any]:
+    """Return what the line of an evaluation says.
+
+    Args:
+        report: of speculators.
+        counts: int64 [documents, K + 1], see :mod:`vllm_slimspec.bench.walk`.
+        decay: by which speculators weights the loss of each further position.
+    """
+    length, (cycles, *accepted) = acceptance_length(counts), counts.sum(0).tolist()
+    return {
+        **_of({name.removesuffix("_epoch"): value for name, value in report.items()}, decay),
+        "length": length.value,
+        "low": length.low,
+        "high": length.high,
+        "accepted": [count / cycles for count in accepted],
+        "cycles": cycles,
+        "documents": int(np.count_nonzero(counts[:, 0])),
+    }
+
+
+def describe(measured: Mapping[str, Any]) -> str:
+    """Say in a line what :func:`measure_held_out` found."""
+    rates = " ".join(f"{rate:.2f}" for rate in measured["accepted"])
+    return (
+        f"held-out loss {measured['loss']:.3f}, acceptance length {measured['length']:.2f} (95%: {measured['low']:.2f} "
+        f"to {measured['high']:.2f}) at K = {len(measured['accepted'])}, accepted by position {rates}; "
+        f"{measured['cycles']} cycles through {measured['documents']} documents"
+    )
 
 
 def _of(metrics: Mapping[str, float], decay: float) -> dict[str, Any]:
-    """Our names for speculators' metrics."""
-    accepted = _by_position(metrics, "full_acc_{}")
-    found: dict[str, Any] = {"loss": metrics["loss"], "accepted": accepted, "length": 1 + sum(accepted)}
+    """Return speculators' metrics by our names."""
+    found: dict[str, Any] = {"loss": metrics["loss"], "by_place": _by_position(metrics, "full_acc_{}")}
     distance = _by_position(metrics, "tv_loss_{}")
     if distance:
         found["alpha"] = [1 - d / decay**position for position, d in enumerate(distance)]
@@ -86,7 +118,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def plot_metrics(file: Path, output: Path) -> None:
-    """Loss, and the held-out acceptance by position, over the steps of a run."""
+    """Draw the loss, and the held-out acceptance length with its interval, over the steps of a run."""
     from matplotlib.figure import Figure
 
     from vllm_slimspec.bench.report.theme import LIGHT, drawing, save_png
@@ -95,25 +127,22 @@ def plot_metrics(file: Path, output: Path) -> None:
     train, held_out = ([line for line in lines if line["split"] == split] for split in ("train", "held-out"))
     with drawing(LIGHT):
         figure = Figure(figsize=(8.4, 3.2), layout="constrained")
-        loss, rates = figure.subplots(1, 2)
+        loss, length = figure.subplots(1, 2)
         loss.plot(*_series(train, "loss"), color=LIGHT["body"], linewidth=1, label="training")
         loss.plot(*_series(held_out, "loss"), color=LIGHT["low-rank"], marker="o", markersize=4, label="held out")
         loss.set_ylabel("loss")
         loss.legend()
-        for position in range(len(held_out[-1]["accepted"]) if held_out else 0):
-            steps, accepted = _series(held_out, "accepted", position)
-            alpha = 1 - 0.28 * position
-            style = {"color": LIGHT["low-rank"], "alpha": max(alpha, 0.2), "marker": "o", "markersize": 4}
-            rates.plot(steps, accepted, label=f"{position + 1}", **style)
-        rates.set_ylim(0, 1)
-        rates.set_ylabel("accepted up to this position, held out")
-        if held_out:
-            rates.legend(title="position")
-        for axes in (loss, rates):
+        # Version 0.1.0 wrote a mean over places by that name, without an interval.
+        walked = [line for line in held_out if "low" in line]
+        steps, lengths = _series(walked, "length")
+        length.plot(steps, lengths, color=LIGHT["low-rank"], marker="o", markersize=4)
+        interval = (_series(walked, bound)[1] for bound in ("low", "high"))
+        length.fill_between(steps, *interval, color=LIGHT["low-rank"], alpha=0.2, linewidth=0)
+        length.set_ylabel("acceptance length, held out")
+        for axes in (loss, length):
             axes.set_xlabel("optimiser steps")
         save_png(figure, output)
 
 
-def _series(lines: list[dict[str, Any]], name: str, position: int | None = None) -> tuple[list[int], list[float]]:
-    values = [line[name] if position is None else line[name][position] for line in lines]
-    return [line["step"] for line in lines], values
+def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    return [line["step"] for line in lines], [line[name] for line in lines]

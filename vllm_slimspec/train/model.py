@@ -53,6 +53,7 @@ class SlimSpecEagle3Config(Eagle3SpeculatorConfig):
 
     speculators_model_type: Literal["slimspec_eagle3"] = "slimspec_eagle3"
     lm_head_rank: int = Field(default=1, ge=0, description="Rows of lm_head.down: the R of the factors; 0: dense head")
+    head_is_targets: bool = Field(default=False, description="The dense head is the target's: frozen and not exported")
 
 
 @SpeculatorModel.register("slimspec_eagle3")
@@ -67,7 +68,7 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
         if config.lm_head_rank:
             self.lm_head = LowRankHead(self.hidden_size, config.lm_head_rank, self.draft_vocab_size)
         else:
-            self.lm_head.requires_grad_(True)
+            self.lm_head.requires_grad_(not config.head_is_targets)
 
     def load_verifier_weights(self) -> None:
         """Embeddings, final norm and teacher head from the target; the drafter's own head is left alone."""
@@ -111,7 +112,8 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
         """A fresh drafter, its head from the target's; called by speculators with every flag of the run."""
 
         def config(**fields: Any) -> SlimSpecEagle3Config:
-            return SlimSpecEagle3Config(lm_head_rank=kwargs["lm_head_rank"], **fields)
+            ours = {key: kwargs[key] for key in ("lm_head_rank", "head_is_targets")}
+            return SlimSpecEagle3Config(**ours, **fields)
 
         # The parent names its own config class; everything else it does is what we want.
         with replaced(eagle3_core, Eagle3SpeculatorConfig=config):

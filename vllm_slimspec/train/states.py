@@ -75,7 +75,8 @@ def _write_states(
             raise ValueError(
                 f"document {i}: {len(ids)} tokens, ids must be 0 to {vocab - 1} and at least 2; drop or re-tokenise it"
             )
-    _claim(path, {"target": str(target), "layer_ids": layers, "sha256": _fingerprint(model, layers, documents)})
+    identity = {"target": str(target), "layer_ids": layers, "prompts": sum(d.prompt > 0 for d in documents)}
+    _claim(path, {**identity, "sha256": _fingerprint(model, layers, documents)})
 
     chosen, stored = work_dtype(dtype, model.dtype), model.dtype
     chosen.log("hidden states")

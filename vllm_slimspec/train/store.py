@@ -1,7 +1,7 @@
 """The target's hidden states on disk, in the layout that speculators trains from.
 
     FOLDER/                                   a Hugging Face data set: input_ids, loss_mask, seq_len
-    FOLDER/states.json                        what they are the states of: target, its layers, documents
+    FOLDER/states.json                        what they are the states of: target, its layers, documents, known prompts
     FOLDER/token_freq.pt                      how often each token is asked for, to choose a truncated vocabulary
     FOLDER/checked-0-of-1                     what the files looked like when all of them were whole
     FOLDER/hidden_states/hs_<i>.safetensors   hidden_states [T, n_aux + 1, D], token_ids int64 [T]
@@ -131,6 +131,12 @@ def read_layer_ids(folder: Path) -> list[int] | None:
     """The target layers whose inputs these are; None if the folder is not one of ours."""
     file = folder / "states.json"
     return json.loads(file.read_text())["layer_ids"] if file.exists() else None
+
+
+def knows_prompts(folder: Path) -> bool:
+    """Return whether the data masks the prompt of any document; data that is not ours is taken to."""
+    file = folder / "states.json"
+    return not file.exists() or json.loads(file.read_text()).get("prompts", 0) > 0
 
 
 def read_final_states(folder: str | Path, limit: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,8 @@ from speculators.train.graceful_shutdown import TrainingInterruptedError
 from speculators.train.trainer import Trainer, TrainerConfig
 from tqdm import tqdm
 
-from vllm_slimspec.train.metrics import METRICS, MetricsFile
+from vllm_slimspec.train.held_out import gathered, watched
+from vllm_slimspec.train.metrics import METRICS, MetricsFile, describe, measure_held_out
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +41,12 @@ class _AllSteps(Exception):
 class SlimSpecTrainer(Trainer):
     """speculators' trainer; on a machine without an accelerator too."""
 
-    held_out: dict[str, float] | None = None  # the last validation
+    held_out: dict[str, Any] | None = None  # what the last evaluation measured
     interrupted = False
     _place: tuple[int, int] | None = None  # epoch and steps of it, inside of one
     _saved = 0  # steps of the newest checkpoint
     _asked_to_stop = False
+    _metrics: MetricsFile | None = None  # of the first process
 
     def setup_trainer(self) -> None:
         if not torch.accelerator.is_available():
@@ -64,11 +67,12 @@ class SlimSpecTrainer(Trainer):
         steps = self.config.max_steps or self.config.num_epochs * len(self.train_loader)
         self._between = min(_STEPS_BETWEEN_CHECKPOINTS, steps // 10)
         silent = None if self.rank == 0 else True  # None: where stderr is no terminal
-        decay = (self.config.train_call_kwargs or {})["ttt_step_loss_decay"]
         reports = logging.getLogger(METRICS)
-        file = MetricsFile(metrics_file(self.checkpointer.path), self.global_step, decay) if self.rank == 0 else None
-        if file:
-            reports.addHandler(file)
+        if self.rank == 0:
+            self._metrics = MetricsFile(
+                metrics_file(self.checkpointer.path), self.global_step, self._of_call("ttt_step_loss_decay")
+            )
+            reports.addHandler(self._metrics)
         try:
             with tqdm(total=steps, initial=self.global_step, desc="Training", unit="step", disable=silent) as bar:
                 self.progress = bar
@@ -77,9 +81,9 @@ class SlimSpecTrainer(Trainer):
             if not self.interrupted and self.held_out is None:  # killed between the last step and its evaluation
                 self.val_epoch(max(self.current_epoch - 1, 0))
         finally:
-            if file:
-                reports.removeHandler(file)
-                file.close()
+            if self._metrics:
+                reports.removeHandler(self._metrics)
+                self._metrics.close()
             for backend in reports.handlers:  # TensorBoard's would wait for two minutes
                 backend.flush()
 
@@ -101,11 +105,19 @@ class SlimSpecTrainer(Trainer):
         self._place = None
 
     def val_epoch(self, epoch: int) -> dict[str, float] | None:
-        self.held_out = super().val_epoch(epoch)
-        if self.held_out and self.rank == 0:
-            rates = [f"{rate:.3f}" for key, rate in self.held_out.items() if key.startswith("full_acc_")]
-            logger.info("epoch %d: held-out loss %.3f, accepted by place %s", epoch, self.held_out["loss_epoch"], rates)
-        return self.held_out
+        with watched(self.model) as found:
+            report = super().val_epoch(epoch)
+        counts = gathered(found, self._of_call("ttt_steps"))
+        if not report or not counts.any():
+            logger.warning("epoch %d: no process had a held-out answer, so nothing was measured", epoch)
+            return report
+        self.held_out = measure_held_out(report, counts, self._of_call("ttt_step_loss_decay"))
+        if self._metrics:
+            self._metrics.write({"split": "held-out", "step": self.global_step, "epoch": epoch, **self.held_out})
+            length = {"acceptance_length": self.held_out["length"]}
+            logging.getLogger(METRICS).info({"val": length}, extra={"step": self.global_step})
+            logger.info("epoch %d: %s", epoch, describe(self.held_out))
+        return report
 
     def maybe_save_checkpoint(self, epoch: int | str, local_step: int = 0) -> None:
         last = epoch == self.config.num_epochs - 1 and not local_step
@@ -138,6 +150,10 @@ class SlimSpecTrainer(Trainer):
     def maybe_update_best(self, epoch: int, val_metrics: dict[str, float] | None) -> None:
         if self.config.save_best or self._saved == self.global_step:  # otherwise there is none of this epoch's end
             super().maybe_update_best(epoch, val_metrics)
+
+    def _of_call(self, name: str) -> Any:
+        """Return what the model is called with by this name."""
+        return (self.config.val_call_kwargs or {})[name]
 
     def _ask_to_stop(self, sign: int, frame: FrameType | None) -> None:
         if self._asked_to_stop:

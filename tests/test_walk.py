@@ -1,0 +1,54 @@
+"""The walk of draft-and-verify cycles, and the acceptance length of what it counts."""
+
+import numpy as np
+import pytest
+
+from vllm_slimspec.bench.walk import acceptance_length, walk
+
+K = 3
+
+
+def walk_in_words(accepted: dict[int, int]) -> list[int]:
+    """Count cycles as one would by hand, from the drafts that are accepted at each known place."""
+    counts, place = [0] * (K + 1), min(accepted, default=0)
+    while place <= max(accepted, default=-1):
+        if place in accepted:
+            for position in range(accepted[place] + 1):
+                counts[position] += 1
+            place += accepted[place] + 1
+        else:
+            place += 1
+    return counts
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.4])
+def test_a_walk_starts_each_cycle_where_the_last_one_ended(missing):
+    """Catches: a mean over places; a cycle that starts at the first rejected draft or one too far; drafts that are
+    right behind a wrong one; a place that is not known taken for one where nothing is accepted."""
+    rng = np.random.default_rng(0)
+    for length in (0, 1, 5, 60):
+        hits = rng.random((length, K)) < 0.7
+        places = np.flatnonzero(rng.random(length) >= missing)
+        accepted = {int(p): next((k for k in range(K) if not hits[p, k]), K) for p in places}
+        assert walk(places, hits[places]).tolist() == walk_in_words(accepted)
+
+
+def test_hard_places_start_more_cycles():
+    """Catches: the formula 1 + the sum of the rates over places, which is 1.67 here."""
+    hits = np.tile([[True], [True], [False]], (33, 1))  # K = 1: behind an accepted draft comes the hard place
+    counts = walk(np.arange(99), hits)
+    assert counts.tolist() == [66, 33]
+    assert acceptance_length(counts[None]).value == 1.5
+
+
+def test_an_acceptance_length_is_of_all_documents_together():
+    """Catches: a mean of the documents' own lengths; documents without a cycle that make it NaN, or move it."""
+    counts = np.array([[10, 5, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    found = acceptance_length(counts)
+    assert found.value == pytest.approx(1 + 8 / 11)
+    assert 1.5 == found.low < found.value < found.high == 4
+    assert acceptance_length(counts[:2]) == found
+    half = acceptance_length(counts, of=counts * [1, 3, 0, 0])
+    assert half.value == pytest.approx((1 + 8 / 11) / (1 + 18 / 11))
+    same = acceptance_length(counts, of=counts)
+    assert (same.value, same.low, same.high) == (1, 1, 1)
