@@ -3,6 +3,9 @@
 No engine starts: the model is built, loaded, updated and asked as vLLM's loaders and its weight transfer do it.
 """
 
+from functools import partial
+
+import draft_models
 import drafters
 import pytest
 import torch
@@ -14,62 +17,15 @@ from vllm_slimspec.models.draft import LowRankDraft
 
 
 @pytest.fixture(scope="module")
-def parallel(tmp_path_factory):
-    """vLLM's groups, of one rank, unless an engine of this process has left its own."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
+def groups(tmp_path_factory):
+    with draft_models.parallel_groups(tmp_path_factory.mktemp("groups")):
         yield
-        return
-    with set_current_vllm_config(VllmConfig()):
-        rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
-        parallel_state.init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
-        parallel_state.initialize_model_parallel(1, 1)
-    yield
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
 
 
 @pytest.fixture
-def build(parallel, tmp_path):
-    """config.json's changes and the tensors -> the draft model, loaded and prepared, and its ModelConfig."""
-    from transformers import LlamaConfig
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
-    from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    def start(tensors, head=None, **changes):
-        sizes = drafters.config(**changes)
-        shared = {k: v for k, v in sizes.items() if k != "architectures" and not k.startswith("lm_head_")}
-        LlamaConfig(**shared | {"num_hidden_layers": 4, "architectures": ["LlamaForCausalLM"]}).save_pretrained(
-            tmp_path / "target"
-        )
-        config = EngineArgs(
-            model=str(tmp_path / "target"),
-            skip_tokenizer_init=True,
-            max_model_len=128,
-            max_num_seqs=2,
-            dtype="float32",
-            speculative_config={
-                "model": str(drafters.write(tmp_path / "drafter", sizes, tensors)),
-                "num_speculative_tokens": 3,
-            },
-        ).create_engine_config()
-        draft = config.speculative_config.draft_model_config
-        with set_default_torch_dtype(torch.float32):
-            model = initialize_model(config, model_config=draft)
-        model.load_weights(iter(tensors.items()))
-        process_weights_after_loading(model, draft, torch.device("cpu"))
-        if head is not None:  # as vLLM shares the target's
-            record_metadata_for_reloading(head)
-            model.lm_head = head
-        with torch.inference_mode():  # as both runners pass through `forward`
-            model._prepare()
-        return model, draft
-
-    return start
+def build(groups, tmp_path):
+    """See draft_models.build."""
+    return partial(draft_models.build, tmp_path)
 
 
 def _update(model, config, pieces) -> None:
