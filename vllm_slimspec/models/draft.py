@@ -23,6 +23,7 @@ from vllm_slimspec.checkpoint import (
     describe,
     head_spec,
 )
+from vllm_slimspec.models.handover import hand_over
 from vllm_slimspec.models.head import LowRankHead
 
 if TYPE_CHECKING:
@@ -88,26 +89,32 @@ class LowRankDraft(_Eagle3):
         # first time in a live request: this is where its kernels get compiled.
         if not self.prepared and not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._prepare()
-        return super().forward(input_ids, positions, hidden_states, inputs_embeds)
+        for_head, for_next_step = super().forward(input_ids, positions, hidden_states, inputs_embeds)
+        return hand_over(for_head, hidden_states.dtype), hand_over(for_next_step, hidden_states.dtype)
+
+    def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what drafting starts from, made of the target's hidden states: [B, 3 * D] -> [B, D]."""
+        return hand_over(super().combine_hidden_states(hidden_states), hidden_states.dtype)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The draft token of each row, without logits: [B, D] -> int64 [B], ids of the target's vocabulary."""
         self._announce("fused", "the fused path (get_top_tokens)")
         _, ids = self.low_rank_head.argmax(hidden_states, *(self.dense or ()))
         d2t = self.draft_id_to_target_id
-        return ids if d2t is None else ids + d2t[ids]
+        return hand_over(ids if d2t is None else ids + d2t[ids], torch.int64)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[B, D] -> [B, target vocabulary], -inf where a truncated draft vocabulary has no row. Never re-ranks."""
         self._announce("dense", "the dense path (compute_logits)")
         head = self.low_rank_head
         logits = self.logits_processor(head, head.project(hidden_states))
+        if logits is None:  # vLLM gathers them on another tensor-parallel rank
+            return None
         d2t = self.draft_id_to_target_id
-        if d2t is None or logits is None:
-            return logits
-        scattered = logits.new_full((logits.shape[0], self.spec.vocab_size), float("-inf"))
-        scattered[:, torch.arange(d2t.numel(), device=d2t.device) + d2t] = logits
-        return scattered
+        if d2t is not None:
+            scores, logits = logits, logits.new_full((logits.shape[0], self.spec.vocab_size), float("-inf"))
+            logits[:, torch.arange(d2t.numel(), device=d2t.device) + d2t] = scores
+        return hand_over(logits, logits.dtype)  # the model's dtype, or the head_dtype that a user asked vLLM for
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the head ourselves and hand the body to vLLM; refuse a head that is not whole and finite.
