@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_slimspec import ops
+from vllm_slimspec.quantized import KINDS
 from vllm_slimspec.selection import best_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -131,6 +132,27 @@ def test_rerank_edges():
     assert sorted(ids[0, :2].tolist()) == [0, 1]
     assert values[0, 2:].tolist() == [-INF, -INF]
     assert ops.low_rank_rerank(hidden[:0], down, up, dense, 4)[1].shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_results_are_contiguous(impl, kind, dtype):
+    """Catches: a view as a result, such as of what a CPU's int4 layout pads V to; kernels of a caller that are given no
+    stride would read what lies between its entries."""
+    hidden, down, up = head(2, 77, 32, dtype=dtype)
+    dense = head(2, 77, 32, dtype=dtype, seed=1)[2]
+    factors = ops.pack(down, up if kind is None else ops.quantize_up(up, kind), impl=impl)
+    results = [
+        ops.low_rank_logits(hidden, *factors, impl=impl),
+        *ops.low_rank_argmax(hidden, *factors, valid_vocab=70, impl=impl),
+        *ops.low_rank_topk(hidden, *factors, 4, valid_vocab=70, impl=impl),
+        *ops.low_rank_rerank(hidden, *factors, dense, 4, valid_vocab=70, impl=impl),
+        *ops.reduce_pairs(
+            *(torch.zeros(2, 4, 2, dtype=of).unbind(dim=2)[0] for of in (torch.float32, torch.int64)), impl=impl
+        ),
+    ]
+    assert [result.is_contiguous() for result in results] == [True] * len(results)
 
 
 @pytest.mark.parametrize("tail", [0, 1, 500])

@@ -10,7 +10,8 @@ which is Triton on a GPU and torch elsewhere; the environment variable ``SLIMSPE
 Triton is imported on its first use. Arguments are checked in microseconds and nothing synchronises with the device,
 so that after :func:`prepare` every function can be captured in a CUDA graph.
 
-In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and -inf comes with id 0.
+In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and -inf comes with id 0. Results are
+contiguous.
 """
 
 import functools
@@ -64,7 +65,7 @@ def low_rank_logits(
         from vllm_slimspec.kernels.low_rank_logits import low_rank_logits as kernel
 
         return kernel(hidden, down, up)
-    return _product(_product(hidden, down), up)
+    return _product(_product(hidden, down), up).contiguous()  # a packed factor may have padded V, and gives a view
 
 
 def low_rank_argmax(
