@@ -3,8 +3,9 @@
     python tests/contract.py vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
 writes ``tests/contracts/0.33.0.json``: every symbol of ``RELIED_ON`` with its parameters or fields as that version has
-them, or null. ``tests/test_contract.py`` holds each such file against what is asked for here. It says that a version
-has the interfaces, not that it works: the compatibility table calls that "static".
+them, or null, and every line of its kernels that reads what a draft model returned without a stride.
+``tests/test_contract.py`` holds each such file against what is asked for here. It says that a version has the
+interfaces, not that it works: the compatibility table calls that "static".
 """
 
 import ast
@@ -77,6 +78,14 @@ RELIED_ON: dict[str, list[str]] = {
 # Names that the proposers of both model runners must look up on a draft model or on its configuration.
 LOOKED_UP = ["get_top_tokens", "use_local_argmax_reduction", "has_own_lm_head", "compute_logits"]
 RUNNERS = {"V1": "vllm/v1/spec_decode/", "V2": "vllm/v1/worker/gpu/spec_decode/"}
+# Where a Triton kernel of V2 reads what a draft model returned, and takes its last dimension to be contiguous. These
+# lines are why models/handover.py exists; where one is gone, see what has come in its place.
+READ_WITHOUT_A_STRIDE = {
+    "ids": "tl.load(draft_tokens_ptr + req_idx)",
+    "hidden states": "hidden_states_ptr + req_idx * hidden_states_stride + block",
+    "logits": "logits_ptr + token_idx * logits_stride + block",
+}
+GUMBEL = "vllm/v1/worker/gpu/sample/gumbel.py"
 
 Read = Callable[[str], str | None]
 
@@ -90,14 +99,24 @@ def extract(read: Read, files: list[str], names: Iterable[str] = RELIED_ON) -> d
         names: module:symbol of each.
 
     Returns:
-        symbols: name -> its parameters or fields, null where it is missing; looked_up: runner -> names.
+        symbols: name -> its parameters or fields, null where it is missing; looked_up: runner -> names;
+        read_without_a_stride: what a draft model returns -> file and number of each line that reads it so.
     """
     symbols = {name: _symbol(read, *name.split(":")) for name in names}
     looked_up = {}
     for runner, folder in RUNNERS.items():
         text = "".join(read(f) or "" for f in files if f.startswith(folder) and f.endswith(".py"))
         looked_up[runner] = [name for name in LOOKED_UP if re.search(rf"\b{name}\b", text)]
-    return {"symbols": symbols, "looked_up": looked_up}
+    kernels = {
+        f: (read(f) or "").splitlines() for f in files if f.startswith((RUNNERS["V2"], GUMBEL)) and f.endswith(".py")
+    }
+    lines = {
+        what: [
+            f"{file}:{number}" for file, text in kernels.items() for number, line in enumerate(text, 1) if code in line
+        ]
+        for what, code in READ_WITHOUT_A_STRIDE.items()
+    }
+    return {"symbols": symbols, "looked_up": looked_up, "read_without_a_stride": lines}
 
 
 def missing(contract: dict[str, Any]) -> list[str]:
@@ -111,6 +130,8 @@ def missing(contract: dict[str, Any]) -> list[str]:
             out.append(f"{name} has no {', '.join(lacking)}")
     for runner in RUNNERS:
         out += [f"{runner} never looks up {n}" for n in LOOKED_UP if n not in contract["looked_up"][runner]]
+    lines = contract["read_without_a_stride"]
+    out += [f"V2 has no line {code}, which reads {w}" for w, code in READ_WITHOUT_A_STRIDE.items() if not lines[w]]
     return out
 
 
@@ -129,8 +150,8 @@ def from_folder(site: Path, version: str) -> dict[str, Any]:
     def read(path: str) -> str | None:
         return (site / path).read_text() if (site / path).is_file() else None
 
-    files = sorted(str(f.relative_to(site)) for folder in RUNNERS.values() for f in (site / folder).rglob("*.py"))
-    return {"vllm": version, **extract(read, files)}
+    files = [str(f.relative_to(site)) for folder in RUNNERS.values() for f in (site / folder).rglob("*.py")]
+    return {"vllm": version, **extract(read, sorted([*files, GUMBEL]))}
 
 
 def _symbol(read: Read, module: str, symbol: str) -> list[str] | None:

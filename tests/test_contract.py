@@ -46,6 +46,15 @@ def test_what_is_missing_is_said(name):
         assert contract.missing(broken) == [f"{name} has no {member}"]
 
 
+@pytest.mark.parametrize("what", contract.READ_WITHOUT_A_STRIDE)
+def test_a_kernel_line_that_is_gone_is_said(what):
+    """Catches: a version whose kernels read drafts in another way, taken for one that was looked at."""
+    broken = copy.deepcopy(next(iter(CONTRACTS.values())))
+    broken["read_without_a_stride"][what] = []
+    line = contract.READ_WITHOUT_A_STRIDE[what]
+    assert contract.missing(broken) == [f"V2 has no line {line}, which reads {what}"]
+
+
 def test_names_are_read_from_source():
     """Catches: a symbol found by its name alone, wherever it stands."""
     files = {
