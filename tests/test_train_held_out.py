@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from tiny_training import DOCUMENTS, DRAFT_V, FLAGS, LAYERS, V, write_work
+from tiny_training import DOCUMENTS, DRAFT_V, FLAGS, LAYERS, R, V, write_work
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from vllm_slimspec.bench.walk import acceptance_length
+from vllm_slimspec.cli import app
 from vllm_slimspec.convert.states import Document
 from vllm_slimspec.train.held_out import walks
 from vllm_slimspec.train.launch import fit
@@ -118,20 +120,65 @@ def test_the_length_is_that_of_the_cycles_through_the_answers(work, tmp_path, ca
     assert (line["cycles"], line["documents"]) == (sum(c[0] for c in counts), 3)
     written = json.loads((tmp_path / "d/slimspec.json").read_text())["held_out"]
     assert written == {key: value for key, value in line.items() if key not in ("split", "step", "epoch")}
-    length = f"acceptance length {expected.value:.2f} (95%: {expected.low:.2f} to {expected.high:.2f}) at K = 3"
-    assert length in caplog.text
+    interval = f"(95%: {expected.low:.2f} to {expected.high:.2f})"
+    said = f"held-out: loss {line['loss']:.3f}, acceptance length {expected.value:.2f} {interval} at K = 3"
+    assert said in caplog.text
 
 
 def test_held_out_documents_without_an_answer_are_refused(work, tmp_path):
     """Catches: hours of training towards a length of nothing, NaN or a division by zero."""
     documents = [*DOCUMENTS[:18], Document(19, list(range(24)), 21), Document(20, [1, 2, 3], 0)]
     write_states(work / "llama", documents, tmp_path / "s", layer_ids=LAYERS)
-    message = r"held-out documents \(the last 2 of 20\) have no answer of more than 3 tokens, so there is nothing"
+    message = r"documents to measure on \(the last 2 of 20\) have no answer of more than 3 tokens, so there is nothing"
     with pytest.raises(ValueError, match=message) as error:
         fit(work / "llama", tmp_path / "s", tmp_path / "d", **FLAGS)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "d.run").exists()
     fit(work / "llama", tmp_path / "s", tmp_path / "d", **{**FLAGS, "max_steps": 1, "ttt_steps": 2})  # 3 tokens will do
+
+
+def test_other_documents_are_measured_too(work, tmp_path):
+    """Catches: documents of another folder that are measured by another walk, that change the run, or are left out of
+    what is written; a name or a folder that cannot be."""
+    write_states(work / "llama", answered(work / "llama")[27:], tmp_path / "same", layer_ids=LAYERS)
+    write_states(work / "llama", DOCUMENTS, tmp_path / "layers", layer_ids=[1, 2, 3])
+    arguments = [
+        "train",
+        "fit",
+        "--target",
+        work / "llama",
+        "--data-path",
+        work / "answers",
+        "--rank",
+        R,
+        "--epochs",
+        2,
+    ]
+    arguments += ["--total-seq-len", 512, "--hidden-states-dtype", "float32", "--lr", 1e-2, "--output-path"]
+    for name, option in (("without", []), ("with", ["--also-evaluate", f"same={tmp_path / 'same'}"])):
+        result = CliRunner().invoke(app, [*map(str, arguments), str(tmp_path / name), *option])
+        assert result.exit_code == 0, result.output
+    held_out, same = (
+        [line for line in read_metrics(tmp_path / "with.run/metrics.jsonl") if line["split"] == split]
+        for split in ("held-out", "same")
+    )
+    assert [line["epoch"] for line in same] == [0, 1]
+    for one, other in zip(held_out, same, strict=True):
+        assert {key: one[key] for key in other.keys() - {"split"}} == {
+            key: other[key] for key in other.keys() - {"split"}
+        }
+    written = json.loads((tmp_path / "with/slimspec.json").read_text())
+    assert written["also_evaluated"]["same"].items() < written["held_out"].items()
+    assert written["held_out"] == json.loads((tmp_path / "without/slimspec.json").read_text())["held_out"]
+    for option, code, message in (
+        ("same", 2, "give NAME=FOLDER"),
+        (f"held-out={tmp_path / 'same'}", 2, "with a name of its own"),
+        (f"x={tmp_path / 'layers'}", 1, "holds no states of the same layers"),
+        (f"x={tmp_path / 'nothing'}", 1, "holds no states of the same layers"),
+    ):
+        result = CliRunner().invoke(app, [*map(str, arguments), str(tmp_path / "bad"), "--also-evaluate", option])
+        assert (result.exit_code, message in " ".join(result.stderr.split())) == (code, True), result.stderr
+    assert not (tmp_path / "bad.run").exists()
 
 
 def test_a_run_on_prompts_says_so(work, tmp_path, caplog):

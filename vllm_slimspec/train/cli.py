@@ -249,6 +249,15 @@ def states(
         write_states(target, found, output_path, layer_ids=target_layer_ids, keep=keep, dtype=dtype.value)
 
 
+AlsoEvaluate = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FOLDER",
+        help="Measure the acceptance length on the documents of this folder of states too; repeat.",
+    ),
+]
+
+
 @app.command(
     context_settings=_PASSES_FLAGS_ON,
     epilog="Example: slimspec train fit --target T --data-path states --output-path drafter --epochs 3 --lr 1e-3",
@@ -263,11 +272,13 @@ def fit(
     head_init: Init = _HeadInit.WEIGHTED_SVD,
     loss: Loss = None,
     dtype: DtypeOption = Dtype.AUTO,
+    also_evaluate: AlsoEvaluate = None,
     plan: ShowPlan = False,
     tflops: Tflops = None,
     terabytes: Terabytes = None,
 ) -> None:
     """Train a drafter by the paper's recipe; any flag of `speculators train` may follow and wins."""
+    others = _folders(also_evaluate or [])
     with one_line_errors():
         flags = _flags(context, loss, dtype, head=head.value, rank=rank, head_init=head_init.value)
         if plan:
@@ -277,7 +288,7 @@ def fit(
             config = resolve(target, data_path, output_path, **flags)
             _show_plan(config, data_of(data_path), output_path, tflops, terabytes)
             return
-    _fit(target, data_path, output_path, flags)
+    _fit(target, data_path, output_path, {**flags, "also_evaluate": others})
 
 
 @app.command(
@@ -325,6 +336,24 @@ def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any)
         **({} if dtype is Dtype.AUTO else {"hidden_states_dtype": dtype.value}),
     }
     return {**vars(parser.parse_args(context.args)), **chosen, **flags}
+
+
+def _folders(named: list[str]) -> dict[str, Path]:
+    """Return the folders of NAME=FOLDER, by name.
+
+    Raises:
+        typer.BadParameter: one is not of that form, or its name is taken.
+    """
+    folders: dict[str, Path] = {}
+    for item in named:
+        name, separator, folder = item.partition("=")
+        if not name or not separator or name in ("train", "held-out", *folders):
+            raise typer.BadParameter(
+                f"{item}: give NAME=FOLDER, with a name of its own other than train and held-out",
+                param_hint="--also-evaluate",
+            )
+        folders[name] = Path(folder)
+    return folders
 
 
 def _fit(target: str, data: Path, output: Path, flags: dict[str, Any]) -> None:

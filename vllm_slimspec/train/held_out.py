@@ -16,7 +16,10 @@ import torch
 import torch.distributed as dist
 from datasets import load_from_disk
 from numpy.lib.stride_tricks import sliding_window_view
+from speculators.train.data import ArrowDataset
+from speculators.train.dataloader import _setup_dataloader
 from torch import nn
+from torch.utils.data import DataLoader
 
 from vllm_slimspec.bench.walk import walk
 
@@ -74,25 +77,39 @@ def gathered(found: list[np.ndarray], k: int) -> np.ndarray:
     return np.array([counts for part in parts for counts in part], dtype=np.int64).reshape(-1, k + 1)
 
 
-def check_held_out(folder: Path, *, train_data_ratio: float, total_seq_len: int, ttt_steps: int) -> None:
-    """Refuse data whose held-out documents, the last ones, have no place to measure at.
+def loader_like(loader: DataLoader, folder: Path) -> DataLoader:
+    """Return a loader of all documents of another folder, made as speculators made this one."""
+    like, collate = loader.dataset, loader.collate_fn
+    return _setup_dataloader(
+        ArrowDataset(like.max_len, folder, on_missing="raise", hidden_states_dtype=like.hidden_states_dtype),
+        collate.max_len,
+        collate.hidden_size,
+        num_workers=loader.num_workers,
+        num_target_layers=collate.num_target_layers,
+        prefetch_factor=loader.prefetch_factor,
+        preprocess=collate.preprocess,
+    )
+
+
+def check_measurable(folder: Path, *, train_data_ratio: float, total_seq_len: int, ttt_steps: int) -> None:
+    """Refuse data that holds no place to measure at.
 
     Args:
         folder: the data set.
-        train_data_ratio, total_seq_len, ttt_steps: speculators' flags: where the held-out documents begin, where it
-            cuts them, and K.
+        train_data_ratio, total_seq_len, ttt_steps: speculators' flags: the share of the documents, the first ones, that
+            is not measured on, where it cuts documents, and K.
 
     Raises:
         ValueError: there is none.
     """
     documents = load_from_disk(folder).select_columns(["loss_mask", "seq_len"]).with_format("numpy")
-    held_out = documents.select(range(int(len(documents) * train_data_ratio), len(documents)))
-    fitting = np.flatnonzero(held_out["seq_len"][:] <= total_seq_len).tolist()
-    for i in fitting or range(len(held_out)):  # speculators leaves longer documents out, unless all are longer
-        mask = held_out[i]["loss_mask"][1 : total_seq_len + 1]  # it drops the first token, which has no state before it
+    measured = documents.select(range(int(len(documents) * train_data_ratio), len(documents)))
+    fitting = np.flatnonzero(measured["seq_len"][:] <= total_seq_len).tolist()
+    for i in fitting or range(len(measured)):  # speculators leaves longer documents out, unless all are longer
+        mask = measured[i]["loss_mask"][1 : total_seq_len + 1]  # it drops the first token, which has no state before it
         if len(mask) > ttt_steps and cycle_starts(mask, ttt_steps).any():
             return
     raise ValueError(
-        f"{folder}: the held-out documents (the last {len(held_out)} of {len(documents)}) have no answer of more "
+        f"{folder}: the documents to measure on (the last {len(measured)} of {len(documents)}) have no answer of more "
         f"than {ttt_steps} tokens, so there is nothing to measure; give more documents or longer answers"
     )

@@ -33,7 +33,7 @@ import vllm_slimspec
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.output import beside, check_free, claim_folder, write_whole
 from vllm_slimspec.train.export import export
-from vllm_slimspec.train.held_out import check_held_out
+from vllm_slimspec.train.held_out import check_measurable, loader_like
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
 from vllm_slimspec.train.quiet import quiet
@@ -104,20 +104,24 @@ class SlimSpecTrainConfig(TrainConfig):
 
 
 @contextmanager
-def slimspec_in_speculators() -> Iterator[list[SlimSpecTrainer]]:
+def slimspec_in_speculators(others: Mapping[str, Path] | None = None) -> Iterator[list[SlimSpecTrainer]]:
     """Inside, ``speculators train --speculator-type eagle3`` trains our model with our trainer.
+
+    Args:
+        others: folders of hidden states to measure on beside the held-out documents, by name.
 
     Yields:
         The trainers made inside: speculators keeps them to itself, and with them the trained models.
     """
     trainers: list[SlimSpecTrainer] = []
 
-    def make_trainer(model: Any, config: Any, *loaders: Any) -> SlimSpecTrainer:
+    def make_trainer(model: Any, config: Any, train: Any, held_out: Any) -> SlimSpecTrainer:
         if not dist.is_initialized() or dist.get_rank() == 0:
             settle(config.save_path)
         if dist.is_initialized():
             dist.barrier()
-        trainers.append(SlimSpecTrainer(model, config, *loaders))
+        also = {name: loader_like(held_out, folder) for name, folder in (others or {}).items()}
+        trainers.append(SlimSpecTrainer(model, config, train, held_out, also))
         return trainers[-1]
 
     with ExitStack() as stack:
@@ -145,6 +149,7 @@ def fit(
     head: Literal["low-rank", "dense", "target"] = "low-rank",
     rank: int | None = None,
     head_init: HeadInit = "weighted-svd",
+    also_evaluate: Mapping[str, Path] | None = None,
     **flags: Any,
 ) -> DraftCheckpoint | None:
     """Train a SlimSpec drafter for ``target`` and write it to ``output``.
@@ -158,6 +163,7 @@ def fit(
             ``target``: the target's own head, which is neither trained nor exported, because vLLM lends it.
         rank: R of a low-rank head; default D // 8.
         head_init: how the factors start, see :meth:`SlimSpecEagle3Model.init_head`.
+        also_evaluate: folders like ``data``, by name: after each epoch the acceptance length on them is measured too.
         flags: any flag of ``speculators train``, with underscores; they win over :data:`RECIPE`.
 
     Returns:
@@ -175,25 +181,36 @@ def fit(
         raise ValueError(f"{data}: holds no training data; make it with `slimspec train states` first")
     if run["draft_vocab_size"] and not (Path(data) / "token_freq.pt").exists():
         raise ValueError(f"{data}: no token_freq.pt to choose a vocabulary by; write the states again")
-    check_held_out(Path(data), **{name: run[name] for name in ("train_data_ratio", "total_seq_len", "ttt_steps")})
+    sizes = {name: run[name] for name in ("total_seq_len", "ttt_steps")}
+    check_measurable(Path(data), train_data_ratio=run["train_data_ratio"], **sizes)
+    others = also_evaluate or {}
+    for name, folder in others.items():
+        if not (folder / "dataset_info.json").exists() or read_layer_ids(folder) != read_layer_ids(Path(data)):
+            raise ValueError(
+                f"--also-evaluate {name}={folder}: holds no states of the same layers as {data}; write them with "
+                "`slimspec train states`"
+            )
+        check_measurable(folder, train_data_ratio=0, **sizes)
     output = Path(output)
     process = int(os.environ.get("RANK", "0"))  # torchrun's, of which the first one writes the output
     if process == 0:
         work_dtype(flags.get("hidden_states_dtype", "auto"), MIXED).log("training")
     with claim_folder(output, run=beside(output, ".run")) if process == 0 else nullcontext():
-        return _fit(config, Path(data), output)
+        return _fit(config, Path(data), output, others)
 
 
-def _fit(config: SlimSpecTrainConfig, data: Path, output: Path) -> DraftCheckpoint | None:
+def _fit(config: SlimSpecTrainConfig, data: Path, output: Path, others: Mapping[str, Path]) -> DraftCheckpoint | None:
     run = config.flatten()
     target, checkpoints = run["verifier_name_or_path"], Path(run["save_path"])
     process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check_states(data, missing_is_wrong=run["on_missing"] == "raise", part=process, parts=processes)
+    for folder in others.values():
+        check_states(folder, part=process, parts=processes)
     if process == 0:
         _claim(output, run)
         if not knows_prompts(data):
             logger.warning("%s: no prompt is known there, so every token is trained on and measured", data)
-    with slimspec_in_speculators() as trainers:
+    with slimspec_in_speculators(others) as trainers:
         try:
             speculators_cli.main(config)
         except ServerGone as error:
@@ -227,6 +244,7 @@ def _fit(config: SlimSpecTrainConfig, data: Path, output: Path) -> DraftCheckpoi
             "flags": {key: run[key] for key in sorted(run) if run[key] is not None},
             "steps": trainer.global_step,
             "held_out": trainer.held_out,
+            **({"also_evaluated": trainer.also} if others else {}),
             **speed,
         },
     )

@@ -3,6 +3,7 @@
     {"split": "train", "step": 7, "epoch": 0, "loss": ..., "by_place": [...], "lr": ..., "tokens_per_s": ...}
     {"split": "held-out", "step": 230, "epoch": 0, "loss": ..., "by_place": [...], "alpha": [...],
      "length": ..., "low": ..., "high": ..., "accepted": [...], "cycles": ..., "documents": ...}
+    {"split": NAME, "step": 230, "epoch": 0, "length": ..., ...}, of the documents in another folder
 
 ``length`` is the acceptance length of the walk of cycles through the answers, as it is served, ``low`` to ``high`` its
 95% interval by resampling documents, ``accepted`` the share of its cycles whose drafts at positions 1, 2, ... were all
@@ -38,7 +39,7 @@ class MetricsFile(logging.Handler):
         super().__init__(logging.INFO)
         self.decay = decay
         file.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(file) if line["step"] < step + (line["split"] == "held-out")]
+        kept = [line for line in read_metrics(file) if line["step"] < step + (line["split"] != "train")]
         write_whole(file, lambda part: part.write_text("".join(json.dumps(line) + "\n" for line in kept)))
         self._file = file.open("a", buffering=1)
 
@@ -60,17 +61,10 @@ class MetricsFile(logging.Handler):
         super().close()
 
 
-def measure_held_out(report: Mapping[str, float], counts: np.ndarray, decay: float) -> dict[str, Any]:
-    """Return what the line of an evaluation says.
-
-    Args:
-        report: of speculators.
-        counts: int64 [documents, K + 1], see :mod:`vllm_slimspec.bench.walk`.
-        decay: by which speculators weights the loss of each further position.
-    """
+def measure_cycles(counts: np.ndarray) -> dict[str, Any]:
+    """Return what a line says of cycles, int64 [documents, K + 1] (see :mod:`vllm_slimspec.bench.walk`)."""
     length, (cycles, *accepted) = acceptance_length(counts), counts.sum(0).tolist()
     return {
-        **_of({name.removesuffix("_epoch"): value for name, value in report.items()}, decay),
         "length": length.value,
         "low": length.low,
         "high": length.high,
@@ -80,13 +74,18 @@ def measure_held_out(report: Mapping[str, float], counts: np.ndarray, decay: flo
     }
 
 
+def measure_places(report: Mapping[str, float], decay: float) -> dict[str, Any]:
+    """Return what a line says of an evaluation by speculators, whose loss ``decay`` weights by position."""
+    return _of({name.removesuffix("_epoch"): value for name, value in report.items()}, decay)
+
+
 def describe(measured: Mapping[str, Any]) -> str:
-    """Say in a line what :func:`measure_held_out` found."""
+    """Say in a line what :func:`measure_cycles` found."""
     rates = " ".join(f"{rate:.2f}" for rate in measured["accepted"])
     return (
-        f"held-out loss {measured['loss']:.3f}, acceptance length {measured['length']:.2f} (95%: {measured['low']:.2f} "
-        f"to {measured['high']:.2f}) at K = {len(measured['accepted'])}, accepted by position {rates}; "
-        f"{measured['cycles']} cycles through {measured['documents']} documents"
+        f"acceptance length {measured['length']:.2f} (95%: {measured['low']:.2f} to {measured['high']:.2f}) at "
+        f"K = {len(measured['accepted'])}, accepted by position {rates}; {measured['cycles']} cycles through "
+        f"{measured['documents']} documents"
     )
 
 
@@ -125,6 +124,8 @@ def plot_metrics(file: Path, output: Path) -> None:
 
     lines = read_metrics(file)
     train, held_out = ([line for line in lines if line["split"] == split] for split in ("train", "held-out"))
+    # Version 0.1.0 wrote a mean over places by the name of the length, without an interval.
+    walked = [line for line in lines if "low" in line]
     with drawing(LIGHT):
         figure = Figure(figsize=(8.4, 3.2), layout="constrained")
         loss, length = figure.subplots(1, 2)
@@ -132,13 +133,21 @@ def plot_metrics(file: Path, output: Path) -> None:
         loss.plot(*_series(held_out, "loss"), color=LIGHT["low-rank"], marker="o", markersize=4, label="held out")
         loss.set_ylabel("loss")
         loss.legend()
-        # Version 0.1.0 wrote a mean over places by that name, without an interval.
-        walked = [line for line in held_out if "low" in line]
-        steps, lengths = _series(walked, "length")
-        length.plot(steps, lengths, color=LIGHT["low-rank"], marker="o", markersize=4)
-        interval = (_series(walked, bound)[1] for bound in ("low", "high"))
-        length.fill_between(steps, *interval, color=LIGHT["low-rank"], alpha=0.2, linewidth=0)
-        length.set_ylabel("acceptance length, held out")
+        for split in dict.fromkeys(line["split"] for line in walked):
+            own = [line for line in walked if line["split"] == split]
+            steps, lengths = _series(own, "length")
+            (curve,) = length.plot(
+                steps,
+                lengths,
+                marker="o",
+                markersize=4,
+                label=split,
+                color=LIGHT["low-rank"] if own[0] in held_out else None,
+            )
+            interval = (_series(own, bound)[1] for bound in ("low", "high"))
+            length.fill_between(steps, *interval, color=curve.get_color(), alpha=0.2, linewidth=0)
+        length.set_ylabel("acceptance length")
+        length.legend()
         for axes in (loss, length):
             axes.set_xlabel("optimiser steps")
         save_png(figure, output)

@@ -7,20 +7,23 @@ the epoch, so a run that was stopped or killed goes on as if it had not been: th
 import logging
 import shutil
 import signal
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from speculators.train.graceful_shutdown import TrainingInterruptedError
 from speculators.train.trainer import Trainer, TrainerConfig
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vllm_slimspec.train.held_out import gathered, watched
-from vllm_slimspec.train.metrics import METRICS, MetricsFile, describe, measure_held_out
+from vllm_slimspec.train.metrics import METRICS, MetricsFile, describe, measure_cycles, measure_places
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,18 @@ class SlimSpecTrainer(Trainer):
     _saved = 0  # steps of the newest checkpoint
     _asked_to_stop = False
     _metrics: MetricsFile | None = None  # of the first process
+
+    def __init__(
+        self,
+        model: Any,
+        config: TrainerConfig,
+        train: DataLoader,
+        held_out: DataLoader,
+        others: Mapping[str, DataLoader],
+    ) -> None:
+        self.others = others  # measured beside the held-out documents
+        self.also: dict[str, dict[str, Any]] = {}  # what the last evaluation measured of them
+        super().__init__(model, config, train, held_out)
 
     def setup_trainer(self) -> None:
         if not torch.accelerator.is_available():
@@ -111,13 +126,30 @@ class SlimSpecTrainer(Trainer):
         if not report or not counts.any():
             logger.warning("epoch %d: no process had a held-out answer, so nothing was measured", epoch)
             return report
-        self.held_out = measure_held_out(report, counts, self._of_call("ttt_step_loss_decay"))
-        if self._metrics:
-            self._metrics.write({"split": "held-out", "step": self.global_step, "epoch": epoch, **self.held_out})
-            length = {"acceptance_length": self.held_out["length"]}
-            logging.getLogger(METRICS).info({"val": length}, extra={"step": self.global_step})
-            logger.info("epoch %d: %s", epoch, describe(self.held_out))
+        places = measure_places(report, self._of_call("ttt_step_loss_decay"))
+        self.held_out = {**places, **measure_cycles(counts)}
+        self._report("held-out", epoch, self.held_out)
+        for name, loader in self.others.items():
+            self.also[name] = measure_cycles(self._walk_through(loader))
+            self._report(name, epoch, self.also[name])
         return report
+
+    @torch.no_grad()
+    def _walk_through(self, loader: DataLoader) -> np.ndarray:
+        """Count the cycles in all documents of a loader, int64 [documents, K + 1]."""
+        with watched(self.model) as found, torch.autocast(self.device_type, dtype=self.config.hidden_states_dtype):
+            for batch in loader:
+                moved = {k: v.to(self.local_rank) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                self.model(**moved, **(self.config.val_call_kwargs or {}))
+        return gathered(found, self._of_call("ttt_steps"))
+
+    def _report(self, split: str, epoch: int, measured: Mapping[str, Any]) -> None:
+        if self._metrics:
+            self._metrics.write({"split": split, "step": self.global_step, "epoch": epoch, **measured})
+            length = {"acceptance_length": measured["length"]}
+            logging.getLogger(METRICS).info({split: length}, extra={"step": self.global_step})
+            loss = f"loss {measured['loss']:.3f}, " if "loss" in measured else ""
+            logger.info("epoch %d, %s: %s%s", epoch, split, loss, describe(measured))
 
     def maybe_save_checkpoint(self, epoch: int | str, local_step: int = 0) -> None:
         last = epoch == self.config.num_epochs - 1 and not local_step
