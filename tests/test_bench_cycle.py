@@ -262,6 +262,10 @@ def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
     engine("echo ValueError: low-rank is wrong at batch 1", "exit 1")
     with pytest.raises(EngineError, match="low-rank is wrong at batch 1"):
         cycle_engine.run(a_plan(), tmp_path / "log")
+    engine("kill -9 $$")
+    with pytest.raises(EngineError, match="vLLM was killed, as Linux does where memory runs out: close other programs"):
+        cycle_engine.run(a_plan(), tmp_path / "log")
+    engine("echo ValueError: low-rank is wrong at batch 1", "exit 1")
     json_path = tmp_path / "cycle.json"
     arguments = ["cycle", "--shapes", "toy", "--work-path", str(tmp_path / "work"), "--json", str(json_path)]
     run = CliRunner().invoke(app, [*arguments, "--heads", "null,full"])

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vllm_slimspec import memory
 from vllm_slimspec.output import claim_folder
 
 if TYPE_CHECKING:
@@ -750,6 +751,7 @@ def _safe_open(file: Path) -> Iterator[Any]:
         with safe_open(str(file), framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
+        memory.raise_if_ran_out(error, file)
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
 
 

@@ -1,4 +1,4 @@
-"""The `slimspec` command. Exit codes: 0 done, 1 the input is bad (one line says how), 2 wrong usage."""
+"""The `slimspec` command. Exit codes: 0 done, 1 it failed (one line says how), 2 wrong usage, 130 interrupted."""
 
 import json
 import sys
@@ -6,14 +6,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from vllm_slimspec import __version__
+from vllm_slimspec import __version__, console
 from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.convert.cli import EXAMPLE, convert
 from vllm_slimspec.train.cli import app as train
 
+
+class _Commands(TyperGroup):
+    """All commands: a failure of any of them is one line, and --verbose may stand anywhere."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, sorted(args, key=lambda word: word != "--verbose"))
+
+    def invoke(self, ctx: Any) -> Any:
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="slimspec",
+    cls=_Commands,
     help="Low-rank draft heads for speculative decoding in vLLM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -24,22 +38,19 @@ app.add_typer(train, name="train")
 
 
 def main() -> None:
-    """Run the command line; a CheckpointError becomes one line on stderr and exit code 1."""
-    from vllm_slimspec.checkpoint import CheckpointError
+    """Run the command line."""
+    with one_line_errors():
+        command = [word for word in sys.argv[1:] if word != "--verbose"][:1]
+        console.verbose = "--verbose" in sys.argv
+        if command in ([], ["-h"], ["--help"], ["bench"]):
+            try:
+                from vllm_slimspec.bench.cli import app as bench  # imports torch, which would slow the others down
 
-    if sys.argv[1:2] in ([], ["-h"], ["--help"], ["bench"]):
-        try:
-            from vllm_slimspec.bench.cli import app as bench  # imports torch, which would slow the others down
-
-            app.add_typer(bench, name="bench", help="Measure draft heads: alone, in a cycle, accepted, served.")
-        except ModuleNotFoundError as error:
-            if sys.argv[1:2] == ["bench"]:
-                sys.exit(f"error: {error}; install this package beside vLLM, which brings it")
-    try:
+                app.add_typer(bench, name="bench", help="Measure draft heads: alone, in a cycle, accepted, served.")
+            except ModuleNotFoundError:
+                if command == ["bench"]:
+                    raise
         app()
-    except CheckpointError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
 
 
 def _version(value: bool) -> None:
@@ -50,9 +61,14 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print the traceback of an error too; may stand behind the command.")
+    ] = False,
 ) -> None:
-    pass
+    console.verbose = verbose
 
 
 @app.command(epilog="Example: slimspec inspect ./my-drafter --json")

@@ -1,14 +1,37 @@
-"""What all commands share at the terminal."""
+"""What all commands share at the terminal: errors of one line, and options that hold JSON."""
 
+import errno
 import json
 import logging
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+
+from vllm_slimspec import memory
+
+verbose = False
+"""Whether an error's traceback is printed too: the option --verbose."""
+
+_DISK = ("no space left on device", "disk quota exceeded", "file too large", "pytorchstreamwriter failed writing")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_EXTRAS = {
+    **dict.fromkeys(("speculators", "datasets", "tensorboard"), "pip install 'vllm-slimspec[train]'"),
+    **dict.fromkeys(("matplotlib", "jinja2", "httpx", "openai", "pandas"), "pip install 'vllm-slimspec[bench]'"),
+    **dict.fromkeys(("vllm", "torch", "transformers"), "install this package into the environment of vLLM"),
+}
+_CURES = {
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "give the path of a file",
+    errno.ENOTDIR: "check the path",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+}
 
 
 class Dtype(StrEnum):
@@ -46,12 +69,37 @@ def log_on_stderr() -> Iterator[None]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within it, bad input ends the command with one line on stderr and exit code 1, and no traceback."""
+    """Within it, whatever is raised ends the command with one line on stderr: exit code 1, or 130 for an interrupt."""
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
+    except KeyboardInterrupt as error:
+        _end(error, str(error) or "interrupted", 130)
+    except Exception as error:
+        if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # the command line's own
+            raise
+        _end(error, f"error: {describe(error)}", 1)
+
+
+def describe(error: Exception) -> str:
+    """Return one line: what went wrong, with its cure; the traceback of what nobody foresaw goes to a file."""
+    text = " ".join(str(error).split())
+    if missing := next(filter(memory.ran_out, _chain(error)), None):
+        detail = " ".join(str(missing).split()) or type(missing).__name__
+        return (
+            f"memory ran out ({detail}); close other programs, raise the limit that is set (ulimit -v, a container's), "
+            "or use smaller sizes or a machine with more memory"
+        )
+    if isinstance(error, ValueError | OSError | ImportError) and _is_ours(error):
+        return text
+    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or any(phrase in text.lower() for phrase in _DISK):
+        return f"{getattr(error, 'filename', None) or text}: the disk has no room; make room and run the command again"
+    if isinstance(error, ModuleNotFoundError) and (cure := _EXTRAS.get((error.name or "").partition(".")[0])):
+        return f"{text}; {cure}"
+    if isinstance(error, OSError):
+        place = f"{error.filename}: {error.strerror}" if error.filename else text
+        return f"{place}; {_CURES[error.errno]}" if error.errno in _CURES else place
+    words = text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
+    return f"{words}; {_log(error)}"
 
 
 def json_object(text: str, option: str) -> dict[str, Any]:
@@ -63,3 +111,33 @@ def json_object(text: str, option: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise typer.BadParameter("must be a JSON object", param_hint=option)
     return found
+
+
+def _end(error: BaseException, line: str, code: int) -> NoReturn:
+    if verbose:
+        traceback.print_exception(error)
+    typer.echo(line, err=True)
+    raise SystemExit(code) from None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that it was raised for."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it, and so chose its words."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").partition(".")[0] == "vllm_slimspec"
+
+
+def _log(error: Exception) -> str:
+    """Write the traceback to a file, and say where it is."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="slimspec-", suffix=".log", delete=False) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return "run it again with --verbose for the traceback"
+    return f"the traceback is in {file.name}"

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_slimspec.bench.acceptance import Acceptance, from_engine
-from vllm_slimspec.bench.process import last_words
+from vllm_slimspec.bench.process import how_it_ended, last_words
 from vllm_slimspec.cores import every_core
 from vllm_slimspec.output import write_whole
 
@@ -77,7 +77,7 @@ def ask(question: Question, file: Path) -> Found:
         process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
     asked.unlink()
     if process.returncode:
-        raise EngineError(f"vLLM ended with code {process.returncode} {last_words(log)}")
+        raise EngineError(f"vLLM {how_it_ended(process.returncode)} {last_words(log)}")
     return Found.model_validate_json(file.read_text())
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.bench.pairs import DTYPE
-from vllm_slimspec.bench.process import last_words, stop
+from vllm_slimspec.bench.process import how_it_ended, last_words, stop
 
 SPAWN = "VLLM_WORKER_MULTIPROC_METHOD"
 
@@ -123,7 +123,7 @@ def run(plan: Plan, log: Path, tick: Callable[[], None] = lambda: None) -> Found
             stop(process)
             raise
     if process.returncode:
-        raise EngineError(f"vLLM ended with code {process.returncode} {last_words(log)}")
+        raise EngineError(f"vLLM {how_it_ended(process.returncode)} {last_words(log)}")
     return Found.model_validate_json(found.read_text())
 
 

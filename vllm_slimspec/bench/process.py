@@ -21,6 +21,13 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
             process.wait(patience)
 
 
+def how_it_ended(code: int) -> str:
+    """Say how a process ended, by its exit code: "ended with code 1", or by which signal it was killed."""
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return "was killed, as Linux does where memory runs out: close other programs, or use a larger machine"
+    return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+
+
 def last_words(log: Path) -> str:
     """The exception that ended a process, or its last line, and where the rest is: for a message of one line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -18,7 +18,7 @@ from typing import Any
 from vllm_slimspec.bench.compare import read_sets
 from vllm_slimspec.bench.cycle import HEADS as CYCLE_HEADS
 from vllm_slimspec.bench.pairs import TARGETS, asked_for, is_rival, write_drafter, write_target, write_tokenizer
-from vllm_slimspec.bench.process import last_words
+from vllm_slimspec.bench.process import how_it_ended, last_words
 from vllm_slimspec.bench.results import AcceptanceResults, ServeResults, ServeRow, provenance
 from vllm_slimspec.bench.server import Server, ServerError, vllm_command
 from vllm_slimspec.bench.shapes import SHAPES
@@ -165,7 +165,7 @@ def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) 
     with log.open("wb") as output:
         process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
     if process.returncode or not result.is_file():
-        raise ServerError(f"vllm bench serve ended with code {process.returncode} {last_words(log)}")
+        raise ServerError(f"vllm bench serve {how_it_ended(process.returncode)} {last_words(log)}")
     saved = json.loads(result.read_text())
     result.unlink()
     if not saved["completed"]:

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import httpx
 
-from vllm_slimspec.bench.process import last_words, stop
+from vllm_slimspec.bench.process import how_it_ended, last_words, stop
 
 
 class ServerError(ChildProcessError):
@@ -97,7 +97,7 @@ class Server:
         assert self.process is not None
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ServerError(f"vllm serve exited with code {self.process.returncode} {last_words(self.log)}")
+                raise ServerError(f"vllm serve {how_it_ended(self.process.returncode)} {last_words(self.log)}")
             try:
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return

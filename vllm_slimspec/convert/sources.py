@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from vllm_slimspec import memory
 from vllm_slimspec.checkpoint import (
     DENSE,
     DOWN,
@@ -116,6 +117,7 @@ class Target:
                     with safe_open(str(found[name]), framework="pt") as handle:
                         head = handle.get_tensor(name)
                 except Exception as error:  # safetensors raises its own and plain OSErrors
+                    memory.raise_if_ran_out(error, found[name])
                     raise CheckpointError(f"{found[name]}: {name} cannot be read ({error}); copy it again") from None
                 shape = (self.vocab_size, self.hidden_size)
                 if not head.is_floating_point() or tuple(head.shape) != shape:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from vllm_slimspec import memory
 from vllm_slimspec.checkpoint import CheckpointError, save_tensors
 from vllm_slimspec.output import write_whole
 
@@ -312,6 +313,7 @@ def _check_file(file: Path) -> tuple[int, int, torch.dtype]:
             parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             header = {name: (part.get_dtype(), list(part.get_shape())) for name, part in parts.items()}
     except Exception as error:  # safetensors raises its own and plain OSErrors
+        memory.raise_if_ran_out(error, file)
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
     dtype, shape = header.get("hidden", ("nothing", []))
     if dtype not in _DTYPES or len(shape) != 2:

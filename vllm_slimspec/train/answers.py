@@ -125,7 +125,7 @@ def _ask(
     try:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     except Exception as error:  # whatever a dying engine raises
-        raise EngineError(f"vLLM failed ({_line(error)}); repeat the command, it goes on from here") from None
+        raise EngineError(f"vLLM failed ({_line(error)}); {_cure(error)}repeat the command, it goes on") from None
     for request in outputs:
         yield list(request.outputs[0].token_ids)
 
@@ -169,6 +169,13 @@ def _whole_lines(file: Any) -> int:
     content = file.read()
     file.truncate(content.rfind(b"\n") + 1)
     return content.count(b"\n")
+
+
+def _cure(error: Exception) -> str:
+    """What helps where an engine's process died: vLLM does not say of what."""
+    if type(error).__name__ != "EngineDeadError":
+        return ""
+    return "if nothing above says why, it was killed because memory ran out: close other programs; "
 
 
 def _line(error: Exception) -> str:

@@ -360,11 +360,7 @@ def _fit(target: str, data: Path, output: Path, flags: dict[str, Any]) -> None:
     with log_on_stderr(), one_line_errors():
         from vllm_slimspec.train.launch import fit
 
-        try:
-            fit(target, data, output, **flags)
-        except KeyboardInterrupt as stopped:
-            typer.echo(str(stopped), err=True)
-            raise typer.Exit(130) from None
+        fit(target, data, output, **flags)
 
 
 def _show_plan(

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from speculators.data_generation.offline import check_hidden_states
 from tqdm import tqdm
 
+from vllm_slimspec import memory
 from vllm_slimspec.output import write_whole
 
 
@@ -59,6 +60,7 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
             tensors = {name: opened.get_tensor(name) for name in ("hidden_states", "token_ids")}
             expected = (opened.metadata() or {}).get("crc32")
     except (OSError, SafetensorError) as error:
+        memory.raise_if_ran_out(error, file)
         raise ValueError(f"{file}: {error}") from None
     if expected is not None and int(expected) != _checksum(tensors):
         raise ValueError(f"{file}: its checksum does not match what it holds")
