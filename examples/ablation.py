@@ -41,10 +41,12 @@ from transformers import AutoConfig, AutoTokenizer
 from vllm_slimspec.bench.answers import Answers, Question, ask
 from vllm_slimspec.bench.bootstrap import interval
 from vllm_slimspec.bench.head import device_name
+from vllm_slimspec.bench.options import claim_results
 from vllm_slimspec.bench.report.figures import by_rank
 from vllm_slimspec.bench.report.theme import LIGHT, drawing, save_png
 from vllm_slimspec.bench.results import AblationArm, AblationResults, AblationRow, provenance
 from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.train.documents import read_documents
 from vllm_slimspec.train.launch import fit
 from vllm_slimspec.train.states import write_states
@@ -227,25 +229,31 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--only", nargs="+", metavar="HEAD:SEED", help="do these parts and no more")
     args = parser.parse_args()
+    with claim_results(args.json), claim_results(args.plot):
+        run(args.folder, args.only, args.json, args.plot)
 
-    bench = prepare(args.folder)
-    parts = [(h, s) for h in RANKS for s in SEEDS if args.only is None or f"{h}:{s}" in args.only]
+
+def run(folder: Path, only: Sequence[str] | None, json: Path | None, plot: Path | None) -> None:
+    """Train and serve every drafter, or only some parts of that; print the table, and write it and its picture."""
+    bench = prepare(folder)
+    parts = [(h, s) for h in RANKS for s in SEEDS if only is None or f"{h}:{s}" in only]
     rows = bench.rows(parts)
     for row in rows:
         print(f"{row.head}, seed {row.seed}: {row.length:.3f}", file=sys.stderr)
-    if args.only:
+    if only:
         return
     results = report(bench, rows)
     console = Console(width=140)
     console.print(table(results))
     same = sum(row.equal for row in rows)
     console.print(f"{same} of {len(rows) * PROMPTS} answers are the target's own", style="bold")
-    if args.json:
-        results.write(args.json)
-    if args.plot:
+    if json:
+        results.write(json)
+    if plot:
         with drawing(LIGHT):
-            save_png(by_rank(results, LIGHT), args.plot)
+            save_png(by_rank(results, LIGHT), plot)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

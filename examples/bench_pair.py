@@ -18,6 +18,8 @@ import tiny_pair
 import tiny_target
 from transformers import LlamaConfig
 
+from vllm_slimspec.bench.options import claim_results
+from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.train.replaced import replaced
 
 SIZES: dict[str, Any] = {
@@ -50,24 +52,30 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", choices=("target", "drafter", "states"))
     args = parser.parse_args()
+    with claim_results(args.json):
+        run(args.folder, args.only, args.json)
 
-    target, prompts = args.folder / "target", args.folder / "prompts.jsonl"
+
+def run(folder: Path, only: str | None, json: Path | None) -> None:
+    """Make the pair, convert its drafter in every way and serve it, or only the first steps of that."""
+    target, prompts = folder / "target", folder / "prompts.jsonl"
     tiny_pair.once(target, str(SIZES), lambda: build_target(target))
-    if args.only == "target":
+    if only == "target":
         return
-    dense = convert_and_serve.dense_drafter(args.folder, target)
-    if args.only == "drafter":
+    dense = convert_and_serve.dense_drafter(folder, target)
+    if only == "drafter":
         return
-    states = convert_and_serve.record_states(args.folder, target, dense)
-    if args.only == "states":
+    states = convert_and_serve.record_states(folder, target, dense)
+    if only == "states":
         return
     tiny_pair.write_prompts(target, prompts)
-    data = convert_and_serve.training_states(args.folder, target)
+    data = convert_and_serve.training_states(folder, target)
     ways = convert_and_serve.ways(states, data, HEAD_STEPS, JOINT_STEPS)
     chosen = {name: ways[name] for name in WAYS}
-    served = convert_and_serve.compare(args.folder, target, dense, tiny_pair.read_prompts(prompts), chosen)
-    convert_and_serve.report(served, args.json)
+    served = convert_and_serve.compare(folder, target, dense, tiny_pair.read_prompts(prompts), chosen)
+    convert_and_serve.report(served, json)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -32,7 +32,9 @@ import tiny_target
 
 from vllm_slimspec.bench import compare
 from vllm_slimspec.bench.cli import print_acceptance
+from vllm_slimspec.bench.options import claim_results
 from vllm_slimspec.bench.results import AcceptanceResults
+from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.convert import run
 from vllm_slimspec.convert.collect import collect
 from vllm_slimspec.ops import MAX_K
@@ -158,13 +160,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    material = Material(args.folder / "target", args.folder / "compare")
-    tiny_pair.build_target(material.target)
-    results = measure(material, make_heads(material))
-    print_acceptance(results)
-    if args.json is not None:
-        results.write(args.json)
+    with claim_results(args.json):
+        material = Material(args.folder / "target", args.folder / "compare")
+        tiny_pair.build_target(material.target)
+        results = measure(material, make_heads(material))
+        print_acceptance(results)
+        if args.json is not None:
+            results.write(args.json)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -36,7 +36,9 @@ from transformers import AutoTokenizer
 import vllm_slimspec
 from vllm_slimspec.bench.acceptance import from_engine
 from vllm_slimspec.bench.head import device_name
+from vllm_slimspec.bench.options import claim_results
 from vllm_slimspec.bench.results import Results, provenance
+from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.convert.collect import collect
 from vllm_slimspec.convert.distil import Recipe
 from vllm_slimspec.convert.evaluate import RERANK
@@ -198,16 +200,16 @@ def main() -> None:
     args = parser.parse_args()
 
     target = args.folder / "target"
-    if not (target / "model.safetensors").exists():
-        tiny_target.build(target)
-    tiny_pair.write_prompts(target, args.folder / "prompts.jsonl")
-    dense = dense_drafter(args.folder, target)
-    states = record_states(args.folder, target, dense)
-    data = training_states(args.folder, target)
-    prompts = tiny_pair.read_prompts(args.folder / "prompts.jsonl")
-    report(
-        compare(args.folder, target, dense, prompts, ways(states, data, args.head_steps, args.joint_steps)), args.json
-    )
+    with claim_results(args.json):
+        if not (target / "model.safetensors").exists():
+            tiny_target.build(target)
+        tiny_pair.write_prompts(target, args.folder / "prompts.jsonl")
+        dense = dense_drafter(args.folder, target)
+        states = record_states(args.folder, target, dense)
+        data = training_states(args.folder, target)
+        prompts = tiny_pair.read_prompts(args.folder / "prompts.jsonl")
+        tried = ways(states, data, args.head_steps, args.joint_steps)
+        report(compare(args.folder, target, dense, prompts, tried), args.json)
 
 
 def report(served: list[Served], file: Path | None) -> None:
@@ -228,4 +230,5 @@ def report(served: list[Served], file: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

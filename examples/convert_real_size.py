@@ -24,7 +24,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from vllm_slimspec.bench.head import device_name
+from vllm_slimspec.bench.options import claim_results
 from vllm_slimspec.bench.results import Results, provenance
+from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.convert.states import Rows, StatesWriter
 
 D, V, R, FF, HEADS, KV_HEADS = 4096, 128_256, 512, 14_336, 32, 8
@@ -110,21 +112,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    if not (args.folder / "drafter").exists():
-        write_drafter(args.folder / "drafter")
-    if not (args.folder / "states" / "index.json").exists():
-        write_states(args.folder / "states")
-    command = ["convert", str(args.folder / "drafter"), "--hidden-states", str(args.folder / "states")]
-    command += ["--rank", str(R), "--force", "--output-path", str(args.folder / "slim")]
+    with claim_results(args.json):
+        run(args.folder, args.json)
+
+
+def run(folder: Path, json: Path | None) -> None:
+    """Write the drafter and its states, convert it, and say how long that took and what memory."""
+    if not (folder / "drafter").exists():
+        write_drafter(folder / "drafter")
+    if not (folder / "states" / "index.json").exists():
+        write_states(folder / "states")
+    command = ["convert", str(folder / "drafter"), "--hidden-states", str(folder / "states")]
+    command += ["--rank", str(R), "--force", "--output-path", str(folder / "slim")]
     start = time.monotonic()
     subprocess.run([sys.executable, "-m", "vllm_slimspec.convert", *command[1:]], check=True)
     minutes = (time.monotonic() - start) / 60
     gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"{minutes:.1f} minutes, {gigabytes:.1f} GiB at most")
-    if args.json:
+    if json:
         row = Row(D=D, V=V, R=R, states=STATES, minutes=round(minutes, 2), peak_gib=round(gigabytes, 2))
-        RealSize(rows=[row], device=device_name(torch.device("cpu")), **provenance()).write(args.json)
+        RealSize(rows=[row], device=device_name(torch.device("cpu")), **provenance()).write(json)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

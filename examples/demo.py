@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_slimspec.bench.acceptance import Acceptance, from_server
-from vllm_slimspec.bench.server import Server, ServerError
+from vllm_slimspec.bench.server import Server
 from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.console import one_line_errors
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "demo"
 K = 3
@@ -191,9 +192,5 @@ def _summary(prompts: Sequence[str], answers: Sequence[Answer], result: dict[str
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except ServerError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
