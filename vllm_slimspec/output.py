@@ -200,7 +200,7 @@ def write_whole(file: Path, write: Callable[[Path], Any], *, durable: bool = Tru
         if durable:
             sync(part)
         part.replace(file)
-    except Exception:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
 
@@ -232,7 +232,7 @@ def _claim(path: Path, kind: Kind, earlier: str | None = None) -> Iterator[Claim
             _held[place] = claim
     except OSError as error:
         _remove_empty(made)
-        raise OutputError(f"{path}: {_why(error)}") from None
+        raise OutputError(f"{path}: {_why(error, path)}") from None
     except OutputError:
         _remove_empty(made)
         raise
@@ -345,14 +345,15 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError, path: Path) -> str:
     """Why an output cannot be written, and the cure."""
     if error.errno in _NO_ROOM:
         return f"its disk has no room ({error.strerror}); make room or choose another output"
     if error.errno in _FORBIDDEN:
         return f"you may not write there ({error.strerror}: {error.filename}); choose another output"
     if error.errno in _NO_FOLDER:
-        return f"{error.filename} is no folder, so nothing can be written in it; choose another output"
+        file = next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), error.filename)
+        return f"{file} is no folder, so nothing can be written in it; choose another output"
     if error.errno == errno.ENAMETOOLONG:
         return "the name is too long, with what is added to it while it is written; choose a shorter name as the output"
     return f"cannot be written ({error.strerror}: {error.filename}); choose another output"
