@@ -303,6 +303,23 @@ def test_command(toy, tmp_path, monkeypatch):
     assert "other programs ran too" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("heads", "added"),
+    [("low-rank", "null and full added"), ("full,low-rank", "null added"), ("low-rank,null", "full added")],
+)
+def test_heads_to_compare_with_are_added_and_told(toy, tmp_path, monkeypatch, heads, added):
+    """Catches: a refusal that names a head which was given; heads that were never asked for, without a word."""
+
+    def run(plan, log, tick):
+        assert sorted(plan.heads) == ["full", "low-rank", "null"]
+        return found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
+
+    monkeypatch.setattr(cycle, "run", run)
+    result = CliRunner().invoke(app, ["cycle", "--shapes", "toy", "--heads", heads, "--work-path", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(f"--heads: {added}, which the other heads are compared with")
+
+
 def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
     """Figures of a machine that was busy with something else, taken for the heads' own."""
 
@@ -325,7 +342,6 @@ def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
     [
         (["--shapes", "llama-9"], "'llama-9' is not one of"),
         (["--heads", "null,full,full-fp8"], "'full-fp8' is not one of"),  # these tests run on CPUs
-        (["--heads", "full,low-rank"], "lacks null or full"),
         (["-k", "0"], "'0' is not a list of numbers of draft tokens"),
         (["--context", "a"], "'a' is not a list of prompt lengths"),
         (["--acceptance", "a.json"], "a.json: vLLM's CPU backend cannot imitate acceptance"),

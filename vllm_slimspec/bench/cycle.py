@@ -46,6 +46,7 @@ HEADS = (
 )
 _CPU_ONLY = ("full-int8",)
 _GPU_ONLY = ("full-fp8", "low-rank-fp8")  # a CPU reads fp8 as bfloat16
+_COMPARED_WITH = ("null", "full")
 _STEADY = 1.25  # p80 over p20 of cycles that nothing disturbs is below it
 EXAMPLE = "Example: slimspec bench cycle --shapes llama-3.2-1b -k 5,3 --batches 1,8 --json cycle.json"
 
@@ -208,35 +209,46 @@ def _part(turns: Sequence[Turn], head: str, part: str) -> float | None:
 
 
 def cycle(
-    shapes: Annotated[str, typer.Option(help=f"all, or of: {', '.join(TARGETS)}.")] = "llama-3.2-1b",
-    heads: Annotated[str, typer.Option(help=f"all this device has, or of: {', '.join(HEADS)}.")] = "all",
-    num_speculative_tokens: Annotated[str, typer.Option("-k", "--num-speculative-tokens", help="K.")] = "5",
-    batches: Annotated[str, typer.Option(help="Requests at once.")] = "1",
-    contexts: Annotated[str, typer.Option("--context", help="Tokens of each prompt.")] = "128",
+    shapes: Annotated[
+        str, typer.Option(help=f"Targets to time: all, or some of {', '.join(TARGETS)}.")
+    ] = "llama-3.2-1b",
+    heads: Annotated[
+        str,
+        typer.Option(help=f"Heads to time: all of this device, or some of {', '.join(HEADS)}; null and full always."),
+    ] = "all",
+    num_speculative_tokens: Annotated[
+        str, typer.Option("-k", "--num-speculative-tokens", help="Numbers of draft tokens of a cycle (K).")
+    ] = "5",
+    batches: Annotated[str, typer.Option(help="Batch sizes: requests at once.")] = "1",
+    contexts: Annotated[str, typer.Option("--context", help="Numbers of tokens of each prompt.")] = "128",
     rounds: Annotated[
-        int, typer.Option(min=1, help="Turns of every head; on a GPU engines of every head, 3 by default.")
+        int, typer.Option(min=1, help="Turns of every head; on a GPU, engines of every head (3 by default).")
     ] = 3 if torch.cuda.is_available() else 15,
-    cycles: Annotated[int, typer.Option(min=1, help="Timed cycles of a turn; 50 or more on a GPU.")] = 4,
-    repeats: Annotated[int, typer.Option(min=3, help="Timed calls of each head alone.")] = 21,
+    cycles: Annotated[int, typer.Option(min=1, help="Timed cycles of a turn; give 50 or more on a GPU.")] = 4,
+    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of each head alone.")] = 21,
     acceptance: Annotated[
         Path | None,
-        typer.Option(help="JSON of `bench acceptance`: vLLM then accepts as often, for tokens per second. GPU only."),
+        typer.Option(
+            help="JSON file of `bench acceptance`: vLLM then accepts as often as there, which gives tokens per "
+            "second. GPU only."
+        ),
     ] = None,
-    work_path: Annotated[Path, typer.Option(help="Keeps random drafters and the engines' logs.")] = Path("build/cycle"),
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    work_path: Annotated[Path, typer.Option(help="Folder that keeps random drafters and the engines' logs.")] = Path(
+        "build/cycle"
+    ),
+    json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:
     """Time a draft-and-verify cycle of the real engine under every head, at true shapes with random weights."""
     allowed = heads_of("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choices(heads, allowed, "--heads")
-    if not {"null", "full"} <= set(chosen):
-        raise typer.BadParameter(
-            f"{heads!r} lacks null or full, which the others are compared with", param_hint="--heads"
-        )
+    missing = [head for head in _COMPARED_WITH if head not in chosen]
+    if missing:
+        typer.echo(f"--heads: {' and '.join(missing)} added, which the other heads are compared with", err=True)
     if acceptance is not None and not torch.cuda.is_available():
         raise typer.BadParameter(f"{acceptance}: {NO_SYNTHETIC}", param_hint="--acceptance")
     options = Options(
         shapes=choices(shapes, TARGETS, "--shapes"),
-        heads=chosen,
+        heads=[*missing, *chosen],
         ks=positive_ints(num_speculative_tokens, "--num-speculative-tokens", "numbers of draft tokens"),
         batches=positive_ints(batches, "--batches", "batch sizes"),
         contexts=positive_ints(contexts, "--context", "prompt lengths"),

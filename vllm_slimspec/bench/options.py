@@ -17,7 +17,7 @@ def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
     for name in names:
         if name not in allowed:
             raise typer.BadParameter(f"{name!r} is not one of: all, {', '.join(allowed)}", param_hint=option)
-    return names
+    return list(dict.fromkeys(names))
 
 
 def positive_ints(given: str, option: str, what: str) -> list[int]:
