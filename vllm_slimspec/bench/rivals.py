@@ -90,7 +90,7 @@ RIVALS = (
         "2 R D + 2 V R + 2 k D",
         lambda shape: low_rank_bytes("low-rank")(shape) + 2 * SPEC_VOCAB_K * shape.hidden_size,
         ("spec-vocab",),
-        f"k = {SPEC_VOCAB_K} is assumed, the paper's is not public; with trained factors a small k is our re-rank",
+        f"k = {SPEC_VOCAB_K} is the paper's (section 3.3); with trained factors a small k is our re-rank",
     ),
     Rival(
         "SlimSpec",
