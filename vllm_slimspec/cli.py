@@ -50,7 +50,7 @@ def main() -> None:
             except ModuleNotFoundError:
                 if command == ["bench"]:
                     raise
-        app()
+        app(prog_name="slimspec")
 
 
 def _version(value: bool) -> None:
@@ -99,7 +99,9 @@ def inspect(
 def doctor(
     target: Annotated[str | None, typer.Option("--target", "--verifier", help="The target: folder or hub id.")] = None,
     drafter: Annotated[str | None, typer.Option(help="The drafter: folder or hub id.")] = None,
-    speculative_config: Annotated[str, typer.Option(help="What vllm serve will be given, as JSON.")] = "{}",
+    speculative_config: Annotated[
+        str, typer.Option(help="The --speculative-config that vllm serve will get, as JSON.")
+    ] = "{}",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
 ) -> None:
     """Look for what would go wrong: in this installation, in a drafter, in a drafter with its target."""
@@ -110,10 +112,12 @@ def doctor(
     try:
         options = json.loads(speculative_config)
     except ValueError as error:
-        raise typer.BadParameter(f"--speculative-config is no JSON: {error}") from None
+        raise typer.BadParameter(
+            f"{speculative_config!r} is not JSON ({error})", param_hint="--speculative-config"
+        ) from None
     drafter = drafter or (options.get("model") if isinstance(options, dict) else None)
     if not isinstance(options, dict) or (target is not None and drafter is None):
-        raise typer.BadParameter("give --drafter, or --speculative-config with a model in it")
+        raise typer.BadParameter("give --drafter, or --speculative-config as a JSON object with a model in it")
     findings = list(examine(drafter, target, options))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
@@ -129,13 +133,14 @@ def doctor(
 
 @app.command(epilog="Example: slimspec report docs/results/head-cpu.json cycle.json --output-path report")
 def report(
-    results: Annotated[list[Path], typer.Argument(help="What the `slimspec bench` commands wrote with --json.")],
+    results: Annotated[list[Path], typer.Argument(help="Files that the `slimspec bench` commands wrote with --json.")],
     output_path: Annotated[
-        Path, typer.Option(help="A folder for index.html, report.md and PNGs; or head times alone, as .png or .svg.")
+        Path,
+        typer.Option(help="Folder for index.html, report.md and PNGs; or a .png or .svg file for head times alone."),
     ],
-    batch: Annotated[int, typer.Option(help="Of head times alone: rows drafted at once.")] = 1,
+    batch: Annotated[int, typer.Option(help="Rows drafted at once, for a picture of head times alone.")] = 1,
     allow_mixed_devices: Annotated[
-        bool, typer.Option("--allow-mixed-devices", help="Report each device for itself.")
+        bool, typer.Option("--allow-mixed-devices", help="Report each device by itself, where there are several.")
     ] = False,
 ) -> None:
     """Draw what was measured: every head side by side, the paper's figures, and the numbers behind them."""
@@ -151,7 +156,10 @@ def report(
             raise ImportError(f"{error}; pip install 'vllm-slimspec[bench]'") from None
         if output_path.suffix in (".png", ".svg"):
             if len(results) > 1:
-                raise ValueError(f"{output_path}: one picture is made of one file of `slimspec bench head`")
+                raise ValueError(
+                    f"{output_path}: a picture shows one file of `slimspec bench head`, and {len(results)} are given; "
+                    "give one, or a folder as the output"
+                )
             plot_heads(HeadResults.read(results[0]), output_path, batch)
         else:
             for file in write_report(results, output_path, mixed_devices=allow_mixed_devices):

@@ -47,7 +47,8 @@ DtypeOption = Annotated[
     Dtype,
     typer.Option(
         "--dtype",
-        help="What is computed in. [auto: bfloat16 where the CPU multiplies it, else float32; as stored on a GPU]",
+        help="Data type of the computation. auto is bfloat16 on a CPU that multiplies it and float32 on any other; on a "
+        "GPU it is the stored one.",
     ),
 ]
 

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
 Drafters = Annotated[
-    list[str], typer.Option("--drafter", help="NAME=FOLDER of an EAGLE-3 drafter; repeat. Call the dense one `full`.")
+    list[str],
+    typer.Option("--drafter", help="NAME=FOLDER of an EAGLE-3 drafter; repeat the option. Name the dense one `full`."),
 ]
-K = Annotated[int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Draft tokens of a cycle.")]
-Json = Annotated[Path | None, typer.Option(help="Write the results here.")]
+K = Annotated[int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Draft tokens of a cycle (K).")]
+Json = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 
 app.command(epilog=cycle.EXAMPLE)(cycle.cycle)
 app.command("parts", epilog=parts.EXAMPLE)(parts.parts_command)
@@ -40,14 +41,24 @@ app.command(epilog=rivals.EXAMPLE)(rivals.rivals)
 def acceptance(
     target: Target,
     drafter: Drafters,
-    prompts: Annotated[list[Path], typer.Option(help='JSONL of {"prompt"}, {"messages"} or {"text"}; repeat.')],
+    prompts: Annotated[
+        list[Path], typer.Option(help='JSONL file of {"prompt"}, {"messages"} or {"text"}; repeat the option.')
+    ],
     num_speculative_tokens: K = 5,
-    temperature: Annotated[str, typer.Option(help="0, or 0,1 where the backend can.")] = "0",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 256,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answer on to --max-tokens.")] = False,
-    engine_args: Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")] = "{}",
+    temperature: Annotated[str, typer.Option(help="Temperatures, such as 0 or 0,1; a CPU takes 0 only.")] = "0",
+    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 256,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Answer up to --max-tokens, beyond the end of a text.")
+    ] = False,
+    engine_args: Annotated[
+        str, typer.Option(help="Arguments of vllm.LLM as JSON, such as '{\"max_model_len\": 4096}'.")
+    ] = "{}",
     dtype: Annotated[
-        Dtype, typer.Option(help="Of both models. [auto: float32 on a CPU, where answers are the same; else vLLM's]")
+        Dtype,
+        typer.Option(
+            help="Data type of both models. auto is float32 on a CPU, where answers are then the same, and vLLM's choice "
+            "elsewhere."
+        ),
     ] = Dtype.AUTO,
     json: Json = None,
 ) -> None:
@@ -79,9 +90,11 @@ def acceptance(
 @app.command(epilog="Example: slimspec bench prompts question.jsonl --from mt-bench --output-path mt-bench.jsonl")
 def prompts(
     file: Annotated[Path, typer.Argument(help="The benchmark's own file, as you downloaded it; may be gzipped.")],
-    source: Annotated[Benchmark, typer.Option("--from", help="Which benchmark.")],
-    output_path: Annotated[Path, typer.Option(help="The prompts, as `bench acceptance` and `convert` take them.")],
-    raw: Annotated[bool, typer.Option("--raw", help="For a model that completes text: no chat.")] = False,
+    source: Annotated[Benchmark, typer.Option("--from", help="The benchmark that the file is of.")],
+    output_path: Annotated[
+        Path, typer.Option(help="JSONL file for the prompts, as `bench acceptance` and `convert` take them.")
+    ],
+    raw: Annotated[bool, typer.Option("--raw", help="Write plain text for a model that has no chat template.")] = False,
 ) -> None:
     """Turn MT-Bench (first turns), HumanEval or GSM8K into prompts."""
     with one_line_errors(), claim_file(output_path) as claim:
@@ -99,22 +112,28 @@ def prompts(
     "--prompts mt-bench.jsonl --concurrency 1,4,16,64 --json serve.json"
 )
 def serve(
-    target: Annotated[str | None, typer.Option("--target", "--verifier", help="A Hugging Face folder or id.")] = None,
-    drafter: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of an EAGLE-3 drafter; repeat.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help='JSONL of {"prompt"}, {"messages"} or {"text"}.')] = None,
-    shape: Annotated[
-        str | None, typer.Option(help=f"Random weights instead of the three above; of: {', '.join(TARGETS)}.")
+    target: Annotated[
+        str | None, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")
     ] = None,
-    heads: Annotated[str, typer.Option(help="Of random weights: `full` and its rivals.")] = "full,trim-32k,low-rank",
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER of an EAGLE-3 drafter; repeat the option.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help='JSONL file of {"prompt"}, {"messages"} or {"text"}.')] = None,
+    shape: Annotated[
+        str | None, typer.Option(help=f"Shape of random weights, instead of the three above: {', '.join(TARGETS)}.")
+    ] = None,
+    heads: Annotated[str, typer.Option(help="Heads of the drafters of random weights.")] = "full,trim-32k,low-rank",
     acceptance: Annotated[
-        Path | None, typer.Option(help="JSON of `bench acceptance`: vLLM then accepts as often. GPU only.")
+        Path | None, typer.Option(help="JSON file of `bench acceptance`: vLLM then accepts as often. GPU only.")
     ] = None,
     num_speculative_tokens: K = 5,
-    concurrency: Annotated[str, typer.Option(help="Requests at once: from 1 to where more bring no more.")] = "1,4,16",
-    requests: Annotated[int, typer.Option(min=1, help="Of each request at once, so many one after the other.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer, exactly.")] = 256,
+    concurrency: Annotated[
+        str, typer.Option(help="Numbers of requests at once, up to where more bring no more.")
+    ] = "1,4,16",
+    requests: Annotated[int, typer.Option(min=1, help="Requests that follow each other in each of those at once.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer, exactly.")] = 256,
     server_args: Annotated[str, typer.Option(help="Further arguments of `vllm serve`, as one string.")] = "",
-    work_path: Annotated[Path, typer.Option(help="Keeps random drafters.")] = Path("build/cycle"),
+    work_path: Annotated[Path, typer.Option(help="Folder that keeps random drafters.")] = Path("build/cycle"),
     json: Json = None,
 ) -> None:
     """Serve the target alone and with each drafter, under `vllm bench serve`: latency, throughput and acceptance."""

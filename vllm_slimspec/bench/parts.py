@@ -127,11 +127,11 @@ def measure(
 
 
 def parts_command(
-    shapes: Annotated[str, typer.Option(help=f"all, or of: {', '.join(SHAPES)}.")] = "llama-3.1-8b",
-    heads: Annotated[str, typer.Option(help=f"all, or of: {', '.join(HEADS)}.")] = "all",
-    batches: Annotated[str, typer.Option(help="Rows drafted at once.")] = "1,8,64",
-    repeats: Annotated[int, typer.Option(min=3, help="Timed calls of every part.")] = 21,
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    shapes: Annotated[str, typer.Option(help=f"Shapes to time: all, or some of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
+    heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
+    batches: Annotated[str, typer.Option(help="Batch sizes: rows that are drafted at once.")] = "1,8,64",
+    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of every part.")] = 21,
+    json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:
     """Time the parts of draft heads on a CPU: down, up, the choice of the best, rescoring. (A GPU's kernel is one.)"""
     shape_names = choices(shapes, SHAPES, "--shapes")

@@ -44,60 +44,105 @@ class _Quantization(StrEnum):
 
 def convert(
     drafter: Annotated[str, typer.Argument(help="An EAGLE-3 drafter: a folder or a Hugging Face id.")],
-    output_path: Annotated[Path, typer.Option(help="The new drafter; work in progress goes to OUTPUT_PATH.run.")],
-    target: Annotated[str | None, typer.Option("--target", "--verifier", help="The target it drafts for.")] = None,
+    output_path: Annotated[
+        Path, typer.Option(help="Folder of the new drafter; work in progress goes to OUTPUT_PATH.run.")
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "--verifier", help="The target that it drafts for: a folder or a Hugging Face id."),
+    ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help='JSONL of {"prompt"}, {"messages"} or {"text"}: run them through both models.'),
+        typer.Option(
+            help='JSONL file of prompts, {"prompt"}, {"messages"} or {"text"} a line. The target answers them, and the '
+            "drafter's head states are recorded."
+        ),
     ] = None,
-    hidden_states: Annotated[Path | None, typer.Option(help="Head states of an earlier run or from elsewhere.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the head; instead of --rank-divisor.")] = None,
+    hidden_states: Annotated[
+        Path | None, typer.Option(help="Folder of head states, recorded by an earlier run or elsewhere.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the head, instead of --rank-divisor.")] = None,
     rank_divisor: Annotated[
         int | None,
-        typer.Option(min=1, help="Rank = hidden size // this.", show_default="8, or as it is if low-rank"),
+        typer.Option(
+            min=1, help="Rank of the head as hidden size // this.", show_default="8, or the rank of a low-rank head"
+        ),
     ] = None,
     head: Annotated[
-        _Head, typer.Option(help="A dense head is for comparison, with --vocab N; stock vLLM serves it.")
+        _Head,
+        typer.Option(help="Kind of the new head. A dense one is for comparison, with --vocab N; stock vLLM serves it."),
     ] = _Head.LOW_RANK,
-    vocab: Annotated[str, typer.Option(help="keep, full (by the target's head), or how many tokens stay.")] = "keep",
+    vocab: Annotated[
+        str,
+        typer.Option(help="Draft vocabulary: keep, full (completed from the target's head), or a number of tokens."),
+    ] = "keep",
     frequencies: Annotated[
         Path | None,
-        typer.Option(help='For --vocab N: JSON {"token id": count}.', show_default="counted in the target's answers"),
+        typer.Option(
+            help='JSON file {"token id": count}: which tokens --vocab N keeps.', show_default="the target's answers"
+        ),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="For --vocab N: JSONL of text to count tokens in.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL file of text in which tokens are counted for --vocab N.")
+    ] = None,
     distill_steps: Annotated[
-        int, typer.Option("--distill-steps", "--distil-steps", min=0, help="Steps of distillation: the head alone.")
+        int, typer.Option("--distill-steps", "--distil-steps", min=0, help="Steps that distill the head alone.")
     ] = 0,
     joint_steps: Annotated[
-        int, typer.Option(min=0, help="Then, steps of training: head, fc and layer together, by speculators' trainer.")
+        int,
+        typer.Option(min=0, help="Steps that train head, fc and layer together afterwards, by speculators' trainer."),
     ] = 0,
     loss: Annotated[
-        _Loss, typer.Option(help="Of both: greedy for the best token, as vLLM drafts; the others for sampled drafts.")
+        _Loss,
+        typer.Option(
+            help="Loss of --distill-steps and --joint-steps: greedy for the best token, as vLLM drafts; the others for "
+            "sampled drafts."
+        ),
     ] = _Loss.GREEDY,
-    lr: Annotated[float, typer.Option(help="Of the head alone, in units of the factors' size.")] = 0.05,
-    joint_lr: Annotated[float, typer.Option(help="Of training together.")] = 4e-4,
-    seed: Annotated[int, typer.Option(help="Of both.")] = 0,
+    lr: Annotated[
+        float, typer.Option(min=0, help="Learning rate of --distill-steps, in units of the factors' size.")
+    ] = 0.05,
+    joint_lr: Annotated[float, typer.Option(min=0, help="Learning rate of --joint-steps.")] = 4e-4,
+    seed: Annotated[int, typer.Option(help="Random seed of --distill-steps and --joint-steps.")] = 0,
     train_states: Annotated[
         Path | None,
         typer.Option(
-            help="For --joint-steps: a folder of `slimspec train states`.", show_default="the calibration answers"
+            help="Folder of `slimspec train states` that --joint-steps learns from.",
+            show_default="the calibration answers",
         ),
     ] = None,
     train_args: Annotated[
-        str, typer.Option(help="JSON for --joint-steps: any flag of `speculators train`, with underscores.")
+        str, typer.Option(help="Flags of `speculators train` for --joint-steps, as JSON with underscores in the names.")
     ] = "{}",
-    rerank: Annotated[int | None, typer.Option(min=1, help="Score this many candidates again, exactly.")] = None,
+    rerank: Annotated[
+        int | None, typer.Option(min=1, help="Number of candidates that are scored again, exactly.")
+    ] = None,
     quantize: Annotated[_Quantization | None, typer.Option(help="Store the factor `up` in fewer bits.")] = None,
-    num_speculative_tokens: Annotated[int, typer.Option("-k", "--num-speculative-tokens", min=1, help="K.")] = 5,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of each calibration answer.")] = 256,
-    max_states: Annotated[int, typer.Option(min=1, help="Calibration stops there.")] = 100_000,
-    max_loss: Annotated[float, typer.Option(help="Of acceptance length; what loses more is not written.")] = 0.03,
-    force: Annotated[bool, typer.Option("--force", help="Write it whatever it loses.")] = False,
+    num_speculative_tokens: Annotated[
+        int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Draft tokens of a cycle (K).")
+    ] = 5,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each calibration answer.")] = 256,
+    max_states: Annotated[
+        int, typer.Option(min=1, help="Number of head states after which calibration stops.")
+    ] = 100_000,
+    max_loss: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of acceptance length; a drafter that loses more is not written.")
+    ] = 0.03,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the drafter even if it loses more than --max-loss.")
+    ] = False,
     layout: Annotated[
-        _Layout, typer.Option("--format", help="speculators: `vllm serve OUTPUT_PATH` starts the target too.")
+        _Layout,
+        typer.Option(
+            "--format", help="Format of the drafter. With speculators, `vllm serve OUTPUT_PATH` starts the target too."
+        ),
     ] = _Layout.SLIMSPEC,
-    sweep: Annotated[str | None, typer.Option(help="Only measure rank divisors, such as 16,12,8,6,4.")] = None,
-    engine_args: Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")] = "{}",
+    sweep: Annotated[
+        str | None, typer.Option(help="Rank divisors to measure, such as 16,12,8,6,4; no drafter is written.")
+    ] = None,
+    engine_args: Annotated[
+        str, typer.Option(help="Arguments of vllm.LLM as JSON, such as '{\"max_model_len\": 4096}'.")
+    ] = "{}",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Turn an EAGLE-3 drafter into a SlimSpec one, and say what it costs before writing it."""
@@ -154,9 +199,9 @@ def _divisors(text: str | None) -> list[int]:
     try:
         divisors = [] if text is None else [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of integers such as 16,8,4", param_hint="--sweep") from None
+        raise typer.BadParameter(f"{text!r} is not a list of integers such as 16,8,4", param_hint="--sweep") from None
     if any(d < 1 for d in divisors):
-        raise typer.BadParameter("divisors are 1 or more", param_hint="--sweep")
+        raise typer.BadParameter(f"{text!r} holds a divisor below 1; give 1 or more", param_hint="--sweep")
     return divisors
 
 

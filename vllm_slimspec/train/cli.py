@@ -4,7 +4,7 @@ import argparse
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -14,12 +14,17 @@ from vllm_slimspec.output import beside, claim_file, claim_folder, claim_work
 
 
 class _Stages(TyperGroup):
-    """``slimspec train --prompts ...`` is ``slimspec train run --prompts ...``."""
+    """``slimspec train --prompts ...`` is ``slimspec train run --prompts ...``, and the help shows that command too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
             args = ["run", *args]
         return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        run = self.commands["run"]
+        run.format_help(type(ctx)(run, info_name="[run]", parent=ctx), formatter)
 
 
 app = typer.Typer(cls=_Stages, no_args_is_help=True, help=__doc__)
@@ -47,26 +52,33 @@ class _HeadInit(StrEnum):
 Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
 Prompts = Annotated[
     Path,
-    typer.Option(help='JSONL, a line {"prompt": ...}, {"messages": [...]}, {"text": ...} or {"input_ids": [...]}.'),
+    typer.Option(
+        help='JSONL file of prompts: a line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
+        '{"input_ids": [...]}.'
+    ),
 ]
 Drafter = Annotated[Path, typer.Option(help="The new drafter; everything else goes to OUTPUT_PATH.run.")]
 Temperature = Annotated[
     list[float] | None,
     typer.Option(
         min=0,
-        help="Temperature of the answers. Repeat the option, and the prompts take the temperatures in turn. "
-        "[default: what the target's generation_config.json says]",
+        help="Temperature of the answers. Repeat the option, and the prompts take the temperatures in turn.",
+        show_default="what the target's generation_config.json says",
     ),
 ]
 Count = Annotated[int, typer.Option(min=1, help="How many prompts the target writes.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
-EngineArgs = Annotated[str, typer.Option(help="JSON for vLLM, such as '{\"max_model_len\": 4096}'.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Tokens kept of each document.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+EngineArgs = Annotated[str, typer.Option(help="Arguments of vllm.LLM as JSON, such as '{\"max_model_len\": 4096}'.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Most tokens that are kept of each document.")]
 TrainOn = Annotated[
     _TrainOn, typer.Option(help="What is trained on and measured: the answers, or all tokens, the prompts' too.")
 ]
 Layers = Annotated[
-    list[int] | None, typer.Option(help="A layer whose input the drafter sees; repeat. [default: 2, n/2, n-3]")
+    list[int] | None,
+    typer.Option(
+        help="A layer of the target whose input the drafter sees. Repeat the option for each of them.",
+        show_default="2, n/2 and n-3 of n layers",
+    ),
 ]
 Head = Annotated[
     _Head,
@@ -75,14 +87,18 @@ Head = Annotated[
         "is neither trained nor stored, and vLLM lends it."
     ),
 ]
-Rank = Annotated[int | None, typer.Option(help="Rank of the head. [default: hidden size / 8]")]
-Init = Annotated[_HeadInit, typer.Option(help="How the head starts.")]
+Rank = Annotated[int | None, typer.Option(help="Rank of the low-rank head.", show_default="hidden size / 8")]
+Init = Annotated[_HeadInit, typer.Option(help="How the low-rank head starts: from the target's head, or random.")]
 Loss = Annotated[
-    str | None, typer.Option(help="kl, nla, lk_hybrid or greedy; --loss-fn takes any of speculators. [default: kl]")
+    str | None,
+    typer.Option(
+        help="Loss of the head: kl, nla, lk_hybrid or greedy. --loss-fn takes any loss of speculators instead.",
+        show_default="kl",
+    ),
 ]
-ShowPlan = Annotated[bool, typer.Option("--plan", help="Say what the run will come to, and stop.")]
-Tflops = Annotated[float | None, typer.Option(min=0, help="For hours in the plan: a device's sustained TFLOP/s ...")]
-Terabytes = Annotated[float | None, typer.Option(min=0, help="... and the TB/s that it reads.")]
+ShowPlan = Annotated[bool, typer.Option("--plan", help="Print what the run would cost, and stop before it.")]
+Tflops = Annotated[float | None, typer.Option(min=0, help="TFLOP/s that a device sustains, for the hours of the plan.")]
+Terabytes = Annotated[float | None, typer.Option(min=0, help="TB/s that a device reads, for the hours of the plan.")]
 
 
 @app.command(
@@ -96,8 +112,9 @@ def run(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='JSONL file, a line {"prompt": ...}, {"messages": [...]}, {"text": ...} or {"input_ids": [...]}. '
-            "[default: the target writes --count prompts itself]"
+            help='JSONL file of prompts: a line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
+            '{"input_ids": [...]}.',
+            show_default="the target writes --count prompts itself",
         ),
     ] = None,
     count: Count = 4000,
@@ -121,7 +138,8 @@ def run(
         flags = _flags(context, loss, dtype, head=head.value, rank=rank, head_init=head_init.value)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
-                "several processes fit, but one answers: run `answers`, `states`, then torchrun with `fit`"
+                "WORLD_SIZE is above 1, but only `fit` takes several processes: run `answers` and `states` first, then "
+                "torchrun with `fit`"
             )
         from vllm_slimspec.train.launch import resolve
 
@@ -151,7 +169,9 @@ def write(
     count: Count = 4000,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(min=0, help="Temperature of the prompts. Repeat the option, and they take turns. [default: 1.0]"),
+        typer.Option(
+            min=0, help="Temperature of the prompts. Repeat the option, and they take turns.", show_default="1.0"
+        ),
     ] = None,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus that tokens are sampled from.")] = 0.95,
     min_p: Annotated[
@@ -171,7 +191,8 @@ def write(
         Path | None,
         typer.Option(
             help='JSONL file, a line {"system": ..., "opening": ...} with either or both: system prompts and first '
-            "words that the prompts take in turn. [default: a list that comes with this package]"
+            "words that the prompts take in turn.",
+            show_default="a list that comes with this package",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample.")] = 0,
@@ -200,7 +221,7 @@ def write(
 def answers(
     target: Target,
     prompts: Prompts,
-    output_path: Annotated[Path, typer.Option(help="JSONL for `states`.")],
+    output_path: Annotated[Path, typer.Option(help="JSONL file of answers, for `states`.")],
     temperature: Temperature = None,
     max_tokens: MaxTokens = 512,
     engine_args: EngineArgs = "{}",
@@ -228,15 +249,17 @@ def states(
     target: Target,
     documents: Annotated[
         Path,
-        typer.Option(help='JSONL of `answers`, or lines {"text": ...} or {"input_ids": [...]}.'),
+        typer.Option(help='JSONL file that `answers` wrote, or lines {"text": ...} or {"input_ids": [...]}.'),
     ],
-    output_path: Annotated[Path, typer.Option(help="Where the hidden states go.")],
+    output_path: Annotated[Path, typer.Option(help="Folder for the hidden states.")],
     max_length: MaxLength = 2048,
     train_on: TrainOn = _TrainOn.ANSWERS,
     target_layer_ids: Layers = None,
     keep: Annotated[
         int | None,
-        typer.Option(min=1, help="States of the first so many only; the others come from a server while training."),
+        typer.Option(
+            min=1, help="Keep the states of so many documents only; the others come from a server in training."
+        ),
     ] = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
@@ -298,12 +321,12 @@ def fit(
 def plan(
     context: typer.Context,
     target: Annotated[str, typer.Option("--target", "--verifier", help="The target; its config.json is enough.")],
-    documents: Annotated[int, typer.Option(min=2, help="How many.")],
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each.")],
-    answer_tokens: Annotated[int, typer.Option(min=0, help="Of each.")],
+    documents: Annotated[int, typer.Option(min=2, help="Number of documents.")],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")],
+    answer_tokens: Annotated[int, typer.Option(min=0, help="Tokens of each answer.")],
     head: Head = _Head.LOW_RANK,
     rank: Rank = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Devices that fit.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of devices that train.")] = 1,
     tflops: Tflops = None,
     terabytes: Terabytes = None,
 ) -> None:
@@ -317,19 +340,27 @@ def plan(
         _show_plan(config, data, Path("drafter"), tflops, terabytes, ranks)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses a flag as the rest of the command line does, without the usage of all flags of speculators."""
+
+    def error(self, message: str) -> NoReturn:
+        raise typer.BadParameter(f"{message}; see --help, and `speculators train --help` for further flags")
+
+
 def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any) -> dict[str, Any]:
     """Our flags, and those of speculators that follow them.
 
     Raises:
         ValueError: no such loss.
+        typer.BadParameter: no such flag.
     """
     from speculators.train.config.resolution import add_config_cli_arguments
 
     from vllm_slimspec.train.launch import LOSSES
 
     if loss is not None and loss not in LOSSES:
-        raise ValueError(f"--loss {loss}: no such loss; choose one of {', '.join(LOSSES)}")
-    parser = argparse.ArgumentParser("slimspec train fit", add_help=False)
+        raise ValueError(f"--loss {loss}: there is no such loss; choose one of {', '.join(LOSSES)}")
+    parser = _Parser("slimspec train fit", add_help=False)
     add_config_cli_arguments(parser)
     chosen = {
         **({"loss_fn": LOSSES[loss]} if loss else {}),
