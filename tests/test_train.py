@@ -477,7 +477,7 @@ def test_bad_places_are_one_line(work, tmp_path):
     with pytest.raises(ValueError, match="holds a data set already"):
         write_states(work / "llama", DOCUMENTS[:1], work / "states", layer_ids=LAYERS)
     documents = [Document(1, [1, 2], 0), Document(2, [3, V], 0)]
-    with pytest.raises(ValueError, match="document 1: 2 tokens, ids must be 0 to 95"):
+    with pytest.raises(ValueError, match="document 1: has 2 tokens, and must have 2 or more, with ids from 0 to 95"):
         write_states(work / "llama", documents, tmp_path / "s", layer_ids=LAYERS)
 
 

@@ -39,7 +39,7 @@ def fit_command(work, output, *flags):
     ("flags", "message"),
     [
         (("--rank", "33"), "error: rank=33 does not fit hidden_size=32"),
-        (("--loss", "mse"), "error: --loss mse: no such loss; choose one of kl, nla, lk_hybrid, greedy"),
+        (("--loss", "mse"), "error: --loss mse: there is no such loss; choose one of kl, nla, lk_hybrid, greedy"),
         (("--loss-fn", "mse"), "Unknown loss function 'mse'"),
     ],
 )

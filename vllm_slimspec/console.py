@@ -47,8 +47,8 @@ DtypeOption = Annotated[
     Dtype,
     typer.Option(
         "--dtype",
-        help="Data type of the computation. auto is bfloat16 on a CPU that multiplies it and float32 on any other; on a "
-        "GPU it is the stored one.",
+        help="Data type of the computation. auto is bfloat16 on a CPU that multiplies it, float32 on any other, and "
+        "the stored one on a GPU.",
     ),
 ]
 
@@ -108,9 +108,9 @@ def json_object(text: str, option: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise typer.BadParameter(f"not JSON ({error})", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} is not JSON ({error})", param_hint=option) from None
     if not isinstance(found, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint=option)
+        raise typer.BadParameter(f'{text!r} must be a JSON object, such as {{"a": 1}}', param_hint=option)
     return found
 
 

@@ -56,8 +56,8 @@ def acceptance(
     dtype: Annotated[
         Dtype,
         typer.Option(
-            help="Data type of both models. auto is float32 on a CPU, where answers are then the same, and vLLM's choice "
-            "elsewhere."
+            help="Data type of both models. auto is float32 on a CPU, where answers are then the same, and elsewhere "
+            "vLLM's choice."
         ),
     ] = Dtype.AUTO,
     json: Json = None,

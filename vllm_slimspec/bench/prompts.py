@@ -50,7 +50,7 @@ def convert(lines: Iterable[str], benchmark: Benchmark, *, raw: bool = False) ->
             ) from None
         prompts.append({"prompt": question} if raw else {"messages": [{"role": "user", "content": question}]})
     if not prompts:
-        raise ValueError(f"no line in it; give {benchmark}'s own file")
+        raise ValueError(f"holds no line; give {benchmark}'s own file")
     return prompts
 
 

@@ -144,7 +144,9 @@ def limits(target: str | Path, options: dict[str, Any]) -> tuple[int, int]:
     try:
         config = EngineArgs(model=str(target), **options).create_model_config()
     except Exception as error:  # pydantic, transformers and vLLM raise classes of their own
-        raise CheckpointError(f"{target}: vLLM does not take it as a target ({one_line(error)})") from None
+        raise CheckpointError(
+            f"{target}: vLLM does not take it as a target ({one_line(error)}); check --target and --engine-args"
+        ) from None
     return config.get_vocab_size(), config.max_model_len
 
 

@@ -98,7 +98,10 @@ def distil(
     if checkpoint is not None and checkpoint.is_file():
         saved = torch.load(checkpoint, map_location=dense.device, weights_only=True)
         if saved["recipe"] != asdict(recipe):
-            raise ValueError(f"{checkpoint}: of a run with {saved['recipe']}; remove it or use the same options")
+            raise ValueError(
+                f"{checkpoint}: of a run with {saved['recipe']}, not with {asdict(recipe)}; remove it, or use the same "
+                "options"
+            )
         with torch.no_grad():
             for weight, kept in zip(weights, saved["weights"], strict=True):
                 weight.copy_(kept)
@@ -118,7 +121,10 @@ def distil(
         if (step + 1) % _EVERY == 0 or step + 1 == recipe.steps:
             value = _mean_loss(dense, weights, held_out, loss)
             if not value < float("inf"):
-                raise ValueError(f"distillation broke down at step {step + 1} (loss {value}); lower the learning rate")
+                raise ValueError(
+                    f"--lr {recipe.lr}: distillation broke down at step {step + 1}, where its loss is {value}; give a "
+                    "smaller one"
+                )
             progress.set_postfix(held_out=f"{value:.4f}")
             if value < best_loss:
                 best, best_loss = [w.detach().clone() for w in weights], value

@@ -35,7 +35,7 @@ def read_prompts(file: Path) -> list[Line]:
         if not isinstance(row, dict) or _form(row) is None:
             raise CheckpointError(
                 f'{file}:{number}: not a prompt; a line is {{"prompt": "..."}}, {{"messages": [...]}}, '
-                '{"text": "..."} or {"input_ids": [...]}'
+                '{"text": "..."} or {"input_ids": [...]}; correct or remove it'
             )
         rows.append((number, row))
     if not rows:
@@ -56,7 +56,10 @@ def open_tokenizer(rows: Sequence[Line], name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers, tokenizers and the hub raise classes of their own
-        raise CheckpointError(f"{name}: no tokenizer to read the prompts by ({one_line(error)})") from None
+        raise CheckpointError(
+            f"{name}: no tokenizer to read the prompts by ({one_line(error)}); copy the target's tokenizer.json beside "
+            "its weights, or give prompts as input_ids"
+        ) from None
 
 
 def tokens_of(rows: Sequence[Line], tokenizer: Any, vocab_size: int, file: Path) -> Iterator[tuple[int, list[int]]]:
@@ -76,7 +79,7 @@ def tokens_of(rows: Sequence[Line], tokenizer: Any, vocab_size: int, file: Path)
             ids = _tokens(row, tokenizer)
         except Exception as error:  # chat templates raise whatever their author chose
             raise CheckpointError(
-                f"{file}:{number}: the target's tokenizer refuses it ({one_line(error)}); mend it"
+                f"{file}:{number}: the target's tokenizer refuses it ({one_line(error)}); correct or remove the line"
             ) from None
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise CheckpointError(

@@ -340,7 +340,7 @@ class Conversion:
             return counts_from_file(options.frequencies, size)
         if options.prompts is not None:
             if options.target is None:
-                raise CheckpointError("--prompts is counted by the target's tokenizer; give --target")
+                raise CheckpointError(f"--prompts {options.prompts} is read by the target's tokenizer; give --target")
             return counts_from_text(options.prompts, options.target, size)
         if self.states is None:
             raise CheckpointError(
@@ -445,7 +445,7 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
 def _sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[Outcome]]:
     work = Conversion(options, divisors)
     if work.states is None:
-        raise CheckpointError("--sweep measures, so it needs --calibration or --hidden-states")
+        raise CheckpointError("--sweep measures on head states; give --calibration or --hidden-states")
     ranks = sorted({work.rank(None, divisor) for divisor in divisors}, reverse=True)
     if work.drafter.factors is None:
         # Directions come largest first: the best factors of a lower rank are the first rows and columns of these.
@@ -470,9 +470,9 @@ def _check(options: Options) -> None:
             f"--rerank {options.rerank}: at most {MAX_K} candidates can be served; 8 to {MAX_K} are useful"
         )
     if options.layout == "speculators" and options.target is None:
-        raise CheckpointError("--format speculators names the target to start; give --target")
+        raise CheckpointError("--format speculators writes the name of the target into the drafter; give --target")
     if options.frequencies is not None and options.prompts is not None:
-        raise CheckpointError("--frequencies and --prompts are two counts of one vocabulary; give one")
+        raise CheckpointError("--frequencies and --prompts both say which tokens --vocab N keeps; give one of them")
     if options.vocab in ("keep", "full") and (options.frequencies or options.prompts):
         raise CheckpointError(f"--frequencies and --prompts belong to --vocab N, not to --vocab {options.vocab}")
     if options.head == "dense" and (
@@ -484,7 +484,7 @@ def _check(options: Options) -> None:
         )
     if options.rerank and options.joint is not None:
         raise CheckpointError(
-            "--joint-steps moves the body away from the dense rows that --rerank scores by; leave one of them out"
+            "--rerank scores by dense rows that --joint-steps moves the body away from; leave one of the two out"
         )
     if options.joint is not None and options.dtype == "float16":
         raise CheckpointError(
@@ -512,9 +512,11 @@ def _rank(rank: int | None, divisor: int | None, vocab: int, hidden: int) -> int
 
 def _open_states(options: Options) -> HeadStates | None:
     if options.hidden_states is not None and options.calibration is not None:
-        raise CheckpointError("--calibration and --hidden-states are two sources of one thing; give one")
+        raise CheckpointError(
+            "--calibration records head states and --hidden-states reads recorded ones; give one of them"
+        )
     if options.joint is not None and options.target is None:
-        raise CheckpointError("--joint-steps runs the target; give --target")
+        raise CheckpointError("--joint-steps learns from the target; give --target")
     if options.hidden_states is not None:
         states = HeadStates.open(options.hidden_states)
         if options.joint is not None:
@@ -527,7 +529,7 @@ def _open_states(options: Options) -> HeadStates | None:
             )
         return None
     if options.target is None:
-        raise CheckpointError("--calibration runs the target; give --target")
+        raise CheckpointError(f"--calibration {options.calibration}: the target answers these prompts; give --target")
     from vllm_slimspec.convert.collect import collect
 
     return collect(

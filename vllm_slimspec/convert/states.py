@@ -224,9 +224,8 @@ class StatesWriter:
             return
         if found != recipe:
             changed = sorted(key for key in recipe if found.get(key) != recipe[key])
-            raise CheckpointError(
-                f"{self.path}: begun with other values of {', '.join(changed)}; remove it or choose another folder"
-            )
+            values = ", ".join(f"{key} ({found.get(key)!r} there, {recipe[key]!r} now)" for key in changed)
+            raise CheckpointError(f"{self.path}: begun with other values of {values}; remove it or choose another")
 
     @property
     def complete(self) -> bool:
@@ -317,8 +316,12 @@ def _check_file(file: Path) -> tuple[int, int, torch.dtype]:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
     dtype, shape = header.get("hidden", ("nothing", []))
     if dtype not in _DTYPES or len(shape) != 2:
-        raise CheckpointError(f"{file}: hidden is {dtype} {shape}, must be {', '.join(_DTYPES)} [N, D]; mend it")
+        raise CheckpointError(
+            f"{file}: hidden is {dtype} {shape}, must be {', '.join(_DTYPES)} [N, D]; save it as one of these"
+        )
     for name in _COLUMNS.keys() & header.keys():
         if header[name][1] != shape[:1] or not header[name][0].startswith(("I", "U")):
-            raise CheckpointError(f"{file}: {name} is {header[name]}, must be integers [{shape[0]}]; mend it")
+            raise CheckpointError(
+                f"{file}: {name} is {header[name]}, must be integers [{shape[0]}], one a row of hidden; save it so"
+            )
     return shape[0], shape[1], _DTYPES[dtype]

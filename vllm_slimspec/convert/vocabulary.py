@@ -27,7 +27,9 @@ def counts_from_file(file: Path, vocab_size: int) -> torch.Tensor:
     try:
         rows = {int(token): float(n) for token, n in json.loads(file.read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f'{file}: must be a JSON object {{"token id": count}} ({error}); mend it') from None
+        raise CheckpointError(
+            f'{file}: must be a JSON object {{"token id": count}} ({error}); correct the file'
+        ) from None
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for token, count in rows.items():
         if not 0 <= token < vocab_size or not 0 <= count < float("inf"):

@@ -141,7 +141,7 @@ def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
         with every_core():
             llm = LLM(model=str(target), **whole | options)
     except Exception as error:
-        raise EngineError(f"{target}: vLLM does not start ({_line(error)})") from None
+        raise EngineError(f"{target}: vLLM does not start ({_line(error)}); check --target and --engine-args") from None
     try:
         yield llm
     finally:

@@ -180,7 +180,9 @@ def fit(
     if not (Path(data) / "dataset_info.json").exists():
         raise ValueError(f"{data}: holds no training data; make it with `slimspec train states` first")
     if run["draft_vocab_size"] and not (Path(data) / "token_freq.pt").exists():
-        raise ValueError(f"{data}: no token_freq.pt to choose a vocabulary by; write the states again")
+        raise ValueError(
+            f"{data}: holds no token_freq.pt, by which --draft-vocab-size chooses tokens; write the states again"
+        )
     sizes = {name: run[name] for name in ("total_seq_len", "ttt_steps")}
     check_measurable(Path(data), train_data_ratio=run["train_data_ratio"], **sizes)
     others = also_evaluate or {}
@@ -274,7 +276,9 @@ def resolve(
     check_free(output)
     layer_ids = read_layer_ids(Path(data))
     if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
-        raise ValueError(f"{data}: holds the states of layers {layer_ids}; leave target_layer_ids out or write others")
+        raise ValueError(
+            f"{data}: holds the states of layers {layer_ids}; leave --target-layer-ids out, or write other states"
+        )
     hidden = AutoConfig.from_pretrained(str(target)).get_text_config().hidden_size
     start = flags.get("from_pretrained")
     found = _rank_of(start) if start else None

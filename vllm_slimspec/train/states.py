@@ -73,7 +73,8 @@ def _write_states(
     for i, ids in enumerate(tokens):
         if len(ids) < 2 or not 0 <= min(ids) <= max(ids) < vocab:
             raise ValueError(
-                f"document {i}: {len(ids)} tokens, ids must be 0 to {vocab - 1} and at least 2; drop or re-tokenise it"
+                f"document {i}: has {len(ids)} tokens, and must have 2 or more, with ids from 0 to {vocab - 1}; drop "
+                "it, or tokenize it by the target's tokenizer"
             )
     identity = {"target": str(target), "layer_ids": layers, "prompts": sum(d.prompt > 0 for d in documents)}
     _claim(path, {**identity, "sha256": _fingerprint(model, layers, documents)})
