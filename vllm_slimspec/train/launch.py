@@ -195,9 +195,9 @@ def fit(
         check_measurable(folder, train_data_ratio=0, **sizes)
     output = Path(output)
     process = int(os.environ.get("RANK", "0"))  # torchrun's, of which the first one writes the output
-    if process == 0:
-        work_dtype(flags.get("hidden_states_dtype", "auto"), MIXED).log("training")
     with claim_folder(output, run=beside(output, ".run")) if process == 0 else nullcontext():
+        if process == 0:
+            work_dtype(flags.get("hidden_states_dtype", "auto"), MIXED).log("training")
         return _fit(config, Path(data), output, others)
 
 
