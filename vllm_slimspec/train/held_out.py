@@ -2,8 +2,8 @@
 
 For every place and draft step speculators feeds the document's own tokens, as serving does on an accepted prefix. So
 what the drafter drafts there is what it would draft in service, and the walk of cycles through each answer follows
-exactly (:mod:`vllm_slimspec.bench.walk`). Of greedy answers that is the length at temperature 0, of sampled answers the
-one of greedy drafts under a target that samples.
+exactly (:mod:`vllm_slimspec.bench.walk`). For greedy answers its length is the one that is served at temperature 0; for
+sampled answers it is that of greedy drafts under a target that samples.
 """
 
 from collections.abc import Iterator, Mapping
