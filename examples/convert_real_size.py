@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 from pydantic import BaseModel
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from vllm_slimspec.bench.head import device_name
 from vllm_slimspec.bench.options import claim_results
 from vllm_slimspec.bench.results import Results, provenance
 from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.convert.states import Rows, StatesWriter
+from vllm_slimspec.progress import steps
 
 D, V, R, FF, HEADS, KV_HEADS = 4096, 128_256, 512, 14_336, 32, 8
 STATES, DOCUMENTS, K = 100_000, 400, 5
@@ -96,7 +96,8 @@ def write_states(folder: Path) -> None:
     writer = StatesWriter(folder, {"target": "synthetic", "drafter": "synthetic", "K": K})
     scale = torch.logspace(0, -2, D, dtype=torch.bfloat16)
     group = DOCUMENTS // 20
-    for first in tqdm(range(0, DOCUMENTS, group), desc="Head states", disable=None):
+    firsts = range(0, DOCUMENTS, group)
+    for first in steps(firsts, "Head states", len(firsts), "group"):
         places = STATES // DOCUMENTS // K
         step = torch.arange(K).repeat(places * group)
         pos = torch.arange(places).repeat_interleave(K).repeat(group) + step

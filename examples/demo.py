@@ -13,12 +13,12 @@ import platform
 import re
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,13 @@ from vllm_slimspec.bench.acceptance import Acceptance, from_server
 from vllm_slimspec.bench.server import Server
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.console import one_line_errors
+from vllm_slimspec.progress import progress, steps
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "demo"
 K = 3
 TOKENS = 32
 PLAIN, STREAMING, CONCURRENCY = 8, 8, 16  # one by one, one by one, and the rest 16 at a time
 NEAR_TIE = 1e-4  # log-probability
-
-console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
@@ -79,19 +78,10 @@ def _serve(target: Path, name: str, *arguments: str) -> Iterator[Server]:
     env = {} if torch.cuda.is_available() else {"VLLM_CPU_KVCACHE_SPACE": "1"}
     options = ["--dtype", "float32", "--max-model-len", "256", "--served-model-name", "tiny", "--enforce-eager"]
     log = BUILD / f"{name.replace(' ', '-')}.log"
-    start = time.monotonic()
-    with console.status(f"vllm serve: {name}") as status:
-        server = Server(
-            target,
-            [*options, *arguments],
-            log=log,
-            env=env,
-            waiting=lambda: status.update(f"vllm serve: {name}, {time.monotonic() - start:.0f} s"),
-        )
-        with server:
-            status.stop()
-            console.print(f"vllm serve: {name}, up after {time.monotonic() - start:.0f} s")
-            yield server
+    with ExitStack() as stack:
+        with progress(f"Starting vllm serve, {name}"):
+            server = stack.enter_context(Server(target, [*options, *arguments], log=log, env=env))
+        yield server
 
 
 def _ask(url: str, prompts: Sequence[str]) -> list[Answer]:
@@ -117,8 +107,9 @@ def _ask(url: str, prompts: Sequence[str]) -> list[Answer]:
         )
 
     first, second, rest = prompts[:PLAIN], prompts[PLAIN : PLAIN + STREAMING], prompts[PLAIN + STREAMING :]
-    with console.status(f"{len(prompts)} requests"), ThreadPoolExecutor(CONCURRENCY) as pool:
-        return [*map(plain, first), *map(streaming, second), *pool.map(plain, rest)]
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        answers = chain(map(plain, first), map(streaming, second), pool.map(plain, rest))
+        return list(steps(answers, "Requests", len(prompts), "request"))
 
 
 def _near_tie(alone: Answer, drafted: Answer) -> bool:

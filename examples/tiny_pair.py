@@ -21,10 +21,10 @@ from typing import Any
 
 import tiny_target
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_slimspec
+from vllm_slimspec.progress import steps
 from vllm_slimspec.train.documents import read_documents
 from vllm_slimspec.train.launch import fit
 from vllm_slimspec.train.states import write_states
@@ -109,7 +109,8 @@ def answers(target: Path, prompts: torch.Tensor) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(target)
     model.generation_config.eos_token_id = None  # all of one length
     written: list[list[int]] = []
-    for batch in tqdm(prompts.split(250), desc="The target answers", unit="batch", disable=None):
+    batches = prompts.split(250)
+    for batch in steps(batches, "Answers of the target", len(batches), "batch"):
         mask = torch.ones_like(batch)
         written += model.generate(batch, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER_TOKENS).tolist()
     return written

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from vllm_slimspec.progress import steps
 
 EOS = "<|endoftext|>"
 VOCAB = 4096
@@ -107,8 +108,7 @@ def train(ids: torch.Tensor) -> LlamaForCausalLM:
     # Constant, then down to zero over the second half.
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, 2 - 2 * step / STEPS)) for o in optimizers]
     batches = windows(ids, STEPS * BATCH, LENGTH, SEED)
-    progress = tqdm(range(STEPS), desc="Training the target", unit="step", disable=None)
-    for _ in progress:
+    for _ in steps(range(STEPS), "Training the target", STEPS, "step"):
         batch = torch.stack([next(batches) for _ in range(BATCH)])
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -117,7 +117,6 @@ def train(ids: torch.Tensor) -> LlamaForCausalLM:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.2f}")
     return model.eval()
 
 

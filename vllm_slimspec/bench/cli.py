@@ -17,6 +17,7 @@ from vllm_slimspec.bench.results import AcceptanceResults
 from vllm_slimspec.bench.synthetic import NO_SYNTHETIC
 from vllm_slimspec.console import Dtype, json_object, one_line_errors
 from vllm_slimspec.output import beside, claim_file, claim_work
+from vllm_slimspec.progress import progress
 
 if TYPE_CHECKING:
     from vllm_slimspec.bench.results import ServeResults
@@ -243,9 +244,6 @@ def _temperatures(text: str) -> list[float]:
 
 @contextmanager
 def _status() -> Iterator[Any]:
-    """Says on stderr which engine is running."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("") as status:
-        yield lambda name: status.update(f"vLLM: {name}") if console.is_terminal else console.print(f"vLLM: {name}")
+    """Show which engine is running, and for how long the command has run."""
+    with progress("vLLM") as shown:
+        yield shown.note

@@ -19,7 +19,7 @@ import typer
 from vllm_slimspec.bench.bootstrap import interval
 from vllm_slimspec.bench.cycle_engine import Found, Plan, Turn, rotated, run
 from vllm_slimspec.bench.head import device_name, quantile
-from vllm_slimspec.bench.options import choices, claim_results, positive_ints, progress
+from vllm_slimspec.bench.options import choices, claim_results, positive_ints, turns
 from vllm_slimspec.bench.pairs import DTYPE, TARGETS, asked_for, write_drafter, write_target
 from vllm_slimspec.bench.results import AcceptanceResults, CycleResults, CycleRow, provenance
 from vllm_slimspec.bench.shapes import SHAPES
@@ -260,7 +260,7 @@ def cycle(
     with one_line_errors(), claim_results(json), claim_work(work_path):
         if acceptance is not None:
             options = options._replace(acceptance=AcceptanceResults.read(acceptance))
-        for results in measure(options, lambda total: progress(total, "cycles")):
+        for results in measure(options, lambda total: turns(total, "Timing cycles")):
             if json:
                 results.write(json)
     _print(results)

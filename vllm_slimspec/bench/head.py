@@ -13,7 +13,7 @@ import typer
 from torch import Tensor
 
 from vllm_slimspec import ops
-from vllm_slimspec.bench.options import choices, claim_results, positive_ints, progress
+from vllm_slimspec.bench.options import choices, claim_results, positive_ints, turns
 from vllm_slimspec.bench.results import HeadResults, HeadRow, PartResults, TunedTable, provenance
 from vllm_slimspec.bench.shapes import SHAPES, Shape
 from vllm_slimspec.console import one_line_errors
@@ -403,8 +403,8 @@ def head(
         if tune:
             _tune(shape_names, where, repeats, json)
             return
-        turns = len(shape_names) * len(sizes) * (repeats + 2)
-        with progress(turns, "timing") as tick:
+        count = len(shape_names) * len(sizes) * (repeats + 2)
+        with turns(count, "Timing heads") as tick:
             results = measure(shape_names, head_names, sizes, device=where, repeats=repeats, tick=tick)
         if json:
             results.write(json)
@@ -427,7 +427,7 @@ def _tune(shapes: Sequence[str], device: torch.device, repeats: int, json: Path 
     from vllm_slimspec.bench.tune import crossovers, tune
 
     if device.type == "cpu":
-        with progress(None, "timing") as tick:
+        with turns(None, "Timing crossovers") as tick:
             found = crossovers(shapes, repeats, tick)
         if json:
             found.write(json)
@@ -442,7 +442,7 @@ def _tune(shapes: Sequence[str], device: torch.device, repeats: int, json: Path 
 
     path = json or tuned_path(device_name(device))
     known = TunedTable.read(path) if path.is_file() else None
-    with claim_file(path), progress(None, "tuning") as tick:
+    with claim_file(path), turns(None, "Tuning kernels") as tick:
         for table in tune(shapes, device, tick, known):  # minutes each: what is known is kept
             table.write(path)
     typer.echo(f"{path}: what it had for these versions was kept, the rest was tuned; remove it to begin anew")

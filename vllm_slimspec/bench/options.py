@@ -1,6 +1,5 @@
 """What the measuring commands share at the command line."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import typer
 
 from vllm_slimspec.output import claim_file
+from vllm_slimspec.progress import progress
 
 
 def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
@@ -37,11 +37,7 @@ def claim_results(json: Path | None, *, run: Path | None = None) -> AbstractCont
 
 
 @contextmanager
-def progress(total: int | None, text: str) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, at a terminal only; call what it gives for every step done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)
+def turns(total: int | None, what: str) -> Iterator[Callable[[], None]]:
+    """Show how many turns of a measurement are done; call what it gives after each."""
+    with progress(what, total, "turn") as shown:
+        yield shown.update

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_slimspec import ops
 from vllm_slimspec.bench.head import RERANK_K, Clock, Weights, check, device_name
-from vllm_slimspec.bench.options import choices, claim_results, positive_ints, progress
+from vllm_slimspec.bench.options import choices, claim_results, positive_ints, turns
 from vllm_slimspec.bench.results import PartName, PartResults, PartRow, provenance
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.console import one_line_errors
@@ -137,8 +137,8 @@ def parts_command(
     shape_names = choices(shapes, SHAPES, "--shapes")
     head_names = choices(heads, HEADS, "--heads")
     sizes = positive_ints(batches, "--batches", "batch sizes")
-    turns = len(shape_names) * len(sizes) * (repeats + 2)
-    with one_line_errors(), claim_results(json), progress(turns, "timing") as tick:
+    count = len(shape_names) * len(sizes) * (repeats + 2)
+    with one_line_errors(), claim_results(json), turns(count, "Timing parts") as tick:
         results = measure(shape_names, head_names, sizes, repeats=repeats, tick=tick)
         if json:
             results.write(json)

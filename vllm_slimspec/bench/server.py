@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -28,7 +28,6 @@ class Server:
         log: where its output goes; replaced.
         env: added to the environment.
         timeout: seconds until it must answer.
-        waiting: called a few times a second while it starts.
 
     Raises (on entry):
         ServerError: it exited, or did not answer in time. Nothing keeps running.
@@ -42,13 +41,11 @@ class Server:
         log: Path,
         env: Mapping[str, str] | None = None,
         timeout: float = 300,
-        waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.timeout = timeout
-        self.waiting = waiting
         self.env = {**os.environ, **(env or {})}
         self.command = [
             vllm_command(),
@@ -103,7 +100,6 @@ class Server:
                     return
             except httpx.TransportError:
                 pass
-            self.waiting()
             time.sleep(0.25)
         raise ServerError(f"vllm serve did not answer within {self.timeout:.0f} s {last_words(self.log)}")
 

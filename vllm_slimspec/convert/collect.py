@@ -18,13 +18,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tqdm import tqdm
 
 from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.convert.prompts import one_line, open_tokenizer, read_prompts, tokenise
 from vllm_slimspec.convert.sources import fingerprint
 from vllm_slimspec.convert.states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
 from vllm_slimspec.cores import every_core
+from vllm_slimspec.progress import progress
 from vllm_slimspec.work_dtype import Asked, engine_options
 
 _DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
@@ -84,13 +84,13 @@ def collect(
     order = random.Random(0).sample([*enumerate(documents)], len(documents))
     with _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states")) as llm:
         watcher = _Watcher(llm, k)
-        with tqdm(total=max_states, desc="Head states", unit="state", disable=None) as progress:
+        with progress("Head states", max_states, "state") as shown:
             for group, first in enumerate(range(0, len(order), _DOCUMENTS)):
                 if not writer.has(group):
                     answered = _answer(llm, order[first : first + _DOCUMENTS], max_tokens + k - 1)
                     writer.write(group, watcher.record(llm, answered), answered)
-                recorded = writer.count()  # and not progress.n: where stderr is no terminal, that stays 0
-                progress.update(recorded - progress.n)
+                recorded = writer.count()
+                shown.reach(recorded)
                 if recorded >= max_states:
                     break
     if not writer.count():
@@ -126,14 +126,14 @@ def collect_again(
         return HeadStates.open(folder)
     with (
         _engine(target, drafter, max(k, 2), engine_options(engine or {}, dtype, "head states")) as llm,
-        tqdm(total=len(documents), desc="Head states", unit="doc", disable=None) as progress,
+        progress("Head states", len(documents), "document") as shown,
     ):
         watcher = _Watcher(llm, k)
         for group, first in enumerate(range(0, len(documents), _DOCUMENTS)):
             part = documents[first : first + _DOCUMENTS]
             if not writer.has(group):
                 writer.write(group, watcher.record(llm, part), part)
-            progress.update(len(part))
+            shown.update(len(part))
     return writer.finish()
 
 
@@ -189,7 +189,7 @@ def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, 
         speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": k}
         ours = {"speculative_config": speculative, "enforce_eager": True, "async_scheduling": False}
         try:
-            with every_core():
+            with every_core(), progress("Starting vLLM"):
                 llm = LLM(model=str(target), **options | ours)
         except Exception as error:  # out of memory, or whatever vLLM raises
             raise CheckpointError(f"{target}: vLLM does not start ({one_line(error)}); {_KEPT}") from None

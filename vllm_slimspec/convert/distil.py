@@ -25,10 +25,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from vllm_slimspec.convert.evaluate import Factors
 from vllm_slimspec.output import write_whole
+from vllm_slimspec.progress import progress
 
 Loss = Literal["greedy", "kl", "nla", "lk_hybrid"]
 
@@ -109,38 +109,39 @@ def distil(
         schedule.load_state_dict(saved["schedule"])
         best, best_loss, first = saved["best"], saved["best_loss"], saved["step"]
 
-    progress = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="Distilling", disable=None)
-    for step in progress:
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        chosen = torch.randint(len(states.hidden), (recipe.batch,), generator=generator)
-        for samples in states[chosen].chunks(_chunk(dense)):
-            (_losses(dense, weights, samples, loss).sum() / recipe.batch).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if (step + 1) % _EVERY == 0 or step + 1 == recipe.steps:
-            value = _mean_loss(dense, weights, held_out, loss)
-            if not value < float("inf"):
-                raise ValueError(
-                    f"--lr {recipe.lr}: distillation broke down at step {step + 1}, where its loss is {value}; give a "
-                    "smaller one"
-                )
-            progress.set_postfix(held_out=f"{value:.4f}")
-            if value < best_loss:
-                best, best_loss = [w.detach().clone() for w in weights], value
-            if checkpoint is not None:
-                _save(
-                    checkpoint,
-                    {
-                        "recipe": asdict(recipe),
-                        "step": step + 1,
-                        "weights": [w.detach() for w in weights],
-                        "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(),
-                        "best": best,
-                        "best_loss": best_loss,
-                    },
-                )
+    with progress("Distilling", recipe.steps, "step", done=first) as shown:
+        for step in range(first, recipe.steps):
+            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+            chosen = torch.randint(len(states.hidden), (recipe.batch,), generator=generator)
+            for samples in states[chosen].chunks(_chunk(dense)):
+                (_losses(dense, weights, samples, loss).sum() / recipe.batch).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if (step + 1) % _EVERY == 0 or step + 1 == recipe.steps:
+                value = _mean_loss(dense, weights, held_out, loss)
+                if not value < float("inf"):
+                    raise ValueError(
+                        f"--lr {recipe.lr}: distillation broke down at step {step + 1}, where its loss is {value}; "
+                        "give a smaller one"
+                    )
+                shown.note(f"held-out loss {value:.4f}")
+                if value < best_loss:
+                    best, best_loss = [w.detach().clone() for w in weights], value
+                if checkpoint is not None:
+                    _save(
+                        checkpoint,
+                        {
+                            "recipe": asdict(recipe),
+                            "step": step + 1,
+                            "weights": [w.detach() for w in weights],
+                            "optimizer": optimizer.state_dict(),
+                            "schedule": schedule.state_dict(),
+                            "best": best,
+                            "best_loss": best_loss,
+                        },
+                    )
+            shown.update()
     down, up = (w.to(f.dtype) for w, f in zip(best, factors, strict=True))
     return down, up
 

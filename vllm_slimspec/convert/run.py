@@ -39,6 +39,7 @@ from vllm_slimspec.convert.states import HeadStates, Rows, common, concatenate, 
 from vllm_slimspec.convert.vocabulary import check_size, counts_from_file, counts_from_states, counts_from_text, kept
 from vllm_slimspec.ops import MAX_K
 from vllm_slimspec.output import beside, claim_folder, claim_work
+from vllm_slimspec.progress import progress
 from vllm_slimspec.quantized import quantize_up
 from vllm_slimspec.work_dtype import Asked
 
@@ -158,8 +159,10 @@ class Conversion:
                 "no --calibration and no --hidden-states: this is plain SVD, which at D/8 keeps about a third of the "
                 "dense head's choices (weighted by states: over four fifths), and nothing is measured"
             )
-            return factorise(self.dense, rank)
-        return factorise(self.dense, rank, second_moment=self._second_moment, probabilities=self._probabilities)
+            with progress("Factorizing the head"):
+                return factorise(self.dense, rank)
+        with progress("Factorizing the head for the recorded states"):
+            return factorise(self.dense, rank, second_moment=self._second_moment, probabilities=self._probabilities)
 
     def distil(self, factors: Factors, recipe: Recipe) -> Factors:
         """The factors after head-only distillation on the states that are not held out."""
@@ -232,7 +235,8 @@ class Conversion:
             states, rows = common(self._held_out, self._moved)
             moved = rows.hidden
         heads = {name: converted(head, self._scoring.dtype) for name, head in heads.items()}
-        return evaluate(self._scoring, heads, states, self.drafter.ids, rerank=rerank, uncut=uncut, moved=moved)
+        with progress("Measuring the head on held-out states"):
+            return evaluate(self._scoring, heads, states, self.drafter.ids, rerank=rerank, uncut=uncut, moved=moved)
 
     def outcome(
         self, rank: int | None, head_bytes: int, evaluation: Evaluation | None, name: str, rerank: int | None

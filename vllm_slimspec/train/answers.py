@@ -14,16 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
 from vllm_slimspec.cores import every_core
 from vllm_slimspec.output import beside, claim_file, write_whole
+from vllm_slimspec.progress import Progress, progress
 from vllm_slimspec.work_dtype import Asked, engine_options
 
-_TOGETHER = 1024  # prompts; so much is answered again after a kill, at the most
+_TOGETHER = 512  # prompts; so much is answered again after a kill, at the most
 
 
 def write_answers(
@@ -84,18 +83,21 @@ def _write_answers(
     if output.exists():
         return len(documents)
     part = beside(output, ".partial")
-    with part.open("ab+") as file, tqdm(total=len(documents), desc="Answers", unit="prompt", disable=None) as progress:
+    with part.open("ab+") as file:
         done = _whole_lines(file)
-        progress.update(done)
-        with _engine(target, engine_options(engine, dtype, "answers")) as llm:
+        with (
+            _engine(target, engine_options(engine, dtype, "answers")) as llm,
+            progress("Answers", len(documents), "prompt", done=done) as shown,
+        ):
             for first in range(done, len(documents), _TOGETHER):
                 batch = documents[first : first + _TOGETHER]
-                for prompt, answer in zip(batch, _ask(llm, batch, first, temperatures, max_tokens), strict=True):
+                answers = _ask(llm, batch, first, temperatures, max_tokens, shown)
+                for prompt, answer in zip(batch, answers, strict=True):
                     line = {"input_ids": prompt + answer, "prompt_tokens": len(prompt)}
                     file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-                progress.update(len(batch))
+                shown.reach(first + len(batch))
     part.replace(output)
     return len(documents)
 
@@ -113,7 +115,12 @@ def read_lengths(target: str | Path, prompts: str | Path) -> list[int]:
 
 
 def _ask(
-    llm: Any, prompts: Sequence[list[int]], first: int, temperatures: Sequence[float] | None, max_tokens: int
+    llm: Any,
+    prompts: Sequence[list[int]],
+    first: int,
+    temperatures: Sequence[float] | None,
+    max_tokens: int,
+    shown: Progress,
 ) -> Iterator[list[int]]:
     """The answers; the same ones again after a kill, because each prompt has a seed of its own."""
     params = []
@@ -123,7 +130,7 @@ def _ask(
         if temperatures:
             params[-1].temperature = temperatures[(first + place) % len(temperatures)]
     try:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=shown.requests)
     except Exception as error:  # whatever a dying engine raises
         raise EngineError(f"vLLM failed ({_line(error)}); {_cure(error)}repeat the command, it goes on") from None
     for request in outputs:
@@ -138,7 +145,7 @@ def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
     # vLLM's CPU worker fails ("CPU Generator does not use offset") when a prompt with a seed is prefilled in pieces.
     whole = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
     try:
-        with every_core():
+        with every_core(), progress("Starting vLLM"):
             llm = LLM(model=str(target), **whole | options)
     except Exception as error:
         raise EngineError(f"{target}: vLLM does not start ({_line(error)}); check --target and --engine-args") from None

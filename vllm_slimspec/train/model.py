@@ -16,6 +16,7 @@ from speculators.utils.loading import list_checkpoint_keys
 from torch import nn
 
 from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
+from vllm_slimspec.progress import progress
 from vllm_slimspec.train.replaced import replaced
 from vllm_slimspec.train.store import read_final_states
 
@@ -103,7 +104,8 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
                 "second_moment": second_moment(states),
                 "probabilities": token_probabilities(weight, states),
             }
-        self.lm_head.fill(*factorise(weight, self.config.lm_head_rank, **statistics))
+        with progress("Factorizing the target's head"):
+            self.lm_head.fill(*factorise(weight, self.config.lm_head_rank, **statistics))
 
     @classmethod
     def from_training_args(

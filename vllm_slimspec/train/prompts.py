@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import one_line
 from vllm_slimspec.output import Claim, beside, claim_file
+from vllm_slimspec.progress import progress
 from vllm_slimspec.train.answers import _claim, _engine, _line
 from vllm_slimspec.work_dtype import Asked, engine_options
 
@@ -103,7 +102,7 @@ def _write_prompts(
     with (
         part.open("a", encoding="utf-8") as file,
         _engine(target, engine_options(options, dtype, "prompts")) as llm,
-        tqdm(total=count, initial=len(kept), desc="Questions", unit="prompt", disable=None) as progress,
+        progress("Prompts", count, "prompt", done=len(kept)) as shown,
     ):
         while len(kept) < count:
             if tried >= _TRIES * count + _TOGETHER:
@@ -123,7 +122,7 @@ def _write_prompts(
             file.flush()
             os.fsync(file.fileno())
             kept += found
-            progress.update(len(found))
+            shown.update(len(found))
     lines = "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in kept)
     claim.write(lambda new: new.write_text(lines, encoding="utf-8"))
     part.unlink()

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from speculators.models.utils import resolve_target_layer_ids
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vllm_slimspec.convert.states import Document
 from vllm_slimspec.output import Claim, claim_work, write_whole
+from vllm_slimspec.progress import progress
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.store import flaw, is_checked, write_state
 from vllm_slimspec.work_dtype import Asked, work_dtype
@@ -65,7 +65,8 @@ def _write_states(
     dtype: Asked,
 ) -> None:
     path = claim.path
-    model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
+    with progress("Loading the target"):
+        model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
     _blocks(model)  # before anything is written
     layers = resolve_target_layer_ids(layer_ids, str(target))
     vocab = model.config.get_text_config().vocab_size
@@ -86,13 +87,12 @@ def _write_states(
     model.to(torch.accelerator.current_accelerator() or "cpu")
     kept = tokens[:keep]
     todo = [] if is_checked(path) else [i for i, ids in enumerate(kept) if flaw(path, i, ids)]
-    with tqdm(total=len(kept), desc="Hidden states", unit="doc", disable=None) as progress:
-        progress.update(len(kept) - len(todo))
+    with progress("Hidden states", len(kept), "document", done=len(kept) - len(todo)) as shown:
         for indices in _batches(todo, [len(tokens[i]) for i in todo], tokens_per_batch):
             batch = [torch.tensor(tokens[i], dtype=torch.long) for i in indices]
             for i, ids, states in zip(indices, batch, hidden_states(model, batch, layers), strict=True):
                 write_state(path, i, ids, states.to(stored))
-            progress.update(len(indices))
+            shown.update(len(indices))
     if (path / "dataset_info.json").exists():
         return
     rows = {

@@ -23,10 +23,10 @@ from datasets import load_from_disk
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from speculators.data_generation.offline import check_hidden_states
-from tqdm import tqdm
 
 from vllm_slimspec import memory
 from vllm_slimspec.output import write_whole
+from vllm_slimspec.progress import steps
 
 
 def state_file(folder: Path, i: int) -> Path:
@@ -95,8 +95,8 @@ def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, 
     seen = _look(folder, missing_is_wrong)
     documents = load_from_disk(folder).with_format(None)["input_ids"]
     flaws = []
-    silent = True if part else None  # None: where stderr is no terminal
-    for i in tqdm(range(part, len(documents), parts), desc="Checking states", unit="doc", disable=silent):
+    mine = range(part, len(documents), parts)
+    for i in steps(mine, "Checking states", len(mine), "document", silent=part > 0):
         ids = documents[i]
         if missing_is_wrong or state_file(folder, i).exists():
             found = flaw(folder, i, ids)

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from speculators.train.graceful_shutdown import TrainingInterruptedError
 from speculators.train.trainer import Trainer, TrainerConfig
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from vllm_slimspec.progress import progress
 from vllm_slimspec.train.held_out import gathered, watched
 from vllm_slimspec.train.metrics import METRICS, MetricsFile, describe, measure_cycles, measure_places
 
@@ -81,7 +81,6 @@ class SlimSpecTrainer(Trainer):
     def run_training(self) -> None:
         steps = self.config.max_steps or self.config.num_epochs * len(self.train_loader)
         self._between = min(_STEPS_BETWEEN_CHECKPOINTS, steps // 10)
-        silent = None if self.rank == 0 else True  # None: where stderr is no terminal
         reports = logging.getLogger(METRICS)
         if self.rank == 0:
             self._metrics = MetricsFile(
@@ -89,8 +88,8 @@ class SlimSpecTrainer(Trainer):
             )
             reports.addHandler(self._metrics)
         try:
-            with tqdm(total=steps, initial=self.global_step, desc="Training", unit="step", disable=silent) as bar:
-                self.progress = bar
+            with progress("Training", steps, "step", done=self.global_step, silent=self.rank > 0) as shown:
+                self.progress = shown
                 with suppress(_AllSteps):
                     super().run_training()
             if not self.interrupted and self.held_out is None:  # killed between the last step and its evaluation

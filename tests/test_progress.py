@@ -1,0 +1,150 @@
+"""What long work says of itself: lines where there is no terminal, a bar where there is one."""
+
+import io
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from tiny_training import LAYERS, write_work
+
+from vllm_slimspec.progress import Progress, progress, steps
+
+ROOT = Path(__file__).resolve().parent.parent
+ESCAPES = re.compile(r"[\x1b\r\b]")
+
+
+class Clock:
+    """A clock that stands until it is set."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Stream(io.StringIO):
+    """Text that somebody can wait for, a terminal or not."""
+
+    def __init__(self, terminal=False):
+        super().__init__()
+        self.terminal, self.written = terminal, threading.Semaphore(0)
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, text):
+        count = super().write(text)
+        self.written.release()
+        return count
+
+
+def test_line_tells_how_far_since_when_and_how_long():
+    """Catches: a line without the count, and an expected end that counts what an earlier run has done."""
+    clock = Clock()
+    shown = Progress("Answers", 1000, "prompt", 500, None, clock=clock)
+    assert shown.line() == "Answers: 500 of 1000 prompts (50%), 0 s so far"
+    clock.now = 250.0
+    shown.update(100)
+    assert shown.line() == "Answers: 600 of 1000 prompts (60%), 4 min 10 s so far, about 16 min 40 s to go"
+    shown.reach(1000)
+    shown.note("held-out loss 0.5")
+    clock.now = 7320.0
+    assert shown.line() == "Answers: 1000 of 1000 prompts (100%), 2 h 2 min so far, held-out loss 0.5"
+
+
+def test_progress_without_a_terminal_writes_lines_and_no_escape_codes():
+    """Catches: a bar's carriage returns in a log file, a silent start, a silent end."""
+    stream = Stream()
+    assert list(steps(range(3), "Counting", 3, "number", stream=stream)) == [0, 1, 2]
+    first, last = stream.getvalue().splitlines()
+    assert first == "Counting started"
+    assert re.fullmatch(r"Counting: done in \d+ s, 3 of 3 numbers \(100%\)", last)
+    assert not ESCAPES.search(stream.getvalue())
+
+
+def test_progress_speaks_while_the_work_reports_nothing():
+    """Catches: one call that lasts for minutes, with a log that looks dead until it returns."""
+    stream = Stream()
+    shown = Progress("Starting vLLM", None, "", 0, stream, every=0.01)
+    for _ in range(8):  # the start and at least two lines more, each with its end of line
+        assert stream.written.acquire(timeout=60)
+    shown.close("done in")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "Starting vLLM started"
+    assert set(lines[1:-1]) == {"Starting vLLM: 0 s so far"}
+    assert lines[-1] == "Starting vLLM: done in 0 s"
+    assert not any(thread.name == "progress of Starting vLLM" for thread in threading.enumerate())
+
+
+def test_progress_says_that_the_work_has_failed():
+    """Catches: "done" at the end of a log whose work has failed."""
+    stream = Stream()
+
+    def documents():
+        yield from range(5)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        list(steps(documents(), "Training", 10, "step", stream=stream))
+    assert re.search(r"Training: stopped after \d+ s, 5 of 10 steps \(50%\)\n$", stream.getvalue())
+
+
+def test_progress_at_a_terminal_is_a_bar():
+    """Catches: a terminal that scrolls away under lines."""
+    stream = Stream(terminal=True)
+    list(steps(range(3), "Counting", 3, "number", stream=stream))
+    assert "100%" in stream.getvalue()
+    assert "started" not in stream.getvalue()
+
+
+def test_progress_of_a_further_process_is_silent():
+    """Catches: every process of torchrun with the same lines in one log."""
+    stream = Stream()
+    list(steps(range(3), "Counting", 3, "number", stream=stream, silent=True))
+    assert stream.getvalue() == ""
+
+
+def test_progress_survives_a_closed_stream():
+    """Catches: hours of work that end because nobody reads the log any more."""
+    stream = Stream()
+    with progress("Training", 2, "step", stream=stream) as shown:
+        stream.close()
+        shown.update(2)
+
+
+def test_requests_count_what_an_engine_finishes_and_not_what_it_takes_in():
+    """Catches: a count that jumps to its end while vLLM takes the prompts in, and a division by no time in vLLM."""
+    shown = Progress("Answers", 4, "prompt", 0, None)
+    assert list(shown.requests(["a", "b"], desc="Adding requests")) == ["a", "b"]
+    assert shown.done == 0
+    bar = shown.requests(total=2, desc="Processed prompts", dynamic_ncols=True, postfix="")
+    bar.update(1)
+    bar.update()
+    assert bar.format_dict["elapsed"] > 0
+    assert (shown.done, bar.n) == (2, 2)
+    bar.close()
+
+
+def test_package_draws_no_bar_of_its_own():
+    """Catches: a new loop with a bare bar, which is silent where there is no terminal."""
+    files = [*ROOT.glob("vllm_slimspec/**/*.py"), *ROOT.glob("examples/*.py")]
+    own = [str(f.relative_to(ROOT)) for f in files if re.search(r"\btqdm\(|console\.status\(", f.read_text())]
+    assert own == ["vllm_slimspec/progress.py"]
+
+
+def test_a_command_without_a_terminal_tells_its_progress(tmp_path):
+    """Catches: a command that says nothing in a CI log."""
+    target = write_work(tmp_path) / "llama"
+    (tmp_path / "documents.jsonl").write_text('{"input_ids": [1, 2, 3, 4], "prompt_tokens": 1}\n')
+    command = [sys.executable, "-m", "vllm_slimspec", "train", "states", "--target", str(target)]
+    command += ["--documents", str(tmp_path / "documents.jsonl"), "--output-path", str(tmp_path / "out")]
+    command += [word for layer in LAYERS for word in ("--target-layer-ids", str(layer))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "Loading the target started\n" in run.stderr
+    assert re.search(r"Hidden states: done in \d+ s, 1 of 1 documents \(100%\)\n", run.stderr)
+    assert not ESCAPES.search(run.stderr)

@@ -1,0 +1,166 @@
+"""How far long work is: a bar at a terminal, and plain lines everywhere else.
+
+A file, a CI log and a notebook's pipe get one line at the start of the work, one every 15 seconds and one at its end,
+without escape codes. The lines come from a thread of their own, so that work which reports nothing for minutes (one
+call of an engine, a factorization) is not silent.
+"""
+
+import io
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, TypeVar
+
+from tqdm import tqdm
+
+EVERY = 15.0  # seconds between two lines
+_REFRESH = 1.0  # seconds between two looks of a bar, whose clock goes on while the work reports nothing
+
+T = TypeVar("T")
+
+
+@contextmanager
+def progress(
+    what: str,
+    total: int | None = None,
+    unit: str = "",
+    *,
+    done: int = 0,
+    silent: bool = False,
+    stream: TextIO | None = None,
+) -> Iterator["Progress"]:
+    """Show how far the work inside is.
+
+    Args:
+        what: the work, as a line begins: ``Answers``.
+        total: steps of the work; None where nobody knows.
+        unit: a step: ``prompt``.
+        done: steps that an earlier run has done.
+        silent: say nothing, for the further processes of one run.
+        stream: where to; default stderr.
+    """
+    shown = Progress(what, total, unit, done, None if silent else stream or sys.stderr)
+    try:
+        yield shown
+    except BaseException:
+        shown.close("stopped after")
+        raise
+    shown.close("done in")
+
+
+def steps(items: Iterable[T], what: str, total: int, unit: str, **options: Any) -> Iterator[T]:
+    """Give the items one by one, and show how many of ``total`` are done; options as for :func:`progress`."""
+    with progress(what, total, unit, **options) as shown:
+        for item in items:
+            yield item
+            shown.update()
+
+
+class Progress:
+    """Work that is under way; see :func:`progress`."""
+
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        unit: str,
+        done: int,
+        stream: TextIO | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        every: float = EVERY,
+    ) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self._stream, self._clock = stream, clock
+        self._before, self._start, self._note = done, clock(), ""
+        self._over = threading.Event()
+        self._bar: tqdm | None = None
+        if stream is None:
+            return
+        if stream.isatty():
+            layout = None if unit else "{desc} {elapsed}{postfix}"
+            self._bar = tqdm(
+                total=total, initial=done, desc=what, unit=unit, file=stream, dynamic_ncols=True, bar_format=layout
+            )
+            every = _REFRESH
+        else:
+            self._say(f"{what} started" + (f" at {self._count()}" if done else ""))
+        self._teller = threading.Thread(target=self._tell, args=(every,), name=f"progress of {what}", daemon=True)
+        self._teller.start()
+
+    def update(self, count: int = 1) -> None:
+        """Count further steps."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def reach(self, done: int) -> None:
+        """Set how many steps are done."""
+        self.update(done - self.done)
+
+    def note(self, text: str) -> None:
+        """Show a remark beside the count, such as the loss."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def requests(self, *given: Any, **options: Any) -> tqdm:
+        """Count the finished requests of ``LLM.generate(..., use_tqdm=shown.requests)``, where vLLM wants a bar."""
+        bar = tqdm(*given, **{**options, "file": io.StringIO()})
+        if not given:  # an iterable comes with the prompts that vLLM takes in, which are no answers yet
+            update = bar.update
+            bar.update = lambda n=1: (self.update(n), update(n))[1]
+        return bar
+
+    def line(self) -> str:
+        """Return what a line says now: how far the work is, since when, and how long it will take."""
+        taken = self._clock() - self._start
+        parts = [self._count()] if self.unit else []
+        parts.append(f"{_duration(taken)} so far")
+        fresh = self.done - self._before
+        if self.total and fresh > 0 and self.done < self.total:
+            parts.append(f"about {_duration(taken / fresh * (self.total - self.done))} to go")
+        return f"{self.what}: {', '.join([*parts, *filter(None, [self._note])])}"
+
+    def close(self, how: str) -> None:
+        """Say the last line: ``how`` (such as ``done in``) and the time."""
+        self._over.set()
+        if self._stream is None:
+            return
+        self._teller.join()
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            parts = [f"{how} {_duration(self._clock() - self._start)}", *([self._count()] if self.unit else [])]
+            self._say(f"{self.what}: {', '.join([*parts, *filter(None, [self._note])])}")
+
+    def _count(self) -> str:
+        if self.total is None:
+            return f"{self.done} {self.unit}s"
+        share = f" ({self.done / self.total:.0%})" if self.total else ""
+        return f"{self.done} of {self.total} {self.unit}s{share}"
+
+    def _tell(self, every: float) -> None:
+        while not self._over.wait(every):
+            if self._bar is not None:
+                self._bar.refresh()
+            else:
+                self._say(self.line())
+
+    def _say(self, line: str) -> None:
+        assert self._stream is not None
+        try:
+            print(line, file=self._stream, flush=True)
+        except (OSError, ValueError):  # a closed pipe must not end the work
+            self._over.set()
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
