@@ -151,7 +151,7 @@ def measure(material: Material, heads: Mapping[str, Path]) -> AcceptanceResults:
         engine={"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "enforce_eager": True},
         work=material.folder / "answers",
     )
-    return compare.measure(options, lambda name: print(f"vLLM: {name}", file=sys.stderr))
+    return compare.measure(options)
 
 
 def main() -> None:

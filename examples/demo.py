@@ -51,6 +51,11 @@ class Answer:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server below is stopped too
+    with progress("demo", ends=False):
+        _run()
+
+
+def _run() -> None:
     pair = tiny_pair.build(BUILD)
     with _serve(pair.target, "target alone") as server:
         alone = _ask(server.url, pair.prompts)

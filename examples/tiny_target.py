@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from vllm_slimspec.progress import steps
+from vllm_slimspec.work_dtype import work_dtype
 
 EOS = "<|endoftext|>"
 VOCAB = 4096
@@ -107,10 +108,11 @@ def train(ids: torch.Tensor) -> LlamaForCausalLM:
     ]
     # Constant, then down to zero over the second half.
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, 2 - 2 * step / STEPS)) for o in optimizers]
+    mixed = work_dtype("auto", torch.bfloat16).dtype
     batches = windows(ids, STEPS * BATCH, LENGTH, SEED)
     for _ in steps(range(STEPS), "Training the target", STEPS, "step"):
         batch = torch.stack([next(batches) for _ in range(BATCH)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", mixed, enabled=mixed != torch.float32):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

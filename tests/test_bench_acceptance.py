@@ -96,21 +96,18 @@ def engines(monkeypatch):
     """Processes that would have been started: what each one does is given."""
     started = []
 
-    class Process:
-        returncode = 0
-
-    def run(command, stdout, stderr):
-        started.append(command)
-        file, made_from = Path(command[4]), command[5]
+    def run(arguments, log, tick):
+        started.append(arguments)
+        file, made_from = Path(arguments[2]), arguments[3]
         if len(started) > 2:
-            stdout.write(b"loading\nValueError: no such model\n")
-            Process.returncode = 1
-        else:
-            found = Found(made_from=made_from, device="d", dtype="float32", answers=[drafted([1])])
-            file.write_text(found.model_dump_json())
-        return Process
+            log.write_bytes(b"loading\nValueError: no such model\n")
+            return 1
+        found = Found(made_from=made_from, device="d", dtype="float32", answers=[drafted([1])])
+        file.write_text(found.model_dump_json())
+        tick()
+        return 0
 
-    monkeypatch.setattr(answers.subprocess, "run", run)
+    monkeypatch.setattr(answers, "run_ticking", run)
     return started
 
 

@@ -270,7 +270,8 @@ def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
     arguments = ["cycle", "--shapes", "toy", "--work-path", str(tmp_path / "work"), "--json", str(json_path)]
     run = CliRunner().invoke(app, [*arguments, "--heads", "null,full"])
     assert run.exit_code == 1
-    assert run.output.startswith("error: vLLM ended with code 1 (ValueError: low-rank is wrong at batch 1)")
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("error: vLLM ended with code 1 (ValueError: low-rank is wrong at batch 1)")
     assert "work/logs/toy-5-0.log" in run.output.replace("\n", "")
     assert not json_path.exists()
 

@@ -275,7 +275,7 @@ def test_a_trained_drafter_is_measured_on_its_own_states(target, states, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rerank": 8}, "leave one of them out"),
+        ({"rerank": 8}, "leave one of the two out"),
         ({"target": None}, "give --target"),
         ({"hidden_states": None}, "need states to learn from"),
     ],

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_training import LAYERS, write_work
 
-from vllm_slimspec.progress import Progress, progress, steps
+from vllm_slimspec import progress as module
+from vllm_slimspec.progress import Progress, counting, progress, steps
 
 ROOT = Path(__file__).resolve().parent.parent
 ESCAPES = re.compile(r"[\x1b\r\b]")
@@ -116,17 +117,49 @@ def test_progress_survives_a_closed_stream():
         shown.update(2)
 
 
-def test_requests_count_what_an_engine_finishes_and_not_what_it_takes_in():
-    """Catches: a count that jumps to its end while vLLM takes the prompts in, and a division by no time in vLLM."""
-    shown = Progress("Answers", 4, "prompt", 0, None)
-    assert list(shown.requests(["a", "b"], desc="Adding requests")) == ["a", "b"]
-    assert shown.done == 0
-    bar = shown.requests(total=2, desc="Processed prompts", dynamic_ncols=True, postfix="")
-    bar.update(1)
-    bar.update()
-    assert bar.format_dict["elapsed"] > 0
-    assert (shown.done, bar.n) == (2, 2)
-    bar.close()
+def test_answers_are_counted_where_an_engine_finishes_them_and_not_where_it_takes_prompts_in():
+    """Catches: a count that moves only when a thousand prompts are answered, or that jumps to its end at the start."""
+    assert counting() is False  # and vLLM shows nothing
+    with progress("Answers", 4, "prompt", silent=True) as shown:
+        assert list(counting()(["a", "b"], desc="Rendering prompts", mininterval=0)) == ["a", "b"]
+        assert shown.done == 0
+        bar = counting()(total=2, desc="Processed prompts", dynamic_ncols=True, postfix="")
+        bar.update(1)
+        bar.update()
+        assert bar.format_dict["elapsed"] > 0
+        assert (shown.done, bar.n) == (2, 2)
+        bar.close()
+        bar = counting("of 5 samples")(total=5)
+        bar.update(3)
+        assert "2 of 4 prompts (50%), " in shown.line()
+        assert shown.line().endswith(", 3 of 5 samples")
+
+
+def test_work_made_of_other_work_speaks_only_where_that_is_silent():
+    """Catches: two lines for one piece of work, and minutes without a line between two of them."""
+    outer, inner = Stream(), Stream()
+    whole = Progress("convert", None, "", 0, outer, ends=False, every=0.01)
+    module._under_way.append(whole)
+    assert outer.written.acquire(timeout=60)
+    part = Progress("Distilling", 4, "step", 0, inner, every=0.01)
+    module._under_way.append(part)
+    spoken = len(outer.getvalue().splitlines())
+    for _ in range(100):  # 50 lines, each with its end of line
+        assert inner.written.acquire(timeout=60)
+    assert len(outer.getvalue().splitlines()) <= spoken + 1  # one may have been on its way
+    for shown in (part, whole):
+        module._under_way.remove(shown)
+        shown.close("done in")
+    assert set(outer.getvalue().splitlines()) == {"convert: 0 s so far"}
+    assert inner.getvalue().splitlines()[0] == "Distilling started"
+
+
+def test_work_made_of_other_work_has_no_bar():
+    """Catches: a bar of the whole command that stands between those of its parts."""
+    stream = Stream(terminal=True)
+    with progress("convert", ends=False, stream=stream):
+        pass
+    assert stream.getvalue() == ""
 
 
 def test_package_draws_no_bar_of_its_own():

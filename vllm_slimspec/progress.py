@@ -19,6 +19,7 @@ EVERY = 15.0  # seconds between two lines
 _REFRESH = 1.0  # seconds between two looks of a bar, whose clock goes on while the work reports nothing
 
 T = TypeVar("T")
+_under_way: list["Progress"] = []  # the innermost work last
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def progress(
     unit: str = "",
     *,
     done: int = 0,
+    ends: bool = True,
     silent: bool = False,
     stream: TextIO | None = None,
 ) -> Iterator["Progress"]:
@@ -38,16 +40,22 @@ def progress(
         total: steps of the work; None where nobody knows.
         unit: a step: ``prompt``.
         done: steps that an earlier run has done.
+        ends: write a line at the start and at the end. Work that is made of other work does not: it speaks only where
+            nothing inside of it does, and a terminal shows no bar of it.
         silent: say nothing, for the further processes of one run.
         stream: where to; default stderr.
     """
-    shown = Progress(what, total, unit, done, None if silent else stream or sys.stderr)
+    shown = Progress(what, total, unit, done, None if silent else stream or sys.stderr, ends=ends)
+    _under_way.append(shown)
     try:
         yield shown
     except BaseException:
         shown.close("stopped after")
         raise
-    shown.close("done in")
+    else:
+        shown.close("done in")
+    finally:
+        _under_way.remove(shown)
 
 
 def steps(items: Iterable[T], what: str, total: int, unit: str, **options: Any) -> Iterator[T]:
@@ -69,15 +77,19 @@ class Progress:
         done: int,
         stream: TextIO | None,
         *,
+        ends: bool = True,
         clock: Callable[[], float] = time.monotonic,
         every: float = EVERY,
     ) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
-        self._stream, self._clock = stream, clock
+        self._stream, self._ends, self._clock = stream, ends, clock
         self._before, self._start, self._note = done, clock(), ""
         self._over = threading.Event()
         self._bar: tqdm | None = None
         if stream is None:
+            return
+        if stream.isatty() and not ends:
+            self._stream = None
             return
         if stream.isatty():
             layout = None if unit else "{desc} {elapsed}{postfix}"
@@ -85,7 +97,7 @@ class Progress:
                 total=total, initial=done, desc=what, unit=unit, file=stream, dynamic_ncols=True, bar_format=layout
             )
             every = _REFRESH
-        else:
+        elif ends:
             self._say(f"{what} started" + (f" at {self._count()}" if done else ""))
         self._teller = threading.Thread(target=self._tell, args=(every,), name=f"progress of {what}", daemon=True)
         self._teller.start()
@@ -106,14 +118,6 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
 
-    def requests(self, *given: Any, **options: Any) -> tqdm:
-        """Count the finished requests of ``LLM.generate(..., use_tqdm=shown.requests)``, where vLLM wants a bar."""
-        bar = tqdm(*given, **{**options, "file": io.StringIO()})
-        if not given:  # an iterable comes with the prompts that vLLM takes in, which are no answers yet
-            update = bar.update
-            bar.update = lambda n=1: (self.update(n), update(n))[1]
-        return bar
-
     def line(self) -> str:
         """Return what a line says now: how far the work is, since when, and how long it will take."""
         taken = self._clock() - self._start
@@ -132,7 +136,7 @@ class Progress:
         self._teller.join()
         if self._bar is not None:
             self._bar.close()
-        else:
+        elif self._ends:
             parts = [f"{how} {_duration(self._clock() - self._start)}", *([self._count()] if self.unit else [])]
             self._say(f"{self.what}: {', '.join([*parts, *filter(None, [self._note])])}")
 
@@ -146,7 +150,7 @@ class Progress:
         while not self._over.wait(every):
             if self._bar is not None:
                 self._bar.refresh()
-            else:
+            elif self._ends or _under_way[-1] is self:
                 self._say(self.line())
 
     def _say(self, line: str) -> None:
@@ -155,6 +159,39 @@ class Progress:
             print(line, file=self._stream, flush=True)
         except (OSError, ValueError):  # a closed pipe must not end the work
             self._over.set()
+
+
+def counting(part: str | None = None) -> Callable[..., tqdm] | bool:
+    """Return what ``use_tqdm`` of ``LLM.generate`` takes to count its answers in the work that is under way.
+
+    Args:
+        part: such as "of 96 requests", for a note, where an answer is not what that work counts.
+    """
+    if not _under_way:
+        return False
+    work, done = _under_way[-1], 0
+
+    def note(count: int) -> None:
+        nonlocal done
+        done += count
+        work.note(f"{done} {part}")
+
+    return counted(note if part else work.update)
+
+
+def counted(answered: Callable[[int], Any]) -> Callable[..., tqdm]:
+    """Return a bar that is seen by nobody and calls ``answered`` with the number of answers that have come."""
+
+    class Counted(tqdm):
+        def __init__(self, iterable: Any = None, **options: Any) -> None:
+            super().__init__(iterable, **options | {"file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.iterable is None:  # else it is the prompts that vLLM takes in, which are no answers yet
+                answered(int(n or 0))
+            return super().update(n)
+
+    return Counted
 
 
 def _duration(seconds: float) -> str:

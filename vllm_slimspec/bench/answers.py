@@ -7,9 +7,8 @@ was made by the same question is read instead of asking again: what was killed g
 import hashlib
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_slimspec.bench.acceptance import Acceptance, from_engine
-from vllm_slimspec.bench.process import how_it_ended, last_words
+from vllm_slimspec.bench.process import how_it_ended, last_words, run_ticking
 from vllm_slimspec.cores import every_core
 from vllm_slimspec.output import write_whole
+from vllm_slimspec.progress import counted, progress
 
 _TOP = 8  # log-probabilities kept of the target alone
 
@@ -72,16 +72,16 @@ def ask(question: Question, file: Path) -> Found:
     file.parent.mkdir(parents=True, exist_ok=True)
     asked, log = file.with_suffix(".question"), file.with_suffix(".log")
     asked.write_text(question.model_dump_json())
-    with log.open("wb") as output:
-        command = [sys.executable, "-m", __name__, str(asked), str(file), made_from]
-        process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
+    count = len(question.prompts) * len(question.temperatures)
+    with progress(f"vLLM, {file.stem}", count, "answer") as shown:
+        code = run_ticking([__name__, str(asked), str(file), made_from], log, shown.update)
     asked.unlink()
-    if process.returncode:
-        raise EngineError(f"vLLM {how_it_ended(process.returncode)} {last_words(log)}")
+    if code:
+        raise EngineError(f"vLLM {how_it_ended(code)} {last_words(log)}")
     return Found.model_validate_json(file.read_text())
 
 
-def _run(question: Question) -> tuple[Any, list[Answers]]:
+def _run(question: Question, answered: Callable[[int], Any]) -> tuple[Any, list[Answers]]:
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
@@ -98,10 +98,10 @@ def _run(question: Question) -> tuple[Any, list[Answers]]:
             options["per_request_spec_decode_metrics"] = "summary"
     with every_core():
         llm = LLM(model=question.target, **options)
-    return llm, [_ask(llm, question, temperature, by_request) for temperature in question.temperatures]
+    return llm, [_ask(llm, question, temperature, by_request, answered) for temperature in question.temperatures]
 
 
-def _ask(llm: Any, question: Question, temperature: float, by_request: bool) -> Answers:
+def _ask(llm: Any, question: Question, temperature: float, by_request: bool, answered: Callable[[int], Any]) -> Answers:
     from vllm import SamplingParams
 
     def generate(places: Sequence[int]) -> list[Any]:
@@ -117,7 +117,7 @@ def _ask(llm: Any, question: Question, temperature: float, by_request: bool) -> 
             for place in places
         ]
         prompts = [{"prompt_token_ids": question.prompts[place]} for place in places]
-        return [request.outputs[0] for request in llm.generate(prompts, params, use_tqdm=False)]
+        return [request.outputs[0] for request in llm.generate(prompts, params, use_tqdm=counted(answered))]
 
     everything = range(len(question.prompts))
     accepted: list[Acceptance] | None = None
@@ -155,8 +155,8 @@ def _fingerprint(question: Question) -> bytes:
 
 
 def main() -> None:
-    """In the process of one engine: QUESTION FOUND MADE_FROM."""
-    asked, file, made_from = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    """In the process of one engine: QUESTION FOUND MADE_FROM DESCRIPTOR, which gets a byte for every answer."""
+    asked, file, made_from, ticks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     # On a CPU: not most of the machine's memory for the cache, and no process for the model beside this one.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -165,7 +165,7 @@ def main() -> None:
     from vllm_slimspec.bench.head import device_name
 
     device = device_name(torch.accelerator.current_accelerator() or torch.device("cpu"))  # before vLLM sets threads
-    llm, answers = _run(Question.model_validate_json(asked.read_text()))
+    llm, answers = _run(Question.model_validate_json(asked.read_text()), lambda count: os.write(ticks, b"." * count))
     dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
     found = Found(made_from=made_from, device=device, dtype=dtype, answers=answers)
     write_whole(file, lambda part: part.write_text(found.model_dump_json()))

@@ -1,10 +1,9 @@
 """``slimspec bench``: the commands that start engines and servers; those of :mod:`vllm_slimspec.bench.head` beside."""
 
 import json as json_format
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -81,8 +80,12 @@ def acceptance(
         # what an engine answered is kept there, for a run that was killed
         work=None if json is None else beside(json, ".run"),
     )
-    with one_line_errors(), claim_results(json, run=options.work), _status() as tick:
-        results = compare.measure(options, tick)
+    with (
+        one_line_errors(),
+        claim_results(json, run=options.work),
+        progress("bench acceptance", ends=False),
+    ):
+        results = compare.measure(options)
         if json is not None:
             results.write(json)
     print_acceptance(results)
@@ -152,7 +155,12 @@ def serve(
         raise typer.BadParameter(f"{shape!r} is not one of: {', '.join(TARGETS)}", param_hint="--shape")
     numbers = positive_ints(concurrency, "--concurrency", "numbers of requests at once")
     names, further = choices(heads, bench.HEADS, "--heads"), shlex.split(server_args)
-    with one_line_errors(), claim_results(json), claim_work(work_path) if shape else nullcontext(), _status() as tick:
+    with (
+        one_line_errors(),
+        claim_results(json),
+        claim_work(work_path) if shape else nullcontext(),
+        progress("bench serve", ends=False),
+    ):
         measured = None if acceptance is None else AcceptanceResults.read(acceptance)
         if target and drafter and prompts:
             pair = bench.Pair(target, _drafters(drafter), prompts, further)
@@ -166,7 +174,7 @@ def serve(
             max_tokens=max_tokens,
             acceptance=measured,
         )
-        for results in bench.measure(options, tick):
+        for results in bench.measure(options):
             if json is not None:
                 results.write(json)
     print_serve(results)
@@ -240,10 +248,3 @@ def _temperatures(text: str) -> list[float]:
     if not found or min(found) < 0 or len(set(found)) < len(found):
         raise typer.BadParameter(f"{text!r} is not a list of temperatures such as 0,1", param_hint="--temperature")
     return found
-
-
-@contextmanager
-def _status() -> Iterator[Any]:
-    """Show which engine is running, and for how long the command has run."""
-    with progress("vLLM") as shown:
-        yield shown.note

@@ -3,7 +3,7 @@
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ class Options:
     work: Path | None = None  # keeps what each engine answered; None: nothing is kept
 
 
-def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -> AcceptanceResults:
-    """Ask the target alone, then with each drafter, and compare; ``tick`` is called before every engine.
+def measure(options: Options) -> AcceptanceResults:
+    """Ask the target alone, then with each drafter, and compare.
 
     Raises:
         CheckpointError: a drafter or a prompt is bad.
@@ -59,7 +59,6 @@ def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -
     work = options.work or Path(tempfile.mkdtemp(prefix="slimspec-"))
 
     def run(drafter: str | None, name: str) -> Found:
-        tick(name)
         question = Question(
             target=options.target,
             drafter=drafter,

@@ -27,6 +27,7 @@ from vllm_slimspec.bench.speedup import least_ratio
 from vllm_slimspec.bench.synthetic import NO_SYNTHETIC, rates, synthetic
 from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.output import claim_work
+from vllm_slimspec.progress import progress
 
 HEADS = (
     "null",
@@ -257,7 +258,12 @@ def cycle(
         repeats=repeats,
         work=work_path,
     )
-    with one_line_errors(), claim_results(json), claim_work(work_path):
+    with (
+        one_line_errors(),
+        claim_results(json),
+        claim_work(work_path),
+        progress("bench cycle", ends=False),
+    ):
         if acceptance is not None:
             options = options._replace(acceptance=AcceptanceResults.read(acceptance))
         for results in measure(options, lambda total: turns(total, "Timing cycles")):

@@ -7,7 +7,6 @@ engine and gives one token a request.
 import itertools
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from pydantic import BaseModel
 
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.bench.pairs import DTYPE
-from vllm_slimspec.bench.process import how_it_ended, last_words, stop
+from vllm_slimspec.bench.process import how_it_ended, last_words, run_ticking
 
 SPAWN = "VLLM_WORKER_MULTIPROC_METHOD"
 
@@ -100,30 +99,9 @@ def run(plan: Plan, log: Path, tick: Callable[[], None] = lambda: None) -> Found
     asked, found = log.with_suffix(".plan.json"), log.with_suffix(".found.json")
     asked.write_text(plan.model_dump_json())
     found.unlink(missing_ok=True)
-    reading, writing = os.pipe()
-    command = [sys.executable, "-m", __name__, str(asked), str(found), str(writing)]
-    with open(reading, "rb", buffering=0) as ticks:
-        try:
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    command,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[writing],
-                    start_new_session=True,  # with the processes of the engine, for stop()
-                )
-        finally:
-            os.close(writing)
-        try:
-            while ticks.read(1):
-                tick()
-            process.wait()
-        except BaseException:
-            stop(process)
-            raise
-    if process.returncode:
-        raise EngineError(f"vLLM {how_it_ended(process.returncode)} {last_words(log)}")
+    code = run_ticking([__name__, str(asked), str(found)], log, tick)
+    if code:
+        raise EngineError(f"vLLM {how_it_ended(code)} {last_words(log)}")
     return Found.model_validate_json(found.read_text())
 
 

@@ -1,14 +1,47 @@
-"""A vLLM in a process of its own: how it is ended with all that it started, and what it said of its end."""
+"""A vLLM in a process of its own: how it is run, how it is ended with all that it started, what it said of its end."""
 
 import contextlib
 import os
 import re
 import signal
 import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _EXCEPTION = re.compile(r"\b\w+(?:Error|Exception): \S.*")
 _WRAPPER = "Engine core initialization failed"  # vLLM's front process says it last, and not why
+
+
+def run_ticking(arguments: Sequence[str], log: Path, tick: Callable[[], None]) -> int:
+    """Run ``python -m`` with these arguments in a process of its own, and return its exit code.
+
+    Args:
+        arguments: a module and what it takes; the number of a pipe's descriptor is added as the last one.
+        log: gets all that the process says.
+        tick: called for every byte that comes through the pipe.
+    """
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as ticks:
+        try:
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", *arguments, str(writing)],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[writing],
+                    start_new_session=True,  # with the processes of the engine, for stop()
+                )
+        finally:
+            os.close(writing)
+        try:
+            while ticks.read(1):
+                tick()
+            return process.wait()
+        except BaseException:
+            stop(process)
+            raise
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:

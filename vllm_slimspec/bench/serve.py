@@ -9,7 +9,8 @@ import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from vllm_slimspec.bench.server import Server, ServerError, vllm_command
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.synthetic import synthetic
 from vllm_slimspec.convert.sources import Target
+from vllm_slimspec.progress import progress
 
 HEADS = tuple(head for head in CYCLE_HEADS if not is_rival(head))
 """Of random weights: those that a server has by itself or from the plugin."""
@@ -86,8 +88,8 @@ def random_pair(shape: str, heads: Sequence[str], work: Path, server: Sequence[s
     )
 
 
-def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -> Iterator[ServeResults]:
-    """Serve the target alone, then with each drafter, and load each server the same; ``tick`` is called with each name.
+def measure(options: Options) -> Iterator[ServeResults]:
+    """Serve the target alone, then with each drafter, and load each server the same.
 
     Gives what is known after each server.
 
@@ -119,7 +121,6 @@ def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     rows: list[ServeRow] = []
     for name, drafter in {"none": None, **pair.drafters}.items():
-        tick(name)
         arguments = ["--served-model-name", "target", "--no-enable-prefix-caching", *pair.server]
         if drafter is not None:
             speculative = {
@@ -130,10 +131,13 @@ def measure(options: Options, tick: Callable[[str], None] = lambda name: None) -
                 **accepting[name],
             }
             arguments += ["--speculative-config", json.dumps(speculative)]
-        with Server(pair.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200) as server:
+        server = Server(pair.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200)
+        with ExitStack() as running:
+            with progress(f"Starting vllm serve, drafter {name}"):
+                running.enter_context(server)
             for concurrency in options.concurrencies:
-                tick(f"{name}, {concurrency} at once")
-                rows.append(row(name, concurrency, _load(options, server.url, data, concurrency, work)))
+                with progress(f"Load on vllm serve, drafter {name}, {concurrency} at once"):
+                    rows.append(row(name, concurrency, _load(options, server.url, data, concurrency, work)))
         yield ServeResults(
             **provenance(),
             device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),

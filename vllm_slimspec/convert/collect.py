@@ -24,7 +24,7 @@ from vllm_slimspec.convert.prompts import one_line, open_tokenizer, read_prompts
 from vllm_slimspec.convert.sources import fingerprint
 from vllm_slimspec.convert.states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
 from vllm_slimspec.cores import every_core
-from vllm_slimspec.progress import progress
+from vllm_slimspec.progress import counting, progress
 from vllm_slimspec.work_dtype import Asked, engine_options
 
 _DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
@@ -84,7 +84,7 @@ def collect(
     order = random.Random(0).sample([*enumerate(documents)], len(documents))
     with _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states")) as llm:
         watcher = _Watcher(llm, k)
-        with progress("Head states", max_states, "state") as shown:
+        with progress("Head states", max_states, "state", done=writer.count()) as shown:
             for group, first in enumerate(range(0, len(order), _DOCUMENTS)):
                 if not writer.has(group):
                     answered = _answer(llm, order[first : first + _DOCUMENTS], max_tokens + k - 1)
@@ -213,7 +213,9 @@ def _generate(llm: Any, prompts: Sequence[list[int]], lengths: Sequence[int], ig
 
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=ignore_eos, detokenize=False) for n in lengths]
     try:
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=counting(f"of {len(prompts)} requests")
+        )
     except Exception as error:  # whatever a dying engine raises
         raise CheckpointError(f"vLLM failed ({one_line(error)}); {_KEPT}") from None
     return [list(output.outputs[0].token_ids) for output in outputs]

@@ -159,9 +159,9 @@ class Conversion:
                 "no --calibration and no --hidden-states: this is plain SVD, which at D/8 keeps about a third of the "
                 "dense head's choices (weighted by states: over four fifths), and nothing is measured"
             )
-            with progress("Factorizing the head"):
+            with progress("Factorizing the head", ends=False):
                 return factorise(self.dense, rank)
-        with progress("Factorizing the head for the recorded states"):
+        with progress("Factorizing the head for the recorded states", ends=False):
             return factorise(self.dense, rank, second_moment=self._second_moment, probabilities=self._probabilities)
 
     def distil(self, factors: Factors, recipe: Recipe) -> Factors:
@@ -373,7 +373,7 @@ def convert(options: Options) -> Converted:
         OSError: the disk refuses; the output is not there.
     """
     _check(options)
-    with claim_folder(options.output, run=options.runs):
+    with claim_folder(options.output, run=options.runs), progress("convert", ends=False):
         return _convert(options)
 
 
@@ -442,7 +442,7 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
             "--sweep measures every rank with and without re-ranking, and nothing else; leave out --distill-steps, "
             "--joint-steps, --rerank, --quantize and --head"
         )
-    with claim_work(options.run) if options.runs else nullcontext():
+    with claim_work(options.run) if options.runs else nullcontext(), progress("convert", ends=False):
         return _sweep(options, divisors)
 
 

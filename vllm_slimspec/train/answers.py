@@ -19,7 +19,7 @@ from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
 from vllm_slimspec.cores import every_core
 from vllm_slimspec.output import beside, claim_file, write_whole
-from vllm_slimspec.progress import Progress, progress
+from vllm_slimspec.progress import counting, progress
 from vllm_slimspec.work_dtype import Asked, engine_options
 
 _TOGETHER = 512  # prompts; so much is answered again after a kill, at the most
@@ -56,7 +56,7 @@ def write_answers(
         OutputError: the output cannot be written, or another process writes it.
         EngineError: vLLM failed. What was answered is kept.
     """
-    with claim_file(output) as claim:
+    with claim_file(output) as claim, progress("train answers", ends=False):
         return _write_answers(target, Path(prompts), claim.path, temperatures, max_tokens, engine or {}, dtype)
 
 
@@ -91,7 +91,7 @@ def _write_answers(
         ):
             for first in range(done, len(documents), _TOGETHER):
                 batch = documents[first : first + _TOGETHER]
-                answers = _ask(llm, batch, first, temperatures, max_tokens, shown)
+                answers = _ask(llm, batch, first, temperatures, max_tokens)
                 for prompt, answer in zip(batch, answers, strict=True):
                     line = {"input_ids": prompt + answer, "prompt_tokens": len(prompt)}
                     file.write(json.dumps(line).encode() + b"\n")
@@ -115,12 +115,7 @@ def read_lengths(target: str | Path, prompts: str | Path) -> list[int]:
 
 
 def _ask(
-    llm: Any,
-    prompts: Sequence[list[int]],
-    first: int,
-    temperatures: Sequence[float] | None,
-    max_tokens: int,
-    shown: Progress,
+    llm: Any, prompts: Sequence[list[int]], first: int, temperatures: Sequence[float] | None, max_tokens: int
 ) -> Iterator[list[int]]:
     """The answers; the same ones again after a kill, because each prompt has a seed of its own."""
     params = []
@@ -130,7 +125,7 @@ def _ask(
         if temperatures:
             params[-1].temperature = temperatures[(first + place) % len(temperatures)]
     try:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=shown.requests)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=counting())
     except Exception as error:  # whatever a dying engine raises
         raise EngineError(f"vLLM failed ({_line(error)}); {_cure(error)}repeat the command, it goes on") from None
     for request in outputs:

@@ -32,6 +32,7 @@ from transformers import AutoConfig, PretrainedConfig
 import vllm_slimspec
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.output import beside, check_free, claim_folder, write_whole
+from vllm_slimspec.progress import progress
 from vllm_slimspec.train.export import export
 from vllm_slimspec.train.held_out import check_measurable, loader_like
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
@@ -195,7 +196,10 @@ def fit(
         check_measurable(folder, train_data_ratio=0, **sizes)
     output = Path(output)
     process = int(os.environ.get("RANK", "0"))  # torchrun's, of which the first one writes the output
-    with claim_folder(output, run=beside(output, ".run")) if process == 0 else nullcontext():
+    with (
+        claim_folder(output, run=beside(output, ".run")) if process == 0 else nullcontext(),
+        progress("train fit", ends=False, silent=process > 0),
+    ):
         if process == 0:
             work_dtype(flags.get("hidden_states_dtype", "auto"), MIXED).log("training")
         return _fit(config, Path(data), output, others)

@@ -24,7 +24,7 @@ from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import one_line
 from vllm_slimspec.output import Claim, beside, claim_file
-from vllm_slimspec.progress import progress
+from vllm_slimspec.progress import counting, progress
 from vllm_slimspec.train.answers import _claim, _engine, _line
 from vllm_slimspec.work_dtype import Asked, engine_options
 
@@ -76,7 +76,7 @@ def write_prompts(
         ValueError: the output holds other prompts.
         EngineError: vLLM failed, or the target does not write questions. What was written is kept.
     """
-    with claim_file(output) as claim:
+    with claim_file(output) as claim, progress("train prompts", ends=False):
         _write_prompts(target, claim, count, sampling or Sampling(), Path(openings), dict(engine or {}), dtype)
 
 
@@ -216,7 +216,9 @@ class _Chat:
         ]
         ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         try:
-            outputs = llm.generate([{"prompt_token_ids": i} for i in ids], params, use_tqdm=False)
+            outputs = llm.generate(
+                [{"prompt_token_ids": i} for i in ids], params, use_tqdm=counting(f"of {len(ids)} samples")
+            )
         except Exception as error:  # whatever a dying engine raises
             raise EngineError(f"vLLM failed ({_line(error)}); repeat the command, it goes on from here") from None
         ended = (output.outputs[0] for output in outputs)

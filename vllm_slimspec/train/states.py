@@ -51,7 +51,7 @@ def write_states(
         ValueError: a document is too short or holds an unknown token, the folder is taken, or the layers do not exist.
         OutputError: the folder cannot be written, or another process writes it.
     """
-    with claim_work(folder) as claim:
+    with claim_work(folder) as claim, progress("train states", ends=False):
         _write_states(target, documents, claim, layer_ids, keep, tokens_per_batch, dtype)
 
 
