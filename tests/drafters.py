@@ -35,7 +35,7 @@ def config(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (base | changes).items() if value is not None}
 
 
-def tensors(draft_vocab: int = V, rank: int = R, seed: int = 0) -> dict[str, torch.Tensor]:
+def tensors(draft_vocab: int = V, rank: int = R, seed: int = 0, family: str = "llama") -> dict[str, torch.Tensor]:
     """The body and the factors; with a map onto every other id when ``draft_vocab`` is below V."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,6 +58,9 @@ def tensors(draft_vocab: int = V, rank: int = R, seed: int = 0) -> dict[str, tor
     }
     for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
         out[f"midlayer.{norm}.weight"] = torch.ones(D)
+    if family == "qwen3":
+        for norm in ("q_norm", "k_norm"):
+            out[f"midlayer.self_attn.{norm}.weight"] = torch.ones(HEAD_DIM)
     if draft_vocab < V:
         out["d2t"] = torch.arange(draft_vocab) * (V // draft_vocab) - torch.arange(draft_vocab)
     return out

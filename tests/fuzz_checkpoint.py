@@ -47,6 +47,7 @@ SCALARS: list[Any] = [
     *(None, True, False, 0, -1, -8, 1, 2, 7, 33, 2**31, 2**32 + 1, 2**63, 2**64, 10**18, 10**300, -(10**300)),
     *(0.5, 8.0, 32.0, 1e308, float("nan"), float("inf"), float("-inf")),
     *("", "8", "target", "int8", "eagle3", "\ud800", "\x1b[2J\nerror: no", "\0", "A" * 100_000, "../../etc/passwd"),
+    *({"rope_type": "yarn"}, {"full_attention": {}}, {"type": [], "rope_theta": "1"}, {"rope_theta": -1.0}),
     *([], {}, [[]], [None], {"a": {}}, [1] * 1000, ["SlimSpecLlamaForCausalLMEagle3", {}], {"use_aux_hidden_state": 1}),
 ]
 NAMES: list[Any] = [
@@ -77,6 +78,15 @@ KEYS = [
     *("lm_head_rerank", "lm_head_rerank_rows", "lm_head_quantization", "lm_head_quantization_group", "eagle_config"),
     *("num_aux_hidden_states", "num_aux_layers", "eagle_aux_hidden_state_layer_ids", "target_hidden_size"),
     *("logit_scale", "num_hidden_layers", "transformer_layer_config", "speculators_config", "model_type"),
+    *("speculators_model_type", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    *("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"),
+    *("fc_norm", "norm_before_fc", "hidden_act", "quantization_config", "ptd_token_id", "parallel_drafting"),
+]
+TENSORS = [
+    *("lm_head.bias", "lm_head.weight_packed", "model.lm_head.weight", "verifier_lm_head.weight", "mask_hidden", "t2d"),
+    *("midlayer.self_attn.qkv_proj.weight", "midlayer.self_attn.q_proj.bias", "layers.0.mlp.down_proj.weight"),
+    *("layers.999999999.hidden_norm.weight", "layers.00.hidden_norm.weight", "embed_tokens.weight", "fc_norm.7.weight"),
+    *("midlayer.mlp.up_proj.weight_scale", "rotary_emb.inv_freq", "d2t", "midlayer.", "layers..", "."),
 ]
 
 
@@ -91,10 +101,12 @@ def bases() -> dict[str, Files]:
     layer = drafters.config(architectures=None)
     nested = {"speculators_model_type": "eagle3", "speculators_config": {}, "transformer_layer_config": layer}
     names = list(tensors)
+    truncated, mask = drafters.tensors(32), torch.zeros(v, dtype=torch.bool)
+    mask[truncated["d2t"] + torch.arange(32)] = True
     parts = {f"model-{i}.safetensors": {n: tensors[n] for n in names[i::2]} for i in range(2)}
     return {
         "full": folder(drafters.config(), tensors),
-        "truncated": folder(drafters.config(draft_vocab_size=32), drafters.tensors(32)),
+        "truncated": folder(drafters.config(draft_vocab_size=32), truncated | {"t2d": mask}),
         "torchspec": folder(drafters.config(lm_head_rank=None, lm_head_rank_divisor=8), tensors),
         "speculators": folder(nested, tensors),
         "int8": folder(drafters.config(lm_head_quantization="int8"), int8),
@@ -171,7 +183,7 @@ def mutate_header(rng: random.Random, files: Files, folder: Path) -> None:
             begin, end = rng.randrange(-8, len(body) + 8), rng.randrange(-8, len(body) + 8)
             entry["data_offsets"] = rng.choice(([begin, end], [end, begin], [0, huge], [huge, 0], [begin], []))
         elif kind == "rename":
-            entries[str(rng.choice(NAMES))] = entries.pop(tensor)
+            entries[str(rng.choice([*NAMES, *TENSORS]))] = entries.pop(tensor)
         elif kind == "drop" and len(entries) > 2:
             del entries[tensor]
         elif kind == "duplicate":

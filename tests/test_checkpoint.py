@@ -15,6 +15,7 @@ from vllm_slimspec.checkpoint import (
     UP,
     CheckpointError,
     DraftCheckpoint,
+    count_not_finite,
     head_spec,
     is_low_rank,
     write_checkpoint,
@@ -242,21 +243,36 @@ def test_refused(tmp_path, spoil, words):
     assert f"error: {message}" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_count_not_finite_counts_each_number(dtype):
+    """Catches: NaN or Inf that hides behind others, in a later piece, or in a type that has no arithmetic."""
+    tensor = torch.ones(3, 1_000_001).to(dtype)
+    assert count_not_finite(tensor) == 0
+    tensor[0, 5] = tensor[2, 1_000_000] = torch.nan
+    tensor[1, 7] = torch.nan if dtype == torch.float8_e4m3fn else -torch.inf
+    assert count_not_finite(tensor) == 3
+    assert count_not_finite(torch.empty(0, 4, dtype=dtype)) == 0
+    assert count_not_finite(torch.ones(4, dtype=torch.int8)) == 0
+
+
 class TestSizes:
     @pytest.mark.parametrize("keys", [{}, {"num_aux_layers": 4}, {"num_aux_hidden_states": 4}])
     @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
     def test_four_aux_layers(self, tmp_path, family, keys):
         """Catches: fc sized by other keys than those that vLLM's class of the family looks at."""
-        ids, tensors = [0, 1, 2, 3], drafters.tensors() | {"fc.weight": torch.zeros(D, 4 * D)}
+        ids, tensors = [0, 1, 2, 3], drafters.tensors(family=family.lower()) | {"fc.weight": torch.zeros(D, 4 * D)}
         architectures = [f"SlimSpec{family}ForCausalLMEagle3"]
         config = drafters.config(architectures=architectures, eagle_aux_hidden_state_layer_ids=ids, **keys)
-        checkpoint = _open(drafters.write(tmp_path / "d", config, tensors))
+        folder = drafters.write(tmp_path / "d", config, tensors)
         if family == "Qwen3" or "num_aux_hidden_states" in keys:
+            checkpoint = _open(folder)
             checkpoint.check_sizes(D, 4, "t")
             assert checkpoint.aux_layers() == (4, ids)
         else:
-            with pytest.raises(CheckpointError, match=f"the target t gives 3 times {D}"):
-                checkpoint.check_sizes(D, 4, "t")
+            with pytest.raises(CheckpointError, match=r"fc.weight has shape .*; add num_aux_hidden_states=4"):
+                _open(folder)
 
     def test_aux_layers_of_eagle_config(self, tmp_path):
         """Catches: layers named below eagle_config counted, and not looked at."""
@@ -271,12 +287,12 @@ class TestSizes:
         """Catches: a drafter narrower than its target that vLLM cannot load, or such a one refused that it can."""
         tensors = {"fc.weight": torch.zeros(D, 6 * D), "embed_tokens.weight": torch.zeros(V, D)}
         config = drafters.config(target_hidden_size=width)
-        checkpoint = _open(drafters.write(tmp_path / "d", config, drafters.tensors() | tensors))
+        folder = drafters.write(tmp_path / "d", config, drafters.tensors() | tensors)
         if words is None:
-            checkpoint.check_sizes(2 * D, 4, "t")
+            _open(folder).check_sizes(2 * D, 4, "t")
         else:
             with pytest.raises(CheckpointError, match=words):
-                checkpoint.check_sizes(2 * D, 4, "t")
+                _open(folder)
 
 
 class TestRefusedFiles:

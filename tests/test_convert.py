@@ -37,6 +37,11 @@ def write_target(folder: Path, head: torch.Tensor, **config) -> Path:
     return folder
 
 
+def _of_a_target(width: int) -> dict[str, torch.Tensor]:
+    """What a drafter has in another shape, or at all, whose target is of another width."""
+    return {"fc.weight": torch.randn(D, 3 * width), "embed_tokens.weight": torch.randn(V, D)}
+
+
 def write_head_states(folder: Path, documents: int = 20, length: int = 12, hidden_size: int = D, **columns) -> Path:
     """States of ``documents`` answers with a cycle from every place; by default with no column but ``hidden``."""
     folder.mkdir()
@@ -213,7 +218,7 @@ def test_full_vocabulary_by_a_map(tmp_path):
     checkpoint = DraftCheckpoint.open(source)
     own = target_head[ids] @ linear
     config = checkpoint.config | {"target_hidden_size": 12}
-    tensors = {n: checkpoint.load(n) for n in checkpoint.tensors} | {DENSE: own}
+    tensors = {n: checkpoint.load(n) for n in checkpoint.tensors} | {DENSE: own} | _of_a_target(12)
     source = drafters.write(tmp_path / "mapped", config, tensors)
     target = Target.open(write_target(tmp_path / "target", target_head, hidden_size=12))
     drafter, residual = Drafter.open(source, target).full_vocabulary(target)
@@ -228,6 +233,7 @@ def test_a_map_is_not_judged_by_the_mean_of_all_rows(tmp_path, caplog):
     source, _, _ = form("specforge", tmp_path / "source")
     checkpoint = DraftCheckpoint.open(source)
     tensors = {n: checkpoint.load(n) for n in checkpoint.tensors} | {DENSE: torch.randn(TRUNCATED, D) + 100}
+    tensors |= _of_a_target(12)
     source = drafters.write(tmp_path / "shifted", checkpoint.config | {"target_hidden_size": 12}, tensors)
     target = Target.open(write_target(tmp_path / "target", torch.randn(V, 12) + 100, hidden_size=12))
     with pytest.raises(CheckpointError, match="no linear map"):
@@ -537,9 +543,10 @@ def test_the_plot_shows_what_was_measured(lossy, tmp_path, full_head):
 
 def test_a_target_of_another_width(tmp_path):
     """Catches: D taken for the target's, anywhere between a drafter that is narrower than its target and its folder."""
-    source, head, _ = form("specforge", tmp_path / "source")
-    config = json.loads((source / "config.json").read_text()) | {"target_hidden_size": 96}
-    (source / "config.json").write_text(json.dumps(config))
+    source, head, _ = form("specforge", tmp_path / "narrow")
+    checkpoint = DraftCheckpoint.open(source)
+    tensors = {n: checkpoint.load(n) for n in checkpoint.tensors} | _of_a_target(96)
+    source = drafters.write(tmp_path / "source", checkpoint.config | {"target_hidden_size": 96}, tensors)
     target = write_target(tmp_path / "target", torch.randn(V, 96), hidden_size=96)
     states = write_head_states(tmp_path / "states")
     options = Options(str(source), tmp_path / "out", str(target), rank=R, rerank=8, hidden_states=states)

@@ -217,10 +217,12 @@ def test_it_goes_on_where_it_was(target, states, tmp_path, monkeypatch, steps):
 def test_a_body_that_speculators_does_not_have_is_refused(target, states, tmp_path):
     """Catches: a tensor that is left at random because it has another name or shape, and gigabytes written first."""
     config, tensors = drafters.config(lm_head_rank=None, architectures=["LlamaForCausalLMEagle3"]), drafters.tensors()
-    tensors = drafters.dense(tensors) | {"midlayer.self_attn.q_proj.bias": torch.zeros(64)}
+    tensors = drafters.dense(tensors)
+    fused = [tensors.pop(f"midlayer.self_attn.{name}_proj.weight") for name in "qkv"]
+    tensors["midlayer.self_attn.qkv_proj.weight"] = torch.cat(fused)
     source = Drafter.open(drafters.write(tmp_path / "source", config, tensors))
     given = torch.randn(R, D), torch.randn(V, R)
-    with pytest.raises(CheckpointError, match=r"q_proj.bias is \(64,\) .* has none.*--distill-steps"):
+    with pytest.raises(CheckpointError, match=r"k_proj.weight is missing and .*--distill-steps"):
         train_jointly(source, given, str(target), states, RECIPE, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -99,10 +99,10 @@ def test_sizes_of_another_target(tmp_path, drafter):
     """Catches: a target of the same family and vocabulary, of which only the width or the depth differs."""
     wide = _target(tmp_path / "wide", hidden_size=128)
     found = _examine(drafter, wide)["target"]
-    assert "fc.weight takes [192] numbers" in found.detail
+    assert "made for a target of hidden size 64" in found.detail
     assert found.cure == "use the drafter that was made for this target"
     tensors = drafters.tensors() | {"fc.weight": torch.zeros(drafters.D, 3 * 128)}
-    narrow = drafters.write(tmp_path / "narrow", drafters.config(), tensors)
+    narrow = drafters.write(tmp_path / "narrow", drafters.config(target_hidden_size=128), tensors)
     assert "embeddings of its own" in _examine(narrow, wide)["target"].detail
     shallow = _examine(drafter, _target(tmp_path / "shallow", num_hidden_layers=2))["target"]
     assert "[1, 2, 3] must be 3 different ids from 0 to 2" in shallow.detail

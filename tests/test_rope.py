@@ -1,16 +1,17 @@
 """What a drafter rotates by is the same before and after every conversion, and after training."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import drafters
 import pytest
 import torch
-from drafters import HEAD_DIM
+from drafters import HEAD_DIM, R, V
 from read_by_vllm import angles, config_of
 
 from vllm_slimspec.convert.sources import Drafter
 from vllm_slimspec.convert.speculators import speculators_config
-from vllm_slimspec.rope import rope_keys
+from vllm_slimspec.train.export import draft_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -118,17 +119,23 @@ def test_a_rope_that_is_no_object_is_refused_in_one_line(tmp_path, layout):
         speculators_config(Drafter.open(folder).config, "t", k=3)
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"rope_type": "default", "rope_theta": 5e5},
-        {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
-        {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [4, 6, 6]},
-        {**LLAMA3, "rope_theta": 5e5},
-        {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
-    ],
-)
-def test_what_training_exports_rotates_as_in_training(tmp_path, parameters):
-    """Catches: parameters of the default type lost because only the type was looked at."""
-    config = drafters.config(rope_theta=None) | rope_keys(parameters)
-    assert config_of(config, tmp_path).rope_parameters == parameters
+def _trained(layer: Any) -> Any:
+    """As much of a trained model as its export looks at."""
+    norms = dict.fromkeys(("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"), False)
+    config = SimpleNamespace(lm_head_rank=R, draft_vocab_size=V, transformer_layer_config=layer, **norms)
+    return SimpleNamespace(config=config, target_layer_ids=[1, 2, 3])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("form", FORMS)
+def test_training_exports_the_angles_that_it_trained_at(tmp_path, form, family):
+    """Catches: a rope that training computes with, of which only the type and theta are written."""
+    from transformers import AutoConfig
+    from vllm.transformers_utils.config import patch_legacy_rope_type
+
+    layer = AutoConfig.for_model(**_source(FORMS[form], family, "plain"))
+    written = draft_config(_trained(layer), torch.float32)
+    patch_legacy_rope_type(layer.rope_parameters)
+    torch.testing.assert_close(
+        angles(config_of(written, tmp_path), family), angles(layer, family), rtol=0, atol=0, msg=str(written)
+    )

@@ -22,17 +22,10 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from vllm_slimspec.checkpoint import (
-    ARCHITECTURES,
-    HEAD_KEYS,
-    CheckpointError,
-    DraftCheckpoint,
-    HeadSpec,
-    architecture,
-    check_vocabulary,
-    head_spec,
-    is_low_rank,
-)
+from vllm_slimspec.checkpoint import DraftCheckpoint, HeadSpec, architecture, check_vocabulary, head_spec
+from vllm_slimspec.config import ARCHITECTURES, HEAD_KEYS, check_algorithm, is_low_rank
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.past_faults import past_faults
 
 OLDEST, NEWEST = Version("0.26.0"), Version("0.33.0")
 
@@ -278,6 +271,12 @@ def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
     declared["architectures"] = list(draft.hf_config.architectures)
     if not is_low_rank(declared):
         return
+    check_algorithm(declared, (), draft.model)
+    if getattr(config, "parallel_drafting", False):
+        raise CheckpointError(
+            f"{draft.model}: a SlimSpec drafter drafts step by step, so parallel_drafting is not for it; leave it out "
+            "of --speculative-config"
+        )
     spec = head_spec(declared, f"{draft.model}/config.json")
     _check_on_disk(engine_args, config, spec)
     if draft.hf_config.architectures != [architecture(spec)]:
@@ -306,6 +305,8 @@ def _check_on_disk(engine_args: Any, config: Any, spec: HeadSpec) -> None:
                 "serve with --tensor-parallel-size instead"
             )
         text = None if target is None else target.hf_text_config
+        for what, cure in past_faults(checkpoint, getattr(text, "rope_parameters", None)):
+            logger.warning("%s: %s; %s", draft.model, what, cure)
         if text is not None and hasattr(text, "num_hidden_layers"):
             checkpoint.check_sizes(text.hidden_size, text.num_hidden_layers, target.model)
     elif own is None and hasattr(config, "draft_load_config"):

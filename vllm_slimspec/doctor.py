@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.version import InvalidVersion, Version
 
 from vllm_slimspec import __version__, compat
-from vllm_slimspec.checkpoint import ARCHITECTURES, HEAD_KEYS, CheckpointError, DraftCheckpoint, check_tokenizer
+from vllm_slimspec.checkpoint import DraftCheckpoint, check_tokenizer
+from vllm_slimspec.config import ARCHITECTURES, HEAD_KEYS
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.past_faults import past_faults
+from vllm_slimspec.rope import plain_rope
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -183,6 +187,7 @@ def _pair(
         yield _refusal("drafter", error)
         return
     if target is None:
+        yield from _past(checkpoint, None)
         return
     try:
         verifier = Target.open(target)
@@ -193,6 +198,7 @@ def _pair(
         yield _refusal("target", error)
         return
     yield Finding("ok", "target", f"{verifier.vocab_size} tokens, hidden size {verifier.hidden_size}")
+    yield from _past(checkpoint, verifier.config)
     yield from _made_for(checkpoint, str(target))
     yield from _tokens(checkpoint, verifier)
     yield _aux_layers(checkpoint, layers)
@@ -227,6 +233,16 @@ def _age(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
     unknown = sorted(key for key in checkpoint.flat if key.startswith("lm_head_") and key not in HEAD_KEYS)
     if checkpoint.spec is not None and unknown:
         yield Finding("warning", "keys", f"config.json has {', '.join(unknown)}, unknown to this version", newer)
+
+
+def _past(checkpoint: DraftCheckpoint, target: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """What the version that wrote the drafter got wrong."""
+    try:
+        rope = None if target is None else plain_rope(target, "target")
+    except CheckpointError:  # of a form that no drafter has
+        rope = None
+    for what, cure in past_faults(checkpoint, rope):
+        yield Finding("warning", "written by", what, cure)
 
 
 def _made_for(checkpoint: DraftCheckpoint, target: str) -> Iterator[Finding]:

@@ -9,6 +9,8 @@ model type, and speculators' layout by a bare class without defaults, so one set
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_slimspec.errors import CheckpointError
+
 _BLOCKS = ("rope_scaling", "rope_parameters")
 _PARTIAL = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
 _ORIGINAL = "original_max_position_embeddings"
@@ -16,26 +18,26 @@ _THETA = 10000.0  # transformers' default
 _SILENT_THETA = {"qwen3": 1000000.0}  # vLLM's, of a speculators config that says nothing of its rope
 
 
-def plain_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def plain_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the parameters that vLLM reads from a config in the plain layout.
 
     Raises:
-        TypeError: the block is no JSON object.
+        CheckpointError: they are none that vLLM could read.
     """
-    return _parameters(config, config.get("rope_scaling") or config.get("rope_parameters") or {})
+    return _parameters(config, config.get("rope_scaling") or config.get("rope_parameters"), where)
 
 
-def speculators_rope(layer: Mapping[str, Any]) -> dict[str, Any]:
+def speculators_rope(layer: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the parameters that vLLM reads from the ``transformer_layer_config`` of speculators' layout.
 
     Raises:
-        TypeError: the block is no JSON object.
+        CheckpointError: they are none that vLLM could read.
     """
     named = [key for key in layer if key in _BLOCKS]
     if not named and layer.get("rope_theta") is None:
         return {"rope_theta": _SILENT_THETA.get(str(layer.get("model_type")), _THETA), "rope_type": "default"}
     # There both names are one attribute, so the later of them is what counts.
-    return _parameters(layer, (layer[named[-1]] if named else None) or {})
+    return _parameters(layer, layer[named[-1]] if named else None, where)
 
 
 def rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,12 +52,21 @@ def without_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("rope_theta", *_BLOCKS, *_PARTIAL)}
 
 
-def _parameters(config: Mapping[str, Any], block: Any) -> dict[str, Any]:
-    if not isinstance(block, Mapping):
-        raise TypeError(f"the rope parameters are {block!r}, must be a JSON object")
-    parameters = dict(block)
+def _parameters(config: Mapping[str, Any], block: Any, where: str) -> dict[str, Any]:
+    if block is not None and not isinstance(block, Mapping):
+        raise CheckpointError(f"{where}: the rope parameters are {block!r}, must be a JSON object; correct them")
+    parameters = dict(block or {})
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            raise CheckpointError(
+                f"{where}: the rope parameters have a block {name} of their own, which vLLM's drafters do not read; "
+                f"move its keys up to where {name} is"
+            )
     theta = config.get("rope_theta")
     parameters.setdefault("rope_theta", _THETA if theta is None else theta)
+    theta = parameters["rope_theta"]
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+        raise CheckpointError(f"{where}: rope_theta={theta!r} must be a number above 0; correct it")
     partial = next((config[key] for key in _PARTIAL if config.get(key) is not None), None)
     if partial is not None:
         parameters.setdefault("partial_rotary_factor", partial)

@@ -22,7 +22,8 @@ from vllm_slimspec import register
 from vllm_slimspec.bench.head import Arm, Clock, Weights, check, trimmed_offsets
 from vllm_slimspec.bench.pairs import BY_LOGITS, RIVAL_ARCHITECTURE, TRIMMED, low_rank_keys
 from vllm_slimspec.bench.shapes import Shape
-from vllm_slimspec.checkpoint import ARCHITECTURES, DOWN, UP, head_spec
+from vllm_slimspec.checkpoint import DOWN, UP, head_spec
+from vllm_slimspec.config import ARCHITECTURES
 from vllm_slimspec.models.draft import LowRankDraft
 from vllm_slimspec.models.head import LowRankHead
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vllm_slimspec.bench.head import RERANK_K, Weights, trimmed_offsets
 from vllm_slimspec.bench.shapes import Shape
-from vllm_slimspec.checkpoint import ARCHITECTURES, DENSE, DOWN, UP, save_tensors
+from vllm_slimspec.checkpoint import DENSE, DOWN, UP, save_tensors
+from vllm_slimspec.config import ARCHITECTURES
 from vllm_slimspec.output import claim_folder, write_whole
 from vllm_slimspec.quantized import KINDS
 

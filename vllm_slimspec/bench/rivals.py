@@ -8,7 +8,8 @@ import typer
 from vllm_slimspec.bench.head import RERANK_K, SPEC_VOCAB_K
 from vllm_slimspec.bench.pairs import TRIMMED, low_rank_keys
 from vllm_slimspec.bench.shapes import SHAPES, Shape
-from vllm_slimspec.checkpoint import ARCHITECTURES, head_spec
+from vllm_slimspec.checkpoint import head_spec
+from vllm_slimspec.config import ARCHITECTURES
 
 EXAMPLE = "Example: slimspec bench rivals > docs/rivals.md"
 

@@ -15,18 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_slimspec.checkpoint import (
-    ARCHITECTURES,
-    DENSE,
-    DENSE_ARCHITECTURES,
-    DOWN,
-    SCALE,
-    UP,
-    CheckpointError,
-    DraftCheckpoint,
-    head_spec,
-    write_checkpoint,
-)
+from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, DraftCheckpoint, head_spec, write_checkpoint
+from vllm_slimspec.config import ARCHITECTURES, DENSE_ARCHITECTURES
 from vllm_slimspec.convert.card import card
 from vllm_slimspec.convert.distil import Recipe, Samples, distil
 from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
@@ -37,6 +27,7 @@ from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
 from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.convert.states import HeadStates, Rows, common, concatenate, sha256
 from vllm_slimspec.convert.vocabulary import check_size, counts_from_file, counts_from_states, counts_from_text, kept
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.ops import MAX_K
 from vllm_slimspec.output import beside, claim_folder, claim_work
 from vllm_slimspec.progress import progress

@@ -22,25 +22,26 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_slimspec import memory
+from vllm_slimspec.body import in_body
 from vllm_slimspec.checkpoint import (
-    DENSE,
     DOWN,
-    HEAD_KEYS,
     SCALE,
     UP,
-    CheckpointError,
     DraftCheckpoint,
-    HeadSpec,
     TensorInfo,
-    check_body,
-    check_tensor,
+    check_finite,
     check_tokenizer,
     head_spec,
+    load_tensor,
     read_config,
+    read_header,
     read_headers,
 )
-from vllm_slimspec.rope import plain_rope, rope_keys, speculators_rope, without_rope
+from vllm_slimspec.config import HEAD_KEYS
+from vllm_slimspec.convert.text_sizes import text_config
+from vllm_slimspec.dense_head import StoredHead, stored_head
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.vocabulary_map import target_ids
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,6 @@ _NOT_OURS = (
     "speculators_version",
     "auto_map",
 )
-# What vLLM assumes of a speculators config that is silent (transformers_utils/configs/speculators/algos.py).
-_SPECULATORS_DEFAULTS = {"norm_before_residual": True, "norm_before_fc": False, "fc_norm": False, "norm_output": False}
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,7 @@ class Target:
             CheckpointError: no such folder or repository, or no sizes in its config.
         """
         path = fetch(target, ["*.json"])
-        config = read_config(path)
-        text = {**config, **(config.get("text_config") or {})}
-        for key in ("hidden_size", "vocab_size"):
-            if not isinstance(text.get(key), int):
-                raise CheckpointError(f"{path / 'config.json'}: {key} is missing; give the target's own folder")
-        return cls(str(target), path, text)
+        return cls(str(target), path, text_config(read_config(path), path))
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -103,45 +97,50 @@ class Target:
         """The target's LM head [vocab, hidden], of which only the file that holds it is fetched.
 
         Raises:
-            CheckpointError: there is none in floats of that shape.
+            CheckpointError: there is none of that shape, or it is in a form that is not read.
         """
-        found, suffixes = self._find(), ["lm_head.weight"]
-        tied = self.config.get("tie_word_embeddings")
-        if tied is None:  # left to the default of the class, which the tensors tell: a quantised head has other names
-            tied = not any("lm_head." in name for name in found)
-        if tied:
-            suffixes.append("embed_tokens.weight")
-        for suffix in suffixes:
-            for name in sorted(n for n in found if n.endswith(suffix)):
-                try:
-                    with safe_open(str(found[name]), framework="pt") as handle:
-                        head = handle.get_tensor(name)
-                except Exception as error:  # safetensors raises its own and plain OSErrors
-                    memory.raise_if_ran_out(error, found[name])
-                    raise CheckpointError(f"{found[name]}: {name} cannot be read ({error}); copy it again") from None
-                shape = (self.vocab_size, self.hidden_size)
-                if not head.is_floating_point() or tuple(head.shape) != shape:
-                    raise CheckpointError(
-                        f"{found[name]}: {name} is {head.dtype} {list(head.shape)}, must be floats {list(shape)}; "
-                        "give the target before quantisation"
-                    )
-                return head
-        raise CheckpointError(f"{self.path}: holds no lm_head.weight in safetensors; give the target's own folder")
+        stored, tensors = self._head
+        return stored.read(lambda name: load_tensor(tensors[name], name))
 
-    def _find(self) -> dict[str, Path]:
-        """The files of all tensors that may be the head, or tell that there is one."""
+    @property
+    def head_is_plain(self) -> bool:
+        """Whether the head is stored as it is computed with; a head in float8 serves no drafter's re-ranking."""
+        return self._head[0].scale is None
+
+    @cached_property
+    def _head(self) -> tuple[StoredHead, dict[str, TensorInfo]]:
+        tensors = self._find()
+        described = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+        shape = (self.vocab_size, self.hidden_size)
+        found = stored_head(described, shape, str(self.path), prefixed=True)
+        # A config that leaves tying to the default of its class: the tensors tell.
+        if found is None and self.config.get("tie_word_embeddings") is not False:
+            embeddings = {n.replace("embed_tokens", "lm_head"): n for n in tensors if n.endswith("embed_tokens.weight")}
+            renamed = {name: described[n] for name, n in embeddings.items()}
+            tied = stored_head(renamed, shape, str(self.path), prefixed=True)
+            found = None if tied is None else StoredHead(embeddings[tied.weight], None)
+        if found is None:
+            raise CheckpointError(f"{self.path}: holds no lm_head.weight in safetensors; give the target's own folder")
+        return found, tensors
+
+    def _find(self) -> dict[str, TensorInfo]:
+        """The tensors that may be the head, or tell that there is one."""
+
+        def may_be(name: str) -> bool:
+            return "lm_head" in name or name.endswith("embed_tokens.weight")
+
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
             try:
                 files = json.loads(index.read_bytes())["weight_map"]
-                may_be = (name for name in files if "lm_head." in name or name.endswith("embed_tokens.weight"))
-                names = {name: Path(files[name]) for name in may_be}
+                needed = {str(files[name]) for name in files if may_be(name)}
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index}: no usable weight_map ({error!r}); copy the file again") from None
-            folder = fetch(self.name, ["*.json", *sorted(map(str, set(names.values())))])
-            return {name: folder / file for name, file in names.items()}
-        folder = fetch(self.name, ["*.json", "model.safetensors"])
-        return {name: info.file for name, info in read_headers(folder).items()}
+            folder = fetch(self.name, ["*.json", *sorted(needed)])
+            found = {name: info for file in sorted(needed) for name, info in read_header(folder / file).items()}
+        else:
+            found = read_headers(fetch(self.name, ["*.json", "model.safetensors"]))
+        return {name: info for name, info in found.items() if may_be(name)}
 
     def nbytes(self, k: int) -> int:
         """Bytes that one verification of ``k`` drafted tokens reads: every weight but the embeddings, as bfloat16, from
@@ -192,38 +191,41 @@ class Drafter:
         checkpoint = DraftCheckpoint.open(path)
         where = str(checkpoint.path)
         config = _normalise(checkpoint)
-        d2t = checkpoint.load("d2t") if "d2t" in checkpoint.tensors else None
-        if d2t is not None and len(d2t) == config.get("vocab_size") and not bool(d2t.any()):
-            d2t = None  # SpecForge writes maps that map nothing
+        # With any rank: this refuses a family that is not known.
+        spec = head_spec({**config, "lm_head_rank": 1}, f"{where}/config.json")
+        if target is not None:
+            _check_target(checkpoint, config, target)
+        d2t = checkpoint.load("d2t").long() if spec.truncated else None  # SpecForge writes maps that map nothing, too
+        ids = None if d2t is None else target_ids(d2t)
         factors = None if checkpoint.spec is None else (checkpoint.load(DOWN), checkpoint.load(UP))
         if SCALE in checkpoint.tensors:
             raise CheckpointError(f"{where}: its factors are quantised; convert the drafter that they were made from")
-        if DENSE in checkpoint.tensors:
-            head = checkpoint.load(DENSE)
+        stored = checkpoint.dense_head if factors is None else None
+        if stored is not None:
+            head = stored.read(checkpoint.load)
         elif factors is not None:
             head = (factors[1].float() @ factors[0].float()).to(factors[0].dtype)
         elif target is None:
-            raise CheckpointError(f"{where}: has no {DENSE}, so its head is the target's; give --target")
+            raise CheckpointError(f"{where}: has no lm_head.weight, so its head is the target's; give --target")
         else:
             head = target.head()
-            head = head if d2t is None else head[d2t + torch.arange(len(d2t))]
+            head = head if ids is None else head[ids]
+        if head.shape[1] != spec.hidden_size:
+            raise CheckpointError(
+                f"{where}: the head is {list(head.shape)}, must be [V, {spec.hidden_size}] as hidden_size says; give "
+                "the target that this drafter was made for"
+            )
         config["draft_vocab_size"] = len(head)
-        # With any rank: this checks the sizes, the family and the map as they will be served.
-        spec = head_spec({**config, "lm_head_rank": 1}, f"{where}/config.json")
-        _check(checkpoint, spec, head, d2t)
-        body = {
-            n: info for n, info in checkpoint.tensors.items() if not n.startswith("lm_head") and n not in ("d2t", "t2d")
-        }
-        if target is not None:
-            _check_target(config, where, target)
-        ids = None if d2t is None else d2t + torch.arange(len(d2t))
+        check_finite("lm_head", head, where)
+        checkpoint.check_values()
+        body = {name: info for name, info in checkpoint.tensors.items() if in_body(name)}
         same = target is not None and factors is None and _is_target_rows(head, target, ids)
         return cls(checkpoint.path, config, body, head, factors, d2t, same)
 
     @property
     def ids(self) -> torch.Tensor | None:
         """int64 [V], the target id of each draft id; None where they are the same."""
-        return None if self.d2t is None else self.d2t + torch.arange(len(self.d2t))
+        return None if self.d2t is None else target_ids(self.d2t)
 
     @property
     def body_bytes(self) -> int:
@@ -323,11 +325,7 @@ def fingerprint(name: str | os.PathLike[str]) -> str:
 
 def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     """config.json as this package writes it, without the keys of the head."""
-    config, rope = checkpoint.flat, _rope(checkpoint)
-    if checkpoint.format == "speculators":
-        config = {**_SPECULATORS_DEFAULTS, **without_rope(config), **rope_keys(rope)}
-        family = str(config.get("model_type", "llama"))
-        config["architectures"] = [f"Eagle3{family.capitalize()}ForCausalLM"]  # head_spec knows which there are
+    config = checkpoint.flat
     eagle, ids = config.get("eagle_config"), "eagle_aux_hidden_state_layer_ids"
     nested = (eagle.get(ids) or eagle.get("layer_ids")) if isinstance(eagle, dict) else None
     if nested and not config.get(ids):
@@ -335,39 +333,9 @@ def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in (*_NOT_OURS, *HEAD_KEYS)} | {"tie_word_embeddings": False}
 
 
-def _rope(checkpoint: DraftCheckpoint) -> dict[str, Any]:
-    try:
-        if checkpoint.format == "speculators":
-            return speculators_rope(checkpoint.config["transformer_layer_config"])
-        return plain_rope(checkpoint.config)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}; copy the file again") from None
-
-
-def _check(checkpoint: DraftCheckpoint, spec: HeadSpec, head: torch.Tensor, d2t: torch.Tensor | None) -> None:
-    where = str(checkpoint.path)
-    if head.ndim != 2 or head.shape[1] != spec.hidden_size or not head.is_floating_point():
-        raise CheckpointError(
-            f"{where}: the head is {head.dtype} {list(head.shape)}, must be floats [V, {spec.hidden_size}] as "
-            "hidden_size says; give the target that this drafter was made for"
-        )
-    if spec.truncated and (d2t is None or len(d2t) != len(head)):
-        raise CheckpointError(
-            f"{where}: {len(head)} rows of the head for {spec.vocab_size} tokens, but d2t "
-            f"{'is missing' if d2t is None else f'lists {len(d2t)}'}; copy the drafter again"
-        )
-    for name, tensor in ((DENSE, head), *([("d2t", d2t)] if d2t is not None else [])):
-        check_tensor(spec, name, tensor, where)
-    check_body(checkpoint.flat, checkpoint.tensors, checkpoint.path)
-
-
-def _check_target(config: dict[str, Any], where: str, target: Target) -> None:
-    wanted = config.get("target_hidden_size") or config["hidden_size"]
-    if wanted != target.hidden_size:
-        raise CheckpointError(
-            f"{where}: made for a target of hidden size {wanted}, but {target.name} has {target.hidden_size}; "
-            "give the target that this drafter was made for"
-        )
+def _check_target(checkpoint: DraftCheckpoint, config: dict[str, Any], target: Target) -> None:
+    where, layers = str(checkpoint.path), target.config.get("num_hidden_layers")
+    checkpoint.check_sizes(target.hidden_size, layers if isinstance(layers, int) else None, target.name)
     if config["vocab_size"] != target.vocab_size:
         raise CheckpointError(
             f"{where}: vocab_size={config['vocab_size']} but {target.name} has {target.vocab_size}; "
@@ -395,6 +363,8 @@ def _is_target_rows(head: torch.Tensor, target: Target, ids: torch.Tensor | None
         return False
     try:
         rows = target.head()
+        if not target.head_is_plain:
+            return False
     except CheckpointError as error:  # of a quantised target, say: the drafter's own rows are as good
         logger.warning("the head is taken to be the drafter's own, for the target's cannot be compared: %s", error)
         return False

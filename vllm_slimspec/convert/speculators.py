@@ -3,18 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_slimspec.config import TOP_KEYS, TOP_OVERRIDES, flatten, sliding_layers
 from vllm_slimspec.rope import plain_rope, rope_keys, without_rope
 
-# vLLM reads these from the top (transformers_utils/configs/speculators/algos.py, update_eagle3), all else below.
-_TOP = (
-    "draft_vocab_size",
-    "target_hidden_size",
-    "norm_before_residual",
-    "norm_before_fc",
-    "fc_norm",
-    "norm_output",
-    "eagle_aux_hidden_state_layer_ids",
-)
+_TOP = (*TOP_KEYS, *TOP_OVERRIDES)
+_SLIDING = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 
 
 def speculators_config(config: Mapping[str, Any], target: str, k: int) -> dict[str, Any]:
@@ -25,6 +18,7 @@ def speculators_config(config: Mapping[str, Any], target: str, k: int) -> dict[s
         target: the verifier, by the name it is to be loaded from.
         k: tokens to propose in a cycle.
     """
+    config = flatten(config)
     top = {key: config[key] for key in _TOP if key in config}
     top.setdefault("norm_before_residual", False)  # silent, it is False in our format and True in theirs
     proposal = {"proposal_type": "greedy", "speculative_tokens": k, "verifier_accept_k": 1, "accept_tolerance": 0.0}
@@ -38,8 +32,18 @@ def speculators_config(config: Mapping[str, Any], target: str, k: int) -> dict[s
             "verifier": {"name_or_path": target, "architectures": []},
         },
         **top,
-        "transformer_layer_config": {
-            key: value for key, value in without_rope(config).items() if key not in (*_TOP, "architectures")
-        }
-        | rope_keys(plain_rope(config)),
+        "transformer_layer_config": _layer(config),
     }
+
+
+def _layer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the layer, with those spelled out that vLLM reads in another way there."""
+    left_out = (*_TOP, "architectures")
+    layer = {key: value for key, value in without_rope(config).items() if key not in left_out}
+    layer |= rope_keys(plain_rope(config, "config.json"))
+    if config.get("model_type") == "qwen3":
+        types = sliding_layers(config)
+        layer = {key: value for key, value in layer.items() if key not in _SLIDING}
+        if types is not None:
+            layer |= {"layer_types": types, "sliding_window": config["sliding_window"], "use_sliding_window": True}
+    return layer

@@ -11,20 +11,24 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_slimspec import compat, ops
+from vllm_slimspec.body import Body, skipped
 from vllm_slimspec.checkpoint import (
     DENSE,
     DOWN,
     UP,
-    CheckpointError,
     HeadSpec,
+    check_finite,
     check_head,
-    check_tensor,
     check_vocabulary,
+    count_not_finite,
     describe,
     head_spec,
 )
+from vllm_slimspec.config import flatten
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.models.handover import hand_over
 from vllm_slimspec.models.head import LowRankHead
+from vllm_slimspec.vocabulary_map import check_map
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM as _Eagle3
@@ -46,12 +50,14 @@ class LowRankDraft(_Eagle3):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         speculative = vllm_config.speculative_config
         draft = speculative.draft_model_config
-        spec = head_spec(draft.hf_config.to_dict() | {"architectures": draft.hf_config.architectures}, draft.model)
+        declared = draft.hf_config.to_dict() | {"architectures": draft.hf_config.architectures}
+        spec = head_spec(declared, draft.model)
+        body = Body(flatten(declared, draft.model), spec.family, draft.model)
         target = vllm_config.model_config
         check_vocabulary(spec, target.get_vocab_size(), target.model, draft.model)
         with compat.without_dense_head(_base(type(self))):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.spec = spec
+        self.spec, self.body = spec, body
         with _memory_for(draft.model, spec.bytes(torch.get_default_dtype().itemsize)):
             self.low_rank_head = LowRankHead(spec, maybe_prefix(prefix, "low_rank_head"))
         # Without re-rank nothing here reads `lm_head`, but Model Runner V2 compares its weight with the target's.
@@ -117,18 +123,28 @@ class LowRankDraft(_Eagle3):
         return hand_over(logits, logits.dtype)  # the model's dtype, or the head_dtype that a user asked vLLM for
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load the head ourselves and hand the body to vLLM; refuse a head that is not whole and finite.
+        """Load the head ourselves and hand the body to vLLM; refuse a drafter that is not whole and finite.
 
         Into a running engine, whose captured graphs never pass `forward` again, any part may be loaded. In an online
         update (vllm/model_executor/model_loader/reload) the parameters are on the meta device meanwhile, and vLLM has
         the head laid out again when all of it is there.
         """
         in_update = self.low_rank_head.down.is_meta
+        first = not self.prepared and not in_update
         head: dict[str, torch.Tensor] = {}
-        super().load_weights(self._take_head(weights, head))
+        body: set[str] = set()
+        if first:
+            self._forget_body()
+        super().load_weights(self._take_head(weights, head, body))
         check_head(self.spec, {n: describe(t) for n, t in head.items()}, self.source, whole=not self.prepared)
         for name, tensor in head.items():
-            check_tensor(self.spec, name, tensor, self.source)
+            check_finite(name, tensor, self.source)
+        t2d = head.pop("t2d", None)
+        if "d2t" in head:
+            check_map(head["d2t"], t2d, self.spec.vocab_size, self.source)
+        if first:
+            self.body.check_whole(body)
+            self._check_filled("embed_tokens.weight" in body)
         if DENSE in head:
             if self.lm_head is not self.own_rows():
                 raise CheckpointError(
@@ -143,14 +159,41 @@ class LowRankDraft(_Eagle3):
             _fill_rows(self.dense[1], head["d2t"])
 
     def _take_head(
-        self, weights: Iterable[tuple[str, torch.Tensor]], head: dict[str, torch.Tensor]
+        self, weights: Iterable[tuple[str, torch.Tensor]], head: dict[str, torch.Tensor], body: set[str]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            ours = name == "d2t" or "lm_head" in name
-            if ours:
+            if name in ("d2t", "t2d") or "lm_head" in name:
                 head[name] = tensor
-            if not ours or (name == "d2t" and self.spec.truncated):
+            elif not skipped(name):
+                self.body.check_tensor(name, *describe(tensor))
+                body.add(name)
                 yield name, tensor
+            if name == "d2t" and self.spec.truncated:
+                yield name, tensor
+
+    @torch.no_grad()
+    def _forget_body(self) -> None:
+        """Make every parameter of the body NaN, so that :meth:`_check_filled` sees what no tensor fills."""
+        for name, parameter in self._body_parameters():
+            if name != "embed_tokens.weight":  # most drafters have none, and memory that is written to is taken
+                parameter.fill_(torch.nan)
+
+    def _check_filled(self, own_embeddings: bool) -> None:
+        for name, parameter in self._body_parameters():
+            if name == "embed_tokens.weight" and not own_embeddings:
+                continue
+            if count := count_not_finite(parameter):
+                raise CheckpointError(
+                    f"{self.source}: {count} values of the parameter {name} are NaN or Inf, or were filled by no "
+                    "tensor of the drafter; look at it with `slimspec doctor`, and copy or convert it again"
+                )
+
+    def _body_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            # Only the first layer reads its hidden_norm, and drafters of several layers have only that one.
+            unread = name.endswith(".hidden_norm.weight") and not name.startswith("layers.0.")
+            if parameter.is_floating_point() and not unread:
+                yield name, parameter
 
     @torch.inference_mode(False)  # what is kept is written to again by loads, which run outside of inference mode
     def _prepare(self) -> None:
