@@ -51,6 +51,15 @@ def test_bad_flags(work, tmp_path, flags, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_drafter_that_vllm_would_not_load_is_refused_before_it_is_trained(work, tmp_path):
+    """Catches: hours of training for an activation that no vLLM drafter has, told by the last step."""
+    code, text = fit_command(work, tmp_path / "d", "--draft-hidden-act", "gelu")
+    assert (code, "Traceback" in text) == (1, False)
+    assert "error: the drafter to be trained: hidden_act='gelu', and vLLM's drafters know only silu" in text
+    assert "--draft-hidden-act silu" in text
+    assert not (tmp_path / "d").exists()
+
+
 def test_all_stages_refuse_before_the_first(work, tmp_path):
     """Catches: a rank that is refused after the target has answered for hours."""
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"input_ids": [1, 2]}) + "\n")

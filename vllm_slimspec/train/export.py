@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from speculators.models.utils import flatten_rope_parameters
 
-from vllm_slimspec.checkpoint import ARCHITECTURES, DENSE_ARCHITECTURES, DraftCheckpoint, write_checkpoint
+from vllm_slimspec.body import Body
+from vllm_slimspec.checkpoint import DraftCheckpoint, describe, write_checkpoint
+from vllm_slimspec.config import ARCHITECTURES, DENSE_ARCHITECTURES, flatten, known_family
 from vllm_slimspec.rope import rope_keys
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 
@@ -21,6 +23,7 @@ _LAYER_KEYS = (
     "hidden_act",
     "rms_norm_eps",
     "attention_bias",
+    "mlp_bias",
     "max_position_embeddings",
     "vocab_size",
 )
@@ -44,16 +47,35 @@ def export(
         dtype: of the floating-point tensors on disk.
         provenance: how this drafter came to be, written as slimspec.json.
     """
-    # What is the target's, vLLM lends.
-    own_embeddings, own_head = model.config.embed_requires_grad, not model.config.head_is_targets
     tensors = {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in _served_tensors(model).items()
+    }
+    return write_checkpoint(folder, draft_config(model, dtype), tensors, provenance)
+
+
+def check_servable(model: SlimSpecEagle3Model) -> None:
+    """Refuse a drafter that vLLM would not load, before it is trained.
+
+    Raises:
+        CheckpointError: its layers have sizes, tensors or an activation that vLLM's drafters do not.
+    """
+    config = flatten(draft_config(model, torch.float32), "the drafter to be trained")
+    family = known_family(config, "the drafter to be trained")
+    tensors = {name: describe(tensor) for name, tensor in _served_tensors(model).items()}
+    Body(config, family, "the drafter to be trained").check(tensors)
+
+
+def _served_tensors(model: SlimSpecEagle3Model) -> dict[str, torch.Tensor]:
+    # What is the target's, vLLM lends.
+    own_embeddings, own_head = model.config.embed_requires_grad, not model.config.head_is_targets
+    return {
+        name: tensor
         for name, tensor in model.state_dict().items()
         if not name.startswith(_NOT_SERVED)
         and (own_embeddings or not name.startswith("embed_tokens."))
         and (own_head or not name.startswith("lm_head."))
     }
-    return write_checkpoint(folder, draft_config(model, dtype), tensors, provenance)
 
 
 def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, Any]:
@@ -67,11 +89,11 @@ def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, An
         "eagle_aux_hidden_state_layer_ids": list(model.target_layer_ids),
         "num_aux_hidden_states": len(model.target_layer_ids),
         **{key: getattr(model.config, key) for key in _NORM_KEYS},
-        **{key: getattr(layer, key) for key in _LAYER_KEYS},
+        **{key: getattr(layer, key) for key in _LAYER_KEYS if hasattr(layer, key)},  # Qwen3 has no mlp_bias
         **rope_keys(flatten_rope_parameters(layer).rope_parameters),  # what the model was built with
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    if "sliding_attention" in (layer.layer_types or ()):
+    if "sliding_attention" in (getattr(layer, "layer_types", None) or ()):
         config |= {"layer_types": layer.layer_types, "sliding_window": layer.sliding_window, "use_sliding_window": True}
     return config

@@ -33,7 +33,7 @@ import vllm_slimspec
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.output import beside, check_free, claim_folder, write_whole
 from vllm_slimspec.progress import progress
-from vllm_slimspec.train.export import export
+from vllm_slimspec.train.export import check_servable, export
 from vllm_slimspec.train.held_out import check_measurable, loader_like
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
@@ -117,6 +117,7 @@ def slimspec_in_speculators(others: Mapping[str, Path] | None = None) -> Iterato
     trainers: list[SlimSpecTrainer] = []
 
     def make_trainer(model: Any, config: Any, train: Any, held_out: Any) -> SlimSpecTrainer:
+        check_servable(model)
         if not dist.is_initialized() or dist.get_rank() == 0:
             settle(config.save_path)
         if dist.is_initialized():
