@@ -55,7 +55,11 @@ def claim(result: dict[str, Any]) -> list[str]:
 def cycle(result: dict[str, Any]) -> list[str]:
     """Whole cycles at the first K, columns for each batch."""
     k = result["rows"][0]["num_speculative_tokens"]
-    rows = {(r["head"], r["batch"]): r for r in result["rows"] if r["num_speculative_tokens"] == k}
+    rows = {
+        (r["head"], r["batch"]): r
+        for r in result["rows"]
+        if (r["num_speculative_tokens"], r["dtype"]) == (k, "bfloat16")
+    }
     batches = sorted({batch for _, batch in rows})
     columns = [f"batch {b}, ms (p20 to p80) | x full (95%) | eq. 4" for b in batches]
     lines = [f"| draft head, K = {k} | {' | '.join(columns)} |", "|---" * (1 + 3 * len(batches)) + "|"]
@@ -75,8 +79,9 @@ def cycle(result: dict[str, Any]) -> list[str]:
 def cycles(result: dict[str, Any]) -> list[str]:
     """Every row: against the full head, against what vLLM ships, and how far from eq. 4."""
     lines = []
-    for k, batch in dict.fromkeys((r["num_speculative_tokens"], r["batch"]) for r in result["rows"]):
-        rows = {r["head"]: r for r in result["rows"] if (r["num_speculative_tokens"], r["batch"]) == (k, batch)}
+    measured = [r for r in result["rows"] if r["dtype"] == "bfloat16"]
+    for k, batch in dict.fromkeys((r["num_speculative_tokens"], r["batch"]) for r in measured):
+        rows = {r["head"]: r for r in measured if (r["num_speculative_tokens"], r["batch"]) == (k, batch)}
         shipped = rows["trim-32k-scatter"]["cycle_ms_p50"]
         lines += [
             "",

@@ -272,7 +272,7 @@ def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
     assert run.exit_code == 1
     last = run.stderr.splitlines()[-1]
     assert last.startswith("error: vLLM ended with code 1 (ValueError: low-rank is wrong at batch 1)")
-    assert "work/logs/toy-5-0.log" in run.output.replace("\n", "")
+    assert "work/logs/toy-bfloat16-5-0.log" in run.output.replace("\n", "")
     assert not json_path.exists()
 
 
@@ -282,7 +282,7 @@ def test_command(toy, tmp_path, monkeypatch):
     asked = []
 
     def run(plan, log, tick):
-        asked.append((plan.num_speculative_tokens, log.name))
+        asked.append((plan.dtype, plan.num_speculative_tokens, log.name))
         tick()
         return found({"null": 1.0, "full": 40e3, "low-rank": 8e3}, extra=100.0 * plan.num_speculative_tokens)
 
@@ -293,14 +293,16 @@ def test_command(toy, tmp_path, monkeypatch):
     arguments = ["--shapes", "toy", "--heads", "null,full,low-rank", "-k", "5,3", "--work-path", str(tmp_path)]
     result = CliRunner().invoke(app, ["cycle", *arguments, "--json", str(path)])
     assert result.exit_code == 0, result.output
-    assert asked == [(5, "toy-5-0.log"), (3, "toy-3-0.log")]
+    dtypes = ("bfloat16", "float32")  # both, where nobody asks for one
+    assert asked == [(dtype, k, f"toy-{dtype}-{k}-0.log") for dtype in dtypes for k in (5, 3)]
     results = CycleResults.model_validate_json(path.read_text())
-    assert [(row.num_speculative_tokens, row.head) for row in results.rows] == [
-        (k, head) for k in (5, 3) for head in ("null", "full", "low-rank")
+    assert [(row.dtype, row.num_speculative_tokens, row.head) for row in results.rows] == [
+        (dtype, k, head) for dtype in dtypes for k in (5, 3) for head in ("null", "full", "low-rank")
     ]
-    assert [row.cycle_ms_p50 for row in results.rows if row.head == "null"] == [601, 401]
-    assert [len(r) for r in written] == [3, 6]
-    assert "toy, K=3, batch 2, context 16: kappa 0.333" in result.output
+    assert [row.cycle_ms_p50 for row in results.rows if row.head == "null"] == [601, 401, 601, 401]
+    assert [len(r) for r in written] == [3, 6, 9, 12]
+    for dtype in dtypes:
+        assert f"toy in {dtype}, K=3, batch 2, context 16: kappa 0.333" in result.output
     assert "other programs ran too" not in result.output
 
 
@@ -332,7 +334,7 @@ def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cycle, "run", run)
     arguments = ["--shapes", "toy", "--heads", "null,full,low-rank", "--work-path", str(tmp_path)]
-    result = CliRunner().invoke(app, ["cycle", *arguments])
+    result = CliRunner().invoke(app, ["cycle", *arguments, "--dtypes", "bfloat16"])
     assert "3 of 3 rows spread by more than 1.25x from p20 to p80: other programs ran too" in " ".join(
         result.output.split()
     )

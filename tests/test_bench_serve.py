@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +64,9 @@ def test_random_weights_are_served(toy, servers, tmp_path):
     heads = ["full", "trim-32k", "low-rank-int8"]
     pair = serve.random_pair("toy", heads, tmp_path, ["--enforce-eager"])
     measured = acceptance(dict.fromkeys(heads, RATES))
-    options = serve.Options(pair, k=3, concurrencies=[1], requests=1, max_tokens=4, acceptance=measured)
+    options = serve.Options(
+        pair, k=3, concurrencies=[1], requests=1, max_tokens=4, dtypes=["bfloat16"], acceptance=measured
+    )
     *_, results = serve.measure(options)
     assert [row.head for row in results.rows] == ["none", *heads]
     assert (results.hidden_size, results.vocab_size, results.acceptance) == (128, 70000, "the-target")
@@ -82,6 +85,34 @@ def test_random_weights_are_served(toy, servers, tmp_path):
     assert {len(AutoTokenizer.from_pretrained(pair.target)(text)["input_ids"]) for text in servers[0][2]} == {128}
     with pytest.raises(ValueError, match="no acceptance of full at K=4"):
         next(serve.measure(serve.Options(pair, k=4, concurrencies=[1], requests=1, max_tokens=4, acceptance=measured)))
+
+
+def test_each_dtype_is_served_and_told(toy, servers, tmp_path):
+    """Catches: two dtypes in rows that cannot be told apart, or a server that is started without the dtype."""
+    pair = serve.random_pair("toy", ["full"], tmp_path)
+    options = serve.Options(pair, k=3, concurrencies=[1, 2], requests=1, max_tokens=4, dtypes=["bfloat16", "float32"])
+    *_, results = serve.measure(options)
+    assert [(row.dtype, row.head, row.concurrency) for row in results.rows] == [
+        (dtype, head, n) for dtype in ("bfloat16", "float32") for head in ("none", "full") for n in (1, 2)
+    ]
+    assert [arguments[arguments.index("--dtype") + 1] for _, arguments, *_ in servers] == [
+        "bfloat16",
+        "bfloat16",
+        "float32",
+        "float32",
+    ]
+
+
+def test_a_cpu_serves_in_both_dtypes_unless_memory_or_the_user_says_otherwise(toy, tmp_path, monkeypatch, caplog):
+    """Catches: a dtype of --server-args that is given twice; a target that is killed for want of memory in float32."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    pair = serve.random_pair("toy", ["full"], tmp_path)
+    assert serve.dtypes_of(pair) == ["bfloat16", "float32"]
+    for said in (["--dtype", "float16"], ["--dtype=float16"]):
+        assert serve.dtypes_of(serve.random_pair("toy", ["full"], tmp_path, said)) == (None,)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1_000_000))
+    assert serve.dtypes_of(pair) == ["bfloat16"]
+    assert "is not timed in float32, which would need about" in caplog.text
 
 
 def test_row_of_the_load_generator():

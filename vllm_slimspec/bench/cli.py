@@ -10,11 +10,12 @@ import typer
 from vllm_slimspec.bench import cycle, parts, rivals
 from vllm_slimspec.bench.head import app
 from vllm_slimspec.bench.options import choices, claim_results, positive_ints
+from vllm_slimspec.bench.options import dtypes as listed_dtypes
 from vllm_slimspec.bench.pairs import TARGETS
 from vllm_slimspec.bench.prompts import Benchmark, convert, read_lines
 from vllm_slimspec.bench.results import AcceptanceResults
 from vllm_slimspec.bench.synthetic import NO_SYNTHETIC
-from vllm_slimspec.console import Dtype, json_object, one_line_errors
+from vllm_slimspec.console import Dtype, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.output import beside, claim_file, claim_work
 from vllm_slimspec.progress import progress
 
@@ -138,6 +139,13 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer, exactly.")] = 256,
     server_args: Annotated[str, typer.Option(help="Further arguments of `vllm serve`, as one string.")] = "",
     work_path: Annotated[Path, typer.Option(help="Folder that keeps random drafters.")] = Path("build/cycle"),
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtypes to serve in, such as bfloat16,float32. [default: on a CPU these two; vLLM's choice on a GPU, "
+            "and where --server-args has --dtype]"
+        ),
+    ] = None,
     json: Json = None,
 ) -> None:
     """Serve the target alone and with each drafter, under `vllm bench serve`: latency, throughput and acceptance."""
@@ -155,7 +163,9 @@ def serve(
         raise typer.BadParameter(f"{shape!r} is not one of: {', '.join(TARGETS)}", param_hint="--shape")
     numbers = positive_ints(concurrency, "--concurrency", "numbers of requests at once")
     names, further = choices(heads, bench.HEADS, "--heads"), shlex.split(server_args)
+    wanted = listed_dtypes(dtypes)
     with (
+        log_on_stderr(),
         one_line_errors(),
         claim_results(json),
         claim_work(work_path) if shape else nullcontext(),
@@ -172,6 +182,7 @@ def serve(
             concurrencies=numbers,
             requests=requests,
             max_tokens=max_tokens,
+            dtypes=wanted,
             acceptance=measured,
         )
         for results in bench.measure(options):
@@ -214,12 +225,13 @@ def print_serve(results: "ServeResults") -> None:
     from rich.table import Table
 
     console = Console()
-    for concurrency in dict.fromkeys(row.concurrency for row in results.rows):
-        table = Table("head", box=None, title=f"{concurrency} at once", title_justify="left")
+    for dtype, concurrency in dict.fromkeys((row.dtype, row.concurrency) for row in results.rows):
+        title = f"{concurrency} at once" + (f", {dtype}" if dtype else "")
+        table = Table("head", box=None, title=title, title_justify="left")
         for column in ("tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "acceptance length", "failed"):
             table.add_column(column, justify="right")
         for row in results.rows:
-            if row.concurrency == concurrency:
+            if (row.dtype, row.concurrency) == (dtype, concurrency):
                 times = (f"{ms:.1f}" for ms in (row.ttft_ms_p50, row.itl_ms_p50, row.tpot_ms_p50))
                 length = "" if row.length is None else f"{row.length:.2f}"
                 table.add_row(row.head, f"{row.tokens_per_s:.1f}", *times, length, str(row.failed or ""))

@@ -20,12 +20,14 @@ from vllm_slimspec.bench.bootstrap import interval
 from vllm_slimspec.bench.cycle_engine import Found, Plan, Turn, rotated, run
 from vllm_slimspec.bench.head import device_name, quantile
 from vllm_slimspec.bench.options import choices, claim_results, positive_ints, turns
+from vllm_slimspec.bench.options import dtypes as listed_dtypes
 from vllm_slimspec.bench.pairs import DTYPE, TARGETS, asked_for, write_drafter, write_target
 from vllm_slimspec.bench.results import AcceptanceResults, CycleResults, CycleRow, provenance
+from vllm_slimspec.bench.served_dtypes import fitting
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.speedup import least_ratio
 from vllm_slimspec.bench.synthetic import NO_SYNTHETIC, rates, synthetic
-from vllm_slimspec.console import one_line_errors
+from vllm_slimspec.console import log_on_stderr, one_line_errors
 from vllm_slimspec.output import claim_work
 from vllm_slimspec.progress import progress
 
@@ -71,6 +73,7 @@ class Options(NamedTuple):
     repeats: int
     work: Path  # random drafters and the engines' logs
     acceptance: AcceptanceResults | None = None  # on a GPU: vLLM accepts as often as these drafters' targets did
+    dtypes: Sequence[str] | None = None  # None: on a CPU both, where they fit into memory, and bfloat16 on a GPU
 
 
 def measure(
@@ -84,14 +87,19 @@ def measure(
         EngineError: an engine failed, or refused a head because it drafts wrong tokens; the message names its log.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plans = {(shape, k): plan(options, shape, k, device) for shape in options.shapes for k in options.ks}
+    plans = {
+        (shape, dtype, k): plan(options, shape, k, device, dtype)
+        for shape in options.shapes
+        for dtype in options.dtypes or _dtypes(options, shape, device)
+        for k in options.ks
+    }
     rows: list[CycleRow] = []
     with ticking(sum(one.ticks for group in plans.values() for one in group)) as tick:
-        for (shape, k), group in plans.items():
+        for (shape, dtype, k), group in plans.items():
             found = []
             for number, one in enumerate(group):
-                found.append(run(one, options.work / "logs" / f"{shape}-{k}-{number}.log", tick))
-            rows += rows_of(shape, k, found, options.acceptance)
+                found.append(run(one, options.work / "logs" / f"{shape}-{dtype}-{k}-{number}.log", tick))
+            rows += rows_of(shape, k, found, options.acceptance, dtype)
             yield CycleResults(
                 **provenance(),
                 device=device_name(torch.device(device)),
@@ -102,7 +110,13 @@ def measure(
             )
 
 
-def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
+def _dtypes(options: Options, shape: str, device: str) -> list[str]:
+    if device != "cpu":
+        return [DTYPE]
+    return fitting(write_target(options.work / shape / "target", TARGETS[shape]))
+
+
+def plan(options: Options, shape: str, k: int, device: str, dtype: str = DTYPE) -> list[Plan]:
     """The engines of a shape and K: on a CPU one, in which the heads take turns; on a GPU one a head and round.
 
     A GPU's engines keep a head in their CUDA graphs, where it cannot be exchanged.
@@ -126,6 +140,7 @@ def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
             repeats=options.repeats,
             device=device,
             speculative=speculative,
+            dtype=dtype,
             seed=seed,
         )
 
@@ -139,7 +154,13 @@ def plan(options: Options, shape: str, k: int, device: str) -> list[Plan]:
     return plans
 
 
-def rows_of(shape: str, k: int, found: Sequence[Found], acceptance: AcceptanceResults | None = None) -> list[CycleRow]:
+def rows_of(
+    shape: str,
+    k: int,
+    found: Sequence[Found],
+    acceptance: AcceptanceResults | None = None,
+    dtype: str = DTYPE,
+) -> list[CycleRow]:
     """What the engines of one shape and K found, a row for each head, batch and context.
 
     Tokens per second are those of the ``acceptance`` that vLLM imitated: it draws, and a few hundred cycles would put
@@ -171,7 +192,7 @@ def rows_of(shape: str, k: int, found: Sequence[Found], acceptance: AcceptanceRe
                     num_speculative_tokens=k,
                     batch=batch,
                     context=context,
-                    dtype=DTYPE,
+                    dtype=dtype,
                     cycles=len(times[head]),
                     cycle_ms_p20=round(quantile(times[head], 0.2), 2),
                     cycle_ms_p50=round(cycle[head], 2),
@@ -237,6 +258,9 @@ def cycle(
     work_path: Annotated[Path, typer.Option(help="Folder that keeps random drafters and the engines' logs.")] = Path(
         "build/cycle"
     ),
+    dtypes: Annotated[
+        str | None, typer.Option(help="Dtypes to time, such as bfloat16,float32. [default: on a CPU these two]")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:
     """Time a draft-and-verify cycle of the real engine under every head, at true shapes with random weights."""
@@ -257,8 +281,10 @@ def cycle(
         cycles=cycles,
         repeats=repeats,
         work=work_path,
+        dtypes=listed_dtypes(dtypes),
     )
     with (
+        log_on_stderr(),
         one_line_errors(),
         claim_results(json),
         claim_work(work_path),
@@ -278,11 +304,11 @@ def _print(results: CycleResults) -> None:
 
     console = Console()
     console.print(f"{results.device}; {results.threads} threads in the engine", highlight=False)
-    groups: dict[tuple[str, int, int, int], list[CycleRow]] = {}
+    groups: dict[tuple[str, str, int, int, int], list[CycleRow]] = {}
     for row in results.rows:
-        groups.setdefault((row.shape, row.num_speculative_tokens, row.batch, row.context), []).append(row)
-    for (shape, k, batch, context), rows in groups.items():
-        title = f"{shape}, K={k}, batch {batch}, context {context}: kappa {rows[0].kappa:.3f}"
+        groups.setdefault((row.shape, row.dtype, row.num_speculative_tokens, row.batch, row.context), []).append(row)
+    for (shape, dtype, k, batch, context), rows in groups.items():
+        title = f"{shape} in {dtype}, K={k}, batch {batch}, context {context}: kappa {rows[0].kappa:.3f}"
         table = Table("head", title=title, title_justify="left")
         columns = ["p20 ms", "p50 ms", "p80 ms", "K heads ms", "alone us", "x full", "95%", "eq. 4", "off"]
         for column in [*columns, "accepted", "tokens/s"] if results.acceptance else columns:

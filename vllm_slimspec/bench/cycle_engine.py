@@ -38,6 +38,7 @@ class Plan(BaseModel):
     repeats: int  # timed calls of each head alone
     device: str
     speculative: dict[str, Any]  # more of vLLM's speculative_config
+    dtype: str = DTYPE  # of both models
     seed: int = 0  # of the engine: what vLLM's synthetic acceptance draws
 
     @property
@@ -126,7 +127,7 @@ class Engine:
                 "draft_load_config": {"load_format": "safetensors"},
                 **plan.speculative,
             },
-            dtype=DTYPE,
+            dtype=plan.dtype,
             max_model_len=plan.max_model_len,
             max_num_seqs=max(plan.batches),
             enforce_eager=plan.exchange,

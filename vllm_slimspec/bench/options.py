@@ -31,6 +31,11 @@ def positive_ints(given: str, option: str, what: str) -> list[int]:
     return numbers
 
 
+def dtypes(given: str | None) -> list[str] | None:
+    """The dtypes of a comma-separated list; None where none is given."""
+    return None if given is None else choices(given, ("bfloat16", "float32", "float16"), "--dtypes")
+
+
 def claim_results(json: Path | None, *, run: Path | None = None) -> AbstractContextManager[Any]:
     """Claim the file of ``--json``, where it is given, before anything is measured; see :func:`claim_file`."""
     return nullcontext() if json is None else claim_file(json, run=run)

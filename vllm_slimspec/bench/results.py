@@ -226,6 +226,7 @@ class ServeRow(_Record):
     """One drafter behind a server at one concurrency, as ``vllm bench serve`` counted; ``none`` is the target alone."""
 
     head: str
+    dtype: str | None = None  # None: vLLM's choice
     concurrency: int
     completed: int
     failed: int

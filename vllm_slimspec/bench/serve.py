@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Options:
     concurrencies: Sequence[int]
     requests: int  # for each of the requests at once
     max_tokens: int
+    dtypes: Sequence[str] | None = None  # None: see dtypes_of
     acceptance: AcceptanceResults | None = None  # on a GPU: vLLM accepts as often as these drafters' targets did
 
 
@@ -86,6 +88,17 @@ def random_pair(shape: str, heads: Sequence[str], work: Path, server: Sequence[s
         server=["--load-format", "dummy", "--max-model-len", str(_LENGTH), *server],
         speculative={head: loading | asked_for(head) for head in heads},
     )
+
+
+def dtypes_of(pair: Pair) -> Sequence[str | None]:
+    """Return the dtypes to serve a pair in where none is asked for: on a CPU two, unless the server's arguments say."""
+    import torch
+
+    if torch.accelerator.is_available() or any(argument.startswith("--dtype") for argument in pair.server):
+        return (None,)
+    from vllm_slimspec.bench.served_dtypes import fitting
+
+    return fitting(pair.target)
 
 
 def measure(options: Options) -> Iterator[ServeResults]:
@@ -120,8 +133,10 @@ def measure(options: Options) -> Iterator[ServeResults]:
     data = work / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     rows: list[ServeRow] = []
-    for name, drafter in {"none": None, **pair.drafters}.items():
+    dtypes = options.dtypes or dtypes_of(pair)
+    for dtype, (name, drafter) in product(dtypes, {"none": None, **pair.drafters}.items()):
         arguments = ["--served-model-name", "target", "--no-enable-prefix-caching", *pair.server]
+        arguments += [] if dtype is None else ["--dtype", dtype]
         if drafter is not None:
             speculative = {
                 "method": "eagle3",
@@ -133,11 +148,13 @@ def measure(options: Options) -> Iterator[ServeResults]:
             arguments += ["--speculative-config", json.dumps(speculative)]
         server = Server(pair.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200)
         with ExitStack() as running:
-            with progress(f"Starting vllm serve, drafter {name}"):
+            what = f"vllm serve, drafter {name}" + (f", {dtype}" if dtype else "")
+            with progress(f"Starting {what}"):
                 running.enter_context(server)
             for concurrency in options.concurrencies:
-                with progress(f"Load on vllm serve, drafter {name}, {concurrency} at once"):
-                    rows.append(row(name, concurrency, _load(options, server.url, data, concurrency, work)))
+                with progress(f"Load on {what}, {concurrency} at once"):
+                    saved = _load(options, server.url, data, concurrency, work)
+                rows.append(row(name, concurrency, saved, dtype))
         yield ServeResults(
             **provenance(),
             device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
@@ -177,10 +194,11 @@ def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) 
     return saved
 
 
-def row(head: str, concurrency: int, saved: Mapping[str, Any]) -> ServeRow:
+def row(head: str, concurrency: int, saved: Mapping[str, Any], dtype: str | None = None) -> ServeRow:
     """A row from what ``vllm bench serve --save-result`` wrote."""
     return ServeRow(
         head=head,
+        dtype=dtype,
         concurrency=concurrency,
         completed=saved["completed"],
         failed=saved["failed"],

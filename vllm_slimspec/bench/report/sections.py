@@ -12,7 +12,7 @@ from vllm_slimspec.bench.report import figures
 from vllm_slimspec.bench.report.figures import KAPPA, NU, NULL, RHO, TOLERANCE, Point
 from vllm_slimspec.bench.report.material import Material
 from vllm_slimspec.bench.report.theme import Theme
-from vllm_slimspec.bench.results import AcceptanceRow, CycleRow
+from vllm_slimspec.bench.results import AcceptanceRow, CycleRow, ServeResults
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.speedup import least_ratio, speedup
 
@@ -96,16 +96,11 @@ _REFERENCES = {
 
 def _verdicts(material: Material) -> Iterable[Verdict]:
     for source in material.cycle:
-        keys = dict.fromkeys((r.shape, r.num_speculative_tokens, r.batch, r.context) for r in source.results.rows)
+        keys = dict.fromkeys(map(_measured_at, source.results.rows))
+        several = len({dtype for *_, dtype in keys}) > 1
         for key in keys:
-            rows = [
-                row
-                for row in source.results.rows
-                if (row.shape, row.num_speculative_tokens, row.batch, row.context) == key
-                and row.ratio
-                and row.head != NULL
-            ]
-            shape, k, batch, context = key
+            rows = [row for row in source.results.rows if _measured_at(row) == key and row.ratio and row.head != NULL]
+            shape, k, batch, context, dtype = key
             ratios, models = acceptance_ratios(material, shape, k)
             table = []
             for row in sorted(rows, key=lambda row: (row.ratio or 1) / ratios.get(row.head, (1.0,))[0]):
@@ -128,9 +123,8 @@ def _verdicts(material: Material) -> Iterable[Verdict]:
                     "All against the full head, at equal acceptance: none was measured for models of this shape, so a "
                     "head that accepts less gives less than this."
                 )
-            yield Verdict(
-                f"Side by side, {shape}, K={k}, batch {batch}, context {context}", words, Table(columns, table)
-            )
+            where = f"{shape}, K={k}, batch {batch}, context {context}" + (f", {dtype}" if several else "")
+            yield Verdict(f"Side by side, {where}", words, Table(columns, table))
 
 
 def _heads(material: Material, name: str) -> Iterable[Section]:
@@ -170,17 +164,22 @@ def _heads(material: Material, name: str) -> Iterable[Section]:
             )
 
 
+def _measured_at(row: CycleRow) -> tuple[str, int, int, int, str]:
+    return row.shape, row.num_speculative_tokens, row.batch, row.context, row.dtype
+
+
 def _cycles(material: Material, name: str) -> Iterable[Section]:
     for source in material.cycle:
-        keys = dict.fromkeys((r.shape, r.num_speculative_tokens, r.context) for r in source.results.rows)
-        for shape, k, context in keys:
+        keys = dict.fromkeys((r.shape, r.num_speculative_tokens, r.context, r.dtype) for r in source.results.rows)
+        several = len({dtype for *_, dtype in keys}) > 1
+        for shape, k, context, dtype in keys:
             rows = [
                 row
                 for row in source.results.rows
-                if (row.shape, row.num_speculative_tokens, row.context) == (shape, k, context)
+                if (row.shape, row.num_speculative_tokens, row.context, row.dtype) == (shape, k, context, dtype)
             ]
-            where = f"{shape}, K={k}, context {context}"
-            tag = f"{name}{shape}-k{k}-c{context}"
+            where = f"{shape}, K={k}, context {context}" + (f", {dtype}" if several else "")
+            tag = f"{name}{shape}-k{k}-c{context}" + (f"-{dtype}" if several else "")
             yield _decomposition(rows, source.results.acceptance, where, tag)
             for batch in dict.fromkeys(row.batch for row in rows):
                 chosen = [row for row in rows if row.batch == batch]
@@ -389,38 +388,43 @@ def _acceptance(material: Material, name: str) -> Iterable[Section]:
 
 def _serving(material: Material, name: str) -> Iterable[Section]:
     for number, source in enumerate(material.serve):
-        results = source.results
-        best = {
-            c: max((r for r in results.rows if r.concurrency == c), key=lambda r: r.tokens_per_s)
-            for c in sorted({row.concurrency for row in results.rows})
-        }
-        table = [
-            [
-                row.head,
-                str(row.concurrency),
-                f"{row.tokens_per_s:.1f}",
-                f"{row.ttft_ms_p50:.0f}",
-                f"{row.itl_ms_p50:.1f}",
-                f"{row.tpot_ms_p50:.1f}",
-                _maybe(row.length, ".2f"),
-            ]
-            for row in results.rows
+        for dtype in dict.fromkeys(row.dtype for row in source.results.rows):
+            yield _served(source.results, dtype, f"{name}serve-{number}" + (f"-{dtype}" if dtype else ""))
+
+
+def _served(results: ServeResults, dtype: str | None, tag: str) -> Section:
+    rows = [row for row in results.rows if row.dtype == dtype]
+    best = {
+        c: max((r for r in rows if r.concurrency == c), key=lambda r: r.tokens_per_s)
+        for c in sorted({row.concurrency for row in rows})
+    }
+    table = [
+        [
+            row.head,
+            str(row.concurrency),
+            f"{row.tokens_per_s:.1f}",
+            f"{row.ttft_ms_p50:.0f}",
+            f"{row.itl_ms_p50:.1f}",
+            f"{row.tpot_ms_p50:.1f}",
+            _maybe(row.length, ".2f"),
         ]
-        yield Section(
-            "Served",
-            f"{name}serve-{number}",
-            [
-                f"vllm bench serve against a server for each head, K={results.num_speculative_tokens}, "
-                f"{results.max_tokens} tokens an answer; from left to right ever more requests at once. A cycle's "
-                "tokens arrive together: ITL is the time of a cycle, TPOT that of a token.",
-                *([f"vLLM accepted as often as was measured with {results.acceptance}."] if results.acceptance else []),
-            ],
-            "Lines of server throughput against the speed of one request. "
-            + ", ".join(f"at {c} at once {r.head} is first with {r.tokens_per_s:.0f} tokens/s" for c, r in best.items())
-            + ".",
-            partial(figures.serving, results.rows),
-            Table(["head", "at once", "tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "acceptance length"], table),
-        )
+        for row in rows
+    ]
+    return Section(
+        "Served" + (f", {dtype}" if dtype else ""),
+        tag,
+        [
+            f"vllm bench serve against a server for each head, K={results.num_speculative_tokens}, "
+            f"{results.max_tokens} tokens an answer; from left to right ever more requests at once. A cycle's "
+            "tokens arrive together: ITL is the time of a cycle, TPOT that of a token.",
+            *([f"vLLM accepted as often as was measured with {results.acceptance}."] if results.acceptance else []),
+        ],
+        "Lines of server throughput against the speed of one request. "
+        + ", ".join(f"at {c} at once {r.head} is first with {r.tokens_per_s:.0f} tokens/s" for c, r in best.items())
+        + ".",
+        partial(figures.serving, rows),
+        Table(["head", "at once", "tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "acceptance length"], table),
+    )
 
 
 def _ablation(material: Material, name: str) -> Iterable[Section]:
