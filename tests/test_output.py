@@ -307,6 +307,65 @@ def other(tmp_path):
         process.communicate()
 
 
+def test_kept_output_outlives_another_try(tmp_path):
+    """Catches: the finished output of hours removed by the next run, which is refused as well."""
+    with claim_folder(tmp_path / "d") as claim:
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "mine").write_text("mine")
+        with pytest.raises(OutputError, match="it is kept in"):
+            claim.write_folder(fill)
+    with pytest.raises(OutputError, match="not an empty folder"), claim_folder(tmp_path / "d"):
+        pytest.fail("the work began")
+    assert contents(next((tmp_path / ".d.partial").glob("new*"))) == FILES
+
+
+def test_output_that_fails_while_it_is_moved_stays_whole(tmp_path, monkeypatch):
+    """Catches: half of the files in the output and half elsewhere; a next run that removes both."""
+    replace = Path.replace
+
+    def fail(file, target):
+        if file.name == "config.json" and Path(target).parent == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return replace(file, target)
+
+    with claim_folder(tmp_path) as claim, monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", fail)
+        with pytest.raises(OutputError, match=r"Input/output error\); it is kept in"):
+            claim.write_folder(fill)
+    (kept,) = (tmp_path / ".slimspec.partial").glob("new*")
+    assert contents(kept) == FILES
+    assert [file.name for file in tmp_path.iterdir()] == [".slimspec.partial"]
+
+
+def test_folder_of_somebody_else_under_the_name_of_a_claim_is_left_alone(tmp_path):
+    """Catches: files removed as the leftovers of a dead run because of the name of their folder."""
+    (tmp_path / ".d.partial").mkdir()
+    (tmp_path / ".d.partial" / "thesis.tex").write_text("mine")
+    with (
+        pytest.raises(OutputError, match=r"\.d\.partial is in the way, with other files in it"),
+        claim_folder(tmp_path / "d"),
+    ):
+        pytest.fail("the work began")
+    assert contents(tmp_path / ".d.partial") == {"thesis.tex": "mine"}
+
+
+def test_leftovers_give_their_room_back_before_the_disk_is_judged(other, tmp_path, monkeypatch):
+    """Catches: a disk that a dead run filled, which the next run calls full instead of clearing it."""
+    process = other("claim_folder", "out")
+    process.kill()
+    process.wait()
+    write, seen = os.write, []
+
+    def judge(*arguments):
+        seen.append([file.name for file in (tmp_path / ".out.partial").iterdir()])
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "write", judge)
+    with claim_folder(tmp_path / "out"):
+        pass
+    assert seen[0] == ["lock"]
+
+
 @pytest.mark.parametrize("kind", ["claim_folder", "claim_file", "claim_work"])
 def test_second_run_of_one_output_is_refused(kind, other, tmp_path, monkeypatch):
     """Catches: two runs that write one output, under one spelling of its name or two."""

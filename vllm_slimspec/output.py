@@ -47,6 +47,7 @@ class Claim:
     earlier: str | None
     lock: int  # the descriptor that holds the lock
     thread: int
+    made: list[Path]  # folders above the place that were made for it
     keep: bool = False  # whether the place outlives the claim, because a finished output is left in it
 
     def write(self, make: Callable[[Path], Any], *, last: str = "config.json") -> None:
@@ -92,11 +93,7 @@ class Claim:
     def _publish(self, new: Path, last: str) -> None:
         if new.is_dir() and self.real.is_dir():
             # Not replaced by a rename: it may be a mount point, or the folder that somebody's shell is in.
-            files = sorted(new.iterdir(), key=lambda file: file.name == last)
-            (self.place / _FILLING).write_text("\n".join(file.name for file in files))
-            for file in files:
-                file.replace(self.real / file.name)
-            (self.place / _FILLING).unlink()
+            self._fill(sorted(new.iterdir(), key=lambda file: file.name == last))
         else:
             try:
                 new.rename(self.real)
@@ -105,6 +102,21 @@ class Claim:
                     raise
                 shutil.copyfile(new, self.real)
         sync(self.real if self.real.is_dir() else self.real.parent)
+
+    def _fill(self, files: list[Path]) -> None:
+        """Move files into the folder, all of them or none."""
+        names, moved = self.place / _FILLING, []
+        names.write_text("\n".join(file.name for file in files))
+        try:
+            for file in files:
+                file.replace(self.real / file.name)
+                moved.append(file)
+        except OSError:
+            for file in moved:
+                (self.real / file.name).replace(file)
+            raise
+        finally:
+            names.unlink()
 
 
 _held: dict[Path, Claim] = {}
@@ -216,41 +228,70 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _claim(path: Path, kind: Kind, earlier: str | None = None) -> Iterator[Claim]:
-    made: list[Path] = []  # folders that are removed again if nothing is written into them
-    try:
+    with _refusals(path):
         real = _resolve(path, kind)
         inside = kind == "work" or real.is_dir()
         place = real / _INSIDE if inside else real.with_name(f".{real.name}.partial")
-        claim = _held.get(place)
-        nested = claim is not None and claim.thread == threading.get_ident()
-        if not nested:
-            if kind == "folder" and not place.exists():  # with a dead owner's claim there may be half an output
-                check_free(path, earlier=earlier)
-            made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
-            place.parent.mkdir(parents=True, exist_ok=True)
-            claim = Claim(path, real, place, kind, earlier, _lock(path, place), threading.get_ident())
-            _held[place] = claim
-    except OSError as error:
-        _remove_empty(made)
-        raise OutputError(f"{path}: {_why(error, path)}") from None
-    except OutputError:
-        _remove_empty(made)
-        raise
-    assert claim is not None
-    if nested:
+    claim = _held.get(place)
+    if claim is not None and claim.thread == threading.get_ident():
         yield claim
         return
+    with _refusals(path):
+        claim = _acquire(path, real, place, kind, earlier)
     try:
-        _put_away(claim)
-        if kind == "folder":
-            check_free(path, earlier=earlier)
         yield claim
     finally:
-        if _held.pop(place, None) is not None:  # a forked child holds none
-            if not claim.keep:
-                shutil.rmtree(place, ignore_errors=True)
-            os.close(claim.lock)
-            _remove_empty(made)
+        _release(claim)
+
+
+def _acquire(path: Path, real: Path, place: Path, kind: Kind, earlier: str | None) -> Claim:
+    if kind == "folder" and not (place / _FILLING).exists():  # where it exists, half an output is in the folder
+        check_free(path, earlier=earlier)
+    made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path, place)
+    except BaseException:
+        _remove_empty(made)
+        raise
+    claim = _held[place] = Claim(path, real, place, kind, earlier, lock, threading.get_ident(), made)
+    try:
+        _roll_back(claim)
+        if kind == "folder":
+            check_free(path, earlier=earlier)
+        _remove_leftovers(claim)
+        os.ftruncate(lock, 0)
+        os.write(lock, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+        os.fsync(lock)  # a full disk says so now
+    except BaseException:
+        _release(claim)
+        raise
+    return claim
+
+
+def _release(claim: Claim) -> None:
+    if _held.pop(claim.place, None) is None:  # in a forked child
+        return
+    if not claim.keep:
+        _remove_leftovers(claim)
+        (claim.place / _LOCK).unlink(missing_ok=True)
+    os.close(claim.lock)
+    _remove_empty([claim.place, *claim.made])
+
+
+def _roll_back(claim: Claim) -> None:
+    """Take half an output out of its folder again, which a dead owner left there."""
+    filling = claim.place / _FILLING
+    if filling.exists():
+        for name in filling.read_text().splitlines():
+            (claim.real / name).unlink(missing_ok=True)
+        filling.unlink()
+
+
+def _remove_leftovers(claim: Claim) -> None:
+    for left in claim.place.iterdir():
+        if left.name != _LOCK:
+            _remove(left)
 
 
 def _resolve(path: Path, kind: str) -> Path:
@@ -271,7 +312,9 @@ def _resolve(path: Path, kind: str) -> Path:
 
 
 def _lock(path: Path, place: Path) -> int:
-    """Lock the place and write who does; the descriptor holds the lock for as long as it is open."""
+    """Lock the place; the descriptor that is returned holds the lock for as long as it is open."""
+    if place.is_dir() and not (place / _LOCK).exists() and any(place.iterdir()):
+        raise OutputError(f"{path}: {place} is in the way, with other files in it; remove it or choose another output")
     while True:
         place.mkdir(exist_ok=True)
         try:
@@ -280,18 +323,11 @@ def _lock(path: Path, place: Path) -> int:
             continue
         try:
             _lock_or_refuse(path, place, lock)
-            if _is_there(place / _LOCK, lock):
-                os.ftruncate(lock, 0)
-                os.write(lock, f"pid {os.getpid()} on {socket.gethostname()}".encode())
-                os.fsync(lock)
-                return lock
         except OutputError:
             os.close(lock)
             raise
-        except OSError:  # no room, not even for the name of the owner
-            shutil.rmtree(place, ignore_errors=True)
-            os.close(lock)
-            raise
+        if _is_there(place / _LOCK, lock):
+            return lock
         os.close(lock)
 
 
@@ -321,17 +357,6 @@ def _is_there(file: Path, descriptor: int) -> bool:
     return False
 
 
-def _put_away(claim: Claim) -> None:
-    """Remove what a dead owner left: what it was writing, and the half of it that was in its place already."""
-    filling = claim.place / _FILLING
-    if filling.exists():
-        for name in filling.read_text().splitlines():
-            (claim.real / name).unlink(missing_ok=True)
-    for left in claim.place.iterdir():
-        if left.name != _LOCK:
-            _remove(left)
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -343,6 +368,15 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Within it, an error of the file system refuses the output."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: {_why(error, path)}") from None
 
 
 def _why(error: OSError, path: Path) -> str:
