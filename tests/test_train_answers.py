@@ -15,7 +15,7 @@ from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.cli import app
 from vllm_slimspec.convert.states import Document
 from vllm_slimspec.train import answers as module
-from vllm_slimspec.train.answers import write_answers
+from vllm_slimspec.train.answers import engine_failed, write_answers
 from vllm_slimspec.train.documents import read_documents
 
 PROMPTS = [[i, i + 1, i + 2] for i in range(1, 11)]
@@ -92,6 +92,16 @@ def test_nothing_is_lost_and_nothing_asked_twice(target, engine, prompts, tmp_pa
     write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
     assert engine.asked == PROMPTS
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_killed_engine_names_memory():
+    """Catches: "see above", where Linux killed the engine because memory ran out and nothing stands above."""
+
+    class EngineDeadError(Exception):
+        pass
+
+    message = str(engine_failed(EngineDeadError("EngineCore encountered an issue.")))
+    assert "it was killed because memory ran out: close other programs; repeat the command" in message
 
 
 def test_other_answers_are_not_continued(target, engine, prompts, tmp_path):

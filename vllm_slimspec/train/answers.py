@@ -127,7 +127,7 @@ def _ask(
     try:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=counting())
     except Exception as error:  # whatever a dying engine raises
-        raise EngineError(f"vLLM failed ({_line(error)}); {_cure(error)}repeat the command, it goes on") from None
+        raise engine_failed(error) from None
     for request in outputs:
         yield list(request.outputs[0].token_ids)
 
@@ -173,11 +173,11 @@ def _whole_lines(file: Any) -> int:
     return content.count(b"\n")
 
 
-def _cure(error: Exception) -> str:
-    """What helps where an engine's process died: vLLM does not say of what."""
-    if type(error).__name__ != "EngineDeadError":
-        return ""
-    return "if nothing above says why, it was killed because memory ran out: close other programs; "
+def engine_failed(error: Exception) -> EngineError:
+    """Return what to raise for an engine that failed; vLLM does not say of what its process died."""
+    died = type(error).__name__ == "EngineDeadError"
+    hint = " if nothing above says why, it was killed because memory ran out: close other programs;" if died else ""
+    return EngineError(f"vLLM failed ({_line(error)});{hint} repeat the command, it goes on from here")
 
 
 def _line(error: Exception) -> str:

@@ -25,7 +25,7 @@ from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import one_line
 from vllm_slimspec.output import Claim, beside, claim_file
 from vllm_slimspec.progress import counting, progress
-from vllm_slimspec.train.answers import _claim, _engine, _line
+from vllm_slimspec.train.answers import _claim, _engine, engine_failed
 from vllm_slimspec.work_dtype import Asked, engine_options
 
 OPENINGS = Path(__file__).with_name("openings.jsonl")
@@ -220,7 +220,7 @@ class _Chat:
                 [{"prompt_token_ids": i} for i in ids], params, use_tqdm=counting(f"of {len(ids)} samples")
             )
         except Exception as error:  # whatever a dying engine raises
-            raise EngineError(f"vLLM failed ({_line(error)}); repeat the command, it goes on from here") from None
+            raise engine_failed(error) from None
         ended = (output.outputs[0] for output in outputs)
         return [output.text if output.finish_reason == "stop" else None for output in ended]
 
