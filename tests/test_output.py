@@ -254,6 +254,24 @@ def test_file_system_that_refuses_is_one_line(number, tmp_path, monkeypatch):
     assert "Errno" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["d", "d/new", "d/a/new"])
+def test_folder_of_somebody_else_is_refused(name, tmp_path):
+    """Catches: a folder that may not be written, found out after the work."""
+    (tmp_path / "d").mkdir(mode=0o555)
+    child = os.fork()
+    if child == 0:
+        message = "the work began"
+        try:
+            if os.getuid() == 0:  # whom no permission stops
+                os.setuid(65534)
+            with claim_folder(tmp_path / name):
+                pass
+        except OutputError as error:
+            message = str(error)
+        os._exit(0 if "you may not write there (Permission denied: " in message else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_disk_without_room_for_a_byte_is_refused(tmp_path, monkeypatch):
     """Catches: a disk that has room for names but not for bytes, found out after the work."""
 

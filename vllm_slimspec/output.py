@@ -273,8 +273,9 @@ def _release(claim: Claim) -> None:
     if _held.pop(claim.place, None) is None:  # in a forked child
         return
     if not claim.keep:
-        _remove_leftovers(claim)
-        (claim.place / _LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # what is left is removed by the next run
+            _remove_leftovers(claim)
+            (claim.place / _LOCK).unlink(missing_ok=True)
     os.close(claim.lock)
     _remove_empty([claim.place, *claim.made])
 
