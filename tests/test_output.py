@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -270,6 +271,21 @@ def test_folder_of_somebody_else_is_refused(name, tmp_path):
             message = str(error)
         os._exit(0 if "you may not write there (Permission denied: " in message else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_folder_that_cannot_be_synced_is_written(tmp_path, monkeypatch):
+    """Catches: a finished output called lost on a network file system that syncs files only."""
+    original = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with claim_folder(tmp_path / "d") as claim:
+        claim.write_folder(fill)
+    assert contents(tmp_path / "d") == FILES
 
 
 def test_disk_without_room_for_a_byte_is_refused(tmp_path, monkeypatch):

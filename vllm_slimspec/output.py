@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,6 @@ _LOCK, _FILLING = "lock", "filling"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
-
 
 Kind = Literal["folder", "file", "work"]
 
@@ -218,10 +217,11 @@ def write_whole(file: Path, write: Callable[[Path], Any], *, durable: bool = Tru
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file or folder is on the disk; some file systems know no waiting for folders, which is no error."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(fd)
     finally:
         os.close(fd)
 
