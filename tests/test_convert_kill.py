@@ -265,6 +265,7 @@ def test_a_full_disk_is_one_line(where, tmp_path, injected):
     exit_code, stderr = receiver.recv()
     assert exit_code == 1
     expected = ("Distilling", "Head states", "no --calibration and no --hidden-states: this is plain SVD")
+    expected += ("head states: computing in", "scores of heads: computing in")
     (line,) = [line for line in stderr.strip().splitlines() if not line.startswith(expected)]
     assert line.startswith("error: ")
     assert "not written" in line

@@ -479,7 +479,7 @@ def _check(options: Options) -> None:
         )
     if options.rerank and options.joint is not None:
         raise CheckpointError(
-            "--rerank scores by dense rows that --joint-steps moves the body away from; leave one of them out"
+            "--rerank scores by dense rows that --joint-steps moves the body away from; leave one of the two out"
         )
     if options.joint is not None and options.dtype == "float16":
         raise CheckpointError(
