@@ -31,6 +31,7 @@ from vllm_slimspec.bench.acceptance import Acceptance, from_server
 from vllm_slimspec.bench.server import Server
 from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.console import one_line_errors
+from vllm_slimspec.output import claim_work
 from vllm_slimspec.progress import progress, steps
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "demo"
@@ -188,5 +189,5 @@ def _summary(prompts: Sequence[str], answers: Sequence[Answer], result: dict[str
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), claim_work(BUILD):
         main()

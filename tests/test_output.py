@@ -74,7 +74,7 @@ def through_a_link(work: Path) -> str:
 
 
 def long_name(work: Path) -> str:
-    return str(work / ("n" * 246))
+    return str(work / ("n" * 230))
 
 
 WORK = [dot, dot_slash, empty_name, dots, new, deep, empty, link, through_a_link, long_name]
@@ -144,7 +144,7 @@ def link_to_itself(work: Path) -> str:
 
 
 def too_long(work: Path) -> str:
-    return str(work / ("n" * 250))
+    return str(work / ("n" * 231))
 
 
 def far_too_long(work: Path) -> str:
@@ -169,8 +169,8 @@ REFUSED = [
     (link_to_nowhere, "is a link to nowhere, which is not there; make that folder or choose another output"),
     (below_a_link_to_nowhere, "link is a link to nowhere, which is not there; make that folder or choose another"),
     (link_to_itself, "is a link to link, which is not there"),
-    (too_long, "the name is too long, with what is added to it while it is written; choose a shorter name"),
-    (far_too_long, "the name is too long, with what is added to it while it is written; choose a shorter name"),
+    (too_long, "its name has 231 bytes, at most 230 are allowed; choose a shorter output"),
+    (far_too_long, "the path is too long; choose a shorter output"),
     (device, "exists and is not an empty folder but a file"),
     (run_is_a_file, "is a file where a folder for work in progress must be; choose another output"),
 ]
@@ -196,7 +196,7 @@ def test_folder_that_cannot_be_written_is_refused_before_any_work(place, message
         (device, "is a device or pipe, and a file is to be written; give the name of a file as the output"),
         (below_a_file, "is no folder, so nothing can be written in it"),
         (link_to_nowhere, "is a link to nowhere, which is not there"),
-        (too_long, "the name is too long"),
+        (too_long, "its name has 231 bytes"),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
+_LONGEST = 230  # bytes of a name: file systems take 255, and what is written beside it has a longer one
 _INSIDE = ".slimspec.partial"
 _LOCK, _FILLING = "lock", "filling"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -304,6 +305,8 @@ def _resolve(path: Path, kind: str) -> Path:
                 "make that folder or choose another output"
             )
     real = Path(os.path.realpath(path))
+    if kind != "work" and (size := len(os.fsencode(real.name))) > _LONGEST:
+        raise OutputError(f"{path}: its name has {size} bytes, at most {_LONGEST} are allowed; choose a shorter output")
     if kind == "file" and real.exists() and not real.is_file():
         what = "folder" if real.is_dir() else "device or pipe"
         raise OutputError(f"{path}: is a {what}, and a file is to be written; give the name of a file as the output")
@@ -390,5 +393,5 @@ def _why(error: OSError, path: Path) -> str:
         file = next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), error.filename)
         return f"{file} is no folder, so nothing can be written in it; choose another output"
     if error.errno == errno.ENAMETOOLONG:
-        return "the name is too long, with what is added to it while it is written; choose a shorter name as the output"
+        return "the path is too long; choose a shorter output"
     return f"cannot be written ({error.strerror}: {error.filename}); choose another output"
