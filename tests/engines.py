@@ -1,7 +1,10 @@
-"""vLLM engines in the test's own process: how they are started, asked and watched."""
+"""vLLM engines: in the test's own process how they are started, asked and watched, and those in other processes."""
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,6 +23,47 @@ OPTIONS = {
     "disable_log_stats": False,
 }
 TOKENS = 48
+
+V1_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+V2_ENVIRONMENT = V1_ENVIRONMENT | {
+    # Where Triton and vLLM find the stub's entry points.
+    "PYTHONPATH": str(Path(__file__).parent / "engine/v2/cpu_backend"),
+    "TRITON_INTERPRET": "1",
+}
+
+
+@dataclass
+class Script:
+    """A Python script that runs engines, in a process and with an environment of its own."""
+
+    command: list[str | Path]
+    environment: dict[str, str]  # its PYTHONPATH goes before what is there: another vLLM, under test-compat
+    log: Path
+
+
+def run_scripts(scripts: list[Script]) -> None:
+    """Run all of them at once, one for each core of a small machine; fail with the log of one that fails."""
+    running = []
+    try:
+        for script in scripts:
+            folders = [script.environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]
+            environment = os.environ | script.environment | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+            with script.log.open("w") as log:
+                command = [sys.executable, *script.command]
+                running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        for script, process in zip(scripts, running, strict=True):
+            if process.wait(timeout=900) != 0:
+                end = script.log.read_text()[-8000:]
+                raise RuntimeError(f"{script.command[0]} ended with {process.returncode}:\n{end}")
+    finally:
+        for process in running:
+            process.kill()
 
 
 @dataclass

@@ -4,15 +4,13 @@ All on a CPU, through Triton's interpreter; see run_v2.py. What random numbers d
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import drafters
 import pytest
 import torch
+from engines import V2_ENVIRONMENT, Script, run_scripts
 from scipy.stats import chi2_contingency
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,16 +18,6 @@ from vllm_slimspec.checkpoint import DOWN, UP
 
 VOCAB = 64
 HERE = Path(__file__).parent
-ENVIRONMENT = {
-    # Where Triton and vLLM find the stub's entry points; what was there stays (another vLLM, under test-compat).
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "cpu_backend"), os.environ.get("PYTHONPATH")])),
-    "TRITON_INTERPRET": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
 RATES = [0.8, 0.4]  # synthetic acceptance
 
 # With a GPU, vLLM serves on that, where no stub is needed or wanted.
@@ -66,23 +54,13 @@ def answers(pair, tmp_path_factory):
             ),
         },
     ]
-    running = []
-    try:
-        for i, job in enumerate(jobs):
-            (folder / f"job{i}.json").write_text(json.dumps(job, default=str))
-            command = [sys.executable, HERE / "run_v2.py", folder / f"job{i}.json", folder / f"result{i}.json"]
-            with (folder / f"log{i}").open("w") as log:
-                process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
-            running.append(process)
-        found = {}
-        for i, process in enumerate(running):
-            if process.wait(timeout=900) != 0:
-                pytest.fail(f"run_v2.py ended with {process.returncode}:\n{(folder / f'log{i}').read_text()[-8000:]}")
-            found |= json.loads((folder / f"result{i}.json").read_text())
-        return found
-    finally:
-        for process in running:
-            process.kill()
+    scripts = []
+    for i, job in enumerate(jobs):
+        (folder / f"job{i}.json").write_text(json.dumps(job, default=str))
+        command = [HERE / "run_v2.py", folder / f"job{i}.json", folder / f"result{i}.json"]
+        scripts.append(Script(command, V2_ENVIRONMENT, folder / f"log{i}"))
+    run_scripts(scripts)
+    return {k: v for i in range(len(jobs)) for k, v in json.loads((folder / f"result{i}.json").read_text()).items()}
 
 
 def serve(target, *batches, **options):

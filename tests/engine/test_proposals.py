@@ -1,0 +1,178 @@
+"""The tokens that vLLM's proposer returns are the draft head's own choice, request by request, position by position.
+
+Answers are the target's whatever is drafted, so that they cannot show a wrong draft; and a head that chooses right is
+not enough, since what it returns goes through vLLM's kernels. Five requests at once, which end one by one, on both
+model runners; V2 by Triton's interpreter (see v2/).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import drafters
+import pytest
+import torch
+from engines import V1_ENVIRONMENT, V2_ENVIRONMENT, Script, run_scripts
+from safetensors.torch import load_file
+
+from vllm_slimspec import ops
+from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, DraftCheckpoint
+
+HERE = Path(__file__).parent
+REQUESTS, K = 5, 3
+RUNNERS = {"v1": "vllm.v1.worker.cpu_model_runner", "v2": "vllm.v1.worker.cpu.model_runner"}
+
+# With a GPU, vLLM serves on that, where no stub is needed or wanted.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stub backend stands in for a GPU")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A draft head and how it is asked."""
+
+    vocabulary: str = "full"
+    kind: str | None = None  # of quantization
+    rerank: int | None = None
+    rows: str = "own"
+    runners: tuple[str, ...] = ("v1", "v2")
+    ranks: int = 1
+    dtype: str = "float32"
+    options: dict | None = None  # of run_proposals.serve
+
+    def write(self, folder, pair):
+        """Its drafter: the trained one of that vocabulary with another head."""
+        trained = DraftCheckpoint.open(pair.drafter)
+        tensors = {name: trained.load(name) for name in trained.tensors}
+        changes = {}
+        if self.kind is not None:
+            up = ops.quantize_up(tensors[UP], self.kind)
+            tensors |= {UP: up.weight, SCALE: up.scale}
+            changes["lm_head_quantization"] = self.kind
+        if self.rerank is not None:
+            changes["lm_head_rerank"] = self.rerank
+        if self.rows == "target":
+            changes["lm_head_rerank_rows"] = "target"
+        elif self.rerank is not None:
+            rows = _target_head(pair)[_target_ids(tensors)]
+            tensors[DENSE] = rows + 0.3 * rows.std() * torch.randn(rows.shape)
+        return drafters.write(folder, trained.config | changes, tensors)
+
+
+LOGITS = {"speculative": {"use_local_argmax_reduction": False}}
+TRITON = {"impl": "triton", "tokens": 4}  # its interpreter is slow, and has no right bfloat16
+FORMS = {
+    "plain": Form(),
+    "int8": Form(kind="int8"),
+    "int4": Form(kind="int4"),
+    "fp8": Form(kind="fp8"),
+    "re-ranked by own rows": Form(rerank=16),
+    "re-ranked by the target's rows": Form(rerank=16, rows="target"),
+    "logits": Form(options=LOGITS),
+    "truncated": Form("truncated"),
+    "truncated int4, re-ranked by own rows": Form("truncated", "int4", rerank=16),
+    "truncated fp8, re-ranked by the target's rows": Form("truncated", "fp8", rerank=16, rows="target"),
+    "truncated logits": Form("truncated", options=LOGITS),
+    "int8 in bfloat16": Form(kind="int8", runners=("v1",), dtype="bfloat16"),
+    "truncated int4 in bfloat16": Form("truncated", "int4", runners=("v1",), dtype="bfloat16"),
+    "Triton": Form(runners=("v2",), options=TRITON),
+    "Triton, re-ranked by own rows": Form(rerank=4, runners=("v2",), options=TRITON),
+    "two ranks, re-ranked by the target's rows": Form(rerank=16, rows="target", ranks=2),
+    "two ranks, truncated int8, re-ranked by own rows": Form("truncated", "int8", rerank=16, ranks=2),
+    "spoiled": Form(rerank=16, runners=("v2",), options={"spoil": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def served(pair, tmp_path_factory):
+    """(runner, form) -> run_proposals.serve of it, and the drafter's folder; a process for each runner."""
+    folder = tmp_path_factory.mktemp("proposals")
+    torch.manual_seed(0)
+    written = {name: form.write(folder / name, pair("llama", form.vocabulary)) for name, form in FORMS.items()}
+    scripts = []
+    for runner, environment in (("v1", V1_ENVIRONMENT), ("v2", V2_ENVIRONMENT)):
+        for ranks in (1, 2):
+            out = folder / f"{runner} {ranks}"
+            out.mkdir()
+            job = {
+                name: {
+                    "target": str(pair("llama", form.vocabulary).target),
+                    "drafter": str(written[name]),
+                    "prompts": pair("llama", form.vocabulary).prompts[:REQUESTS],
+                    "tokens": 16,
+                    "tensor_parallel_size": ranks,
+                    "dtype": form.dtype,
+                }
+                | (form.options or {})
+                for name, form in FORMS.items()
+                if runner in form.runners and ranks == form.ranks
+            }
+            (out / "job.json").write_text(json.dumps(job))
+            bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind" if ranks == 1 else "0|1"}  # two ranks: a core for each
+            command = [HERE / "run_proposals.py", out / "job.json", out]
+            scripts.append(Script(command, environment | bound, out / "log"))
+    run_scripts(scripts[0::2])  # one rank: both runners at once, each on a core
+    for script in scripts[1::2]:
+        run_scripts([script])
+    return lambda runner, name: (
+        torch.load(folder / f"{runner} {FORMS[name].ranks}" / f"{name}.pt"),
+        written[name],
+    )
+
+
+def _target_head(pair):
+    return load_file(pair.target / "model.safetensors")["lm_head.weight"]
+
+
+def _target_ids(tensors):
+    """Target id of each draft id."""
+    return torch.arange(len(tensors[UP])) + tensors.get("d2t", 0)
+
+
+def scores(form, drafter, target_head, hidden):
+    """What the drafter's files say of each target id, -inf where it is no candidate: [B, K, D] -> float32 [B, K, V]."""
+    tensors = load_file(drafter / "model.safetensors")
+    up = ops.QuantizedUp(tensors[UP], tensors[SCALE]).dequantize() if form.kind else tensors[UP]
+    ids, hidden = _target_ids(tensors), hidden.float()
+    found = hidden @ tensors[DOWN].T @ up.T
+    if form.rerank is not None:
+        best = found.topk(form.rerank, dim=2).indices
+        exact = hidden @ tensors.get(DENSE, target_head[ids]).T
+        found = torch.full_like(found, -torch.inf).scatter(2, best, exact.gather(2, best))
+    return found.new_full((*found.shape[:2], len(target_head)), -torch.inf).index_copy(2, ids, found)
+
+
+def wrong(calls):
+    """How many proposed tokens are not what the head chose, and of how many."""
+    of_all = [call["proposed"] != call["chosen"] for call in calls]
+    return sum(int(differs.sum()) for differs in of_all), sum(differs.numel() for differs in of_all)
+
+
+CASES = [(runner, name) for name, form in FORMS.items() for runner in form.runners if name != "spoiled"]
+
+
+@pytest.mark.parametrize(("runner", "name"), CASES, ids=[f"{name}, {runner}" for runner, name in CASES])
+def test_proposed_tokens_are_the_heads_choice(served, pair, runner, name):
+    """Catches: ids that reach the scheduler or the next draft step as other ids, or in another request's place."""
+    form = FORMS[name]
+    ranks, drafter = served(runner, name)
+    target_head = _target_head(pair("llama", form.vocabulary))
+    assert len(ranks) == form.ranks
+    for rank in ranks:
+        calls = rank["calls"]
+        assert rank["runner"].startswith(RUNNERS[runner])
+        assert max(len(call["proposed"]) for call in calls) == REQUESTS
+        assert {path for call in calls for path in call["paths"]} == {"dense" if "logits" in name else "fused"}
+        mistakes, proposed = wrong(calls)
+        assert mistakes == 0, f"{mistakes} of {proposed} proposed tokens are not what the head chose"
+        for call in calls:
+            assert call["proposed"].shape[1] == K
+            expected = scores(form, drafter, target_head, call["hidden"])
+            chosen = expected.gather(2, call["proposed"][:, :, None])[:, :, 0]
+            allowed = expected.abs().masked_fill(expected == -torch.inf, 0).amax(dim=2)
+            assert (expected.amax(dim=2) - chosen <= allowed * (1e-5 if form.dtype == "float32" else 0.02)).all()
+
+
+def test_a_view_is_noticed(served):
+    """Catches: a test without power: requests that draft the same tokens, or a V2 that no longer needs the mend."""
+    mistakes, proposed = wrong(served("v2", "spoiled")[0][0]["calls"])
+    assert mistakes > proposed / 4
