@@ -135,9 +135,13 @@ def scores(form, drafter, target_head, hidden):
     ids, hidden = _target_ids(tensors), hidden.float()
     found = hidden @ tensors[DOWN].T @ up.T
     if form.rerank is not None:
-        best = found.topk(form.rerank, dim=2).indices
         exact = hidden @ tensors.get(DENSE, target_head[ids]).T
-        found = torch.full_like(found, -torch.inf).scatter(2, best, exact.gather(2, best))
+        candidates = torch.zeros_like(found, dtype=torch.bool)
+        of_a_rank = -(-len(up) // (64 * form.ranks)) * 64  # vLLM pads the vocabulary to 64 rows for each rank
+        for entries in torch.arange(len(up)).split(of_a_rank):  # every rank scores its best again
+            best = entries[found[:, :, entries].topk(form.rerank, dim=2).indices]
+            candidates.scatter_(2, best, True)
+        found = exact.masked_fill(~candidates, -torch.inf)
     return found.new_full((*found.shape[:2], len(target_head)), -torch.inf).index_copy(2, ids, found)
 
 

@@ -106,6 +106,8 @@ class LowRankHead(ParallelLMHead):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best draft id of each row and its score, over all tensor-parallel ranks.
 
+        Where it re-ranks, every rank scores the k best of its own entries again.
+
         Args:
             hidden: [B, D], the model dtype.
             dense: [N, D], for a head that re-ranks: this rank's rows of the dense head.
