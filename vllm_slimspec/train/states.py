@@ -30,7 +30,7 @@ def write_states(
     *,
     layer_ids: list[int] | None = None,
     keep: int | None = None,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = 2048,
     dtype: Asked = "auto",
 ) -> None:
     """Run the target over documents and keep its hidden states.
