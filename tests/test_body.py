@@ -126,6 +126,7 @@ BAD = [
     _case("NaN", "fc.weight holds 1 NaN", lambda t: t["fc.weight"][0, 0].fill_(torch.nan)),
     _case("Inf", "norm.weight holds 64 NaN or Inf", lambda t: t["norm.weight"].fill_(torch.inf)),
     _case("NaN embeddings", "embed_tokens.weight holds", _add(embed_tokens__weight=torch.full((V, D), torch.nan))),
+    _case("no model type", "model_type is missing", model_type=None),
     _case("another activation", "hidden_act='gelu', and vLLM's drafters know only silu", hidden_act="gelu"),
     _case(
         "a rope for each layer", "have a block full_attention", rope_parameters={"full_attention": {"rope_theta": 1}}

@@ -141,6 +141,8 @@ def _speculators(kind: str | None) -> dict[str, Any]:
         (_speculators("eagle"), "EAGLE or EAGLE-2"),
         (_speculators("independent"), "speculators_model_type='independent' is not served; allowed is \"eagle3\""),
         (_speculators(None), 'speculators_model_type=None is not served; allowed is "eagle3"'),
+        (_speculators("eagle3") | {"speculators_config": {"algorithm": "peagle"}}, "algorithm names 'peagle'"),
+        (_speculators("eagle3") | {"transformer_layer_config": drafters.config(pard_token=5)}, "pard_token=5"),
         ({"architectures": ["PEagleDraftModel"]}, "P-EAGLE"),
         ({"architectures": ["PeagleQwen3ForCausalLM"]}, "P-EAGLE"),
         ({"architectures": ["DFlashDraftModel"]}, "DFlash"),

@@ -35,6 +35,7 @@ SOUND = {
     "offsets alone": (OFFSETS, None),
     "with its mask": (OFFSETS, MASK),
     "with a mask of bytes": (OFFSETS, MASK.to(torch.uint8)),
+    "with a mask of float8": (OFFSETS, MASK.to(torch.float8_e4m3fn)),
     "with a mask that was never filled": (OFFSETS, torch.zeros(V, dtype=torch.bool)),
     "in int32": (OFFSETS.int(), MASK),
     "the first tokens": (NONE, FIRST),

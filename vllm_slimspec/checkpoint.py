@@ -33,6 +33,7 @@ from vllm_slimspec import memory
 from vllm_slimspec.body import FLOATS, Body, skipped
 from vllm_slimspec.config import (
     ARCHITECTURES,
+    Family,
     aux_layers,
     check_algorithm,
     family,
@@ -169,19 +170,19 @@ class DraftCheckpoint:
         """Read config.json and the safetensors headers, and refuse what could not be served.
 
         Raises:
-            CheckpointError: the folder is no EAGLE-3 drafter, or its head contradicts its config.
+            CheckpointError: the folder is no EAGLE-3 drafter, or its tensors contradict its config.
         """
         path = Path(folder)
         config, tensors = read_config(path), read_headers(path)
         check_algorithm(config, tensors, str(path))
         spec = head_spec(config, str(path / "config.json")) if is_low_rank(config) else None
         checkpoint = cls(path, _format(config), config, spec, tensors)
-        checkpoint._check_dense() if spec is None else check_head(spec, checkpoint.described, str(path))
-        if (kind := family(config)) is not None:
-            flat = checkpoint.flat
-            Body(flat, kind, str(path)).check(checkpoint.described)
-            _check_unquantized(config | flat, str(path / "config.json"))
-            checkpoint._check_map(flat.get("draft_vocab_size") or flat["vocab_size"], flat["vocab_size"])
+        if spec is None:
+            checkpoint._check_dense()
+        else:
+            check_head(spec, checkpoint.described, str(path))
+        if (kind := family(config)) is not None:  # of any other, only vLLM knows what it is made of
+            checkpoint._check_body(kind)
         return checkpoint
 
     @property
@@ -223,9 +224,20 @@ class DraftCheckpoint:
         if family(self.config) is not None:
             _ = self.dense_head
 
-    def _check_map(self, draft_vocab: int, vocab: int) -> None:
-        """Refuse a vocabulary map that is not there, not of integers, or none."""
-        info = self.tensors.get("d2t")
+    def _check_body(self, kind: Family) -> None:
+        """Refuse a body, or a map of its vocabulary, that vLLM would load in part or take for something else."""
+        file, flat = self.path / "config.json", self.flat
+        if not is_speculators(self.config) and not isinstance(self.config.get("model_type"), str):
+            raise CheckpointError(f"{file}: model_type is missing, without which vLLM reads nothing; add {kind!r}")
+        Body(flat, kind, str(self.path)).check(self.described)
+        for key in ("quantization_config", "compression_config"):  # vLLM would build other layers
+            if (self.config | flat).get(key):
+                raise CheckpointError(
+                    f"{file}: {key} says that the drafter is quantized, and its tensors are not; remove the key, or "
+                    "use the drafter as it was before its quantization"
+                )
+        vocab = flat["vocab_size"]
+        draft_vocab, info = flat.get("draft_vocab_size") or vocab, self.tensors.get("d2t")
         check_map_shape(None if info is None else (info.dtype, info.shape), draft_vocab, vocab, str(self.path))
         if info is not None:
             t2d = self.load("t2d") if "t2d" in self.tensors else None
@@ -539,16 +551,6 @@ def _format(config: Mapping[str, Any]) -> Format:
     if not is_low_rank(config):
         return "eagle3"
     return "slimspec" if set(ARCHITECTURES.values()).intersection(map(str, config["architectures"])) else "torchspec"
-
-
-def _check_unquantized(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config that calls tensors quantized which are not: vLLM would build other layers for them."""
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise CheckpointError(
-                f"{where}: {key} says that the drafter is quantized, and its tensors are not; remove the key, or use "
-                "the drafter as it was before its quantization"
-            )
 
 
 def _rank(config: Mapping[str, Any], hidden: int, where: str) -> int:

@@ -111,10 +111,9 @@ def flatten(config: Mapping[str, Any], where: str = "config.json") -> dict[str, 
 def family(config: Mapping[str, Any]) -> Family | None:
     """Return the family that a config names, dense or low-rank; None if it names none that is known."""
     if is_speculators(config):
-        layer = config.get("transformer_layer_config")
-        model_type = layer.get("model_type", "llama") if isinstance(layer, Mapping) else "llama"
+        model_type = _layer(config).get("model_type", "llama")
         return model_type if isinstance(model_type, str) and model_type in ARCHITECTURES else None  # type: ignore[return-value]
-    known = _STOCK_ARCHITECTURES | {arch: family for family, arch in ARCHITECTURES.items()}
+    known = _STOCK_ARCHITECTURES | {arch: kind for kind, arch in ARCHITECTURES.items()}
     found = next((known[arch] for arch in _architectures(config) if isinstance(arch, str) and arch in known), None)
     return found  # type: ignore[return-value]
 
@@ -165,14 +164,14 @@ def check_algorithm(config: Mapping[str, Any], names: Iterable[str], where: str)
         )
 
 
-def aux_layers(flat: Mapping[str, Any], family: str | None) -> tuple[int, list[Any] | None]:
+def aux_layers(flat: Mapping[str, Any], kind: str | None) -> tuple[int, list[Any] | None]:
     """How many of the target's layers the drafter reads, and which (None: vLLM's choice for the target)."""
     eagle = eagle_config(flat)
     named, inner = flat.get(_AUX_IDS), eagle.get(_AUX_IDS)
     ids = named or inner or eagle.get("layer_ids")
     # What vLLM sizes fc by: qwen3_eagle3.py looks at two keys more than llama_eagle3.py does.
     count, counted = flat.get("num_aux_hidden_states"), inner
-    if family == "qwen3":
+    if kind == "qwen3":
         count, counted = flat.get("num_aux_layers", count), named or inner
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         count = len(counted) if isinstance(counted, list) and counted else 3
@@ -234,6 +233,9 @@ def _other_algorithm(config: Mapping[str, Any], names: Iterable[str]) -> tuple[s
     """What shows that a drafter is of another algorithm, and which; None for EAGLE-3."""
     said = [("architectures", arch) for arch in _architectures(config)]
     said += [(key, config.get(key)) for key in ("speculators_model_type", "model_type")]
+    described = config.get("speculators_config")
+    said += [("algorithm", described.get("algorithm"))] if isinstance(described, Mapping) else []
+    config = {**_layer(config), **config}
     for key, value in said:
         word = value.lower().replace("-", "") if isinstance(value, str) else ""
         if "eagle3" in word.replace("peagle", ""):

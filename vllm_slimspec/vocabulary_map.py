@@ -69,7 +69,7 @@ def check_map(d2t: "torch.Tensor", t2d: "torch.Tensor | None", vocab_size: int, 
                 "draft_vocab_size to the number of ids that the map lists, or remove the map"
             )
         return
-    marked = None if t2d is None else t2d.cpu().flatten().nonzero()[:, 0]
+    marked = None if t2d is None else t2d.cpu().flatten().float().nonzero()[:, 0]
     ids = target_ids(d2t)
     if marked is not None and len(marked) and ids.sort().values.equal(marked):
         return
