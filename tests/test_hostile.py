@@ -46,7 +46,7 @@ def test_mutated_folders(tmp_path):
         ),
         ("checkpoint._check_size = lambda *a: None", "MiB of memory"),
         ("del checkpoint.CheckpointError.__init__", "not one readable line"),
-        ("checkpoint._positive_int = lambda c, k, w: c[k]", "Traceback"),
+        ("checkpoint.positive_int = lambda c, k, w: c[k]", "Traceback"),
         ("checkpoint._format = lambda c: exec('')", "compile"),
     ],
 )
