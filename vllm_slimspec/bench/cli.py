@@ -142,8 +142,8 @@ def serve(
     dtypes: Annotated[
         str | None,
         typer.Option(
-            help="Dtypes to serve in, such as bfloat16,float32. [default: on a CPU these two; vLLM's choice on a GPU, "
-            "and where --server-args has --dtype]"
+            help="Data types to serve in, such as bfloat16,float32.",
+            show_default="these two on a CPU; vLLM's choice on a GPU, and where --server-args has --dtype",
         ),
     ] = None,
     json: Json = None,

@@ -259,7 +259,10 @@ def cycle(
         "build/cycle"
     ),
     dtypes: Annotated[
-        str | None, typer.Option(help="Dtypes to time, such as bfloat16,float32. [default: on a CPU these two]")
+        str | None,
+        typer.Option(
+            help="Data types to time, such as bfloat16,float32.", show_default="these two on a CPU, bfloat16 on a GPU"
+        ),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:
