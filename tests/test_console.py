@@ -102,6 +102,7 @@ def inspect_with(monkeypatch, error: BaseException, *arguments: str):
 @pytest.mark.parametrize("arguments", [("--verbose", "inspect", "d"), ("inspect", "d", "--verbose"), ("inspect", "d")])
 def test_traceback_is_printed_on_verbose_only(arguments, monkeypatch):
     """Catches: a traceback for everybody, or none for who asks for it before or behind the command."""
+    monkeypatch.setattr(console, "verbose", False)  # put back afterwards
     found = inspect_with(monkeypatch, TypeError("unsupported"), *arguments)
     assert found.exit_code == 1
     *before, line = found.stderr.splitlines()
@@ -125,6 +126,7 @@ def test_wrong_usage_stays_wrong_usage(monkeypatch):
 
 def test_bench_is_found_behind_verbose(monkeypatch, capsys):
     """Catches: "no such command" because the option stands where the command was looked for."""
+    monkeypatch.setattr(console, "verbose", False)  # put back afterwards
     monkeypatch.setattr(sys, "argv", ["slimspec", "--verbose", "bench", "rivals"])
     with pytest.raises(SystemExit) as ended:
         main()

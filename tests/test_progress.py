@@ -70,7 +70,7 @@ def test_progress_without_a_terminal_writes_lines_and_no_escape_codes():
 def test_progress_speaks_while_the_work_reports_nothing():
     """Catches: one call that lasts for minutes, with a log that looks dead until it returns."""
     stream = Stream()
-    shown = Progress("Starting vLLM", None, "", 0, stream, every=0.01)
+    shown = Progress("Starting vLLM", None, "", 0, stream, every=0.01, clock=Clock())
     for _ in range(8):  # the start and at least two lines more, each with its end of line
         assert stream.written.acquire(timeout=60)
     shown.close("done in")
@@ -138,10 +138,10 @@ def test_answers_are_counted_where_an_engine_finishes_them_and_not_where_it_take
 def test_work_made_of_other_work_speaks_only_where_that_is_silent():
     """Catches: two lines for one piece of work, and minutes without a line between two of them."""
     outer, inner = Stream(), Stream()
-    whole = Progress("convert", None, "", 0, outer, ends=False, every=0.01)
+    whole = Progress("convert", None, "", 0, outer, ends=False, every=0.01, clock=Clock())
     module._under_way.append(whole)
     assert outer.written.acquire(timeout=60)
-    part = Progress("Distilling", 4, "step", 0, inner, every=0.01)
+    part = Progress("Distilling", 4, "step", 0, inner, every=0.01, clock=Clock())
     module._under_way.append(part)
     spoken = len(outer.getvalue().splitlines())
     for _ in range(100):  # 50 lines, each with its end of line
