@@ -137,7 +137,7 @@ def scores(form, drafter, target_head, hidden):
     if form.rerank is not None:
         exact = hidden @ tensors.get(DENSE, target_head[ids]).T
         candidates = torch.zeros_like(found, dtype=torch.bool)
-        of_a_rank = -(-len(up) // (64 * form.ranks)) * 64  # vLLM pads the vocabulary to 64 rows for each rank
+        of_a_rank = -(-len(up) // 64) * 64 // form.ranks  # vLLM pads the vocabulary to 64 entries
         for entries in torch.arange(len(up)).split(of_a_rank):  # every rank scores its best again
             best = entries[found[:, :, entries].topk(form.rerank, dim=2).indices]
             candidates.scatter_(2, best, True)

@@ -14,7 +14,7 @@ K = 3
 
 @pytest.fixture(scope="module")
 def served(pair, tmp_path_factory):
-    """A truncated draft vocabulary of 300 rows: padded to 384 over two ranks, 192 and 108 of them real."""
+    """A truncated draft vocabulary of 300 rows, padded to 320: 160 for one rank, 140 and the padding for the other."""
     import json
 
     p = pair("llama", "truncated")
