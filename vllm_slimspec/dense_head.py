@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _WEIGHT = "lm_head.weight"
+_ROWS = 4096  # that are multiplied out in one go
 
 Described = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors dtype, shape
 
@@ -36,11 +37,9 @@ class StoredHead:
         weight = load(self.weight)
         if self.scale is None:
             return weight
-        scale = load(self.scale).float().reshape(-1, 1)
-        parts = [
-            w.float() * s for w, s in zip(weight.split(4096), scale.expand(len(weight), 1).split(4096), strict=True)
-        ]
-        return torch.cat([part.bfloat16() for part in parts])
+        scale = load(self.scale).float().reshape(-1, 1).expand(len(weight), 1)
+        pieces = zip(weight.split(_ROWS), scale.split(_ROWS), strict=True)
+        return torch.cat([(rows.float() * of_rows).bfloat16() for rows, of_rows in pieces])
 
 
 def stored_head(tensors: Described, shape: tuple[int, int], where: str, *, prefixed: bool = False) -> StoredHead | None:
