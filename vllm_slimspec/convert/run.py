@@ -28,6 +28,7 @@ from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.convert.states import HeadStates, Rows, common, concatenate, sha256
 from vllm_slimspec.convert.vocabulary import check_size, counts_from_file, counts_from_states, counts_from_text, kept
 from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.large_tensors import keep_freed_memory
 from vllm_slimspec.ops import MAX_K
 from vllm_slimspec.output import beside, claim_folder, claim_work
 from vllm_slimspec.progress import progress
@@ -128,6 +129,8 @@ class Conversion:
             self.drafter = self.source.truncated(kept(self.source, self.target, self._counts(), int(options.vocab)))
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.dense = self.drafter.head.to(device)
+        if device.type == "cpu":
+            keep_freed_memory()
         self._moved: Rows | None = None  # held-out states of a body that was trained on
 
     def rank(self, rank: int | None, divisor: int | None) -> int:

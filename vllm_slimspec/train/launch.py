@@ -31,6 +31,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 import vllm_slimspec
 from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.large_tensors import keep_freed_memory
 from vllm_slimspec.output import beside, check_free, claim_folder, write_whole
 from vllm_slimspec.progress import progress
 from vllm_slimspec.train.export import check_servable, export
@@ -203,6 +204,8 @@ def fit(
     ):
         if process == 0:
             work_dtype(flags.get("hidden_states_dtype", "auto"), MIXED).log("training")
+        if not torch.accelerator.is_available():
+            keep_freed_memory()
         return _fit(config, Path(data), output, others)
 
 
