@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_slimspec.convert.evaluate import Factors
+from vllm_slimspec.large_tensors import return_holes
 from vllm_slimspec.output import write_whole
 from vllm_slimspec.progress import progress
 
@@ -126,6 +127,8 @@ def distil(
                         "give a smaller one"
                     )
                 shown.note(f"held-out loss {value:.4f}")
+                if dense.device.type == "cpu":
+                    return_holes()
                 if value < best_loss:
                     best, best_loss = [w.detach().clone() for w in weights], value
                 if checkpoint is not None:

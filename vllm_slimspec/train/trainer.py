@@ -21,6 +21,7 @@ from speculators.train.graceful_shutdown import TrainingInterruptedError
 from speculators.train.trainer import Trainer, TrainerConfig
 from torch.utils.data import DataLoader
 
+from vllm_slimspec.large_tensors import return_holes
 from vllm_slimspec.progress import progress
 from vllm_slimspec.train.held_out import gathered, watched
 from vllm_slimspec.train.metrics import METRICS, MetricsFile, describe, measure_cycles, measure_places
@@ -195,6 +196,8 @@ class SlimSpecTrainer(Trainer):
         self.progress.update()
         assert self._place is not None
         self._place = (self._place[0], self._place[1] + 1)
+        if self.device_type == "cpu" and self.global_step % _STEPS_BETWEEN_CHECKPOINTS == 0:
+            return_holes()
         if self._asked_to_stop:
             raise TrainingInterruptedError
 
