@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, ValidationError
 from speculators import SpeculatorModel
+from speculators.losses import eager as eager_losses
+from speculators.losses import utils as speculators_losses
 from speculators.train import checkpointer as speculators_checkpointer
 from speculators.train import cli as speculators_cli
 from speculators.train import distributed as topology
@@ -34,6 +36,7 @@ from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.large_tensors import keep_freed_memory
 from vllm_slimspec.output import beside, check_free, claim_folder, write_whole
 from vllm_slimspec.progress import progress
+from vllm_slimspec.train import on_cpu
 from vllm_slimspec.train.export import check_servable, export
 from vllm_slimspec.train.held_out import check_measurable, loader_like
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
@@ -89,8 +92,14 @@ _IDENTITY = (
 # The shape of a fresh drafter, where no --draft-config or --from-pretrained gives one. Without it, the layer silently
 # becomes a sliding window of 2048.
 _SHAPE: Mapping[str, Any] = {"full_attention_indices": [0]}
-# speculators has no switch for a machine without an accelerator.
-_CPU_RECIPE: Mapping[str, Any] = {"draft_attn_impl": "sdpa", "loss_implementation": "eager", "num_workers": 0}
+# speculators has no switch for a machine without an accelerator. Its attention there multiplies every token of a step
+# with every other one, so steps are as long as a document of `slimspec train states` may be, and no longer.
+_CPU_RECIPE: Mapping[str, Any] = {
+    "draft_attn_impl": "sdpa",
+    "loss_implementation": "eager",
+    "num_workers": 0,
+    "total_seq_len": 2048,
+}
 
 
 class SlimSpecTrainConfig(TrainConfig):
@@ -140,6 +149,11 @@ def slimspec_in_speculators(others: Mapping[str, Path] | None = None) -> Iterato
             stack.enter_context(replaced(torch.accelerator, synchronize=lambda: None))
             stack.enter_context(replaced(speculators_checkpointer, get_current_device=lambda: "cpu"))
             stack.enter_context(replaced(speculators_cli, maybe_setup_distributed=_setup_gloo))
+            losses = speculators_losses._LOSS_FN_MAPS
+            faster = {**losses, "eager": {**losses["eager"], "kl_div": on_cpu.kl_div_loss}}
+            stack.enter_context(replaced(speculators_losses, _LOSS_FN_MAPS=faster))
+            stack.enter_context(replaced(eager_losses, kl_div_loss=on_cpu.kl_div_loss))  # for losses made of it
+            stack.enter_context(replaced(torch, argmax=on_cpu.argmax))
         yield trainers
 
 
