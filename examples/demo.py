@@ -1,11 +1,11 @@
-"""`make demo`: train a tiny target and a SlimSpec drafter, serve both with vLLM, and check that only speed changes.
+"""`make demo`: serve SmolLM2-135M-Instruct with and without the SlimSpec drafter that this repository ships.
 
-Everything is real: the drafter is trained on speculators, served by an unmodified `vllm serve` through the installed
-plugin, and asked through the official OpenAI client. The same requests go to the target alone first, and every greedy
-answer must be the same, token for token.
+Everything is real: an unmodified `vllm serve` loads the plugin that is installed, and the official OpenAI client asks it
+questions of MT-bench, HumanEval and GSM8K, one at a time, streamed, and several at once. The same requests go to the
+target alone first. Every answer must be the same, token for token, and only the speed may differ.
 
-Expected output (2 CPU cores, 10 to 15 minutes the first time, 2 minutes with the trained pair at hand): a few
-completions, an acceptance length above 2 at K=3, "all of 64" answers equal, and build/demo/result.json.
+Expected output (2 CPU cores, 3 minutes): some answers, the tokens per second with and without the drafter, the
+acceptance length, and build/demo/result.json.
 """
 
 import json
@@ -13,17 +13,16 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import openai
-import tiny_pair
 from rich.console import Console
 from rich.table import Table
 
@@ -34,109 +33,150 @@ from vllm_slimspec.console import one_line_errors
 from vllm_slimspec.output import claim_work
 from vllm_slimspec.progress import progress, steps
 
-BUILD = Path(__file__).resolve().parent.parent / "build" / "demo"
+ROOT = Path(__file__).resolve().parent.parent
+TARGET, DRAFTER = ROOT / "build" / "smollm2-135m-instruct", ROOT / "examples" / "smollm2-135m-instruct"
+QUESTIONS = ROOT / "build" / "smollm2" / "questions"
+BUILD = ROOT / "build" / "demo"
+NAME = "SmolLM2-135M-Instruct"
 K = 3
-TOKENS = 32
-PLAIN, STREAMING, CONCURRENCY = 8, 8, 16  # one by one, one by one, and the rest 16 at a time
+TOKENS = 96  # of an answer, at most
+OF_EACH = 8  # questions of each of the three sets: these many are plain, streamed, and at once
 NEAR_TIE = 1e-4  # log-probability
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one prompt: token ids, their text, and the runners-up at every place."""
+    """What came back for one question: token ids, their text, and the runners-up at every place."""
 
     ids: list[int]
     text: str
     top: list[dict[str, float]]
 
 
+@dataclass(frozen=True)
+class Served:
+    """All answers of one server, and the tokens per second of those that were asked for one at a time."""
+
+    answers: list[Answer]
+    tokens_per_second: float
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server below is stopped too
-    with progress("demo", ends=False):
-        _run()
-
-
-def _run() -> None:
-    pair = tiny_pair.build(BUILD)
-    with _serve(pair.target, "target alone") as server:
-        alone = _ask(server.url, pair.prompts)
-    speculative = json.dumps({"method": "eagle3", "model": str(pair.drafter), "num_speculative_tokens": K})
-    with _serve(pair.target, "target and drafter", "--speculative-config", speculative) as server:
+    questions = read_questions()
+    with _serve("the target alone") as server:
+        alone = ask(server.url, questions)
+    speculative = {"method": "eagle3", "model": str(DRAFTER), "num_speculative_tokens": K}
+    with _serve("the target with the drafter", "--speculative-config", json.dumps(speculative)) as server:
         before = from_server(server.url)
-        drafted = _ask(server.url, pair.prompts)
+        drafted = ask(server.url, questions)
         acceptance = from_server(server.url) - before
         log = server.output()
 
-    differing = [(a, d) for a, d in zip(alone, drafted, strict=True) if a.ids != d.ids]
-    result = _result(pair.drafter, log, acceptance, len(alone), len(differing), sum(_near_tie(*x) for x in differing))
+    differing = [(a, d) for a, d in zip(alone.answers, drafted.answers, strict=True) if a.ids != d.ids]
+    result = {
+        "kind": "demo",
+        "target": NAME,
+        "questions": len(questions),
+        "requests": len(questions),
+        "greedy_identical": not differing,
+        "near_ties": sum(_near_tie(*pair) for pair in differing),
+        "tokens_per_second": {"none": alone.tokens_per_second, "slimspec": drafted.tokens_per_second},
+        **_drafting(acceptance, log),
+        "versions": _versions(),
+    }
     (BUILD / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    _summary(pair.prompts, drafted, result)
-    if not result["greedy_identical"]:
+    _summary(questions, drafted.answers, result)
+    if differing:
         sys.exit(f"error: {len(differing)} answers differ from the target's own")
 
 
+def read_questions() -> list[str]:
+    """Take the first questions of every set, in turn."""
+    sets = []
+    for name in ("mt-bench", "gsm8k", "humaneval"):
+        lines = (QUESTIONS / f"{name}.jsonl").read_text().splitlines()[:OF_EACH]
+        sets.append([json.loads(line)["messages"][0]["content"] for line in lines])
+    return [question for turn in zip(*sets, strict=True) for question in turn]
+
+
 @contextmanager
-def _serve(target: Path, name: str, *arguments: str) -> Iterator[Server]:
-    """`vllm serve` on a free port of the loopback interface, in float32 so that equality is exact."""
+def _serve(name: str, *arguments: str) -> Iterator[Server]:
+    """Start `vllm serve` on a free port of the loopback interface, in float32 so that equality is exact."""
     import torch
 
     # On a CPU: 1 GiB for the cache instead of most of the machine's memory.
     env = {} if torch.cuda.is_available() else {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    options = ["--dtype", "float32", "--max-model-len", "256", "--served-model-name", "tiny", "--enforce-eager"]
+    options = ["--dtype", "float32", "--max-model-len", "1024", "--served-model-name", NAME, "--enforce-eager"]
     log = BUILD / f"{name.replace(' ', '-')}.log"
     with ExitStack() as stack:
-        with progress(f"Starting vllm serve, {name}"):
-            server = stack.enter_context(Server(target, [*options, *arguments], log=log, env=env))
+        with progress(f"Starting vllm serve: {name}"):
+            server = stack.enter_context(Server(TARGET, [*options, *arguments], log=log, env=env))
         yield server
 
 
-def _ask(url: str, prompts: Sequence[str]) -> list[Answer]:
+def ask(url: str, questions: Sequence[str]) -> Served:
+    """Ask the first third of the questions one by one, stream the answers to the second, and ask the rest at once."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     options: dict[str, Any] = {
-        "model": "tiny",
+        "model": NAME,
         "max_tokens": TOKENS,
         "temperature": 0,
-        "logprobs": 5,
-        "extra_body": {"ignore_eos": True, "return_token_ids": True},
+        "logprobs": True,
+        "top_logprobs": 2,
+        "extra_body": {"return_token_ids": True},
     }
 
-    def plain(prompt: str) -> Answer:
-        choice = client.completions.create(prompt=prompt, **options).choices[0]
-        return Answer(choice.token_ids, choice.text, choice.logprobs.top_logprobs)
+    def plain(question: str) -> Answer:
+        choice = client.chat.completions.create(messages=_said(question), **options).choices[0]
+        return Answer(choice.token_ids, choice.message.content or "", _runners_up([choice]))
 
-    def streaming(prompt: str) -> Answer:
-        parts = [c for p in client.completions.create(prompt=prompt, stream=True, **options) for c in p.choices]
-        return Answer(
-            [i for part in parts for i in part.token_ids or ()],
-            "".join(part.text for part in parts),
-            [top for part in parts if part.logprobs for top in part.logprobs.top_logprobs or ()],
-        )
+    def streamed(question: str) -> Answer:
+        chunks = client.chat.completions.create(messages=_said(question), stream=True, **options)
+        parts = [part for chunk in chunks for part in chunk.choices]
+        ids = [i for part in parts for i in getattr(part, "token_ids", None) or ()]
+        return Answer(ids, "".join(part.delta.content or "" for part in parts), _runners_up(parts))
 
-    first, second, rest = prompts[:PLAIN], prompts[PLAIN : PLAIN + STREAMING], prompts[PLAIN + STREAMING :]
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
-        answers = chain(map(plain, first), map(streaming, second), pool.map(plain, rest))
-        return list(steps(answers, "Requests", len(prompts), "request"))
+    plain(questions[0])  # the first request of a server warms it up
+    alone, at_once = questions[: 2 * OF_EACH], questions[2 * OF_EACH :]
+    ways = [plain] * OF_EACH + [streamed] * OF_EACH
+    start = time.perf_counter()
+    with progress("Questions, one at a time", len(alone), "question") as shown:
+        answers = []
+        for way, question in zip(ways, alone, strict=True):
+            answers.append(way(question))
+            shown.update()
+    seconds = time.perf_counter() - start
+    with ThreadPoolExecutor(len(at_once)) as pool:
+        together = list(steps(pool.map(plain, at_once), "Questions, all at once", len(at_once), "question"))
+    return Served([*answers, *together], sum(len(answer.ids) for answer in answers) / seconds)
+
+
+def _said(question: str) -> list[Any]:
+    return [{"role": "user", "content": question}]
+
+
+def _runners_up(parts: Iterable[Any]) -> list[dict[str, float]]:
+    places = [place for part in parts if part.logprobs for place in part.logprobs.content or ()]
+    return [{other.token: other.logprob for other in place.top_logprobs} for place in places]
 
 
 def _near_tie(alone: Answer, drafted: Answer) -> bool:
-    """Whether the target itself hardly preferred its own token at the first place where the answers differ."""
-    place = next(i for i, (a, d) in enumerate(zip(alone.ids, drafted.ids, strict=False)) if a != d)
+    """Say whether the target hardly preferred its own token at the first place where the answers differ."""
+    pairs = zip(alone.ids, drafted.ids, strict=False)
+    place = next((i for i, (a, d) in enumerate(pairs) if a != d), None)
+    if place is None:  # one answer is the beginning of the other
+        return False
     best, second = sorted(alone.top[place].values(), reverse=True)[:2]
     return best - second < NEAR_TIE
 
 
-def _result(
-    drafter: Path, log: str, acceptance: Acceptance, requests: int, differing: int, near_ties: int
-) -> dict[str, Any]:
-    checkpoint = DraftCheckpoint.open(drafter)
+def _drafting(acceptance: Acceptance, log: str) -> dict[str, Any]:
+    checkpoint = DraftCheckpoint.open(DRAFTER)
     spec = checkpoint.spec
     assert spec is not None
     impl = re.search(r"fused argmax \((\w+)\)", log)
     return {
-        "kind": "demo",
-        "greedy_identical": differing == 0,
-        "near_ties": near_ties,
-        "requests": requests,
         "acceptance_length": acceptance.length,
         "acceptance_per_position": acceptance.per_position,
         "num_speculative_tokens": K,
@@ -150,13 +190,12 @@ def _result(
         # The draft model says so itself on the first call of either method.
         "fused_path": "SlimSpec: drafting by the fused path" in log and "by the dense path" not in log,
         "impl": impl[1] if impl else None,
-        "versions": _versions(),
     }
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("vllm-slimspec", "vllm", "torch", "transformers", "speculators", "openai"):
+    for name in ("vllm-slimspec", "vllm", "torch", "transformers", "openai"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -164,27 +203,33 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _summary(prompts: Sequence[str], answers: Sequence[Answer], result: dict[str, Any]) -> None:
+def _summary(questions: Sequence[str], answers: Sequence[Answer], result: dict[str, Any]) -> None:
     out = Console()
-    for prompt, answer in list(zip(prompts, answers, strict=True))[:3]:
+    for question, answer in list(zip(questions, answers, strict=True))[:3]:
         out.rule(style="dim")
-        out.print(prompt[-200:], style="dim", end="", markup=False, highlight=False)
+        out.print(question, style="dim", markup=False, highlight=False)
         out.print(answer.text, style="bold", markup=False, highlight=False)
     out.rule(style="dim")
-    head = result["head"]
+    head, speed = result["head"], result["tokens_per_second"]
     rates = " ".join(f"{rate:.2f}" for rate in result["acceptance_per_position"])
-    differing = "all" if result["greedy_identical"] else f"NOT all ({result['near_ties']} near ties)"
+    equal = f"all {result['questions']}" if result["greedy_identical"] else f"NOT all ({result['near_ties']} near ties)"
     table = Table(show_header=False, box=None)
-    table.add_row("answers equal to the target's own", f"{differing} of {result['requests']}")
-    table.add_row("acceptance length", f"{result['acceptance_length']:.2f} tokens a cycle (K={K})")
-    table.add_row("accepted at position 1 2 3", rates)
+    table.add_row("target", NAME)
+    table.add_row("answers equal to the target's own", equal)
+    table.add_row("tokens per second, the target alone", f"{speed['none']:.1f}")
+    table.add_row(
+        "tokens per second with the drafter",
+        f"{speed['slimspec']:.1f} ({speed['slimspec'] / speed['none']:.2f} times as many)",
+    )
+    table.add_row("acceptance length", f"{result['acceptance_length']:.2f} tokens a cycle, K = {K}")
+    table.add_row("accepted at positions 1, 2, 3", rates)
     table.add_row(
         "draft head",
-        f"rank {head['rank']}, {head['bytes'] / 1e3:.0f} kB against {head['dense_bytes'] / 1e3:.0f} kB dense "
-        f"({head['dense_bytes'] / head['bytes']:.1f}x less)",
+        f"rank {head['rank']}, {head['bytes'] / 1e6:.1f} MB in place of {head['dense_bytes'] / 1e6:.1f} MB "
+        f"({head['dense_bytes'] / head['bytes']:.1f} times less)",
     )
     table.add_row("fused path", f"{'yes' if result['fused_path'] else 'no'} ({result['impl']})")
-    table.add_row("written", "build/demo/result.json")
+    table.add_row("written", str((BUILD / "result.json").relative_to(ROOT)))
     out.print(table)
 
 

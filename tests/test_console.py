@@ -117,6 +117,25 @@ def test_interrupt_is_one_line(monkeypatch):
     assert (found.exit_code, found.stderr) == (130, "interrupted\n")
 
 
+def test_termination_lets_a_command_shut_down_its_engine(tmp_path):
+    """Catches: SIGTERM that ends the command alone, and leaves an engine that computes on without it."""
+    code = """if True:
+        import sys, time
+        from vllm_slimspec.console import one_line_errors
+        with one_line_errors():
+            try:
+                print("ready", flush=True)
+                time.sleep(600)
+            finally:
+                print("engine shut down", flush=True)
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (143, "engine shut down\n", "terminated\n")
+
+
 def test_wrong_usage_stays_wrong_usage(monkeypatch):
     """Catches: exit code 1 for a command that was not understood."""
     assert inspect_with(monkeypatch, typer.BadParameter("no"), "inspect", "d").exit_code == 2

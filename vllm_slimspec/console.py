@@ -3,12 +3,15 @@
 import errno
 import json
 import logging
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -68,17 +71,31 @@ def log_on_stderr() -> Iterator[None]:
         log.handlers = handlers
 
 
+class Terminated(KeyboardInterrupt):
+    """The command was asked to end, by SIGTERM."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within it, whatever is raised ends the command with one line on stderr: exit code 1, or 130 for an interrupt."""
+    """Within it, whatever is raised ends the command with one line on stderr.
+
+    The exit code is 1, or for an interrupt 130, or for SIGTERM 143. SIGTERM unwinds the command as an interrupt does,
+    because an engine that is not shut down goes on computing without it.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
     try:
         yield
     except KeyboardInterrupt as error:
-        _end(error, str(error) or "interrupted", 130)
+        terminated = isinstance(error, Terminated)
+        _end(error, str(error) or ("terminated" if terminated else "interrupted"), 143 if terminated else 130)
     except Exception as error:
         if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # the command line's own
             raise
         _end(error, f"error: {describe(error)}", 1)
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def describe(error: Exception) -> str:
@@ -119,6 +136,10 @@ def _end(error: BaseException, line: str, code: int) -> NoReturn:
         traceback.print_exception(error)
     typer.echo(line, err=True)
     raise SystemExit(code) from None
+
+
+def _terminate(sign: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
