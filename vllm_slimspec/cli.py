@@ -1,4 +1,7 @@
-"""The `slimspec` command. Exit codes: 0 done, 1 it failed (one line says how), 2 wrong usage, 130 interrupted, 143 terminated."""
+"""The `slimspec` command.
+
+Exit codes: 0 done, 1 it failed (one line says how), 2 wrong usage, 130 interrupted, 143 terminated.
+"""
 
 import json
 import sys

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import generate
 
+from vllm_slimspec.bench import states as bench
 from vllm_slimspec.bench.acceptance import from_engine
 from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftCheckpoint
 from vllm_slimspec.convert import collect as module
@@ -135,3 +136,34 @@ def test_collection_goes_on_where_it_was(material, tmp_path, monkeypatch):
     for column in ("doc", "pos", "step", "next_token"):
         assert torch.equal(getattr(one, column)[order[0]], getattr(two, column)[order[1]])
     torch.testing.assert_close(one.hidden[order[0]], two.hidden[order[1]], rtol=1e-4, atol=1e-4)
+
+
+def test_heads_scored_on_states_accept_what_was_predicted(material, tmp_path):
+    """Catches: a command that scores other states or another walk than those that the engine was held to above; a body
+    recorded twice; a set of prompts left out of the sum."""
+    p, drafter, states, tensors = material
+    slim = convert(Options(str(drafter), tmp_path / "slim", str(p.target), hidden_states=states.path, force=True))
+    folder = slim.checkpoint.path
+    prompts = states.path.parent / "prompts.jsonl"
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(prompts.read_text().splitlines()[:3]))
+    options = bench.Options(
+        target=str(p.target),
+        drafters={"full": str(drafter), "slim": str(folder)},
+        prompts=[prompts, few],
+        ks=[K],
+        max_tokens=TOKENS,
+        work=tmp_path / "work",
+        engine=OPTIONS,
+    )
+    rows = {(row.head, row.prompt_set): row for row in bench.measure(options).rows}
+    ids = tensors["d2t"] + torch.arange(len(tensors[DENSE]))
+    factors = slim.checkpoint.load(DOWN), slim.checkpoint.load(UP)
+    wanted = evaluate(tensors[DENSE], {"slim": factors}, everything(states), ids)
+    assert rows["full", "prompts"].length == pytest.approx(wanted.dense_tau.value, abs=1e-6)
+    assert rows["slim", "prompts"].length == pytest.approx(wanted.heads["slim"].tau.value, abs=1e-6)
+    whole, part = rows["slim", bench.ALL], rows["slim", "few"]
+    assert whole.cycles == rows["slim", "prompts"].cycles + part.cycles
+    assert 0 < whole.accepted_of_full < 1
+    assert all(0 < overlap < 1 for overlap in whole.alpha)
+    assert len([*options.work.iterdir()]) == 1

@@ -20,7 +20,7 @@ from vllm_slimspec.output import beside, claim_file, claim_work
 from vllm_slimspec.progress import progress
 
 if TYPE_CHECKING:
-    from vllm_slimspec.bench.results import ServeResults
+    from vllm_slimspec.bench.results import ServeResults, StatesResults
 
 Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
 Drafters = Annotated[
@@ -28,6 +28,17 @@ Drafters = Annotated[
     typer.Option("--drafter", help="NAME=FOLDER of an EAGLE-3 drafter; repeat the option. Name the dense one `full`."),
 ]
 K = Annotated[int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Draft tokens of a cycle (K).")]
+PromptFiles = Annotated[
+    list[Path], typer.Option(help='JSONL file of {"prompt"}, {"messages"} or {"text"}; repeat the option.')
+]
+EngineArgs = Annotated[str, typer.Option(help="Arguments of vllm.LLM as JSON, such as '{\"max_model_len\": 4096}'.")]
+CompareDtype = Annotated[
+    Dtype,
+    typer.Option(
+        help="Data type of both models. auto is float32 on a CPU, where answers are then the same, and elsewhere "
+        "vLLM's choice."
+    ),
+]
 Json = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 
 app.command(epilog=cycle.EXAMPLE)(cycle.cycle)
@@ -42,33 +53,20 @@ app.command(epilog=rivals.EXAMPLE)(rivals.rivals)
 def acceptance(
     target: Target,
     drafter: Drafters,
-    prompts: Annotated[
-        list[Path], typer.Option(help='JSONL file of {"prompt"}, {"messages"} or {"text"}; repeat the option.')
-    ],
+    prompts: PromptFiles,
     num_speculative_tokens: K = 5,
     temperature: Annotated[str, typer.Option(help="Temperatures, such as 0 or 0,1; a CPU takes 0 only.")] = "0",
     max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 256,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Answer up to --max-tokens, beyond the end of a text.")
     ] = False,
-    engine_args: Annotated[
-        str, typer.Option(help="Arguments of vllm.LLM as JSON, such as '{\"max_model_len\": 4096}'.")
-    ] = "{}",
-    dtype: Annotated[
-        Dtype,
-        typer.Option(
-            help="Data type of both models. auto is float32 on a CPU, where answers are then the same, and elsewhere "
-            "vLLM's choice."
-        ),
-    ] = Dtype.AUTO,
+    engine_args: EngineArgs = "{}",
+    dtype: CompareDtype = Dtype.AUTO,
     json: Json = None,
 ) -> None:
     """Count how much of each drafter's proposals the target accepts, and check that its greedy answers stay its own."""
     from vllm_slimspec.bench import compare
 
-    engine = json_object(engine_args, "--engine-args")
-    if dtype is not Dtype.AUTO:
-        engine.setdefault("dtype", dtype.value)
     options = compare.Options(
         target=target,
         drafters=_drafters(drafter),
@@ -77,7 +75,7 @@ def acceptance(
         temperatures=_temperatures(temperature),
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
-        engine=engine,
+        engine=json_object(engine_args, "--engine-args") | ({} if dtype is Dtype.AUTO else {"dtype": dtype.value}),
         # what an engine answered is kept there, for a run that was killed
         work=None if json is None else beside(json, ".run"),
     )
@@ -90,6 +88,61 @@ def acceptance(
         if json is not None:
             results.write(json)
     print_acceptance(results)
+
+
+@app.command(
+    epilog="Example: slimspec bench states --target T --drafter full=dense --drafter low-rank=slim "
+    "--prompts mt-bench.jsonl --work-path build/states --json states.json"
+)
+def states(
+    target: Target,
+    drafter: Drafters,
+    prompts: PromptFiles,
+    num_speculative_tokens: Annotated[
+        str, typer.Option("-k", "--num-speculative-tokens", help="Draft tokens of a cycle (K), such as 5 or 3,5.")
+    ] = "5",
+    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 256,
+    engine_args: EngineArgs = "{}",
+    dtype: CompareDtype = Dtype.AUTO,
+    rerank: Annotated[
+        str | None,
+        typer.Option(
+            help="Score each low-rank head of the body of `full` also with so many of its candidates scored again by "
+            "the rows of `full`, such as 16,64,256.",
+            show_default="none",
+        ),
+    ] = None,
+    work_path: Annotated[
+        Path, typer.Option(help="Folder that keeps the recorded head states, one folder for each drafter's body.")
+    ] = Path("build/states"),
+    json: Json = None,
+) -> None:
+    """Score draft heads on recorded head states: acceptance at temperature 0, overlap at temperature 1."""
+    from vllm_slimspec.bench import states as bench
+
+    ks = positive_ints(num_speculative_tokens, "--num-speculative-tokens", "numbers of draft tokens")
+    options = bench.Options(
+        target=target,
+        drafters=_drafters(drafter),
+        prompts=prompts,
+        ks=ks,
+        rerank=positive_ints(rerank, "--rerank", "numbers of candidates") if rerank else (),
+        max_tokens=max_tokens,
+        work=work_path,
+        engine=json_object(engine_args, "--engine-args"),
+        dtype=dtype.value,
+    )
+    with (
+        log_on_stderr(),
+        one_line_errors(),
+        claim_results(json),
+        claim_work(work_path),
+        progress("bench states", ends=False),
+    ):
+        results = bench.measure(options)
+        if json is not None:
+            results.write(json)
+    print_states(results)
 
 
 @app.command(epilog="Example: slimspec bench prompts question.jsonl --from mt-bench --output-path mt-bench.jsonl")
@@ -217,6 +270,37 @@ def print_acceptance(results: AcceptanceResults) -> None:
         console.print(table)
         if results.dtype != "float32" and any(row.equal != len(row.cycles) for row in rows if row.equal is not None):
             console.print(f"In {results.dtype} batches of other shapes round differently: counted, not judged.")
+
+
+def print_states(results: "StatesResults") -> None:
+    """A table for each prompt set and K."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for prompt_set, k in dict.fromkeys((row.prompt_set, row.num_speculative_tokens) for row in results.rows):
+        title = f"{prompt_set}, K={k}"
+        table = Table("head", title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
+        for column in ("rank", "tokens", "length (95%)", "accepted of full (95%)", "alpha", "MB read"):
+            table.add_column(column, justify="right")
+        for row in results.rows:
+            if (row.prompt_set, row.num_speculative_tokens) != (prompt_set, k):
+                continue
+            share = ""
+            if row.accepted_of_full is not None:
+                low, high = row.accepted_of_full_low, row.accepted_of_full_high
+                share = f"{row.accepted_of_full:.1%} ({low:.1%}-{high:.1%})"
+            table.add_row(
+                row.head,
+                str(row.rank or "dense"),
+                str(row.draft_vocab_size),
+                f"{row.length:.3f} ({row.low:.2f}-{row.high:.2f})",
+                share,
+                f"{sum(row.alpha) / len(row.alpha):.3f}",
+                f"{row.head_bytes / 1e6:.2f}",
+            )
+        console.print(table)
+    console.print("Accepted: drafts a cycle, without the target's own token. Alpha: overlap at temperature 1.")
 
 
 def print_serve(results: "ServeResults") -> None:

@@ -51,7 +51,7 @@ def measure(options: Options) -> AcceptanceResults:
             "only (it leaves the temperature of the draft tokens uninitialised); give --temperature 0, or use a GPU"
         )
     target = Target.open(options.target)
-    heads = {name: _Head.read(drafter, target) for name, drafter in options.drafters.items()}
+    heads = {name: describe_head(drafter, target) for name, drafter in options.drafters.items()}
     # an engine drafts up to k tokens beyond the last one
     room = options.max_tokens + options.k
     sets = read_sets(options.prompts, target, max_model_len=options.engine.get("max_model_len"), room=room)
@@ -181,26 +181,33 @@ def _cut(answers: Answers, part: slice) -> Answers:
 
 
 @dataclass(frozen=True)
-class _Head:
-    rank: int | None
+class DescribedHead:
+    """What a row says of a head."""
+
+    rank: int | None  # None: dense
     draft_vocab_size: int
     rerank: int | None
-    head_bytes: int
-    dense_bytes: int
+    head_bytes: int  # that a draft step reads, the rows of re-ranking included
+    dense_bytes: int  # of a dense head over the same vocabulary
 
-    @classmethod
-    def read(cls, drafter: str, target: Target) -> "_Head":
-        checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
-        spec, size = checkpoint.spec, checkpoint.head_bytes
-        if spec is None:
-            vocab = int(checkpoint.config.get("draft_vocab_size") or target.vocab_size)
-            if not size:  # it borrows the target's head, whose rows have the size of its own weights
-                largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
-                size = vocab * target.hidden_size * largest.nbytes // math.prod(largest.shape)
-            return cls(None, vocab, None, size, size)
-        if spec.rerank is not None:
-            size += spec.rerank * checkpoint.dense_bytes // spec.draft_vocab_size
-        return cls(spec.rank, spec.draft_vocab_size, spec.rerank, size, checkpoint.dense_bytes)
+
+def describe_head(drafter: str, target: Target) -> DescribedHead:
+    """Read what a row says of a drafter's head.
+
+    Raises:
+        CheckpointError: it is no drafter that is served.
+    """
+    checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
+    spec, size = checkpoint.spec, checkpoint.head_bytes
+    if spec is None:
+        vocab = int(checkpoint.config.get("draft_vocab_size") or target.vocab_size)
+        if not size:  # it borrows the target's head, whose rows have the size of its own weights
+            largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
+            size = vocab * target.hidden_size * largest.nbytes // math.prod(largest.shape)
+        return DescribedHead(None, vocab, None, size, size)
+    if spec.rerank is not None:
+        size += spec.rerank * checkpoint.dense_bytes // spec.draft_vocab_size
+    return DescribedHead(spec.rank, spec.draft_vocab_size, spec.rerank, size, checkpoint.dense_bytes)
 
 
 def read_sets(

@@ -222,6 +222,40 @@ class AcceptanceResults(Results):
     rows: list[AcceptanceRow]
 
 
+class StatesRow(_Record):
+    """One head over one set of prompts at one K, from head states: greedy cycles, and the overlap of sampled drafts."""
+
+    head: str
+    prompt_set: str
+    num_speculative_tokens: int
+    rank: int | None  # None: dense
+    draft_vocab_size: int
+    rerank: int | None
+    head_bytes: int  # that a draft step reads
+    dense_bytes: int  # of a dense head over the same vocabulary
+    length: float
+    low: float  # 95%, by drawing prompts anew
+    high: float
+    per_position: list[float]  # share of all cycles whose draft at position 1, 2, ... was accepted
+    accepted_of_full: float | None  # accepted drafts per cycle over those of the head `full`, None without one
+    accepted_of_full_low: float | None  # 95%, the same prompts drawn for both
+    accepted_of_full_high: float | None
+    alpha: list[float]  # mean over all places of sum(min(p, q)) at temperature 1, by draft step
+    cycles: list[int]  # of each prompt
+    accepted: list[int]  # draft tokens of each prompt
+
+
+class StatesResults(Results):
+    """``slimspec bench states``."""
+
+    kind: Literal["states"] = "states"
+    target: str
+    hidden_size: int
+    vocab_size: int
+    max_tokens: int
+    rows: list[StatesRow]
+
+
 class ServeRow(_Record):
     """One drafter behind a server at one concurrency, as ``vllm bench serve`` counted; ``none`` is the target alone."""
 

@@ -57,6 +57,23 @@ def acceptance_length(counts: np.ndarray, of: np.ndarray | None = None) -> Tau:
     return Tau(float(statistic(np.arange(len(counts)))), *interval(len(counts), statistic))
 
 
+def accepted_share(counts: np.ndarray, of: np.ndarray) -> Tau:
+    """Return the accepted drafts per cycle as a share of those of other cycles through the same documents.
+
+    An acceptance length holds a constant 1, the target's own token, which a ratio of two lengths would hide behind.
+
+    Args:
+        counts, of: int64 [documents, K + 1].
+    """
+    known = (counts[:, 0] > 0) & (of[:, 0] > 0)
+    counts, of = counts[known], of[known]
+
+    def statistic(drawn: np.ndarray) -> np.ndarray:
+        return (_length(counts[drawn]) - 1) / (_length(of[drawn]) - 1)
+
+    return Tau(float(statistic(np.arange(len(counts)))), *interval(len(counts), statistic))
+
+
 def _length(counts: np.ndarray) -> np.ndarray:
     """Return the tokens a cycle yields, float [...], for counts [..., documents, K + 1]."""
     total = counts.sum(-2)

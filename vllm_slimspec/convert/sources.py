@@ -190,7 +190,7 @@ class Drafter:
             raise CheckpointError(_no_safetensors(str(drafter)))
         checkpoint = DraftCheckpoint.open(path)
         where = str(checkpoint.path)
-        config = _normalise(checkpoint)
+        config = normalized(checkpoint)
         # With any rank: this refuses a family that is not known.
         spec = head_spec({**config, "lm_head_rank": 1}, f"{where}/config.json")
         if target is not None:
@@ -323,7 +323,7 @@ def fingerprint(name: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _normalise(checkpoint: DraftCheckpoint) -> dict[str, Any]:
+def normalized(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     """config.json as this package writes it, without the keys of the head."""
     config = checkpoint.flat
     eagle, ids = config.get("eagle_config"), "eagle_aux_hidden_state_layer_ids"
