@@ -115,6 +115,14 @@ def test_other_answers_are_not_continued(target, engine, prompts, tmp_path):
     assert (tmp_path / "mine.jsonl").read_text() == "{}"
 
 
+def test_a_target_is_the_same_by_another_path(target, engine, prompts, tmp_path, monkeypatch):
+    """Catches: hours of answers refused because the target's folder is named from elsewhere."""
+    write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
+    monkeypatch.chdir(target.parent)
+    write_answers(target.name, prompts, tmp_path / "a.jsonl", max_tokens=2)
+    assert engine.asked == PROMPTS
+
+
 def test_bad_prompts_are_named_before_an_engine_starts(target, engine, prompts, tmp_path):
     """Catches: an engine started, and files left, for prompts that do not fit."""
     with prompts.open("a") as file:

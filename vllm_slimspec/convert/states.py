@@ -222,8 +222,9 @@ class StatesWriter:
             raise CheckpointError(f"{self.path}: holds other files; remove them or choose another folder")
         else:
             return
-        if found != recipe:
-            changed = sorted(key for key in recipe if found.get(key) != recipe[key])
+        # A model is the same under another name or path: what counts are the fingerprints beside the names.
+        changed = sorted(key for key in recipe if found.get(key) != recipe[key] and f"{key}_fingerprint" not in recipe)
+        if changed:
             values = ", ".join(f"{key} ({found.get(key)!r} there, {recipe[key]!r} now)" for key in changed)
             raise CheckpointError(f"{self.path}: begun with other values of {values}; remove it or choose another")
 

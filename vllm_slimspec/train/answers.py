@@ -17,6 +17,7 @@ from typing import Any
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
+from vllm_slimspec.convert.sources import fingerprint
 from vllm_slimspec.cores import every_core
 from vllm_slimspec.output import beside, claim_file, write_whole
 from vllm_slimspec.progress import counting, progress
@@ -74,7 +75,7 @@ def _write_answers(
     vocab_size, length = limits(target, dict(engine))
     documents = tokenise(rows, tokenizer, vocab_size, length - max_tokens, prompts)
     made_from = {
-        "target": str(target),
+        "target": fingerprint(target),  # the same under another name or path
         "prompts": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
         "temperatures": list(temperatures or ()) or None,
         "max_tokens": max_tokens,

@@ -23,6 +23,7 @@ from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.convert.collect import limits
 from vllm_slimspec.convert.prompts import one_line
+from vllm_slimspec.convert.sources import fingerprint
 from vllm_slimspec.output import Claim, beside, claim_file
 from vllm_slimspec.progress import counting, progress
 from vllm_slimspec.train.answers import _claim, _engine, engine_failed
@@ -93,7 +94,7 @@ def _write_prompts(
     chat = _Chat(target)
     limits(target, options)
     recipe = {**vars(sampling), "temperatures": list(sampling.temperatures)}
-    _claim(output, {"target": str(target), "count": count, "openings": _hash(openings), **recipe})
+    _claim(output, {"target": fingerprint(target), "count": count, "openings": _hash(openings), **recipe})
     if output.exists():
         return
     part = beside(output, ".partial")
