@@ -62,7 +62,7 @@ def found(alone, extra=0.0):
 def test_the_prediction_is_independent_of_what_it_predicts(toy):
     """A nu taken from the cycle (the check would then be an identity), or times of the round with clocks in it."""
     agreeing = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
-    rows = {row.head: row for row in cycle.rows_of("toy", 5, [agreeing])}
+    rows = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [agreeing])}
     assert rows["full"].cycle_ms_p50 == 301
     assert rows["full"].cycle_ms_p20 == 300
     assert rows["low-rank"].head_ms == 40
@@ -79,7 +79,7 @@ def test_the_prediction_is_independent_of_what_it_predicts(toy):
     assert (rows["full"].rank, rows["low-rank"].rank) == (None, 16)
 
     faster_alone = found({"null": 1.0, "full": 40e3, "low-rank": 4e3})
-    row = {row.head: row for row in cycle.rows_of("toy", 5, [faster_alone])}["low-rank"]
+    row = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [faster_alone])}["low-rank"]
     assert row.nu == 10
     assert row.ratio == rows["low-rank"].ratio
     assert row.predicted_ratio == pytest.approx(1 - 200 / 301 * 0.9, abs=1e-4)
@@ -88,13 +88,13 @@ def test_the_prediction_is_independent_of_what_it_predicts(toy):
 def test_the_interval_is_of_rounds_that_both_heads_shared(toy):
     """An interval over single cycles, or of heads drawn apart: slow rounds, which all heads share, would widen it."""
     agreeing = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
-    row = {row.head: row for row in cycle.rows_of("toy", 5, [agreeing])}["low-rank"]
+    row = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [agreeing])}["low-rank"]
     assert row.ratio_low == pytest.approx(140 / 300, abs=1e-4)  # the three rounds are 0, 1 and 2 ms slower
     assert row.ratio_high == pytest.approx(142 / 302, abs=1e-4)
     for turn in agreeing.turns:  # one round in which something disturbed the low-rank head alone
         if turn.head == "low-rank" and turn.ms[0] == 142:
             turn.ms = [150.0] * 2
-    row = {row.head: row for row in cycle.rows_of("toy", 5, [agreeing])}["low-rank"]
+    row = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [agreeing])}["low-rank"]
     assert row.ratio_high == pytest.approx(150 / 302, abs=1e-4)
     assert row.ratio == pytest.approx(141 / 301, abs=1e-4)
 
@@ -111,7 +111,7 @@ def test_engines_of_one_arm_are_put_together(toy):
         for turn in whole.turns
         if turn.parts is None
     ]
-    rows = cycle.rows_of("toy", 5, apart)
+    rows = cycle.rows_of("toy", SHAPE.rank, 5, apart)
     assert [row.cycle_ms_p50 for row in rows] == [101, 301, 141]
     assert [row.cycles for row in rows] == [6, 6, 6]
     assert all(row.verify_ms is None for row in rows)
@@ -185,11 +185,11 @@ def test_tokens_a_second_are_of_the_acceptance(toy):
     random weights that accept nothing."""
     whole = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
     measured = acceptance({"full": [0.8, 0.6, 0.4, 0.1, 0.1], "low-rank": [0.5, 0.3, 0.1, 0.1, 0.0]})
-    rows = {row.head: row for row in cycle.rows_of("toy", 5, [whole], measured)}
+    rows = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [whole], measured)}
     assert rows["full"].tokens_per_s == pytest.approx(2 * 3 / 0.301, abs=0.01)
     assert rows["low-rank"].tokens_per_s == pytest.approx(2 * 2 / 0.141, abs=0.01)
     assert rows["null"].tokens_per_s is None
-    assert {row.tokens_per_s for row in cycle.rows_of("toy", 5, [whole])} == {None}
+    assert {row.tokens_per_s for row in cycle.rows_of("toy", SHAPE.rank, 5, [whole])} == {None}
 
 
 def test_a_gpus_engine_is_not_forked():
@@ -237,6 +237,17 @@ def engine(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "executable", str(script))
 
     return be
+
+
+def test_a_real_pair_takes_the_place_of_random_weights(toy, tmp_path):
+    """Catches: cycles of random weights under the name of a real target, or its weights never loaded."""
+    target = tmp_path / "a-target"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": 128}))
+    pair = cycle.Pair(str(target), "a-drafter")
+    (plan,) = cycle.plan(options(tmp_path, shapes=[pair.name], pair=pair), pair.name, 5, "cpu")
+    assert (plan.target, plan.drafter, plan.load_format, plan.rank) == (str(target), "a-drafter", "auto", 16)
+    assert cycle.plan(options(tmp_path), "toy", 5, "cpu")[0].load_format == "dummy"
 
 
 def a_plan(**changes):

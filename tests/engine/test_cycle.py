@@ -49,7 +49,7 @@ def test_every_head_has_its_row(running, monkeypatch):
     engine, found, ticks = running
     monkeypatch.setitem(SHAPES, "toy", SHAPE)
     assert ticks == engine.plan.ticks
-    rows = cycle.rows_of("toy", K, [found])
+    rows = cycle.rows_of("toy", SHAPE.rank, K, [found])
     assert [(row.head, row.batch) for row in rows] == [(h, b) for b in (1, 2) for h in cycle.heads_of("cpu")]
     for row in rows:
         assert row.cycles == 2

@@ -28,6 +28,7 @@ from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.speedup import least_ratio
 from vllm_slimspec.bench.synthetic import NO_SYNTHETIC, rates, synthetic
 from vllm_slimspec.console import log_on_stderr, one_line_errors
+from vllm_slimspec.convert.sources import Target
 from vllm_slimspec.output import claim_work
 from vllm_slimspec.progress import progress
 
@@ -60,6 +61,23 @@ def heads_of(device: str) -> list[str]:
     return [head for head in HEADS if head not in left_out]
 
 
+class Pair(NamedTuple):
+    """A real target and its dense drafter, whose rows the other heads are made of, in the place of random weights."""
+
+    target: str
+    drafter: str
+
+    @property
+    def name(self) -> str:
+        """What a row calls its shape."""
+        return Path(self.target).name
+
+    @property
+    def rank(self) -> int:
+        """R = D / 8 of its low-rank heads."""
+        return Target.open(self.target).hidden_size // 8
+
+
 class Options(NamedTuple):
     """What is measured, and how often; the flags of the command line."""
 
@@ -74,6 +92,11 @@ class Options(NamedTuple):
     work: Path  # random drafters and the engines' logs
     acceptance: AcceptanceResults | None = None  # on a GPU: vLLM accepts as often as these drafters' targets did
     dtypes: Sequence[str] | None = None  # None: on a CPU both, where they fit into memory, and bfloat16 on a GPU
+    pair: Pair | None = None  # in the place of the shapes
+
+    def rank(self, shape: str) -> int:
+        """R of the low-rank heads of a shape."""
+        return SHAPES[shape].rank if self.pair is None else self.pair.rank
 
 
 def measure(
@@ -99,7 +122,7 @@ def measure(
             found = []
             for number, one in enumerate(group):
                 found.append(run(one, options.work / "logs" / f"{shape}-{dtype}-{k}-{number}.log", tick))
-            rows += rows_of(shape, k, found, options.acceptance, dtype)
+            rows += rows_of(shape, options.rank(shape), k, found, options.acceptance, dtype)
             yield CycleResults(
                 **provenance(),
                 device=device_name(torch.device(device)),
@@ -113,6 +136,8 @@ def measure(
 def _dtypes(options: Options, shape: str, device: str) -> list[str]:
     if device != "cpu":
         return [DTYPE]
+    if options.pair is not None:
+        return fitting(options.pair.target)
     return fitting(write_target(options.work / shape / "target", TARGETS[shape]))
 
 
@@ -123,13 +148,18 @@ def plan(options: Options, shape: str, k: int, device: str, dtype: str = DTYPE) 
 
     Raises ValueError for a head of unknown acceptance, where acceptance is asked for.
     """
-    config, rank = TARGETS[shape], SHAPES[shape].rank
-    folder = options.work / shape
+    rank, folder, pair = options.rank(shape), options.work / shape, options.pair
 
     def one(heads: list[str], drafter: str, rounds: int, seed: int = 0, **speculative: Any) -> Plan:
+        if pair is None:
+            config = TARGETS[shape]
+            models = str(write_target(folder / "target", config)), str(write_drafter(folder, config, rank, drafter))
+        else:
+            models = pair.target, pair.drafter
         return Plan(
-            target=str(write_target(folder / "target", config)),
-            drafter=str(write_drafter(folder, config, rank, drafter)),
+            target=models[0],
+            drafter=models[1],
+            load_format="dummy" if pair is None else "auto",
             heads=heads,
             rank=rank,
             num_speculative_tokens=k,
@@ -156,6 +186,7 @@ def plan(options: Options, shape: str, k: int, device: str, dtype: str = DTYPE) 
 
 def rows_of(
     shape: str,
+    rank: int,
     k: int,
     found: Sequence[Found],
     acceptance: AcceptanceResults | None = None,
@@ -188,7 +219,7 @@ def rows_of(
                 CycleRow(
                     head=head,
                     shape=shape,
-                    rank=SHAPES[shape].rank if head.startswith("low-rank") or head == "spec-vocab" else None,
+                    rank=rank if head.startswith("low-rank") or head == "spec-vocab" else None,
                     num_speculative_tokens=k,
                     batch=batch,
                     context=context,
@@ -264,9 +295,21 @@ def cycle(
             help="Data types to time, such as bfloat16,float32.", show_default="these two on a CPU, bfloat16 on a GPU"
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", "--verifier", help="A real target, a folder or an id, in the place of --shapes. CPU only."
+        ),
+    ] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Its dense EAGLE-3 drafter, whose rows all heads are made of.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:
-    """Time a draft-and-verify cycle of the real engine under every head, at true shapes with random weights."""
+    """Time a draft-and-verify cycle of the real engine under every head.
+
+    Without --target and --drafter the pairs have true shapes and random weights.
+    """
     allowed = heads_of("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choices(heads, allowed, "--heads")
     missing = [head for head in _COMPARED_WITH if head not in chosen]
@@ -274,8 +317,16 @@ def cycle(
         typer.echo(f"--heads: {' and '.join(missing)} added, which the other heads are compared with", err=True)
     if acceptance is not None and not torch.cuda.is_available():
         raise typer.BadParameter(f"{acceptance}: {NO_SYNTHETIC}", param_hint="--acceptance")
+    if (target is None) != (drafter is None):
+        raise typer.BadParameter("give --target and --drafter together, or neither for random weights")
+    pair = None if target is None or drafter is None else Pair(target, drafter)
+    if pair is not None and torch.cuda.is_available():
+        raise typer.BadParameter(
+            "an engine of a GPU keeps one head in its graphs; measure a real pair by `bench serve`",
+            param_hint="--target",
+        )
     options = Options(
-        shapes=choices(shapes, TARGETS, "--shapes"),
+        shapes=choices(shapes, TARGETS, "--shapes") if pair is None else [pair.name],
         heads=[*missing, *chosen],
         ks=positive_ints(num_speculative_tokens, "--num-speculative-tokens", "numbers of draft tokens"),
         batches=positive_ints(batches, "--batches", "batch sizes"),
@@ -285,6 +336,7 @@ def cycle(
         repeats=repeats,
         work=work_path,
         dtypes=listed_dtypes(dtypes),
+        pair=pair,
     )
     with (
         log_on_stderr(),

@@ -1,7 +1,7 @@
 """One engine of ``slimspec bench cycle``, in a process of its own: runs cycles, and says how long each took.
 
-Random weights accept next to nothing, so that a cycle, K draft steps and their verification, is one step of the
-engine and gives one token a request.
+A cycle, K draft steps and their verification, is one step of the engine. Random weights accept next to nothing, so that
+it gives one token a request.
 """
 
 import itertools
@@ -39,6 +39,7 @@ class Plan(BaseModel):
     device: str
     speculative: dict[str, Any]  # more of vLLM's speculative_config
     dtype: str = DTYPE  # of both models
+    load_format: str = "dummy"  # of the target; auto: it has weights
     seed: int = 0  # of the engine: what vLLM's synthetic acceptance draws
 
     @property
@@ -119,7 +120,7 @@ class Engine:
         self.plan = plan
         self.llm = LLM(
             model=plan.target,
-            load_format="dummy",
+            load_format=plan.load_format,
             speculative_config={
                 "method": "eagle3",
                 "model": plan.drafter,
