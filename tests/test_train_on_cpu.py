@@ -1,11 +1,17 @@
 """What training on a CPU computes in its own order equals what speculators computes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from speculators.losses import eager, utils
+from tiny_training import DRAFT_V, FLAGS, LAYERS, V, write_work
 
-from vllm_slimspec.train import on_cpu
-from vllm_slimspec.train.launch import slimspec_in_speculators
+from vllm_slimspec.convert.states import Document
+from vllm_slimspec.train import model, on_cpu
+from vllm_slimspec.train.launch import fit, slimspec_in_speculators
+from vllm_slimspec.train.metrics import read_metrics
+from vllm_slimspec.train.states import write_states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,3 +58,30 @@ def test_only_a_run_has_the_faster_operations():
         assert utils.resolve_loss_config("kl_div", "eager")["kl_div"][0] is on_cpu.kl_div_loss
         assert torch.argmax is on_cpu.argmax
     assert (torch.argmax, utils.resolve_loss_config("kl_div", "eager")) == before
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """States of documents whose answers begin at different places; one is all answer, and one nearly all prompt."""
+    folder = write_work(tmp_path_factory.mktemp("answers"))
+    prompts = [0, 22, *range(3, 21)]
+    documents = [Document(i, [(j * i + i) % V for j in range(24)], prompt) for i, prompt in enumerate(prompts, 1)]
+    write_states(folder / "llama", documents, folder / "answers", layer_ids=LAYERS, dtype="float32")
+    return folder
+
+
+@pytest.mark.parametrize("flags", [{}, {"draft_vocab_size": DRAFT_V}, {"head": "target", "rank": None}])
+def test_places_that_are_left_out_change_nothing(answers, tmp_path, monkeypatch, flags):
+    """Catches: logits compared with those of another place, a place of an answer forgotten, or one of a prompt that is
+    learned."""
+    found = []
+    for name in ("all places", "answers only"):
+        if name == "all places":
+            monkeypatch.setattr(model, "answers_only", lambda *args: nullcontext())
+        fit(answers / "llama", answers / "answers", tmp_path / name, **{**FLAGS, "ttt_step_loss_decay": 0.7, **flags})
+        monkeypatch.undo()
+        found.append(read_metrics(tmp_path / f"{name}.run" / "metrics.jsonl"))
+    assert [line["step"] for line in found[0]] == [line["step"] for line in found[1]]
+    for all_places, answers_only in zip(*found, strict=True):
+        assert answers_only["loss"] == pytest.approx(all_places["loss"], rel=1e-4)
+        assert answers_only["by_place"] == pytest.approx(all_places["by_place"], abs=1e-6)

@@ -17,6 +17,7 @@ from torch import nn
 
 from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
 from vllm_slimspec.progress import progress
+from vllm_slimspec.train.on_cpu import answers_only
 from vllm_slimspec.train.replaced import replaced
 from vllm_slimspec.train.store import read_final_states
 
@@ -70,6 +71,13 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             self.lm_head = LowRankHead(self.hidden_size, config.lm_head_rank, self.draft_vocab_size)
         else:
             self.lm_head.requires_grad_(not config.head_is_targets)
+
+    def forward(self, *args: Any, loss_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As speculators' model; in training on a CPU its logits are those of the places that the loss counts."""
+        if not self.training or loss_mask is None or loss_mask.device.type != "cpu":
+            return super().forward(*args, loss_mask=loss_mask, **kwargs)
+        with answers_only(self.verifier_lm_head, self.lm_head, loss_mask):
+            return super().forward(*args, loss_mask=loss_mask, **kwargs)
 
     def load_verifier_weights(self) -> None:
         """Embeddings, final norm and teacher head from the target; the drafter's own head is left alone."""

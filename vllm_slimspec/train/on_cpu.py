@@ -1,13 +1,23 @@
-"""The two operations that training on a CPU spends most of its time in, done in the order that a CPU likes.
+"""What training on a CPU spends most of its time in, done in the order that a CPU likes.
 
-speculators' own are written for a GPU. Its eager divergence writes seven tensors of tokens times vocabulary to memory
-and reads them back; here a block of rows stays in the caches from its logits to its gradient. And PyTorch's ``argmax``
-of bfloat16 is not vectorized, while its ``max`` is, and finds the same index.
+speculators' own operations are written for a GPU. It computes logits at every place, and drops those of prompts and of
+padding only in the loss; here both heads see the places of answers only. Its eager divergence writes seven tensors of
+tokens times vocabulary to memory and reads them back; here a block of rows stays in the caches from its logits to its
+gradient. And PyTorch's ``argmax`` of bfloat16 is not vectorized, while its ``max`` is, and finds the same index.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
+from speculators.models.eagle3 import core as eagle3_core
+from speculators.models.eagle3 import metrics as eagle3_metrics
+from torch import nn
+
+from vllm_slimspec.train.replaced import replaced
 
 # At a vocabulary of 50,000 the float32 tensors of so many rows fit the caches of a core; further rows gain nothing.
 _ROWS = 16
@@ -44,6 +54,57 @@ def kl_div_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         targets: the target's, [..., V]; no gradient reaches them.
     """
     return _Divergence.apply(logits, targets)
+
+
+@contextmanager
+def answers_only(teacher: nn.Module, head: nn.Module, loss_mask: torch.Tensor) -> Iterator[None]:
+    """Within it, one forward pass of speculators' EAGLE-3 model computes no logits that its loss would drop.
+
+    At draft step k the logits behind place i are compared with the teacher's at place i + k.
+
+    Args:
+        teacher: the target's head, which is called once, with [1, T, D].
+        head: the drafter's, which is called at each draft step, with [1, T, D].
+        loss_mask: [1, T], 1 where a place of ``teacher`` counts.
+    """
+    places = loss_mask[0].nonzero()[:, 0]
+    step = count()
+
+    def starts(k: int) -> torch.Tensor:
+        return places[places >= k] - k
+
+    handles = (
+        teacher.register_forward_pre_hook(lambda _, args: (args[0][:, places],)),
+        head.register_forward_pre_hook(lambda _, args: (args[0][:, starts(next(step))],)),
+    )
+    try:
+        with replaced(eagle3_core, compute_metrics=partial(_compute_metrics, starts)):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compute_metrics(
+    starts: Any,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    mask: Any,
+    so_far: torch.Tensor,
+    k: int,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """Call speculators' ``compute_metrics`` with rows that are chosen and aligned already."""
+    rows = starts(k)
+    correct = so_far[:, rows]
+    with replaced(eagle3_metrics, align_for_step=lambda *aligned: aligned[:4]):
+        everything = torch.ones_like(mask[:, : len(rows)])
+        found = eagle3_metrics.compute_metrics(
+            logits, targets[:, targets.shape[1] - len(rows) :], everything, correct, k, *args, **kw
+        )
+    so_far[:, rows] = correct  # it is updated in place
+    return found
 
 
 def argmax(values: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
