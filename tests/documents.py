@@ -32,8 +32,28 @@ HEADS = {
 }
 
 
+SERVED = {
+    "none": "no drafter",
+    "full": "dense drafter",
+    "trim": "its best trimmed head",
+    "slimspec": "**SlimSpec**",
+}
+
+
+def first(result: dict[str, Any]) -> list[str]:
+    """The first screen of the README: one request at a time, in the faster data type of each row."""
+    rows = [row for row in result["rows"] if row["concurrency"] == 1]
+    best = {head: max((r for r in rows if r["head"] == head), key=lambda r: r["tokens_per_s"]) for head in SERVED}
+    lines = ["| | tokens per second | of no drafter | acceptance length | data type |", "|---|---|---|---|---|"]
+    for head, words in SERVED.items():
+        row, ratio = best[head], best[head]["tokens_per_s"] / best["none"]["tokens_per_s"]
+        length = f"{row['length']:.2f}" if row["length"] else ""
+        lines.append(f"| {words} | {row['tokens_per_s']:.1f} | {ratio:.2f} | {length} | {row['dtype']} |")
+    return [*lines, "", f"{result['device']}, K = {result['num_speculative_tokens']}."]
+
+
 def claim(result: dict[str, Any]) -> list[str]:
-    """The first sentence of the README: int8 against the dense head repacked, alone, at batch 1."""
+    """The head alone: int8 against the dense head repacked, at batch 1."""
     found = {
         (row["shape"], row["head"]): row["p50_us"]
         for row in result["rows"]
@@ -101,15 +121,41 @@ def cycles(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def states(result: dict[str, Any]) -> list[str]:
+    """What every head accepts, a table for each K: all sets together, then each of them."""
+    lines: list[str] = []
+    sets = list(dict.fromkeys(row["prompt_set"] for row in result["rows"]))
+    for k in dict.fromkeys(row["num_speculative_tokens"] for row in result["rows"]):
+        rows = {(r["head"], r["prompt_set"]): r for r in result["rows"] if r["num_speculative_tokens"] == k}
+        lines += [
+            "",
+            f"K = {k}:",
+            "",
+            f"| head | MB read | length (95%) | accepted of dense (95%) | {' | '.join(sets[:-1])} | alpha |",
+            "|---" * (5 + len(sets[:-1])) + "|",
+        ]
+        for head in dict.fromkeys(head for head, _ in rows):
+            row = rows[head, sets[-1]]
+            low, high = row["accepted_of_full_low"], row["accepted_of_full_high"]
+            share = f"{row['accepted_of_full']:.1%} ({low:.1%} to {high:.1%})"
+            length = f"{row['length']:.3f} ({row['low']:.2f} to {row['high']:.2f})"
+            each = " | ".join(f"{rows[head, s]['length']:.2f}" for s in sets[:-1])
+            size, alpha = row["head_bytes"] / 1e6, sum(row["alpha"]) / k
+            lines.append(f"| {head} | {size:.2f} | {length} | {share} | {each} | {alpha:.3f} |")
+    prompts = len(result["rows"][-1]["cycles"])
+    return [*lines[1:], "", f"{prompts} prompts, {result['max_tokens']} tokens an answer."]
+
+
 def acceptance(result: dict[str, Any]) -> list[str]:
-    """Acceptance lengths of all kinds of heads."""
+    """Acceptance lengths in the engine, and whether answers are the target's own."""
     k = result["rows"][0]["num_speculative_tokens"]
-    lines = [f"| head | rank | tokens | length (95%) | accepted at 1 to {k} | identical |", "|---|---|---|---|---|---|"]
+    lines = [f"| head | prompts | length (95%) | accepted at 1 to {k} | identical answers |", "|---|---|---|---|---|"]
     for row in result["rows"]:
         rates = " ".join(f"{rate:.2f}" for rate in row["per_position"])
+        near = f" ({row['near_ties']} near ties)" if row["near_ties"] else ""
         lines.append(
-            f"| {row['head']} | {row['rank'] or 'dense'} | {row['draft_vocab_size']} | {row['length']:.3f} "
-            f"({row['low']:.2f} to {row['high']:.2f}) | {rates} | {row['equal']} of {len(row['cycles'])} |"
+            f"| {row['head']} | {row['prompt_set']} | {row['length']:.3f} ({row['low']:.2f} to {row['high']:.2f}) "
+            f"| {rates} | {row['equal']} of {len(row['cycles'])}{near} |"
         )
     return lines
 
@@ -117,26 +163,18 @@ def acceptance(result: dict[str, Any]) -> list[str]:
 def served(result: dict[str, Any]) -> list[str]:
     """What clients of a server for each head saw."""
     lines = [
-        "| at once | head | tokens/s | TTFT ms | ITL ms | TPOT ms | acceptance length |",
-        "|---|---|---|---|---|---|---|",
+        "| data type | at once | head | tokens/s | of no drafter | TTFT ms | ITL ms | TPOT ms | acceptance length |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(result["rows"], key=lambda row: row["concurrency"]):
+    alone = {(r["dtype"], r["concurrency"]): r["tokens_per_s"] for r in result["rows"] if r["head"] == "none"}
+    for row in sorted(result["rows"], key=lambda row: (row["dtype"], row["concurrency"])):
         length = f"{row['length']:.2f}" if row["length"] else ""
         times = " | ".join(f"{row[name]:.1f}" for name in ("ttft_ms_p50", "itl_ms_p50", "tpot_ms_p50"))
-        lines.append(f"| {row['concurrency']} | {row['head']} | {row['tokens_per_s']:.0f} | {times} | {length} |")
+        ratio = row["tokens_per_s"] / alone[row["dtype"], row["concurrency"]]
+        where = f"{row['dtype']} | {row['concurrency']} | {row['head']}"
+        lines.append(f"| {where} | {row['tokens_per_s']:.1f} | {ratio:.2f} | {times} | {length} |")
     failed = sum(row["failed"] for row in result["rows"])
     return [*lines, "", f"{failed} of {sum(row['completed'] for row in result['rows']) + failed:,} requests failed."]
-
-
-def conversions(result: dict[str, Any]) -> list[str]:
-    """A dense drafter converted in every way, in the engine."""
-    dense = next(row["length"] for row in result["rows"] if row["head"] == "dense")
-    lines = ["| head | acceptance length in vLLM | of dense | predicted from other states |", "|---|---|---|---|"]
-    for row in result["rows"]:
-        predicted = f"{row['predicted']:.2f}" if row["predicted"] else "-"
-        lines.append(f"| {row['head']} | {row['length']:.2f} | {row['length'] / dense:.1%} | {predicted} |")
-    same = all(row["same"] for row in result["rows"])
-    return [*lines, "", f"Answers that are the target's own: {'all' if same else 'NOT ALL'}."]
 
 
 def real_size(result: dict[str, Any]) -> list[str]:
@@ -149,37 +187,22 @@ def real_size(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def ablation(result: dict[str, Any]) -> list[str]:
-    """What the rank costs."""
-    lines = [
-        "| head | kB | acceptance length | 95% over prompts | of dense | 95% | each seed |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for arm in result["arms"]:
-        seeds = " ".join(f"{row['length']:.3f}" for row in result["rows"] if row["head"] == arm["head"])
-        lines.append(
-            f"| {arm['head']} | {arm['head_bytes'] / 1e3:.0f} | {arm['length']:.3f} ± {arm['std']:.3f} "
-            f"| {arm['low']:.3f} to {arm['high']:.3f} | {arm['of_dense']:.1%} "
-            f"| {arm['of_dense_low']:.1%} to {arm['of_dense_high']:.1%} | {seeds} |"
-        )
-    equal, asked = sum(row["equal"] for row in result["rows"]), len(result["rows"]) * result["prompts"]
-    return [*lines, "", f"{equal} of {asked} answers are the target's own; {result['steps']} steps a drafter."]
-
-
 def demo(result: dict[str, Any]) -> list[str]:
     """What `make demo` found."""
-    head = result["head"]
+    head, speed = result["head"], result["tokens_per_second"]
     rates = " ".join(f"{rate:.2f}" for rate in result["acceptance_per_position"])
     return [
         "| | |",
         "|---|---|",
         f"| answers equal to the target's own | {'all' if result['greedy_identical'] else 'NOT all'} "
-        f"of {result['requests']} |",
+        f"of {result['questions']} |",
+        f"| tokens per second, the target alone | {speed['none']:.1f} |",
+        f"| tokens per second with the drafter | {speed['slimspec']:.1f} ({speed['slimspec'] / speed['none']:.2f}x) |",
         f"| acceptance length, K = {result['num_speculative_tokens']} "
         f"| {result['acceptance_length']:.2f} tokens a cycle |",
         f"| accepted at position 1, 2, ... | {rates} |",
-        f"| draft head | rank {head['rank']}, {head['bytes'] / 1e3:.0f} kB "
-        f"against {head['dense_bytes'] / 1e3:.0f} kB dense |",
+        f"| draft head | rank {head['rank']}, {head['bytes'] / 1e6:.1f} MB "
+        f"in place of {head['dense_bytes'] / 1e6:.1f} MB |",
         f"| fused path | {'yes' if result['fused_path'] else 'no'} ({result['impl']}) |",
     ]
 
@@ -267,6 +290,7 @@ def dist(result: dict[str, Any]) -> list[str]:
 
 DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]] = {
     "README.md": {
+        "first": ("smollm2-serve", first),
         "claim": ("head-cpu", claim),
         "cycle": ("cycle-k5-b1-cpu", cycle),
         "demo": ("demo", demo),
@@ -274,15 +298,16 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
     "docs/bench.md": {
         "cycles": ("cycle-cpu", cycles),
         "again": ("cycle-k5-b1-cpu", cycles),
-        "acceptance": ("acceptance-demo", acceptance),
-        "served": ("serve-demo", served),
+    },
+    "docs/smollm2.md": {
+        "states": ("smollm2-states", states),
+        "acceptance": ("smollm2-acceptance", acceptance),
+        "served": ("smollm2-serve", served),
+        "cycles": ("smollm2-cycle", cycles),
     },
     "docs/convert.md": {
-        "tiny": ("convert-tiny", conversions),
         "real-size": ("convert-8b", real_size),
-        "bench-pair": ("convert-bench-pair", conversions),
     },
-    "docs/training.md": {"ablation": ("ablation", ablation)},
     "docs/reliability.md": {
         "hostile": ("hostile", hostile),
         "soak": ("soak", soak),

@@ -136,10 +136,13 @@ def test_scoring_again_needs_the_rows_of_a_dense_full_head(target, tmp_path):
     config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
     dense = drafters.write(tmp_path / "dense", config, drafters.dense(drafters.tensors()))
     for given in ({"slim": str(slim)}, {"full": str(slim)}):
-        options = module.Options(str(target.path), given, [], [3], 8, tmp_path, rerank=[4])
+        options = module.Options(str(target.path), given, [], [3], 8, tmp_path, rerank={"slim": [4]})
         with pytest.raises(ValueError, match="--rerank: scores by the rows of the drafter 'full'; give a dense one"):
             module.measure(options)
     options = replace(options, drafters={"full": str(dense), "slim": str(slim)})
+    for name in ("full", "no-such-head"):
+        with pytest.raises(ValueError, match=f"--rerank {name}: must name a drafter that has the body of 'full' and a"):
+            module.measure(replace(options, rerank={name: [4]}))
     again = module._entrants(options, target)["slim, 4 scored again"]
     assert (again.head.rerank, again.body) == (4, body_key(slim))
     assert again.described.head_bytes == 4 * (R * D + V * R + 4 * D)

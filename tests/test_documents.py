@@ -18,5 +18,5 @@ def test_the_roofline_is_of_the_results():
 
 def test_a_figure_without_a_place_is_an_error():
     """Catches: a marker lost in an edit, and a figure that silently stays as it was."""
-    with pytest.raises(ValueError, match=r"docs/training\.md: no place for the figure ablation"):
-        documents.render("docs/training.md", "no markers")
+    with pytest.raises(ValueError, match=r"docs/convert\.md: no place for the figure real-size"):
+        documents.render("docs/convert.md", "no markers")

@@ -14,9 +14,6 @@ from vllm_slimspec.bench.report import write_report
 from vllm_slimspec.bench.report.material import Material, Source, read
 from vllm_slimspec.bench.report.sections import acceptance_ratios, chapter
 from vllm_slimspec.bench.results import (
-    AblationArm,
-    AblationResults,
-    AblationRow,
     AcceptanceResults,
     AcceptanceRow,
     CycleResults,
@@ -25,6 +22,8 @@ from vllm_slimspec.bench.results import (
     HeadRow,
     ServeResults,
     ServeRow,
+    StatesResults,
+    StatesRow,
 )
 from vllm_slimspec.bench.speedup import least_ratio, speedup
 
@@ -159,36 +158,33 @@ def serving():
     )
 
 
-def ablations():
-    arms = [
-        AblationArm(
-            head=f"rank-{rank}" if rank else "dense",
-            rank=rank,
-            head_bytes=1,
-            length=length,
-            std=0.1,
-            low=length,
-            high=length,
-            of_dense=length / 2.5,
-            of_dense_low=0,
-            of_dense_high=1,
-        )
-        for rank, length in ((8, 1.5), (16, 2.0), (None, 2.5))
-    ]
-    row = {"held_out_loss": 1, "per_position": [1], "cycles": [1], "accepted": [1], "equal": 1}
-    rows = [AblationRow(head=a.head, rank=a.rank, seed=s, length=a.length, **row) for a in arms for s in (0, 1)]
-    return AblationResults(
+def states():
+    row = {"rank": None, "draft_vocab_size": VOCAB, "rerank": None, "dense_bytes": 9, "alpha": [0.5, 0.4]}
+    row |= {"per_position": [0.6, 0.4], "cycles": [1, 1], "accepted": [1, 1], "num_speculative_tokens": 2}
+    heads = {"full": (9_000_000, 2.0, None), "low-rank": (1_000_000, 1.9, 0.9)}
+    return StatesResults(
         **COMMON,
         device="one CPU",
+        target="t",
         hidden_size=128,
         vocab_size=VOCAB,
-        steps=9,
-        tokens=9,
-        num_speculative_tokens=3,
-        prompts=9,
         max_tokens=9,
-        arms=arms,
-        rows=rows,
+        rows=[
+            StatesRow(
+                head=head,
+                prompt_set=prompt_set,
+                head_bytes=size,
+                length=length,
+                low=length - 0.1,
+                high=length + 0.1,
+                accepted_of_full=share,
+                accepted_of_full_low=share,
+                accepted_of_full_high=share,
+                **row,
+            )
+            for prompt_set in ("one", "all sets")
+            for head, (size, length, share) in heads.items()
+        ],
     )
 
 
@@ -288,7 +284,7 @@ def test_markdown_has_its_pictures(written):
 def test_what_the_project_measured_can_be_reported():
     """Catches: a result in docs/results over which `slimspec report docs/results/*.json` stumbles."""
     groups, left_out = read(sorted((ROOT / "docs/results").glob("*.json")), mixed_devices=True)
-    assert {"head", "cycle", "acceptance", "ablation"} <= {s.results.kind for g in groups for s in g.sources}
+    assert {"head", "cycle", "acceptance"} <= {s.results.kind for g in groups for s in g.sources}
     assert "demo" in {file.kind for file in left_out}
 
 
@@ -392,12 +388,12 @@ def test_the_same_prompts_for_both_heads():
 
 def test_every_kind_alone(tmp_path):
     """Catches: a page that needs two kinds of file; and missing figures of which nobody says what makes them."""
-    for kind, results in {"head": heads(), "cycle": cycles(), "serve": serving(), "ablation": ablations()}.items():
+    for kind, results in {"head": heads(), "cycle": cycles(), "serve": serving(), "states": states()}.items():
         material = Material("one CPU")
         getattr(material, kind).append(Source(Path("a.json"), results))
         made = chapter(material, "")
         assert made.sections
-        assert len(made.missing) == 4 - (kind != "ablation")
+        assert len(made.missing) == 4 - (kind != "states")
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,10 @@ def states(
     engine_args: EngineArgs = "{}",
     dtype: CompareDtype = Dtype.AUTO,
     rerank: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Score each low-rank head of the body of `full` also with so many of its candidates scored again by "
-            "the rows of `full`, such as 16,64,256.",
-            show_default="none",
+            help="NAME=16,64: score the low-rank head NAME also with so many of its candidates scored again, by the "
+            "rows of `full`; repeat the option.",
         ),
     ] = None,
     work_path: Annotated[
@@ -126,7 +125,10 @@ def states(
         drafters=_drafters(drafter),
         prompts=prompts,
         ks=ks,
-        rerank=positive_ints(rerank, "--rerank", "numbers of candidates") if rerank else (),
+        rerank={
+            name: positive_ints(counts, "--rerank", "numbers of candidates")
+            for name, counts in _named(rerank or [], "--rerank", "NAME=16,64").items()
+        },
         max_tokens=max_tokens,
         work=work_path,
         engine=json_object(engine_args, "--engine-args"),
@@ -326,13 +328,18 @@ def print_serve(results: "ServeResults") -> None:
 
 
 def _drafters(given: list[str]) -> dict[str, str]:
+    return _named(given, "--drafter", "NAME=FOLDER, such as low-rank=./drafter")
+
+
+def _named(given: list[str], option: str, form: str) -> dict[str, str]:
+    """Read a repeated option of the form NAME=VALUE."""
     named: dict[str, str] = {}
     for text in given:
-        name, _, folder = text.partition("=")
-        if not name or not folder or name in named:
-            reason = "is there twice" if name in named else "is not NAME=FOLDER, such as low-rank=./drafter"
-            raise typer.BadParameter(f"{text!r} {reason}", param_hint="--drafter")
-        named[name] = folder
+        name, _, value = text.partition("=")
+        if not name or not value or name in named:
+            reason = "is there twice" if name in named else f"is not {form}"
+            raise typer.BadParameter(f"{text!r} {reason}", param_hint=option)
+        named[name] = value
     return named
 
 

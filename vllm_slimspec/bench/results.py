@@ -290,50 +290,6 @@ class ServeResults(Results):
     rows: list[ServeRow]
 
 
-class AblationRow(_Record):
-    """One drafter: a head, trained from one seed and served over the held-out prompts."""
-
-    head: str
-    rank: int | None  # None: dense
-    seed: int
-    held_out_loss: float  # of training
-    length: float
-    per_position: list[float]  # share of all cycles whose draft at position 1, 2, ... was accepted
-    cycles: list[int]  # of each prompt
-    accepted: list[int]  # draft tokens of each prompt
-    equal: int  # answers that are the target's own, token for token
-
-
-class AblationArm(_Record):
-    """A head over all of its seeds."""
-
-    head: str
-    rank: int | None
-    head_bytes: int  # that a draft step reads
-    length: float  # mean over the seeds
-    std: float  # between the seeds, with n - 1
-    low: float  # 95% of the mean, by drawing prompts anew
-    high: float
-    of_dense: float  # mean / the dense head's mean
-    of_dense_low: float  # 95%, the same prompts drawn for both
-    of_dense_high: float
-
-
-class AblationResults(Results):
-    """``make ablation``."""
-
-    kind: Literal["ablation"] = "ablation"
-    hidden_size: int
-    vocab_size: int
-    steps: int  # of each drafter
-    tokens: int  # that each was trained on
-    num_speculative_tokens: int
-    prompts: int
-    max_tokens: int
-    arms: list[AblationArm]
-    rows: list[AblationRow]
-
-
 def provenance() -> dict[str, Any]:
     """The fields that say how and with what a file came about, but for the device."""
     return {

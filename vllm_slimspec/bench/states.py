@@ -48,7 +48,8 @@ class Options:
     max_tokens: int
     work: Path  # keeps the head states
     engine: Mapping[str, Any] = field(default_factory=dict)
-    rerank: Sequence[int] = ()  # low-rank heads of the reference's body are scored with so many candidates again, too
+    # low-rank head -> with how many of its candidates scored again it is measured, too
+    rerank: Mapping[str, Sequence[int]] = field(default_factory=dict)
     dtype: Asked = "auto"  # of both models while states are recorded; auto: float32 on a CPU, as answers are compared
 
 
@@ -127,16 +128,22 @@ def _entrants(options: Options, target: Target) -> dict[str, _Entrant]:
         head = DraftHead.open(folder, target)
         found[name] = _Entrant(head, body_key(folder), folder, describe_head(str(folder), target))
     full = found.get(REFERENCE)
-    if options.rerank and (full is None or len(full.head.factors) > 1 or len(full.head.ids) < target.vocab_size):
+    if not options.rerank:
+        return found
+    if full is None or full.described.rank is not None or len(full.head.ids) < target.vocab_size:
         raise ValueError(
             f"--rerank: scores by the rows of the drafter {REFERENCE!r}; give a dense one over the whole vocabulary by "
             "this name"
         )
-    for name, one in list(found.items()):
-        if full is None or len(one.head.factors) == 1 or one.head.rerank or one.body != full.body:
-            continue
+    for name, ks in options.rerank.items():
+        one = found.get(name)
+        if one is None or one.described.rank is None or one.described.rerank or one.body != full.body:
+            raise ValueError(
+                f"--rerank {name}: must name a drafter that has the body of {REFERENCE!r} and a low-rank head without "
+                "re-ranking"
+            )
         row = full.described.dense_bytes // len(full.head.ids)
-        for k in options.rerank:
+        for k in ks:
             head = replace(one.head, rows=full.head.factors[0][one.head.ids], rerank=k)
             described = replace(one.described, rerank=k, head_bytes=one.described.head_bytes + k * row)
             found[f"{name}, {k} scored again"] = replace(one, head=head, described=described)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_slimspec.bench.report.theme import Theme
-from vllm_slimspec.bench.results import AblationResults, AcceptanceRow, CycleRow, HeadRow, ServeRow
+from vllm_slimspec.bench.results import AcceptanceRow, CycleRow, HeadRow, ServeRow, StatesRow
 from vllm_slimspec.bench.speedup import least_ratio
 
 if TYPE_CHECKING:
@@ -270,38 +270,19 @@ def acceptance(rows: Sequence[AcceptanceRow], theme: Theme) -> "Figure":
     return figure
 
 
-def by_rank(results: AblationResults, theme: Theme) -> "Figure":
-    """Acceptance length by rank: the seeds, their mean and its 95% interval; across, those of the dense head."""
-    figure, axes = _panel(3.2)
-    ranked = sorted((arm for arm in results.arms if arm.rank), key=lambda arm: arm.rank or 0)
-    ranks = [arm.rank or 0 for arm in ranked]
-    axes.plot(ranks, [arm.length for arm in ranked], color=theme["low-rank"], linewidth=1.6, zorder=2)
-    axes.fill_between(
-        ranks, [a.low for a in ranked], [a.high for a in ranked], color=theme["low-rank"], alpha=0.15, linewidth=0
-    )
-    for row in results.rows:
-        if row.rank:
-            axes.scatter(row.rank, row.length, s=26, color=theme["low-rank"], zorder=3)
-    for arm in results.arms:
-        if arm.rank is None:
-            axes.axhspan(arm.low, arm.high, color=theme["full"], alpha=0.15, linewidth=0)
-            axes.axhline(arm.length, color=theme["full"], linewidth=1.4)
-            axes.annotate(
-                "dense",
-                (0, arm.length),
-                xycoords=("axes fraction", "data"),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize="small",
-                color=theme["full"],
-            )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [str(rank) for rank in ranks])
-    axes.minorticks_off()
-    axes.margins(y=0.15)
-    axes.grid(axis="x", visible=False)
-    axes.set_xlabel(f"rank R, of D = {results.hidden_size}")
-    axes.set_ylabel("acceptance length")
+def frontier(rows: Sequence[StatesRow], theme: Theme) -> "Figure":
+    """Accepted drafts a cycle against the bytes that a head reads, with 95% intervals."""
+    figure, axes = _panel(4.6)
+    for row in rows:
+        x, colour = row.head_bytes / 1e6, theme.head(row.head)
+        axes.plot([x, x], [row.low - 1, row.high - 1], color=colour, linewidth=2, alpha=0.35)
+        axes.scatter(x, row.length - 1, s=30, color=colour, zorder=3)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.2)
+    axes.set_xlabel("MB that a draft step reads of the head (log scale)")
+    axes.set_ylabel("accepted drafts a cycle")
+    _label(figure, axes, [(row.head_bytes / 1e6, row.length - 1, row.head, theme.head(row.head)) for row in rows])
     return figure
 
 

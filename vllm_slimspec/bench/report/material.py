@@ -13,7 +13,7 @@ _KINDS: dict[str, type[kinds.Results]] = {
     "cycle": kinds.CycleResults,
     "acceptance": kinds.AcceptanceResults,
     "serve": kinds.ServeResults,
-    "ablation": kinds.AblationResults,
+    "states": kinds.StatesResults,
 }
 
 R = TypeVar("R", bound=kinds.Results, covariant=True)
@@ -36,11 +36,11 @@ class Material:
     cycle: list[Source[kinds.CycleResults]] = field(default_factory=list)
     acceptance: list[Source[kinds.AcceptanceResults]] = field(default_factory=list)
     serve: list[Source[kinds.ServeResults]] = field(default_factory=list)
-    ablation: list[Source[kinds.AblationResults]] = field(default_factory=list)
+    states: list[Source[kinds.StatesResults]] = field(default_factory=list)
 
     @property
     def sources(self) -> list[Source[kinds.Results]]:
-        return [*self.head, *self.cycle, *self.acceptance, *self.serve, *self.ablation]
+        return [*self.head, *self.cycle, *self.acceptance, *self.serve, *self.states]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vllm_slimspec.bench.report import figures
 from vllm_slimspec.bench.report.figures import KAPPA, NU, NULL, RHO, TOLERANCE, Point
 from vllm_slimspec.bench.report.material import Material
 from vllm_slimspec.bench.report.theme import Theme
-from vllm_slimspec.bench.results import AcceptanceRow, CycleRow, ServeResults
+from vllm_slimspec.bench.results import AcceptanceRow, CycleRow, ServeResults, StatesRow
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.bench.speedup import least_ratio, speedup
 
@@ -69,7 +69,7 @@ def chapter(material: Material, name: str) -> Chapter:
     """The sections that the material is enough for; ``name`` starts the names of their files."""
     made = Chapter(material.device)
     found = list(_cycles(material, name)) + list(_acceptance(material, name)) + list(_heads(material, name))
-    found += list(_serving(material, name)) + list(_ablation(material, name))
+    found += list(_serving(material, name)) + list(_frontier(material, name))
     made.sections = found
     made.tiles = _tiles(material)
     made.verdicts = list(_verdicts(material))
@@ -427,34 +427,43 @@ def _served(results: ServeResults, dtype: str | None, tag: str) -> Section:
     )
 
 
-def _ablation(material: Material, name: str) -> Iterable[Section]:
-    for number, source in enumerate(material.ablation):
+def _frontier(material: Material, name: str) -> Iterable[Section]:
+    for number, source in enumerate(material.states):
         results = source.results
-        table = [
-            [
-                f"{arm.head}",
-                f"{arm.head_bytes / 1e6:.3g}",
-                f"{arm.length:.3f} ({arm.low:.2f}-{arm.high:.2f})",
-                " ".join(f"{row.length:.3f}" for row in results.rows if row.head == arm.head),
-                f"{arm.of_dense:.3f} ({arm.of_dense_low:.3f}-{arm.of_dense_high:.3f})",
+        last = results.rows[-1].prompt_set  # all sets together, where there are several
+        for k in dict.fromkeys(row.num_speculative_tokens for row in results.rows):
+            rows = [r for r in results.rows if (r.prompt_set, r.num_speculative_tokens) == (last, k)]
+            table = [
+                [
+                    row.head,
+                    f"{row.head_bytes / 1e6:.3g}",
+                    f"{row.length:.3f} ({row.low:.2f}-{row.high:.2f})",
+                    _share(row),
+                    f"{sum(row.alpha) / len(row.alpha):.3f}",
+                ]
+                for row in rows
             ]
-            for arm in results.arms
-        ]
-        yield Section(
-            "Acceptance by rank",
-            f"{name}ablation-{number}",
-            [
-                f"Drafters that differ in the rank of their heads alone (D={results.hidden_size}, "
-                f"V={results.vocab_size}), each trained on {results.tokens:,} tokens in {results.steps} steps, "
-                f"from several seeds; K={results.num_speculative_tokens}, {results.prompts} prompts. A dot is a "
-                "seed, a band the 95% of their mean, by drawing prompts anew."
-            ],
-            "Acceptance length by rank, means over seeds: "
-            + ", ".join(f"{arm.head} {arm.length:.2f}" for arm in results.arms)
-            + ".",
-            partial(figures.by_rank, results),
-            Table(["head", "MB", "length (95%)", "each seed", "of dense (95%)"], table),
-        )
+            yield Section(
+                f"Acceptance against bytes, K={k}",
+                f"{name}frontier-{number}-k{k}",
+                [
+                    f"What each head accepts of the drafts of {results.target} (D={results.hidden_size}, "
+                    f"V={results.vocab_size}), and the bytes that a draft step reads for it; {len(rows[0].cycles)} "
+                    f"prompts ({last}), {results.max_tokens} tokens an answer, from head states. Accepted drafts are "
+                    "those of a cycle without the target's own token. Bars: 95%, the same prompts drawn for both heads."
+                ],
+                "Acceptance against bytes read: "
+                + ", ".join(f"{row.head} {row.head_bytes / 1e6:.3g} MB {row.length:.2f}" for row in rows)
+                + ".",
+                partial(figures.frontier, rows),
+                Table(["head", "MB", "length (95%)", "accepted of full (95%)", "alpha"], table),
+            )
+
+
+def _share(row: StatesRow) -> str:
+    if row.accepted_of_full is None:
+        return ""
+    return f"{row.accepted_of_full:.1%} ({row.accepted_of_full_low:.1%}-{row.accepted_of_full_high:.1%})"
 
 
 def _tiles(material: Material) -> list[Tile]:
