@@ -87,6 +87,18 @@ def test_random_weights_are_served(toy, servers, tmp_path):
         next(serve.measure(serve.Options(pair, k=4, concurrencies=[1], requests=1, max_tokens=4, acceptance=measured)))
 
 
+def test_a_drafter_is_asked_for_tokens_where_the_command_says_so(toy, servers, tmp_path):
+    """Catches: a trimmed head served twice as vLLM ships it, under two names."""
+    pair = serve.random_pair("toy", ["trim-32k"], tmp_path)
+    folder = pair.drafters["trim-32k"]
+    arguments = ["serve", "--target", pair.target, "--prompts", str(pair.prompts), "--dtypes", "float32"]
+    arguments += ["--drafter", f"list={folder}", "--drafter", f"list-argmax={folder}", "--local-argmax", "list-argmax"]
+    run = CliRunner().invoke(app, [*arguments, "--concurrency", "1", "--max-tokens", "4"])
+    assert run.exit_code == 0, run.output
+    configs = [speculative(arguments) for _, arguments, _ in servers[1:]]
+    assert [config.get("use_local_argmax_reduction") for config in configs] == [None, True]
+
+
 def test_each_dtype_is_served_and_told(toy, servers, tmp_path):
     """Catches: two dtypes in rows that cannot be told apart, or a server that is started without the dtype."""
     pair = serve.random_pair("toy", ["full"], tmp_path)
@@ -141,6 +153,11 @@ def test_row_of_the_load_generator():
         (["--shape", "llama-3.2-1b", "--concurrency", "0"], 2, "'0' is not a list of numbers of requests at once"),
         (["--shape", "llama-3.2-1b", "--acceptance", "a.json"], 2, "vLLM's CPU backend cannot imitate acceptance"),
         (["--target", "t", "--drafter", "a", "--prompts", "p"], 2, "'a' is not NAME=FOLDER"),
+        (
+            ["--target", "t", "--drafter", "a=b", "--prompts", "p", "--local-argmax", "c"],
+            2,
+            "'c' is the name of no --drafter",
+        ),
         (["--target", "t", "--drafter", "a=b", "--prompts", "p"], 1, "error: t: no such folder"),
     ],
 )

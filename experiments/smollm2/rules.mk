@@ -67,3 +67,15 @@ compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 		--rerank distilled=16,64,256 --json docs/results/smollm2-states.json
 	$(SLIMSPEC) bench acceptance $(ANSWERING) -k 3 $(ENGINE) --json docs/results/smollm2-acceptance.json
 	$(PY) tests/documents.py
+
+# Every head behind `vllm serve` and in the cycle of one engine: an hour and a quarter on two idle cores.
+LISTED = --drafter trim=$(WORK)/heads/vocab-trim-16384 --drafter trim-argmax=$(WORK)/heads/vocab-trim-16384
+serve-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
+	$(SLIMSPEC) bench serve --target $(SMOLLM2) --prompts $(QUESTIONS)/in-turn.jsonl -k 3 --max-tokens 64 --requests 24 \
+		--concurrency 1,4,8 --drafter full=$(DENSE) $(LISTED) --local-argmax trim-argmax \
+		--drafter distilled-rerank-16=$(WORK)/heads/distilled-rerank-16 --drafter slimspec=$(SHIPPED) \
+		--json docs/results/smollm2-serve.json
+	$(SLIMSPEC) bench cycle --target $(SMOLLM2) --drafter $(DENSE) -k 3 --batches 1,8 \
+		--heads full,full-argmax,full-int8,trim-32k,trim-32k-scatter,spec-vocab,low-rank,low-rank-int8,low-rank-int4,low-rank-rerank \
+		--json docs/results/smollm2-cycle.json
+	$(PY) tests/documents.py

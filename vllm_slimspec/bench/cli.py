@@ -179,6 +179,13 @@ def serve(
         list[str] | None, typer.Option(help="NAME=FOLDER of an EAGLE-3 drafter; repeat the option.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help='JSONL file of {"prompt"}, {"messages"} or {"text"}.')] = None,
+    local_argmax: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of a drafter that vLLM asks for tokens in the place of logits (use_local_argmax_reduction); "
+            "repeat the option. Low-rank drafters are always asked so."
+        ),
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help=f"Shape of random weights, instead of the three above: {', '.join(TARGETS)}.")
     ] = None,
@@ -228,7 +235,12 @@ def serve(
     ):
         measured = None if acceptance is None else AcceptanceResults.read(acceptance)
         if target and drafter and prompts:
-            pair = bench.Pair(target, _drafters(drafter), prompts, further)
+            drafters = _drafters(drafter)
+            for name in local_argmax or ():
+                if name not in drafters:
+                    raise typer.BadParameter(f"{name!r} is the name of no --drafter", param_hint="--local-argmax")
+            asked = {name: {"use_local_argmax_reduction": True} for name in local_argmax or ()}
+            pair = bench.Pair(target, drafters, prompts, further, asked)
         else:
             pair = bench.random_pair(str(shape), names, work_path, further)
         options = bench.Options(
