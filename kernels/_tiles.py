@@ -107,7 +107,7 @@ def _tiling_for(device: torch.device, bucket: int, rank: int, form: str) -> Tili
 
 
 def gemm_wins(device: torch.device, batch: int, up: object) -> bool:
-    """Whether an unfused GEMM is faster for so many rows. Never with quantised factors, which it cannot read."""
+    """Whether an unfused GEMM is faster for so many rows. Never with quantized factors, which it cannot read."""
     return device.type == "cuda" and isinstance(up, Tensor) and batch >= _table(device).get("gemm_rows", GEMM_ROWS)
 
 

@@ -16,7 +16,7 @@ from vllm_slimspec.kernels.reduce_pairs import reduce_pairs
 from vllm_slimspec.quantized import QuantizedUp
 
 
-# What varies from call to call is never specialised: a batch or vocabulary of 1 or of a multiple of 16 would otherwise
+# What varies from call to call is never specialized: a batch or vocabulary of 1 or of a multiple of 16 would otherwise
 # be a variant of its own, compiled while serving.
 @triton.jit(do_not_specialize=["B", "V", "blocks", "tiles"])
 def _tile_argmax_kernel(

@@ -1,7 +1,7 @@
 """`make dist-check`: the wheel and the sdist as users get them, and what installing them does to an environment.
 
 Built twice, in two places: the same bytes. Installed from the built file into empty environments, one of which holds
-a vLLM that this package does not know: nothing that was there changes. Every dependency has a licence that may be used
+a vLLM that this package does not know: nothing that was there changes. Every dependency has a license that may be used
 beside Apache-2.0.
 
     python tests/dist_check.py --json docs/results/dist.json
@@ -56,7 +56,7 @@ class Dist(Results):
     kind: str = "dist"
     wheel: str
     wheel_sha256: str
-    rows: list[dict[str, Any]]  # dependency, version, licence
+    rows: list[dict[str, Any]]  # dependency, version, license
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -152,11 +152,11 @@ def main() -> None:
         print(f"from the wheel: {run(python.parent / 'slimspec', '--version', cwd=place).strip()}")
         run(python, "-m", "pip", "check", cwd=place)
         brought = {n: v for n, v in json.loads(run(python, "-c", LICENCES, cwd=place)).items() if n not in bare}
-        refused = {n: licence for n, (_, licence) in brought.items() if not ALLOWED.search(licence)}
+        refused = {n: license for n, (_, license) in brought.items() if not ALLOWED.search(license)}
         if refused:
-            sys.exit(f"error: licences to look at: {refused}")
-        for dependency, (version, licence) in sorted(brought.items()):
-            print(f"  {dependency} {version}: {licence.splitlines()[0][:60]}")
+            sys.exit(f"error: licenses to look at: {refused}")
+        for dependency, (version, license) in sorted(brought.items()):
+            print(f"  {dependency} {version}: {license.splitlines()[0][:60]}")
 
         other = environment(place / "sdist")
         pip_install(other, "--no-deps", sdist)
@@ -178,7 +178,7 @@ def main() -> None:
         print(f"beside another vLLM ({OTHER_VLLM}) and the oldest dependencies: none of {len(before)} files changed")
 
     if arguments.json:
-        rows = [{"dependency": n, "version": v, "licence": licence} for n, (v, licence) in sorted(brought.items())]
+        rows = [{"dependency": n, "version": v, "license": license} for n, (v, license) in sorted(brought.items())]
         Dist(**provenance(), device="cpu", wheel=wheel.name, wheel_sha256=digest, rows=rows).write(arguments.json)
 
 

@@ -284,8 +284,8 @@ def versions(result: dict[str, Any]) -> list[str]:
 
 def dist(result: dict[str, Any]) -> list[str]:
     """What a wheel brings along."""
-    rows = [f"| {r['dependency']} | {r['version']} | {r['licence']} |" for r in result["rows"]]
-    return ["| package | version | licence |", "|---|---|---|", *rows]
+    rows = [f"| {r['dependency']} | {r['version']} | {r['license']} |" for r in result["rows"]]
+    return ["| package | version | license |", "|---|---|---|", *rows]
 
 
 DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]] = {

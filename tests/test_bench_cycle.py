@@ -20,7 +20,7 @@ from vllm_slimspec.bench.rivals import RIVALS, rivals_page
 from vllm_slimspec.bench.shapes import SHAPES
 from vllm_slimspec.checkpoint import DraftCheckpoint
 
-# What their makers publish, unquantised and to the last parameter.
+# What their makers publish, unquantized and to the last parameter.
 PARAMETERS = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.1-8b": 8_030_261_248,
@@ -220,9 +220,9 @@ def test_targets_have_true_shapes(name):
 
     config = pairs.TARGETS[name]
     assert (config["hidden_size"], config["vocab_size"]) == SHAPES[name][:2]
-    unquantised = {key: value for key, value in config.items() if key != "quantization_config"}
+    unquantized = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**unquantised))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**unquantized))
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 

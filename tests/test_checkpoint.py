@@ -82,7 +82,7 @@ class TestAccepted:
             ("int4", torch.zeros(V, R // 2, dtype=torch.uint8)),
         ],
     )
-    def test_quantised(self, tmp_path, kind, stored):
+    def test_quantized(self, tmp_path, kind, stored):
         """Catches: a stored form refused, or counted by the bytes of the model dtype."""
         tensors = drafters.tensors() | {UP: stored, "lm_head.up.scale": torch.ones(V, 1)}
         checkpoint = _open(drafters.write(tmp_path / "d", drafters.config(lm_head_quantization=kind), tensors))
@@ -90,8 +90,8 @@ class TestAccepted:
         assert checkpoint.head_bytes == 4 * R * D + stored.numel() + 4 * V
         assert checkpoint.dense_bytes == 4 * V * D
 
-    def test_quantised_at_load(self, tmp_path):
-        """Catches: an up in floats refused where config.json asks for quantisation."""
+    def test_quantized_at_load(self, tmp_path):
+        """Catches: an up in floats refused where config.json asks for quantization."""
         config = drafters.config(lm_head_quantization="int8")
         assert _open(drafters.write(tmp_path / "d", config, drafters.tensors())).spec.quantization == "int8"
 
@@ -205,7 +205,7 @@ BAD = [
         id="int8 without scale",
     ),
     pytest.param(
-        lambda c, t: (c, t | {"lm_head.up.scale": torch.ones(V, 1)}), ["lm_head.up.scale"], id="scale without quantised"
+        lambda c, t: (c, t | {"lm_head.up.scale": torch.ones(V, 1)}), ["lm_head.up.scale"], id="scale without quantized"
     ),
     pytest.param(
         lambda c, t: (
@@ -213,7 +213,7 @@ BAD = [
             t | {UP: t[UP].to(torch.int8), "lm_head.up.scale": torch.ones(V, 1)},
         ),
         [UP, "I8", "F8_E4M3"],
-        id="quantised otherwise than it says",
+        id="quantized otherwise than it says",
     ),
     pytest.param(
         lambda c, t: (

@@ -18,7 +18,7 @@ from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftChec
 from vllm_slimspec.convert import run
 from vllm_slimspec.convert.cli import convert as command
 from vllm_slimspec.convert.cli import sweep_figure
-from vllm_slimspec.convert.distil import Recipe
+from vllm_slimspec.convert.distill import Recipe
 from vllm_slimspec.convert.run import Conversion, Options, convert, sweep
 from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
 from vllm_slimspec.convert.states import HeadStates
@@ -137,7 +137,7 @@ def test_a_head_of_rank_r_stays_what_it_was(name, weighted, tmp_path, full_head)
 
 @pytest.mark.parametrize("name", ["torchspec", "slimspec"])
 def test_low_rank_passes_through(name, tmp_path):
-    """Catches: factors that were trained, replaced by a factorisation of their product."""
+    """Catches: factors that were trained, replaced by a factorization of their product."""
     source, _, _ = form(name, tmp_path / "source")
     if name == "slimspec":  # at a rank that is not the default
         source = drafters.write(tmp_path / "other", drafters.config(lm_head_rank=5), drafters.tensors(rank=5))
@@ -183,13 +183,13 @@ def test_a_silent_config_is_tied_where_there_is_no_head(tmp_path, full_head):
         Target.open(target).head()
 
 
-@pytest.mark.parametrize("kind", ["quantised", "packed", "pickle", "torn", "index", "map"])
+@pytest.mark.parametrize("kind", ["quantized", "packed", "pickle", "torn", "index", "map"])
 def test_a_target_whose_head_cannot_be_read(kind, tmp_path, full_head, caplog):
     """Catches: --target as an obstacle to a drafter with a head of its own; a traceback where the rows are needed."""
     target = write_target(tmp_path / "target", full_head)
     weights, index = target / "model.safetensors", target / "model.safetensors.index.json"
     match kind:
-        case "quantised":
+        case "quantized":
             save_file({"lm_head.weight": full_head.to(torch.int8)}, weights)
         case "packed":  # beside embeddings that are not the head
             save_file({"lm_head.qweight": full_head.to(torch.int32), "model.embed_tokens.weight": full_head}, weights)
@@ -335,9 +335,9 @@ def test_distillation_knows_the_targets_tokens_by_their_draft_ids(tmp_path, monk
         learned.extend([states, held_out])
         return factors
 
-    monkeypatch.setattr(run, "distil", spy)
+    monkeypatch.setattr(run, "distill", spy)
     states = write_head_states(tmp_path / "states", **known)
-    options = Options(str(source), tmp_path / "out", rank=2, hidden_states=states, distil=Recipe(2), force=True)
+    options = Options(str(source), tmp_path / "out", rank=2, hidden_states=states, distill=Recipe(2), force=True)
     convert(options)
     assert len(learned) == 2
     for samples in learned:
@@ -359,9 +359,9 @@ def test_a_distillation_goes_on_for_the_same_tokens_only(tmp_path):
         chosen = ids[:8] if name == "a" else ids[8:16]
         (tmp_path / "counts.json").write_text(json.dumps({str(int(i)): 1 for i in chosen}))
         options = Options(str(source), tmp_path / "out", rank=2, vocab="8", frequencies=tmp_path / "counts.json")
-        convert(replace(options, hidden_states=states, distil=Recipe(2), force=True))
+        convert(replace(options, hidden_states=states, distill=Recipe(2), force=True))
         options.output.rename(tmp_path / f"{name}{len(list(tmp_path.iterdir()))}")
-    assert len(list(options.run.glob("distil-*.pt"))) == 2
+    assert len(list(options.run.glob("distill-*.pt"))) == 2
 
 
 def test_a_dense_head_to_compare_with(tmp_path, full_head):
@@ -436,8 +436,8 @@ def test_rerank_keeps_the_rows_or_says_whose_they_are(tmp_path, full_head):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
-def test_quantised_up(kind, tmp_path):
-    """Catches: a quantised factor that is measured as another one than is written."""
+def test_quantized_up(kind, tmp_path):
+    """Catches: a quantized factor that is measured as another one than is written."""
     source, _, _ = form("specforge", tmp_path / "source")
     states = write_head_states(tmp_path / "states")
     done = convert(Options(str(source), tmp_path / "out", rank=R, quantize=kind, hidden_states=states, force=True))
@@ -719,7 +719,7 @@ def _bad(case: str, folder: Path) -> list[str]:
             return [str(good), "--sweep", "8,4", "--rerank", "8"]
         case "rank of a dense head":
             return [str(good), "--head", "dense", "--rank", "8"]
-        case "distil without states":
+        case "distill without states":
             return [str(good), "--distill-steps", "5"]
         case "taken":
             (folder / "out").mkdir()
@@ -764,7 +764,7 @@ def _bad(case: str, folder: Path) -> list[str]:
         ("counts for nothing", "belong to --vocab N"),
         ("sweep of what is not swept", "leave out --distill-steps"),
         ("rank of a dense head", "--head dense has no factors"),
-        ("distil without states", "need states to learn from"),
+        ("distill without states", "need states to learn from"),
         ("taken", "not an empty folder"),
     ],
 )

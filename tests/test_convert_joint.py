@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
 from vllm_slimspec.convert import run
-from vllm_slimspec.convert.distil import Recipe
+from vllm_slimspec.convert.distill import Recipe
 from vllm_slimspec.convert.joint import JointRecipe, train_jointly
 from vllm_slimspec.convert.run import Options, convert
 from vllm_slimspec.convert.sources import Drafter
@@ -158,7 +158,7 @@ def test_it_takes_as_many_steps_as_it_is_told(target, states, tmp_path, steps):
     assert 2 < steps[0][2] < 11  # less than an epoch, and more than one
 
 
-def test_held_out_answers_are_not_learnt(target, states, tmp_path, monkeypatch):
+def test_held_out_answers_are_not_learned(target, states, tmp_path, monkeypatch):
     """Catches: a drafter measured on what it was trained on."""
     from vllm_slimspec.train import states as module
 
@@ -172,8 +172,8 @@ def test_held_out_answers_are_not_learnt(target, states, tmp_path, monkeypatch):
 
 
 def test_other_documents_to_learn_from(target, states, tmp_path, steps):
-    """Catches: the recorded answers learnt all the same; states of layers that the drafter does not look at; somebody's
-    states put away with the run's own files."""
+    """Catches: the recorded answers learned all the same; states of layers that the drafter does not look at; states of
+    somebody else put away with the run's own files."""
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     documents = answers() * 3
     for name, layers in (("data", [1, 2, 3]), ("others", [0, 1, 2])):
@@ -299,5 +299,5 @@ def test_states_from_elsewhere_have_no_answers(target, tmp_path):
     source = str(dense_drafter(tmp_path / "source"))
     options = Options(source, tmp_path / "out", str(target), hidden_states=tmp_path / "s", joint=RECIPE)
     with pytest.raises(CheckpointError, match="the answers are not beside the states"):
-        convert(replace(options, distil=Recipe(3)))
+        convert(replace(options, distill=Recipe(3)))
     assert not options.run.exists()

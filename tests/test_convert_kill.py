@@ -20,19 +20,19 @@ from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftCheckpoint
 from vllm_slimspec.convert import collect as module
-from vllm_slimspec.convert import distil as distil_module
+from vllm_slimspec.convert import distill as distill_module
 from vllm_slimspec.convert import states
 from vllm_slimspec.convert.cli import convert as command
-from vllm_slimspec.convert.distil import Recipe, Samples, distil
+from vllm_slimspec.convert.distill import Recipe, Samples, distill
 from vllm_slimspec.convert.evaluate import Factors
-from vllm_slimspec.convert.factorise import factorise
+from vllm_slimspec.convert.factorize import factorize
 from vllm_slimspec.convert.run import Options, convert
 from vllm_slimspec.convert.sources import Drafter, Target
 from vllm_slimspec.convert.states import Document, HeadStates, Rows
 from vllm_slimspec.output import OutputError
 
 _PRELOAD = ["transformers.models.llama.configuration_llama", "pytest", "typer.testing"]
-_PRELOAD += [f"vllm_slimspec.convert.{name}" for name in ("cli", "collect", "run", "distil")]
+_PRELOAD += [f"vllm_slimspec.convert.{name}" for name in ("cli", "collect", "run", "distill")]
 
 
 class Watch:
@@ -97,16 +97,16 @@ def _collect(watch: Watch | None, folder: Path) -> None:
         module.collect("target", "drafter", folder.with_suffix(".jsonl"), folder, k=3, max_tokens=8)
 
 
-def _distil(watch: Watch | None, checkpoint: Path) -> Factors:
+def _distill(watch: Watch | None, checkpoint: Path) -> Factors:
     torch.manual_seed(0)
     dense, hidden = torch.randn(60, 16), torch.randn(200, 16)
     if watch:
         watch.over(torch, "save")
         watch.over(Path, "replace")
         watch.over(os, "fsync")
-    with patch.object(distil_module, "_EVERY", 2):
+    with patch.object(distill_module, "_EVERY", 2):
         samples = [Samples(part, torch.full((len(part),), -1)) for part in (hidden[:150], hidden[150:])]
-        return distil(dense, factorise(dense, 3), *samples, Recipe(4, batch=16), checkpoint)
+        return distill(dense, factorize(dense, 3), *samples, Recipe(4, batch=16), checkpoint)
 
 
 def _child(work, kill_at: int, log: str, *arguments) -> None:
@@ -215,14 +215,14 @@ def test_a_part_of_the_prompts_is_of_the_whole_file(tmp_path):
 def test_distillation_killed_anywhere(run, tmp_path, injected):
     """Catches: half a checkpoint taken for one; steps done again from the wrong place, or not at all."""
     log = tmp_path / "log"
-    expected = _distil(None, tmp_path / "whole.pt")
-    assert run(_distil, -1, log, tmp_path / "child.pt") == 0
+    expected = _distill(None, tmp_path / "whole.pt")
+    assert run(_distill, -1, log, tmp_path / "child.pt") == 0
     points = log.read_text().splitlines()
     assert points.count("after replace") == 2
     for point, name in enumerate(points, 1):
         checkpoint = tmp_path / f"{point}.pt"
-        assert run(_distil, point, log, checkpoint) == -signal.SIGKILL, name
-        for a, b in zip(_distil(None, checkpoint), expected, strict=True):
+        assert run(_distill, point, log, checkpoint) == -signal.SIGKILL, name
+        for a, b in zip(_distill(None, checkpoint), expected, strict=True):
             assert torch.equal(a, b), name
     injected("distillation killed", len(points))
 

@@ -12,7 +12,7 @@ from vllm_slimspec.bench.acceptance import Acceptance
 from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.convert import collect
 from vllm_slimspec.convert.evaluate import Tau, evaluate, predicted_speedup
-from vllm_slimspec.convert.prompts import read_prompts, tokenise
+from vllm_slimspec.convert.prompts import read_prompts, tokenize
 from vllm_slimspec.convert.states import HeadStates, Rows, StatesWriter, concatenate
 
 D, K = 16, 3
@@ -103,7 +103,7 @@ def test_a_collection_goes_on_where_it_was(tmp_path):
         (lambda f: [p.unlink() for p in f.glob("states-*")], "holds no states"),
     ],
 )
-def test_a_spoilt_collection_is_refused(spoil, message, tmp_path):
+def test_a_spoiled_collection_is_refused(spoil, message, tmp_path):
     """Catches: conversions calibrated on half a collection."""
     collection(tmp_path / "s")
     spoil(tmp_path / "s")
@@ -171,7 +171,7 @@ class Letters:
 def prompts(tmp_path, *lines, limit=8):
     file = tmp_path / "p.jsonl"
     file.write_bytes("\n".join(lines).encode())
-    return tokenise(read_prompts(file), Letters(), 256, limit, file)
+    return tokenize(read_prompts(file), Letters(), 256, limit, file)
 
 
 def test_every_form_of_prompt(tmp_path):

@@ -178,7 +178,7 @@ def test_edges(marks, fill, value, best):
 
 
 def test_nan_stays_in_its_row():
-    """One request's NaN must not touch its neighbours in the batch."""
+    """One request's NaN must not touch its neighbors in the batch."""
     hidden, down, up = head(5, 200, 16)
     expected = ops.low_rank_argmax(hidden, down, up, impl="triton")
     hidden[2, 7] = NAN
@@ -205,7 +205,7 @@ def test_logits(batch, vocab, rank, dtype):
     torch.testing.assert_close(logits, reference, rtol=0, atol=2 * ulp + 1e-6)
 
 
-def check_quantised(hidden, down, up):
+def check_quantized(hidden, down, up):
     """The id is the best of the factor that ``up`` stands for, up to two orders of a float32 sum."""
     values, ids = ops.low_rank_argmax(hidden, down, up, impl="triton")
     scores = F.linear(hidden, down).float() @ up.dequantize().T
@@ -225,10 +225,10 @@ def check_quantised(hidden, down, up):
     ("batch", "vocab", "rank", "group_size"),
     [(1, 507, 122, None), (17, 200, 64, 32), (3, 64, 360, None), (70, 100, 256, 128)],
 )
-def test_quantised(kind, dtype, batch, vocab, rank, group_size):
+def test_quantized(kind, dtype, batch, vocab, rank, group_size):
     """A code decoded wrongly, the scale of another row or group, columns of a nibble swapped, a tail of R read."""
     hidden, down, up = head(batch, vocab, rank, dtype)
-    check_quantised(hidden, down, quantize_up(up, kind, group_size))
+    check_quantized(hidden, down, quantize_up(up, kind, group_size))
 
 
 @settings(max_examples=20, deadline=None)
@@ -240,10 +240,10 @@ def test_quantised(kind, dtype, batch, vocab, rank, group_size):
     kind=st.sampled_from(KINDS),
     group_size=st.sampled_from([None, 32, 64]),
 )
-def test_quantised_on_any_shape(batch, vocab, groups, odd, kind, group_size):
+def test_quantized_on_any_shape(batch, vocab, groups, odd, kind, group_size):
     """The same, on shapes nobody thought of."""
     hidden, down, up = head(batch, vocab, groups * group_size if group_size else 2 * odd + 2 * groups)
-    check_quantised(hidden, down, quantize_up(up, kind, group_size))
+    check_quantized(hidden, down, quantize_up(up, kind, group_size))
 
 
 def test_every_fp8_code():
@@ -268,7 +268,7 @@ def short_chunks(monkeypatch):
 def test_topk(short_chunks, kind, batch, vocab, rank, k):
     """A candidate of a later chunk or a crowded group that is lost, or one that is not sorted in."""
     hidden, down, up = head(batch, vocab, rank, torch.float16)
-    up[10:14] = up[11] * torch.tensor([1.0, 1.1, 1.2, 1.05])[:, None].half()  # neighbours, as frequent tokens are
+    up[10:14] = up[11] * torch.tensor([1.0, 1.1, 1.2, 1.05])[:, None].half()  # neighbors, as frequent tokens are
     up = quantize_up(up, kind) if kind else up
     values, ids = ops.low_rank_topk(hidden, down, up, k, impl="triton")
     expected = topk_kernel.low_rank_topk_reference(hidden, down, up, k, vocab)
@@ -309,7 +309,7 @@ def test_topk_ties_on_any_shape(batch, vocab, k, valid, seed):
     ],
 )
 def test_wherever_the_best_are(short_chunks, marks, fill):
-    """A place that is written twice or never: neighbours that share a program, ties, -inf, a NaN in the last list."""
+    """A place that is written twice or never: neighbors that share a program, ties, -inf, a NaN in the last list."""
     scores = torch.full((300,), fill)
     for index, mark in marks.items():
         scores[index] = mark

@@ -28,7 +28,7 @@ SHARED_LIMIT = {"cuda": 99 * 1024, "hip": 64 * 1024}  # sm_86, 89 and 120, the s
 VOCAB, HIDDEN = 128256, 4096
 DENSE = ("bfloat16", "float16", "float32")
 # (op, form of `up`, rank, batch, k): a rank that fills its blocks and one that fills nothing, every batch bucket, every
-# quantised form
+# quantized form
 CASES = [
     *[("argmax", "bfloat16", 512, batch, 0) for batch in BATCHES],
     *[("argmax", form, 512, 64, 0) for form in ("fp8", "int8", "int8-g64", "int4", "int4-g32")],
@@ -95,7 +95,7 @@ def compile_kernel(target, kernel, arguments, options):
     pointers = {name: f"*{types[str(value.dtype).removeprefix('torch.')]}" for name, value in tensors.items()}
     constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr or arguments[p.name] is None}
     signature = {p.name: pointers.get(p.name) or ("constexpr" if p.name in constants else "i32") for p in kernel.params}
-    # what the launcher finds: torch's allocations are aligned, and no integer is specialised on
+    # what the launcher finds: torch's allocations are aligned, and no integer is specialized on
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(kernel, signature, constants, aligned)
     binary = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
@@ -121,7 +121,7 @@ def compile_case(target, case):
 
 
 def variants():
-    """Runtime integers that Triton would specialise on: each would be a variant compiled while serving."""
+    """Runtime integers that Triton would specialize on: each would be a variant compiled while serving."""
     kernels = {kernel for case in CASES for kernel, *_ in launches(*case)}
     return [
         f"{kernel.__name__}: {p.name}"

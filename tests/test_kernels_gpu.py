@@ -33,7 +33,7 @@ def short_chunks(monkeypatch):
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def weights(request):
-    """down [R, D], up [V, R] and dense [V, D] near their product, as of a head that was factorised."""
+    """down [R, D], up [V, R] and dense [V, D] near their product, as of a head that was factorized."""
     hidden, vocab, rank = request.param
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -110,7 +110,7 @@ def test_nothing_compiles_after_prepare(weights, kind):
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("kind", [None, "fp8", "int4"])
 def test_graphs_replay(weights, kind):
-    """A launch that a graph bakes a pointer, a batch or a synchronisation into: right once, wrong ever after."""
+    """A launch that a graph bakes a pointer, a batch or a synchronization into: right once, wrong ever after."""
     down, up, dense = weights
     factors = ops.pack(down, quantize_up(up, kind) if kind else up)
     ops.prepare(*factors, 64, k=K, dense=dense)

@@ -86,7 +86,7 @@ def test_edges(scores, valid_vocab, value, best):
     seed=st.integers(0, 99),
 )
 def test_topk_is_the_sorted_head(batch, vocab, k, valid, dtype, seed):
-    """A candidate lost to neighbours that are better, a tie in the wrong order: equal, since integers are exact."""
+    """A candidate lost to neighbors that are better, a tie in the wrong order: equal, since integers are exact."""
     generator = torch.Generator().manual_seed(seed)
     hidden, down, up = (
         torch.randint(-3, 4, shape, generator=generator).to(dtype) for shape in ((batch, 4), (3, 4), (vocab, 3))
@@ -119,7 +119,7 @@ def test_rerank_drafts_what_the_dense_head_would():
 
 
 def test_rerank_edges():
-    """A NaN that is reranked away, padding that comes back through its dense row, a row touched by its neighbour."""
+    """A NaN that is reranked away, padding that comes back through its dense row, a row touched by its neighbor."""
     hidden, down, up = head(3, 20, 8)
     dense = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
     expected = ops.low_rank_rerank(hidden, down, up, dense, 4)

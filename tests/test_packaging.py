@@ -89,7 +89,7 @@ def test_editable_imports(where, tmp_path):
 
 
 @pytest.mark.parametrize("hugging_face", [False, True])
-def test_neighbours_import_from_the_checkout_root(hugging_face, tmp_path):
+def test_neighbors_import_from_the_checkout_root(hugging_face, tmp_path):
     """Catches: ./kernels taken for the Hugging Face package, with which `import transformers` breaks."""
     if hugging_face:
         with zipfile.ZipFile(next((ROOT / "build" / "wheels").glob("kernels-*.whl"))) as archive:  # by `make install`

@@ -378,7 +378,7 @@ print(config.method, config.use_local_argmax_reduction, config.draft_model_confi
 
 
 def test_hub_id(target, tmp_path):
-    """Catches: a drafter recognised only as a folder; a .bin taken from the hub where there are no safetensors."""
+    """Catches: a drafter recognized only as a folder; a .bin taken from the hub where there are no safetensors."""
     cached = tmp_path / "models--someone--a-drafter"
     drafters.write(cached / "snapshots" / ("0" * 40), drafters.config(), drafters.tensors())
     (cached / "refs").mkdir()

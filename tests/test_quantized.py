@@ -1,4 +1,4 @@
-"""Quantised `up` factors and the layouts of the CPU: every form stands for the factor it was made from."""
+"""Quantized `up` factors and the layouts of the CPU: every form stands for the factor it was made from."""
 
 import re
 
@@ -83,8 +83,8 @@ def test_packed_head(batch, vocab, rank, kind, group_size, dtype):
 
 @pytest.mark.parametrize("batch", [1, INTEGER_ROWS, 9])
 @pytest.mark.parametrize("kind", KINDS)
-def test_top_1_agrees_with_the_dequantised_factor(kind, batch):
-    """A quantised head that drafts another token than its factor does, by more than the rounding of a score."""
+def test_top_1_agrees_with_the_dequantized_factor(kind, batch):
+    """A quantized head that drafts another token than its factor does, by more than the rounding of a score."""
     hidden, down, up = head(batch, 5000, 128)
     quantized = quantize_up(up, kind)
     values, ids = ops.low_rank_argmax(hidden, *ops.pack(down, quantized))
@@ -95,7 +95,7 @@ def test_top_1_agrees_with_the_dequantised_factor(kind, batch):
     assert ((values - scores.amax(dim=1)).abs() <= 2 * ulp).all()
 
 
-def test_both_forms_of_a_quantised_factor_are_used():
+def test_both_forms_of_a_quantized_factor_are_used():
     """A crossover that is never taken: the integer kernel and bfloat16 round differently, so they can be told apart."""
     _, _, up = head(1, 4000, 128)
     packed = PackedFactor(quantize_up(up, "int8"), torch.bfloat16)
@@ -125,7 +125,7 @@ def test_both_forms_of_a_quantised_factor_are_used():
     ],
 )
 def test_wrong_calls(make, error, message, monkeypatch):
-    """A wrong argument that is quantised all the same."""
+    """A wrong argument that is quantized all the same."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(error, match=re.escape(message)):
         make(torch.ones(9, 96))

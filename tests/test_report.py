@@ -251,7 +251,7 @@ def test_the_page_needs_nothing_else(written):
 
 
 def test_the_page_is_for_everyone(written):
-    """Catches: pictures without words, colours of one scheme, a page that a phone shows as a desk's."""
+    """Catches: pictures without words, colors of one scheme, a page that a phone shows as a desk's."""
     text = (written / "index.html").read_text()
     page = Page(text)
     pictures = page.all("svg")
@@ -265,11 +265,11 @@ def test_the_page_is_for_everyone(written):
     assert metas["color-scheme"] == "light dark"
     light, dark = re.findall(r":root \{([^}]*)\}", text)
     assert "@media (prefers-color-scheme: dark)" in text
-    names = [set(re.findall(r"--([\w-]+):", colours)) for colours in (light, dark)]
+    names = [set(re.findall(r"--([\w-]+):", colors)) for colors in (light, dark)]
     assert names[0] == names[1]
     assert set(re.findall(r"var\(--([\w-]+)\)", text)) <= names[0]
     drawn = text[text.index("<main") :]
-    assert not re.search(r":\s*#[0-9a-f]{3,8}\b", drawn), "a colour that no scheme changes"
+    assert not re.search(r":\s*#[0-9a-f]{3,8}\b", drawn), "a color that no scheme changes"
 
 
 def test_markdown_has_its_pictures(written):

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
-from vllm_slimspec.convert.factorise import factorise
+from vllm_slimspec.convert.factorize import factorize
 from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.convert.states import Document
 from vllm_slimspec.train import states as states_module
@@ -360,7 +360,7 @@ def test_the_head_starts_from_the_targets(work, tmp_path, trainers):
     for how in ("svd", "weighted-svd", "random"):
         fit(work / "llama", work / "states", tmp_path / how, head_init=how, **ONE_STEP)
     plain, weighted, random = (trainer.first_head["up.weight"] for trainer in trainers)
-    torch.testing.assert_close(plain, factorise(dense, R)[1])
+    torch.testing.assert_close(plain, factorize(dense, R)[1])
     assert not torch.allclose(weighted, plain)
     assert not torch.allclose(random, plain)
     assert torch.isfinite(weighted).all()
@@ -428,7 +428,7 @@ def test_tensorboard_shows_the_run(work, tmp_path):
 
 
 def test_a_dense_head_is_not_lost_silently(work, tmp_path):
-    """Catches: a checkpoint whose dense head is dropped, and factors left as they were initialised."""
+    """Catches: a checkpoint whose dense head is dropped, and factors left as they were initialized."""
     fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
     (checkpoint,) = (p for p in (tmp_path / "d.run/checkpoints").iterdir() if p.name.isdigit())
     SlimSpecEagle3Model.from_pretrained(str(checkpoint))

@@ -29,7 +29,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The optimiser steps that are taken, as (epoch, step of the epoch)."""
+    """The optimizer steps that are taken, as (epoch, step of the epoch)."""
     seen: list[tuple[int, int]] = []
     original = SlimSpecTrainer._stepped
 

@@ -10,10 +10,10 @@ those TorchSpec introduced (lightseekorg/TorchSpec, pull request 185):
                    lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
     *.safetensors  lm_head.down.weight [R, D], lm_head.up.weight [V, R], d2t [V] int64, and EAGLE-3's body
                    lm_head.weight [V, D]   (re-rank by own rows)
-                   lm_head.up.scale [V, R / group] float32   (a quantised lm_head.up.weight; one a row without a group)
+                   lm_head.up.scale [V, R / group] float32   (a quantized lm_head.up.weight; one a row without a group)
 
-A quantised up is float8_e4m3fn or int8 [V, R], or uint8 [V, R / 2] with the even column of int4 in the low nibble and
-value = nibble - 8; weight = value * scale. An up in floats under ``lm_head_quantization`` is quantised at load.
+A quantized up is float8_e4m3fn or int8 [V, R], or uint8 [V, R / 2] with the even column of int4 in the low nibble and
+value = nibble - 8; weight = value * scale. An up in floats under ``lm_head_quantization`` is quantized at load.
 
 Letters: D hidden size of the drafter, R rank, V draft vocabulary. Only safetensors are opened, and no code from a
 checkpoint is ever run. Every refusal is a :class:`CheckpointError`: one line with the file, the key and the cure.
@@ -368,10 +368,10 @@ def check_head(
         CheckpointError: a factor or d2t is missing, has another shape or dtype, or a dense head is there as well, or
             anything else that calls itself an lm_head.
     """
-    quantised = UP in tensors and tensors[UP][0] not in FLOATS
-    if not whole and quantised != (SCALE in tensors):
+    quantized = UP in tensors and tensors[UP][0] not in FLOATS
+    if not whole and quantized != (SCALE in tensors):
         raise CheckpointError(
-            f"{where}: tensor {UP if quantised else SCALE} came without {SCALE if quantised else UP}; update them in "
+            f"{where}: tensor {UP if quantized else SCALE} came without {SCALE if quantized else UP}; update them in "
             f"one call, or send {UP} in floats"
         )
     for name, (shape, axes, allowed) in _expected(spec, tensors).items():
@@ -380,7 +380,7 @@ def check_head(
                 continue
             raise CheckpointError(
                 f"{where}: tensor {name} is missing; a head of rank {spec.rank} needs {DOWN} and {UP}, {SCALE} if "
-                f"quantised and {DENSE} if it re-ranks by rows of its own (convert again)"
+                f"quantized and {DENSE} if it re-ranks by rows of its own (convert again)"
             )
         dtype, actual = tensors[name]
         if tuple(actual) != shape:
@@ -400,10 +400,10 @@ def check_head(
             f"{where}: holds both the dense {DENSE} and the factors {DOWN}, {UP}, {without}; "
             "remove the one that is not meant"
         )
-    if SCALE in tensors and not quantised:
+    if SCALE in tensors and not quantized:
         raise CheckpointError(
-            f"{where}: tensor {SCALE} is there but {UP} is not quantised ({tensors[UP][0]}); "
-            "remove it, or store the quantised up and lm_head_quantization"
+            f"{where}: tensor {SCALE} is there but {UP} is not quantized ({tensors[UP][0]}); "
+            "remove it, or store the quantized up and lm_head_quantization"
         )
     if whole or "d2t" in tensors:
         check_map_shape(tensors.get("d2t"), spec.draft_vocab_size, spec.vocab_size, where)

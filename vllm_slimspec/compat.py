@@ -65,7 +65,7 @@ TOUCHES = (
     Touch(
         "EngineArgs.create_speculative_config",
         "vllm.engine.arg_utils",
-        "SlimSpec drafters are not recognised: give method and use_local_argmax_reduction yourself",
+        "SlimSpec drafters are not recognized: give method and use_local_argmax_reduction yourself",
         "a draft model class can declare its method and its local argmax",
     ),
     Touch(

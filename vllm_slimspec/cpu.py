@@ -1,8 +1,8 @@
 """Factors in the layouts that CPUs read fastest, made once at load.
 
 A bfloat16 factor is reordered by oneDNN, which then reads it at memory speed (the row-major one it does not). A
-quantised `up` keeps two forms: the ATen kernel for weight-only integers, which wins for the few rows of a small batch
-because it reads fewer bytes, and beside it the dequantised bfloat16 one, which wins from then on because its
+quantized `up` keeps two forms: the ATen kernel for weight-only integers, which wins for the few rows of a small batch
+because it reads fewer bytes, and beside it the dequantized bfloat16 one, which wins from then on because its
 arithmetic is faster: both integer kernels take rows four at a time, and the fifth is one too many
 (docs/results/crossover-cpu.json, by `slimspec bench head --tune`).
 """

@@ -7,7 +7,7 @@ of them at load, which is what to serve with.
 
 Every function takes ``impl``: "torch" (any device), "triton" (a GPU, or a CPU under ``TRITON_INTERPRET=1``) or "auto",
 which is Triton on a GPU and torch elsewhere; the environment variable ``SLIMSPEC_IMPL`` decides for "auto".
-Triton is imported on its first use. Arguments are checked in microseconds and nothing synchronises with the device,
+Triton is imported on its first use. Arguments are checked in microseconds and nothing synchronizes with the device,
 so that after :func:`prepare` every function can be captured in a CUDA graph.
 
 In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and -inf comes with id 0. Results are
@@ -81,7 +81,7 @@ def low_rank_argmax(
     Entries at and beyond ``valid_vocab`` (padding) never win; with ``valid_vocab=0`` every row is (-inf, 0). Triton
     compares float32 scores, torch scores rounded to the model dtype, which may tie or swap entries closer than that
     rounding. From the batch on where an unfused GEMM is faster on a GPU (128 rows, or what its tuned table says; never
-    with a quantised ``up``), that is what runs: a row may draft another of two such entries than in a smaller batch.
+    with a quantized ``up``), that is what runs: a row may draft another of two such entries than in a smaller batch.
     The idea of the fused argmax: FlashSampling (arXiv 2603.15854); the head: SlimSpec (arXiv 2605.10453).
 
     Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
@@ -202,7 +202,7 @@ def pack(
 
     On a GPU the rank is padded with zeros to what the kernels read at a time; a factor that needs nothing is returned
     as it is. On a CPU both become a :class:`PackedFactor`, which costs a copy of the factor (and a bfloat16 copy beside
-    a quantised one): drop the originals if nothing else reads them. Never store the result.
+    a quantized one): drop the originals if nothing else reads them. Never store the result.
 
     Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
     """

@@ -1,4 +1,4 @@
-"""Weight-only quantised `up` factors: the formats, and how a factor becomes one.
+"""Weight-only quantized `up` factors: the formats, and how a factor becomes one.
 
 =====  ======================  ==========================================================
 kind   weight                  value of an entry
@@ -22,7 +22,7 @@ GROUP_SIZES = (32, 64, 128)
 _WEIGHT_DTYPE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 _LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.5}  # -8 to 7, so that both ends are off by half a step at most
 
-_ROWS = 16384  # quantised at a time: a head in float32 is twice its size, several times over
+_ROWS = 16384  # quantized at a time: a head in float32 is twice its size, several times over
 
 
 @dataclass(frozen=True, eq=False)

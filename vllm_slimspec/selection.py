@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BEST_GROUP = 1024  # entries whose maximum is taken first; CPUs vectorise that, and not the search for its place
+_BEST_GROUP = 1024  # entries whose maximum is taken first; CPUs vectorize that, and not the search for its place
 _TOP_GROUP = 128  # near sqrt(V / k), where choosing groups and choosing inside them cost the same
 
 
 def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's highest of ``scores`` [B, V] and the first place that has it -> (float32 [B], int64 [B]), in torch.
 
-    Faster on a CPU than ``scores.float().max(dim=1)``, since a maximum is vectorised there and its place is not.
+    Faster on a CPU than ``scores.float().max(dim=1)``, since a maximum is vectorized there and its place is not.
     """
     rows, columns = scores.shape
     count = max(1, columns // _BEST_GROUP)

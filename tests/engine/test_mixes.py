@@ -1,4 +1,4 @@
-"""Re-ranking and quantised heads in real vLLM engines, alone and together, over full and truncated vocabularies."""
+"""Re-ranking and quantized heads in real vLLM engines, alone and together, over full and truncated vocabularies."""
 
 from dataclasses import dataclass
 
@@ -74,17 +74,17 @@ def test_rerank(trained, engine, tmp_path, rows):
 @pytest.mark.parametrize(
     ("kind", "group", "stored"), [("fp8", None, True), ("int8", 32, True), ("int4", None, True), ("int8", None, False)]
 )
-def test_quantised(pair, engine, tmp_path, kind, group, stored):
-    """Catches: scales of other rows, nibbles swapped, a quantised head that is silently served in floats."""
+def test_quantized(pair, engine, tmp_path, kind, group, stored):
+    """Catches: scales of other rows, nibbles swapped, a quantized head that is silently served in floats."""
     p = pair("llama", "truncated")
     checkpoint = DraftCheckpoint.open(p.drafter)
     tensors = {name: checkpoint.load(name) for name in checkpoint.tensors}
     if group is not None:  # R = 16 has no group of 32: give it 16 more columns, of zeros
         tensors[DOWN] = torch.nn.functional.pad(tensors[DOWN], (0, 0, 0, 16))
         tensors[UP] = torch.nn.functional.pad(tensors[UP], (0, 16))
-    quantised = ops.quantize_up(tensors[UP], kind, group)
+    quantized = ops.quantize_up(tensors[UP], kind, group)
     if stored:
-        tensors |= {UP: quantised.weight, SCALE: quantised.scale}
+        tensors |= {UP: quantized.weight, SCALE: quantized.scale}
     config = checkpoint.config | {"lm_head_quantization": kind, "lm_head_rank": len(tensors[DOWN])}
     config |= {"lm_head_quantization_group": group} if group else {}
     llm = engine(p.target, drafters.write(tmp_path / "drafter", config, tensors))
@@ -92,9 +92,9 @@ def test_quantised(pair, engine, tmp_path, kind, group, stored):
     generate(llm, p.prompts[:8])
     assert from_engine(llm).length > 1.4
     assert recorded.dense == 0
-    ids = torch.arange(len(quantised.weight)) + tensors["d2t"]
+    ids = torch.arange(len(quantized.weight)) + tensors["d2t"]
     for hidden, drafted in recorded.fused:
-        scores = hidden @ tensors[DOWN].T @ quantised.dequantize().T
+        scores = hidden @ tensors[DOWN].T @ quantized.dequantize().T
         best = scores.amax(dim=1)
         chosen = scores.gather(1, torch.searchsorted(ids, drafted)[:, None])[:, 0]
         assert (best - chosen <= 1e-5 * best.abs()).all()
@@ -103,7 +103,7 @@ def test_quantised(pair, engine, tmp_path, kind, group, stored):
 
 
 def check_reload(model, tensors, ids):
-    """Catches: weights loaded into a running engine that keeps drafting by the factors it had quantised before."""
+    """Catches: weights loaded into a running engine that keeps drafting by the factors it had quantized before."""
     # the head alone: vLLM's CPU backend has packed the body's weights away
     model.load_weights(iter({DOWN: tensors[DOWN], UP: -tensors[UP], "d2t": tensors["d2t"]}.items()))
     hidden = torch.randn(4, drafters.D, generator=torch.Generator().manual_seed(0))

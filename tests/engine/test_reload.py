@@ -95,22 +95,22 @@ def test_update_of_one_factor(build):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_update_of_a_quantised_head(build, monkeypatch, stored):
-    """Catches: floats not quantised again, or a stored scale that stays with another up."""
+def test_update_of_a_quantized_head(build, monkeypatch, stored):
+    """Catches: floats not quantized again, or a stored scale that stays with another up."""
     monkeypatch.setenv("SLIMSPEC_IMPL", "triton")
     old, new = (drafters.tensors(rank=32, seed=seed) for seed in (0, 1))
-    quantised = [ops.quantize_up(tensors[UP], "int8") for tensors in (old, new)]
-    before = old | {UP: quantised[0].weight, SCALE: quantised[0].scale}
+    quantized = [ops.quantize_up(tensors[UP], "int8") for tensors in (old, new)]
+    before = old | {UP: quantized[0].weight, SCALE: quantized[0].scale}
     model, config = build(before, lm_head_rank=32, lm_head_quantization="int8")
-    after = {DOWN: new[DOWN], UP: quantised[1].weight, SCALE: quantised[1].scale} if stored else new
+    after = {DOWN: new[DOWN], UP: quantized[1].weight, SCALE: quantized[1].scale} if stored else new
     _update(model, config, [after])
-    expected = _expected(new, _hidden(), quantised[1].dequantize())
+    expected = _expected(new, _hidden(), quantized[1].dequantize())
     assert torch.equal(model.get_top_tokens(_hidden()), expected)
     with pytest.raises(CheckpointError, match=f"{UP} came without {SCALE}"):
-        model.load_weights([(UP, quantised[0].weight)])
+        model.load_weights([(UP, quantized[0].weight)])
 
 
-def test_quantised_head_outlives_a_sleep(build, monkeypatch):
+def test_quantized_head_outlives_a_sleep(build, monkeypatch):
     """Catches: a head that only a checkpoint can bring back, in memory that a sleep of level 2 frees: vLLM saves
     buffers alone, and writes to them outside of inference mode."""
     monkeypatch.setenv("SLIMSPEC_IMPL", "triton")

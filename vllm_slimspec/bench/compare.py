@@ -48,7 +48,7 @@ def measure(options: Options) -> AcceptanceResults:
     if on_cpu and any(options.temperatures):
         raise ValueError(
             f"--temperature {max(options.temperatures):g}: vLLM's CPU backend decodes speculatively at temperature 0 "
-            "only (it leaves the temperature of the draft tokens uninitialised); give --temperature 0, or use a GPU"
+            "only (it leaves the temperature of the draft tokens uninitialized); give --temperature 0, or use a GPU"
         )
     target = Target.open(options.target)
     heads = {name: describe_head(drafter, target) for name, drafter in options.drafters.items()}
@@ -224,7 +224,7 @@ def read_sets(
         CheckpointError: a prompt is bad or too long.
         ValueError: two files of one name.
     """
-    from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
+    from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenize
 
     longest = int(max_model_len or target.config["max_position_embeddings"]) - room
     sets: dict[str, list[list[int]]] = {}
@@ -232,7 +232,7 @@ def read_sets(
         if file.stem in sets:
             raise ValueError(f"{file}: there is another prompt file of the name {file.stem}; rename one")
         rows = read_prompts(file)
-        sets[file.stem] = tokenise(rows, open_tokenizer(rows, target.name), target.vocab_size, longest, file)
+        sets[file.stem] = tokenize(rows, open_tokenizer(rows, target.name), target.vocab_size, longest, file)
     return sets
 
 

@@ -496,7 +496,7 @@ def roofline_page(results: HeadResults, source: str) -> str:
         f"Made by `slimspec bench roofline {source}`; measured on {results.device}.",
         "",
         "A draft head at small batches does nothing but read: its least time is the bytes of its weights over what",
-        "memory delivers. Bytes per call, in the model dtype (2 bytes) unless quantised:",
+        "memory delivers. Bytes per call, in the model dtype (2 bytes) unless quantized:",
         "",
         "| head | bytes |",
         "|---|---|",

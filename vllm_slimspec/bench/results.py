@@ -168,7 +168,7 @@ class TunedTable(Results):
 
 
 class CrossoverRow(_Record):
-    """Both forms that a CPU keeps of one quantised `up`, multiplied by so many rows."""
+    """Both forms that a CPU keeps of one quantized `up`, multiplied by so many rows."""
 
     kind: str
     shape: str

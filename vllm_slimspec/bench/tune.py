@@ -124,7 +124,7 @@ def _gemm_rows(
 
 
 def crossovers(shapes: Sequence[str], repeats: int = 21, tick: Callable[[], None] = lambda: None) -> CrossoverResults:
-    """Time both forms that a CPU keeps of a quantised `up`: what ``INTEGER_ROWS`` rests on."""
+    """Time both forms that a CPU keeps of a quantized `up`: what ``INTEGER_ROWS`` rests on."""
     device = torch.device("cpu")
     clock = Clock(device)
     rows = []

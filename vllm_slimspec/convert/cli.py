@@ -147,7 +147,7 @@ def convert(
 ) -> None:
     """Turn an EAGLE-3 drafter into a SlimSpec one, and say what it costs before writing it."""
     from vllm_slimspec.convert import run
-    from vllm_slimspec.convert.distil import Recipe
+    from vllm_slimspec.convert.distill import Recipe
     from vllm_slimspec.convert.joint import JointRecipe
 
     divisors = _divisors(sweep)
@@ -169,7 +169,7 @@ def convert(
         k=num_speculative_tokens,
         max_tokens=max_tokens,
         max_states=max_states,
-        distil=Recipe(distill_steps, loss.value, lr=lr, seed=seed) if distill_steps else None,
+        distill=Recipe(distill_steps, loss.value, lr=lr, seed=seed) if distill_steps else None,
         joint=JointRecipe(joint_steps, loss.value, joint_lr, seed, str(train_states) if train_states else None, flags)
         if joint_steps
         else None,

@@ -1,6 +1,6 @@
 """Head states from the real engine: the target and the stock drafter in vLLM, watched at the draft head.
 
-Each document is answered by the target, greedily. It is then asked again K + 1 times, from K + 1 neighbouring places of
+Each document is answered by the target, greedily. It is then asked again K + 1 times, from K + 1 neighboring places of
 that answer, with the draft head's own answers replaced by the tokens that the target is known to want. Every draft is
 then accepted, each request moves K + 1 places a cycle, and together they start a cycle at every place of the answer. So
 every recorded state has the prefix it would have in service, where a draft step is reached only if all before it were
@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from vllm_slimspec.checkpoint import CheckpointError
-from vllm_slimspec.convert.prompts import one_line, open_tokenizer, read_prompts, tokenise
+from vllm_slimspec.convert.prompts import one_line, open_tokenizer, read_prompts, tokenize
 from vllm_slimspec.convert.sources import fingerprint
 from vllm_slimspec.convert.states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
 from vllm_slimspec.cores import every_core
@@ -80,7 +80,7 @@ def collect(
     # An engine that stops after max_tokens has drafted up to k - 1 tokens beyond them.
     length = max_model_len - max_tokens - 2 * k
     tokenizer = open_tokenizer(rows, str(options.get("tokenizer", target)))
-    documents = tokenise(rows, tokenizer, vocab_size, length, Path(prompts))
+    documents = tokenize(rows, tokenizer, vocab_size, length, Path(prompts))
     order = random.Random(0).sample([*enumerate(documents)], len(documents))
     with _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states")) as llm:
         watcher = _Watcher(llm, k)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vllm_slimspec.checkpoint import DOWN, UP, CheckpointError, DraftCheckpoint, write_checkpoint
-from vllm_slimspec.convert.distil import Loss
+from vllm_slimspec.convert.distill import Loss
 from vllm_slimspec.convert.evaluate import Factors
 from vllm_slimspec.convert.sources import Drafter
 from vllm_slimspec.convert.speculators import speculators_config
@@ -27,7 +27,7 @@ _EMBEDDINGS = "embed_tokens.weight"
 class JointRecipe:
     """How to train on; what is not said here is as in :func:`vllm_slimspec.train.launch.fit`."""
 
-    steps: int  # of the optimiser, each over total_seq_len tokens
+    steps: int  # of the optimizer, each over total_seq_len tokens
     loss: Loss = "greedy"
     lr: float = 4e-4
     seed: int = 0
@@ -127,6 +127,6 @@ def _write_start(drafter: Drafter, factors: Factors, target: str, folder: Path) 
         if ours.get(name) != found.get(name):
             raise CheckpointError(
                 f"{drafter.path}: {name} is {found.get(name, 'missing')} and speculators' EAGLE-3 has "
-                f"{ours.get(name, 'none')}, so it cannot be trained on; distil the head only (--distill-steps)"
+                f"{ours.get(name, 'none')}, so it cannot be trained on; distill the head only (--distill-steps)"
             )
     write_checkpoint(folder, config.to_dict(), tensors, {"made from": str(drafter.path)})

@@ -84,12 +84,12 @@ def tokens_of(rows: Sequence[Line], tokenizer: Any, vocab_size: int, file: Path)
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise CheckpointError(
                 f"{file}:{number}: token ids are 0 to {vocab_size - 1} in the target's vocabulary, here "
-                f"{min(ids)} to {max(ids)}; tokenise it with the target's own tokenizer"
+                f"{min(ids)} to {max(ids)}; tokenize it with the target's own tokenizer"
             )
         yield number, ids
 
 
-def tokenise(rows: Sequence[Line], tokenizer: Any, vocab_size: int, max_length: int, file: Path) -> list[list[int]]:
+def tokenize(rows: Sequence[Line], tokenizer: Any, vocab_size: int, max_length: int, file: Path) -> list[list[int]]:
     """Token ids of each different prompt, to be answered by a model that takes ``max_length`` of them.
 
     Args:

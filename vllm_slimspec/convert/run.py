@@ -1,4 +1,4 @@
-"""A conversion from end to end: read, calibrate, factorise, distil, measure, and only then write."""
+"""A conversion from end to end: read, calibrate, factorize, distill, measure, and only then write."""
 
 import json
 import logging
@@ -18,9 +18,9 @@ import torch
 from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, DraftCheckpoint, head_spec, write_checkpoint
 from vllm_slimspec.config import ARCHITECTURES, DENSE_ARCHITECTURES
 from vllm_slimspec.convert.card import card
-from vllm_slimspec.convert.distil import Recipe, Samples, distil
+from vllm_slimspec.convert.distill import Recipe, Samples, distill
 from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
-from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
+from vllm_slimspec.convert.factorize import factorize, second_moment, token_probabilities
 from vllm_slimspec.convert.joint import JointRecipe, train_jointly
 from vllm_slimspec.convert.scoring import converted, scoring_head
 from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = "low-rank"
 _PROBABILITY_STATES = 8192  # each costs a softmax over V
-_DISTIL_STATES = 65_536
+_DISTILL_STATES = 65_536
 _HELD_OUT_STATES = 8192  # at least, and what this many operations of the dense head allow
 _OPERATIONS = {"cpu": 1e13, "cuda": 2e15}  # about a minute
 
@@ -62,7 +62,7 @@ class Options:
     k: int = 5
     max_tokens: int = 256
     max_states: int = 100_000
-    distil: Recipe | None = None
+    distill: Recipe | None = None
     joint: JointRecipe | None = None  # after it
     rerank: int | None = None
     quantize: Literal["fp8", "int8", "int4"] | None = None
@@ -80,7 +80,7 @@ class Options:
     @property
     def runs(self) -> Path | None:
         """The same, where there is something to keep."""
-        return self.run if self.calibration or self.distil or self.joint else None
+        return self.run if self.calibration or self.distill or self.joint else None
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Conversion:
         return _rank(rank, divisor, *self.drafter.head.shape)
 
     def factors(self, rank: int) -> Factors:
-        """The factors of this rank: the drafter's own, if it has them, or the weighted factorisation of its head."""
+        """The factors of this rank: the drafter's own, if it has them, or the weighted factorization of its head."""
         own = self.drafter.factors
         if own is not None and len(own[0]) == rank:
             return own[0].to(self.dense.device), own[1].to(self.dense.device)
@@ -154,14 +154,14 @@ class Conversion:
                 "dense head's choices (weighted by states: over four fifths), and nothing is measured"
             )
             with progress("Factorizing the head", ends=False):
-                return factorise(self.dense, rank)
+                return factorize(self.dense, rank)
         with progress("Factorizing the head for the recorded states", ends=False):
-            return factorise(self.dense, rank, second_moment=self._second_moment, probabilities=self._probabilities)
+            return factorize(self.dense, rank, second_moment=self._second_moment, probabilities=self._probabilities)
 
-    def distil(self, factors: Factors, recipe: Recipe) -> Factors:
+    def distill(self, factors: Factors, recipe: Recipe) -> Factors:
         """The factors after head-only distillation on the states that are not held out."""
         assert self.states is not None
-        rows = self.states.sample(False, _DISTIL_STATES)
+        rows = self.states.sample(False, _DISTILL_STATES)
         token = torch.full((len(rows),), -1)
         if rows.next_token is not None:
             vocab = self.drafter.config["vocab_size"]
@@ -177,8 +177,8 @@ class Conversion:
         # What is kept is chosen on the last tenth: the held-out states stay unseen until they measure the result.
         cut = len(rows) * 9 // 10
         learn, choose = Samples(rows.hidden[:cut], token[:cut]), Samples(rows.hidden[cut:], token[cut:])
-        checkpoint = self.options.run / f"distil-{self._key(factors, recipe)}.pt"
-        return distil(self._scoring, factors, learn, choose, recipe, checkpoint)
+        checkpoint = self.options.run / f"distill-{self._key(factors, recipe)}.pt"
+        return distill(self._scoring, factors, learn, choose, recipe, checkpoint)
 
     def train_jointly(self, factors: Factors, recipe: JointRecipe) -> Factors:
         """The factors after training with fc and layer, whose drafter takes the place of the one that came.
@@ -209,7 +209,7 @@ class Conversion:
 
     def _key(self, factors: Factors, recipe: Recipe | JointRecipe) -> str:
         """One name for everything that a distillation follows from."""
-        head, d2t = self.options.distil, self.drafter.d2t
+        head, d2t = self.options.distill, self.drafter.d2t
         tokens = None if d2t is None else hash_of(d2t.numpy().tobytes()).hexdigest()
         made_from = [self.origin, tokens, len(factors[0]), asdict(recipe), None if head is None else asdict(head)]
         return hash_of(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
@@ -408,8 +408,8 @@ def _dense(work: Conversion) -> _Made:
 def _low_rank(work: Conversion) -> _Made:
     options = work.options
     down, up = work.factors(work.rank(options.rank, options.rank_divisor))
-    if options.distil is not None:
-        down, up = work.distil((down, up), options.distil)
+    if options.distill is not None:
+        down, up = work.distill((down, up), options.distill)
     if options.joint is not None:
         down, up = work.train_jointly((down, up), options.joint)
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[work.family]], "lm_head_rank": len(down)}
@@ -431,7 +431,7 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
         CheckpointError: the input is bad, or there is nothing to measure on.
     """
     _check(options)
-    if options.distil or options.joint or options.rerank or options.quantize or options.head == "dense":
+    if options.distill or options.joint or options.rerank or options.quantize or options.head == "dense":
         raise CheckpointError(
             "--sweep measures every rank with and without re-ranking, and nothing else; leave out --distill-steps, "
             "--joint-steps, --rerank, --quantize and --head"
@@ -474,7 +474,7 @@ def _check(options: Options) -> None:
     if options.vocab in ("keep", "full") and (options.frequencies or options.prompts):
         raise CheckpointError(f"--frequencies and --prompts belong to --vocab N, not to --vocab {options.vocab}")
     if options.head == "dense" and (
-        options.rank or options.rank_divisor or options.distil or options.joint or options.rerank or options.quantize
+        options.rank or options.rank_divisor or options.distill or options.joint or options.rerank or options.quantize
     ):
         raise CheckpointError(
             "--head dense has no factors; leave out --rank, --rank-divisor, --distill-steps, --joint-steps, --rerank "
@@ -521,7 +521,7 @@ def _open_states(options: Options) -> HeadStates | None:
             states.documents(held_out=False)  # to be told now, and not after the head was distilled
         return states
     if options.calibration is None:
-        if options.distil is not None or options.joint is not None:
+        if options.distill is not None or options.joint is not None:
             raise CheckpointError(
                 "--distill-steps and --joint-steps need states to learn from; give --calibration or --hidden-states"
             )
@@ -551,7 +551,7 @@ def _cure(options: Options, outcome: Outcome, reranked: Mapping[int, Outcome]) -
         return f"{words}--rerank {enough[0]} loses {reranked[enough[0]].lost}"
     if options.head == "dense":
         return f"{words}keep more tokens with a larger --vocab, or write it all the same with --force"
-    if options.distil is None and options.joint is None:
+    if options.distill is None and options.joint is None:
         return f"{words}try --distill-steps 400, or a smaller --rank-divisor"
     if options.joint is None and options.rerank is None:
         return f"{words}try --joint-steps 200 as well, or a smaller --rank-divisor"

@@ -199,7 +199,7 @@ class Drafter:
         ids = None if d2t is None else target_ids(d2t)
         factors = None if checkpoint.spec is None else (checkpoint.load(DOWN), checkpoint.load(UP))
         if SCALE in checkpoint.tensors:
-            raise CheckpointError(f"{where}: its factors are quantised; convert the drafter that they were made from")
+            raise CheckpointError(f"{where}: its factors are quantized; convert the drafter that they were made from")
         stored = checkpoint.dense_head if factors is None else None
         if stored is not None:
             head = stored.read(checkpoint.load)
@@ -365,7 +365,7 @@ def _is_target_rows(head: torch.Tensor, target: Target, ids: torch.Tensor | None
         rows = target.head()
         if not target.head_is_plain:
             return False
-    except CheckpointError as error:  # of a quantised target, say: the drafter's own rows are as good
+    except CheckpointError as error:  # of a quantized target, say: the drafter's own rows are as good
         logger.warning("the head is taken to be the drafter's own, for the target's cannot be compared: %s", error)
         return False
     ids = torch.arange(len(rows)) if ids is None else ids
@@ -377,7 +377,7 @@ def _mapped(head: torch.Tensor, source: torch.Tensor, ids: torch.Tensor) -> tupl
     """``source`` [vocab, D'] mapped to the space of ``head`` [V, D], with the rows ``ids`` as they are in ``head``."""
     fitted = torch.arange(len(ids)) % 10 != 0  # a tenth of the rows judges the map
     wide = source.shape[1]
-    # Centred: rows share a large mean, by which a map that says nothing about any of them explains them all.
+    # Centered: rows share a large mean, by which a map that says nothing about any of them explains them all.
     mean_x, mean_y = _mean(source, ids[fitted]), _mean(head, fitted.nonzero()[:, 0])
     gram = torch.zeros(wide, wide, dtype=torch.float64)
     cross = torch.zeros(wide, head.shape[1], dtype=torch.float64)

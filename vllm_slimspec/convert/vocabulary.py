@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_slimspec.checkpoint import CheckpointError
-from vllm_slimspec.convert.factorise import token_probabilities
+from vllm_slimspec.convert.factorize import token_probabilities
 from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokens_of
 from vllm_slimspec.convert.sources import Drafter, Target
 from vllm_slimspec.convert.states import HeadStates

@@ -33,7 +33,7 @@ class LowRankHead(ParallelLMHead):
     vLLM's own. ``down`` is replicated (R * D numbers: 4 MB at D=4096), and a plain parameter, because vLLM's CPU
     backend empties the weights of its linear layers once it has packed them.
 
-    Drafting reads ``factors``: the same two, quantised if the checkpoint says so, in the layout of the device. What
+    Drafting reads ``factors``: the same two, quantized if the checkpoint says so, in the layout of the device. What
     they are made of may come all at once or, into a running engine, in pieces.
     """
 
@@ -56,7 +56,7 @@ class LowRankHead(ParallelLMHead):
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take what a checkpoint, or a piece of one, has of the head; this rank keeps its rows.
 
-        By the loaders of the parameters, in whose place vLLM puts its own while an engine is updated. A quantised `up`
+        By the loaders of the parameters, in whose place vLLM puts its own while an engine is updated. A quantized `up`
         comes with its scale.
         """
         self.fresh |= {DOWN, UP} & tensors.keys()

@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_slimspec.bench.answers import EngineError
 from vllm_slimspec.convert.collect import limits
-from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenise
+from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenize
 from vllm_slimspec.convert.sources import fingerprint
 from vllm_slimspec.cores import every_core
 from vllm_slimspec.output import beside, claim_file, write_whole
@@ -52,7 +52,7 @@ def write_answers(
         answers in the file.
 
     Raises:
-        CheckpointError: a line is no prompt, does not fit, or cannot be tokenised; or vLLM does not take the target.
+        CheckpointError: a line is no prompt, does not fit, or cannot be tokenized; or vLLM does not take the target.
         ValueError: the output holds the answers of another target, other prompts or other sampling.
         OutputError: the output cannot be written, or another process writes it.
         EngineError: vLLM failed. What was answered is kept.
@@ -73,7 +73,7 @@ def _write_answers(
     rows = read_prompts(prompts)
     tokenizer = open_tokenizer(rows, str(target))
     vocab_size, length = limits(target, dict(engine))
-    documents = tokenise(rows, tokenizer, vocab_size, length - max_tokens, prompts)
+    documents = tokenize(rows, tokenizer, vocab_size, length - max_tokens, prompts)
     made_from = {
         "target": fingerprint(target),  # the same under another name or path
         "prompts": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
@@ -112,7 +112,7 @@ def read_lengths(target: str | Path, prompts: str | Path) -> list[int]:
     rows = read_prompts(Path(prompts))
     tokenizer = open_tokenizer(rows, str(target))
     vocab_size, length = limits(target, {})
-    return [len(prompt) for prompt in tokenise(rows, tokenizer, vocab_size, length, Path(prompts))]
+    return [len(prompt) for prompt in tokenize(rows, tokenizer, vocab_size, length, Path(prompts))]
 
 
 def _ask(

@@ -31,7 +31,7 @@ class MetricsFile(logging.Handler):
 
     Args:
         file: appended to, without the lines that a run wrote after the checkpoint that is resumed now.
-        step: optimiser steps of that checkpoint.
+        step: optimizer steps of that checkpoint.
         decay: by which speculators weights the loss of each further position.
     """
 
@@ -149,7 +149,7 @@ def plot_metrics(file: Path, output: Path) -> None:
         length.set_ylabel("acceptance length")
         length.legend()
         for axes in (loss, length):
-            axes.set_xlabel("optimiser steps")
+            axes.set_xlabel("optimizer steps")
         save_png(figure, output)
 
 

@@ -15,7 +15,7 @@ from speculators.models.eagle3 import core as eagle3_core
 from speculators.utils.loading import list_checkpoint_keys
 from torch import nn
 
-from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
+from vllm_slimspec.convert.factorize import factorize, second_moment, token_probabilities
 from vllm_slimspec.progress import progress
 from vllm_slimspec.train.on_cpu import answers_only
 from vllm_slimspec.train.replaced import replaced
@@ -23,7 +23,7 @@ from vllm_slimspec.train.store import read_final_states
 
 HeadInit = Literal["weighted-svd", "svd", "random"]
 
-# States that the weighted factorisation is calibrated on; more changes nothing that can be measured.
+# States that the weighted factorization is calibrated on; more changes nothing that can be measured.
 _CALIBRATION_STATES = 40_000
 
 
@@ -113,7 +113,7 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
                 "probabilities": token_probabilities(weight, states),
             }
         with progress("Factorizing the target's head"):
-            self.lm_head.fill(*factorise(weight, self.config.lm_head_rank, **statistics))
+            self.lm_head.fill(*factorize(weight, self.config.lm_head_rank, **statistics))
 
     @classmethod
     def from_training_args(

@@ -2,7 +2,7 @@
 
 Parameters are counted on the models themselves, built without memory (torch's meta device). Operations are those of the
 matrix products and of attention (what a mask hides too, as torch counts), 2 for a multiply and add. The rest (norms,
-softmaxes, the optimiser) is left out, and so is what a device loses by waiting: the hours are for the throughput given.
+softmaxes, the optimizer) is left out, and so is what a device loses by waiting: the hours are for the throughput given.
 """
 
 import argparse

@@ -185,7 +185,7 @@ def hidden_states(
 
 
 def _batches(indices: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Neighbours in one batch, as many as fit ``budget`` once padded to the longest."""
+    """Neighbors in one batch, as many as fit ``budget`` once padded to the longest."""
     batch: list[int] = []
     longest = 0
     for i, length in zip(indices, lengths, strict=True):

@@ -26,7 +26,7 @@ _WIDTH = 5.4  # inches, at which type has the size of the page's on a column of 
 _MARKERS = "osD^vP*X"
 _BAR = 0.68
 
-Named = tuple[float, float, str, str]  # x, y, name, colour
+Named = tuple[float, float, str, str]  # x, y, name, color
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def decomposition(rows: Sequence[CycleRow], theme: Theme) -> "Figure":
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_title(f"batch {batch}", fontsize="medium", loc="left", color=theme["muted"])
-    panels[-1].set_xlabel("ms a cycle; coloured: the draft heads in it")
+    panels[-1].set_xlabel("ms a cycle; colored: the draft heads in it")
     return figure
 
 
@@ -156,15 +156,15 @@ def plane(points: Sequence[Point], kappa: float, theme: Theme) -> "Figure":
             annotation_clip=False,
         )
     for point in points:
-        colour = theme.head(point.head)
+        color = theme.head(point.head)
         if point.low is not None and point.high is not None:
-            axes.plot([point.nu] * 2, [point.low, point.high], color=colour, linewidth=1.5)
+            axes.plot([point.nu] * 2, [point.low, point.high], color=color, linewidth=1.5)
         axes.scatter(
             point.nu,
             point.rho,
             s=40,
-            color=colour if point.low is not None else theme["ground"],
-            edgecolors=colour,
+            color=color if point.low is not None else theme["ground"],
+            edgecolors=color,
             linewidths=1.4,
             zorder=4,
         )
@@ -211,8 +211,8 @@ def prediction(rows: Sequence[CycleRow], theme: Theme) -> "Figure":
     axes.yaxis.set_major_formatter("{x:.1f}x")
     axes.set_xlabel(f"predicted by eq. 4: 1 / (1 - {KAPPA} + {KAPPA} / {NU})")
     axes.set_ylabel("measured: cycle(full) / cycle(head)")
-    labelled = shown if len(batches) == 1 else [row for row in shown if off_the_line(row)]
-    _label(figure, axes, [(predicted(row), measured(row), row.head, theme.head(row.head)) for row in labelled])
+    labeled = shown if len(batches) == 1 else [row for row in shown if off_the_line(row)]
+    _label(figure, axes, [(predicted(row), measured(row), row.head, theme.head(row.head)) for row in labeled])
     if len(batches) > 1:
         figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2)
     return figure
@@ -245,9 +245,9 @@ def acceptance(rows: Sequence[AcceptanceRow], theme: Theme) -> "Figure":
     rows = sorted(rows, key=lambda row: -row.length)
     figure, axes = _panel(_rows_of(len(rows)))
     for place, row in enumerate(rows):
-        colour = theme.head(row.head)
-        axes.plot([row.low, row.high], [place, place], color=colour, linewidth=3, alpha=0.45, solid_capstyle="round")
-        axes.scatter(row.length, place, s=42, color=colour, zorder=3)
+        color = theme.head(row.head)
+        axes.plot([row.low, row.high], [place, place], color=color, linewidth=3, alpha=0.45, solid_capstyle="round")
+        axes.scatter(row.length, place, s=42, color=color, zorder=3)
         axes.annotate(
             f"{row.length:.2f}",
             (1, place),
@@ -274,9 +274,9 @@ def frontier(rows: Sequence[StatesRow], theme: Theme) -> "Figure":
     """Accepted drafts a cycle against the bytes that a head reads, with 95% intervals."""
     figure, axes = _panel(4.6)
     for row in rows:
-        x, colour = row.head_bytes / 1e6, theme.head(row.head)
-        axes.plot([x, x], [row.low - 1, row.high - 1], color=colour, linewidth=2, alpha=0.35)
-        axes.scatter(x, row.length - 1, s=30, color=colour, zorder=3)
+        x, color = row.head_bytes / 1e6, theme.head(row.head)
+        axes.plot([x, x], [row.low - 1, row.high - 1], color=color, linewidth=2, alpha=0.35)
+        axes.scatter(x, row.length - 1, s=30, color=color, zorder=3)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.2)
@@ -328,7 +328,7 @@ def _label(figure: "Figure", axes: "Axes", points: Sequence[Named]) -> None:
         return
     points = sorted(points)
     taken: list[tuple[float, float, float, float]] = []
-    for (x, y, name, colour), (px, py) in zip(points, _places(figure, axes, points), strict=True):
+    for (x, y, name, color), (px, py) in zip(points, _places(figure, axes, points), strict=True):
         width, height = 4.9 * len(name), 10.5  # of small type, roughly
         for step in (0, 11, -11, 22, -22, 33, -33, 44, -44):
             box = (px + 7, py + step - height / 2, px + 7 + width, py + step + height / 2)
@@ -342,7 +342,7 @@ def _label(figure: "Figure", axes: "Axes", points: Sequence[Named]) -> None:
             textcoords="offset points",
             va="center",
             fontsize="small",
-            color=colour,
+            color=color,
             annotation_clip=False,
         )
 
@@ -358,7 +358,7 @@ def _label_above(figure: "Figure", axes: "Axes", points: Sequence[Named], theme:
         lane[i] = max(lane[i], lane[i - 1] + 12)
     lane -= max(0.0, float((lane - here[:, 0]).max()) / 2)
     top = axes.get_window_extent().y1 * 72 / figure.dpi
-    for (x, y, name, colour), (px, py), place in zip(points, here, lane, strict=True):
+    for (x, y, name, color), (px, py), place in zip(points, here, lane, strict=True):
         axes.annotate(
             name,
             (x, y),
@@ -367,7 +367,7 @@ def _label_above(figure: "Figure", axes: "Axes", points: Sequence[Named], theme:
             rotation=50,
             rotation_mode="anchor",
             fontsize="small",
-            color=colour,
+            color=color,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": theme["grid"], "shrinkA": 0, "shrinkB": 4},
         )

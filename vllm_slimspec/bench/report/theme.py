@@ -1,4 +1,4 @@
-"""Colours and type of the pictures: one drawing for light and dark pages, and as PNG."""
+"""Colors and type of the pictures: one drawing for light and dark pages, and as PNG."""
 
 import io
 import re
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# name -> (on light, on dark). Families of heads keep their colour in every picture; their order is also one of
+# name -> (on light, on dark). Families of heads keep their color in every picture; their order is also one of
 # lightness, so that they can be told apart without it.
-COLOURS = {
+COLORS = {
     "ink": ("#1b1f24", "#e8eaed"),
     "muted": ("#5b6470", "#a3abb5"),
     "grid": ("#dfe3e8", "#333a43"),
@@ -29,31 +29,31 @@ COLOURS = {
 }
 _FAMILIES = ("low-rank", "trim", "spec-vocab", "none")
 # Stand-ins that the SVG is drawn with, each replaced by a CSS variable of its name.
-_STAND_INS = {name: f"#fe{i:02x}0d" for i, name in enumerate(COLOURS)}
+_STAND_INS = {name: f"#fe{i:02x}0d" for i, name in enumerate(COLORS)}
 _SIZE = 9.5
 
 
 class Theme:
-    """Colours to draw with, by name."""
+    """Colors to draw with, by name."""
 
-    def __init__(self, colours: dict[str, str]) -> None:
-        self._colours = colours
+    def __init__(self, colors: dict[str, str]) -> None:
+        self._colors = colors
 
     def __getitem__(self, name: str) -> str:
-        return self._colours[name]
+        return self._colors[name]
 
     def head(self, name: str) -> str:
-        """The colour of a head's family."""
+        """The color of a head's family."""
         return self[next((family for family in _FAMILIES if name.startswith(family)), "full")]
 
 
-LIGHT = Theme({name: light for name, (light, _) in COLOURS.items()})
+LIGHT = Theme({name: light for name, (light, _) in COLORS.items()})
 INLINE = Theme(_STAND_INS)
 
 
 def css(dark: bool) -> str:
-    """The colours as CSS declarations."""
-    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())
+    """The colors as CSS declarations."""
+    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLORS.items())
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def drawing(theme: Theme) -> Iterator[None]:
 
 
 def inline_svg(figure: "Figure", name: str, text: str) -> str:
-    """The figure as an SVG element for a page: its text alternative, colours as CSS variables, ids of its own."""
+    """The figure as an SVG element for a page: its text alternative, colors as CSS variables, ids of its own."""
     from html import escape
 
     buffer = io.StringIO()
@@ -106,8 +106,8 @@ def inline_svg(figure: "Figure", name: str, text: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg).replace("url(#", f"url(#{name}-")
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    for colour, stand_in in _STAND_INS.items():
-        svg = svg.replace(stand_in, f"var(--{colour})")
+    for color, stand_in in _STAND_INS.items():
+        svg = svg.replace(stand_in, f"var(--{color})")
     return svg.strip()
 
 

@@ -1,9 +1,9 @@
-"""The weighted factorisation: exact where it can be, better than plain SVD where states are anisotropic."""
+"""The weighted factorization: exact where it can be, better than plain SVD where states are anisotropic."""
 
 import pytest
 import torch
 
-from vllm_slimspec.convert.factorise import factorise, second_moment, token_probabilities
+from vllm_slimspec.convert.factorize import factorize, second_moment, token_probabilities
 
 V, D, R = 507, 48, 6
 
@@ -25,7 +25,7 @@ def statistics(weight, states):
 def test_exact_rank_is_reproduced_by_plain_svd():
     """Catches: factors swapped, transposed or scaled, or a Gram matrix whose squares lose the small directions."""
     weight = torch.randn(V, R) @ torch.randn(R, D)
-    down, up = factorise(weight, R)
+    down, up = factorize(weight, R)
     torch.testing.assert_close(up @ down, weight, rtol=1e-5, atol=1e-5)
 
 
@@ -33,7 +33,7 @@ def test_exact_rank_is_reproduced_up_to_one_row_when_weighted():
     """Catches: a weighting that is not taken out of the factors again. A row that all logits share changes no
     choice."""
     weight, states = torch.randn(V, R) @ torch.randn(R, D), anisotropic_states(400)
-    down, up = factorise(weight, R, **statistics(weight, states))
+    down, up = factorize(weight, R, **statistics(weight, states))
     difference = weight - up @ down
     torch.testing.assert_close(difference, difference[:1].expand_as(difference), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close((states @ down.T @ up.T).softmax(-1), (states @ weight.T).softmax(-1))
@@ -42,7 +42,7 @@ def test_exact_rank_is_reproduced_up_to_one_row_when_weighted():
 def test_plain_svd_is_the_optimum_of_eckart_and_young():
     """Catches: directions kept other than the largest, one too few or too many."""
     weight = torch.randn(V, D)
-    down, up = factorise(weight, R)
+    down, up = factorize(weight, R)
     left_out = torch.linalg.svdvals(weight)[R:].norm()
     torch.testing.assert_close((weight - up @ down).norm(), left_out, rtol=1e-5, atol=0)
 
@@ -54,7 +54,7 @@ def test_weighted_beats_plain_on_anisotropic_states():
     dense = (held_out @ weight.T).argmax(-1)
 
     def agreement(**kwargs):
-        down, up = factorise(weight, R, **kwargs)
+        down, up = factorize(weight, R, **kwargs)
         return ((held_out @ down.T @ up.T).argmax(-1) == dense).float().mean()
 
     weighted = agreement(second_moment=second_moment(calibration))
@@ -65,23 +65,23 @@ def test_weighted_beats_plain_on_anisotropic_states():
 def test_chunks_change_nothing(monkeypatch):
     """Catches: rows of a vocabulary left out or counted twice where it is streamed."""
     weight, states = torch.randn(V, D), anisotropic_states(300)
-    whole = factorise(weight, R, **statistics(weight, states))
-    monkeypatch.setattr("vllm_slimspec.convert.factorise._CHUNK", 100)
-    chunked = factorise(weight, R, **statistics(weight, states))
+    whole = factorize(weight, R, **statistics(weight, states))
+    monkeypatch.setattr("vllm_slimspec.convert.factorize._CHUNK", 100)
+    chunked = factorize(weight, R, **statistics(weight, states))
     torch.testing.assert_close(chunked[1] @ chunked[0], whole[1] @ whole[0])
 
 
 def test_too_few_states_to_span_the_space():
     """Catches: a singular covariance, divided by: NaN, or noise where no state was seen."""
     weight, states = torch.randn(V, D), anisotropic_states(R)
-    down, up = factorise(weight, R, second_moment=second_moment(states))
+    down, up = factorize(weight, R, second_moment=second_moment(states))
     assert torch.isfinite(down).all()
     torch.testing.assert_close(states @ down.T @ up.T, states @ weight.T, rtol=1e-2, atol=1e-2)
 
 
 def test_factors_are_balanced_and_keep_the_dtype():
     """Catches: one factor of tiny and one of huge numbers, which half precision then rounds."""
-    down, up = factorise(torch.randn(V, D, dtype=torch.bfloat16), R)
+    down, up = factorize(torch.randn(V, D, dtype=torch.bfloat16), R)
     assert (down.dtype, up.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (tuple(down.shape), tuple(up.shape)) == ((R, D), (V, R))
     rms = down.float().square().mean(1), up.float().square().mean(0)
@@ -104,7 +104,7 @@ def test_factors_are_balanced_and_keep_the_dtype():
 def test_bad_input_is_one_line(weight, rank, kwargs, message):
     """Catches: NaN that spreads into every factor, or an error of LAPACK that names nothing."""
     with pytest.raises(ValueError, match=message) as error:
-        factorise(weight, rank, **kwargs)
+        factorize(weight, rank, **kwargs)
     assert "\n" not in str(error.value)
 
 

@@ -42,11 +42,11 @@ _OWN = 0.5  # share of the target's own token: alone it would teach nothing of t
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to distil; two runs with the same recipe on the same states give the same factors."""
+    """How to distill; two runs with the same recipe on the same states give the same factors."""
 
     steps: int
     loss: Loss = "greedy"
-    lr: float = 0.05  # in units of the factors' root mean square, which factorise makes the same for both
+    lr: float = 0.05  # in units of the factors' root mean square, which factorize makes the same for both
     batch: int = 512
     seed: int = 0
 
@@ -66,7 +66,7 @@ class Samples:
         return map(Samples, self.hidden.split(size), self.token.split(size))
 
 
-def distil(
+def distill(
     dense: torch.Tensor,
     factors: Factors,
     states: Samples,

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vllm_slimspec.convert import distil as module
-from vllm_slimspec.convert.distil import LOSSES, Recipe, Samples, distil
-from vllm_slimspec.convert.factorise import factorise
+from vllm_slimspec.convert import distill as module
+from vllm_slimspec.convert.distill import LOSSES, Recipe, Samples, distill
+from vllm_slimspec.convert.factorize import factorize
 
 V, D, R = 300, 32, 4
 
@@ -20,7 +20,7 @@ def problem():
     token = (states @ dense.T).argmax(-1)  # a target that this head drafts for perfectly
     token[::5] = -1
     train, held_out = Samples(states[:2000], token[:2000]), Samples(states[2000:], token[2000:])
-    return dense, factorise(dense, R), train, held_out
+    return dense, factorize(dense, R), train, held_out
 
 
 def mean_loss(problem, factors, name):
@@ -34,7 +34,7 @@ def mean_loss(problem, factors, name):
 def test_it_lowers_its_loss(problem, loss):
     """Catches: a gradient of the wrong sign or size, in any of the losses."""
     dense, factors, train, held_out = problem
-    better = distil(dense, factors, train, held_out, Recipe(50, loss, batch=128))
+    better = distill(dense, factors, train, held_out, Recipe(50, loss, batch=128))
     assert mean_loss(problem, better, loss) < 0.9 * mean_loss(problem, factors, loss)
     assert [f.dtype for f in better] == [f.dtype for f in factors]
 
@@ -63,7 +63,7 @@ def test_greedy_learns_the_targets_own_tokens(problem):
     train, held_out = (Samples(part.hidden, (part.hidden[:, 0] > 0).long()) for part in parts)
     right = {}
     for loss in ("kl", "greedy"):
-        down, up = distil(dense, factors, train, held_out, Recipe(50, loss, batch=128))
+        down, up = distill(dense, factors, train, held_out, Recipe(50, loss, batch=128))
         best = (held_out.hidden @ down.T @ up.T).argmax(-1)
         right[loss] = float((best == held_out.token).double().mean())
     assert right["kl"] < 0.2
@@ -73,23 +73,23 @@ def test_greedy_learns_the_targets_own_tokens(problem):
 def test_what_is_kept_was_never_worse(problem):
     """Catches: the last factors returned instead of the best."""
     dense, factors, train, held_out = problem
-    spoilt = distil(dense, factors, train, held_out, Recipe(50, lr=30.0, batch=64))
-    assert mean_loss(problem, spoilt, "greedy") <= mean_loss(problem, factors, "greedy")
+    spoiled = distill(dense, factors, train, held_out, Recipe(50, lr=30.0, batch=64))
+    assert mean_loss(problem, spoiled, "greedy") <= mean_loss(problem, factors, "greedy")
 
 
 def test_chunks_change_nothing(problem, monkeypatch):
     """Catches: a gradient that is a mean over chunks instead of states."""
     dense, factors, train, held_out = problem
-    whole = distil(dense, factors, train, held_out, Recipe(20, batch=100))
+    whole = distill(dense, factors, train, held_out, Recipe(20, batch=100))
     monkeypatch.setattr(module, "_LOGITS", 30 * V)
-    chunked = distil(dense, factors, train, held_out, Recipe(20, batch=100))
+    chunked = distill(dense, factors, train, held_out, Recipe(20, batch=100))
     torch.testing.assert_close(chunked[1] @ chunked[0], whole[1] @ whole[0], rtol=1e-3, atol=1e-3)
 
 
 def test_an_interrupted_run_ends_like_any_other(problem, tmp_path, monkeypatch):
-    """Catches: states drawn again, a schedule or an optimiser that starts anew; and a best that is forgotten."""
+    """Catches: states drawn again, a schedule or an optimizer that starts anew; and a best that is forgotten."""
     dense, factors, train, held_out = problem
-    whole = distil(dense, factors, train, held_out, Recipe(100, batch=64))
+    whole = distill(dense, factors, train, held_out, Recipe(100, batch=64))
     save, saved = module._save, []
 
     def interrupted(file, state):
@@ -100,8 +100,8 @@ def test_an_interrupted_run_ends_like_any_other(problem, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        distil(dense, factors, train, held_out, Recipe(100, batch=64), tmp_path / "run" / "distil.pt")
-    again = distil(dense, factors, train, held_out, Recipe(100, batch=64), tmp_path / "run" / "distil.pt")
+        distill(dense, factors, train, held_out, Recipe(100, batch=64), tmp_path / "run" / "distill.pt")
+    again = distill(dense, factors, train, held_out, Recipe(100, batch=64), tmp_path / "run" / "distill.pt")
     assert saved == [25, 50, 75, 100]
     assert all(a < b for a, b in pairwise(saved))
     for a, b in zip(again, whole, strict=True):
@@ -111,13 +111,13 @@ def test_an_interrupted_run_ends_like_any_other(problem, tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_run_is_refused(problem, tmp_path):
     """Catches: half of one recipe and half of another."""
     dense, factors, train, held_out = problem
-    distil(dense, factors, train, held_out, Recipe(25, batch=16), tmp_path / "distil.pt")
+    distill(dense, factors, train, held_out, Recipe(25, batch=16), tmp_path / "distill.pt")
     with pytest.raises(ValueError, match="of a run with"):
-        distil(dense, factors, train, held_out, Recipe(50, batch=16), tmp_path / "distil.pt")
+        distill(dense, factors, train, held_out, Recipe(50, batch=16), tmp_path / "distill.pt")
 
 
 def test_a_run_that_breaks_down_says_so(problem):
     """Catches: NaN factors that are written because nothing was better."""
     dense, factors, train, held_out = problem
     with pytest.raises(ValueError, match="broke down at step 25"):
-        distil(dense, factors, train, held_out, Recipe(25, lr=1e30))
+        distill(dense, factors, train, held_out, Recipe(25, lr=1e30))

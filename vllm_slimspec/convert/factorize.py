@@ -3,7 +3,7 @@
 Plain SVD keeps the directions in which the *weights* are large. Drafts are made from hidden states, which fill only a
 few of those directions, and most vocabulary rows are almost never the answer; so the error is measured where it counts:
 
-    minimise  sum over v of  p[v] * E[ ((W' - up down)[v] . h)^2 ],   W' = W - 1 mean,   mean = sum over v of p[v] W[v]
+    minimize  sum over v of  p[v] * E[ ((W' - up down)[v] . h)^2 ],   W' = W - 1 mean,   mean = sum over v of p[v] W[v]
 
 with p the mean softmax probability of each token and E over hidden states. Subtracting one row from all others shifts
 every logit alike, so it changes neither argmax nor softmax. With S = E[h h^T]^(1/2) the optimum is the truncated SVD of
@@ -21,7 +21,7 @@ _FLOOR = 0.1
 _DAMPING = 1e-6
 
 
-def factorise(
+def factorize(
     weight: torch.Tensor,
     rank: int,
     *,
@@ -39,7 +39,7 @@ def factorise(
 
     Returns:
         down [R, D] and up [V, R] in the dtype of ``weight``, each row of ``down`` with the root mean square of its
-        column of ``up`` (an optimiser that steps both alike then moves both alike).
+        column of ``up`` (an optimizer that steps both alike then moves both alike).
 
     Raises:
         ValueError: a shape or the rank does not fit, or the weights are not finite.
@@ -63,8 +63,8 @@ def factorise(
         mean, row_weights = mean.sum(0) / p.sum(), p + _FLOOR / vocab
     gram = torch.zeros_like(root)
     for rows, share in zip(weight.split(_CHUNK), row_weights.split(_CHUNK), strict=True):
-        centred = rows.double() - mean
-        gram += centred.T @ (share[:, None] * centred)
+        centered = rows.double() - mean
+        gram += centered.T @ (share[:, None] * centered)
     # Both factors S of the Gram matrix stand outside of the sum over the vocabulary: half the work.
     directions = torch.linalg.eigh(root @ gram @ root).eigenvectors[:, -rank:].flip(1)  # [D, R], largest first
 
@@ -77,7 +77,7 @@ def factorise(
 
 
 def second_moment(states: torch.Tensor) -> torch.Tensor:
-    """E[h h^T] of states [N, D], uncentred, as float64 [D, D]."""
+    """E[h h^T] of states [N, D], uncentered, as float64 [D, D]."""
     _check_states(states)
     total = states.new_zeros(states.shape[1], states.shape[1], dtype=torch.float64)
     for chunk in states.split(_CHUNK):
