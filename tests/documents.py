@@ -32,26 +32,6 @@ HEADS = {
 }
 
 
-SERVED = {
-    "none": "no drafter",
-    "full": "dense drafter",
-    "trim": "its best trimmed head",
-    "slimspec": "**SlimSpec**",
-}
-
-
-def first(result: dict[str, Any]) -> list[str]:
-    """The first screen of the README: one request at a time, in the faster data type of each row."""
-    rows = [row for row in result["rows"] if row["concurrency"] == 1]
-    best = {head: max((r for r in rows if r["head"] == head), key=lambda r: r["tokens_per_s"]) for head in SERVED}
-    lines = ["| | tokens per second | of no drafter | acceptance length | data type |", "|---|---|---|---|---|"]
-    for head, words in SERVED.items():
-        row, ratio = best[head], best[head]["tokens_per_s"] / best["none"]["tokens_per_s"]
-        length = f"{row['length']:.2f}" if row["length"] else ""
-        lines.append(f"| {words} | {row['tokens_per_s']:.1f} | {ratio:.2f} | {length} | {row['dtype']} |")
-    return [*lines, "", f"{result['device']}, K = {result['num_speculative_tokens']}."]
-
-
 def claim(result: dict[str, Any]) -> list[str]:
     """The head alone: int8 against the dense head repacked, at batch 1."""
     found = {
@@ -290,7 +270,6 @@ def dist(result: dict[str, Any]) -> list[str]:
 
 DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]] = {
     "README.md": {
-        "first": ("smollm2-serve", first),
         "claim": ("head-cpu", claim),
         "cycle": ("cycle-k5-b1-cpu", cycle),
         "demo": ("demo", demo),
