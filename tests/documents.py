@@ -140,6 +140,28 @@ def acceptance(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def card(head: str) -> Callable[[dict[str, Any]], list[str]]:
+    """Return what a model card says that one head accepts in the engine."""
+
+    def lines_of(result: dict[str, Any]) -> list[str]:
+        rows = [row for row in result["rows"] if row["head"] == head]
+        k = rows[0]["num_speculative_tokens"]
+        lines = [
+            f"| prompts | acceptance length, K = {k} (95%) | accepted at 1 to {k} | identical |",
+            "|---|---|---|---|",
+        ]
+        for row in rows:
+            rates = " ".join(f"{rate:.2f}" for rate in row["per_position"])
+            near = f" ({row['near_ties']} near ties)" if row["near_ties"] else ""
+            length = f"{row['length']:.3f} ({row['low']:.2f} to {row['high']:.2f})"
+            same = f"{row['equal']} of {len(row['cycles'])}{near}"
+            lines.append(f"| {row['prompt_set']} | {length} | {rates} | {same} |")
+        dtype, tokens = result["dtype"], result["max_tokens"]
+        return [*lines, "", f"vLLM {result['versions']['vllm']} in {dtype}, up to {tokens} tokens an answer."]
+
+    return lines_of
+
+
 def served(result: dict[str, Any]) -> list[str]:
     """What clients of a server for each head saw."""
     lines = [
@@ -284,6 +306,8 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
         "served": ("smollm2-serve", served),
         "cycles": ("smollm2-cycle", cycles),
     },
+    "examples/smollm2-135m-instruct/README.md": {"card": ("smollm2-acceptance", card("slimspec"))},
+    "examples/smollm2-135m-instruct-dense/README.md": {"card": ("smollm2-acceptance", card("full"))},
     "docs/convert.md": {
         "real-size": ("convert-8b", real_size),
     },

@@ -118,8 +118,9 @@ def json_of(run: Path) -> int:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_between_two_steps(work, tmp_path, taken, injected, monkeypatch, sign):
-    """Catches: a checkpoint from the middle of a step, or one that is kept and never resumed (as in speculators)."""
+def test_stopped_between_two_steps(work, tmp_path, taken, injected, monkeypatch, capfd, sign):
+    """Catches: a checkpoint from the middle of a step, or one that is kept and never resumed (as in speculators); a run
+    that says that it is done where it was stopped."""
     original = SlimSpecTrainer._stepped
 
     def stepped(self):
@@ -131,6 +132,7 @@ def test_stopped_between_two_steps(work, tmp_path, taken, injected, monkeypatch,
         patched.setattr(SlimSpecTrainer, "_stepped", stepped)
         with pytest.raises(KeyboardInterrupt, match="the checkpoint is in"):
             fit(work / "llama", work / "states", tmp_path / "d", **FLAGS, checkpoint_freq=1.0)
+    assert "Training: stopped after" in capfd.readouterr().err
     assert not (tmp_path / "d").exists()
     assert len(taken) == 4
     fit(work / "llama", work / "states", tmp_path / "d", **FLAGS, checkpoint_freq=1.0)

@@ -53,7 +53,7 @@ def progress(
         shown.close("stopped after")
         raise
     else:
-        shown.close("done in")
+        shown.close("stopped after" if shown.stopped else "done in")
     finally:
         _under_way.remove(shown)
 
@@ -82,6 +82,7 @@ class Progress:
         every: float = EVERY,
     ) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.stopped = False  # set it where the work ends early without an exception
         self._stream, self._ends, self._clock = stream, ends, clock
         self._before, self._start, self._note = done, clock(), ""
         self._over = threading.Event()

@@ -93,6 +93,7 @@ class SlimSpecTrainer(Trainer):
                 self.progress = shown
                 with suppress(_AllSteps):
                     super().run_training()
+                shown.stopped = self.interrupted
             if not self.interrupted and self.held_out is None:  # killed between the last step and its evaluation
                 self.val_epoch(max(self.current_epoch - 1, 0))
         finally:
