@@ -157,7 +157,13 @@ def card(head: str) -> Callable[[dict[str, Any]], list[str]]:
             same = f"{row['equal']} of {len(row['cycles'])}{near}"
             lines.append(f"| {row['prompt_set']} | {length} | {rates} | {same} |")
         dtype, tokens = result["dtype"], result["max_tokens"]
-        return [*lines, "", f"vLLM {result['versions']['vllm']} in {dtype}, up to {tokens} tokens an answer."]
+        read, dense = (rows[0][name] / 1e6 for name in ("head_bytes", "dense_bytes"))
+        return [
+            *lines,
+            "",
+            f"vLLM {result['versions']['vllm']} in {dtype}, up to {tokens} tokens an answer. A draft step reads "
+            f"{read:.1f} MB of the head; a dense one has {dense:.1f} MB.",
+        ]
 
     return lines_of
 
