@@ -46,11 +46,11 @@ NEAR_TIE = 1e-4  # log-probability
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one question: token ids, their text, and the runners-up at every place."""
+    """What came back for one question: token ids, their text, and the best log-probabilities at every place."""
 
     ids: list[int]
     text: str
-    top: list[dict[str, float]]
+    best: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ def ask(url: str, questions: Sequence[str]) -> Served:
 
     def plain(question: str) -> Answer:
         choice = client.chat.completions.create(messages=_said(question), **options).choices[0]
-        return Answer(choice.token_ids, choice.message.content or "", _runners_up([choice]))
+        return Answer(choice.token_ids, choice.message.content or "", _best([choice]))
 
     def streamed(question: str) -> Answer:
         chunks = client.chat.completions.create(messages=_said(question), stream=True, **options)
         parts = [part for chunk in chunks for part in chunk.choices]
         ids = [i for part in parts for i in getattr(part, "token_ids", None) or ()]
-        return Answer(ids, "".join(part.delta.content or "" for part in parts), _runners_up(parts))
+        return Answer(ids, "".join(part.delta.content or "" for part in parts), _best(parts))
 
     plain(questions[0])  # the first request of a server warms it up
     alone, at_once = questions[: 2 * OF_EACH], questions[2 * OF_EACH :]
@@ -156,9 +156,9 @@ def _said(question: str) -> list[Any]:
     return [{"role": "user", "content": question}]
 
 
-def _runners_up(parts: Iterable[Any]) -> list[dict[str, float]]:
+def _best(parts: Iterable[Any]) -> list[list[float]]:
     places = [place for part in parts if part.logprobs for place in part.logprobs.content or ()]
-    return [{other.token: other.logprob for other in place.top_logprobs} for place in places]
+    return [sorted((other.logprob for other in place.top_logprobs), reverse=True) for place in places]
 
 
 def _near_tie(alone: Answer, drafted: Answer) -> bool:
@@ -167,7 +167,7 @@ def _near_tie(alone: Answer, drafted: Answer) -> bool:
     place = next((i for i, (a, d) in enumerate(pairs) if a != d), None)
     if place is None:  # one answer is the beginning of the other
         return False
-    best, second = sorted(alone.top[place].values(), reverse=True)[:2]
+    best, second, *_ = alone.best[place]
     return best - second < NEAR_TIE
 
 
