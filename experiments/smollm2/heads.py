@@ -27,7 +27,7 @@ def ways(folder: Path) -> dict[str, list[str]]:
     """Name -> what `slimspec convert` is told."""
     # The first one records the states that the others use.
     recorded = ["--hidden-states", str(folder / "weighted.run" / "states")]
-    calibration = ["--calibration", str(folder / "calibration.jsonl"), "--max-tokens", "128"]
+    calibration = ["--calibration", str(folder / "calibration.jsonl"), "--max-tokens", "128", "--max-states", "50000"]
     joint = [*DISTILLED, "--joint-steps", "300", "--train-states", str(FOLDER / "states")]
     made = {
         "weighted": calibration,
