@@ -145,6 +145,8 @@ def card(head: str) -> Callable[[dict[str, Any]], list[str]]:
 
     def lines_of(result: dict[str, Any]) -> list[str]:
         rows = [row for row in result["rows"] if row["head"] == head]
+        if not rows:
+            return ["Not measured yet."]
         k = rows[0]["num_speculative_tokens"]
         lines = [
             f"| prompts | acceptance length, K = {k} (95%) | accepted at 1 to {k} | identical |",
