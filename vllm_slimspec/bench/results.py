@@ -186,12 +186,11 @@ class CrossoverResults(Results):
     rows: list[CrossoverRow]
 
 
-class AcceptanceRow(_Record):
-    """One drafter over one set of prompts at one temperature."""
+class _AcceptedRow(_Record):
+    """What one head accepts over one set of prompts at one K."""
 
     head: str
     prompt_set: str
-    temperature: float
     num_speculative_tokens: int
     rank: int | None  # None: dense
     draft_vocab_size: int
@@ -204,6 +203,12 @@ class AcceptanceRow(_Record):
     per_position: list[float]  # share of all cycles whose draft at position 1, 2, ... was accepted
     cycles: list[int]  # of each prompt
     accepted: list[int]  # draft tokens of each prompt
+
+
+class AcceptanceRow(_AcceptedRow):
+    """One drafter in the engine, at one temperature."""
+
+    temperature: float
     tokens: int  # answered
     equal: int | None  # answers that are the target's own, token for token; None where they were sampled
     near_ties: int | None  # the others whose first difference was a near tie
@@ -222,27 +227,13 @@ class AcceptanceResults(Results):
     rows: list[AcceptanceRow]
 
 
-class StatesRow(_Record):
-    """One head over one set of prompts at one K, from head states: greedy cycles, and the overlap of sampled drafts."""
+class StatesRow(_AcceptedRow):
+    """One head on head states: greedy cycles, and the overlap of sampled drafts."""
 
-    head: str
-    prompt_set: str
-    num_speculative_tokens: int
-    rank: int | None  # None: dense
-    draft_vocab_size: int
-    rerank: int | None
-    head_bytes: int  # that a draft step reads
-    dense_bytes: int  # of a dense head over the same vocabulary
-    length: float
-    low: float  # 95%, by drawing prompts anew
-    high: float
-    per_position: list[float]  # share of all cycles whose draft at position 1, 2, ... was accepted
     accepted_of_full: float | None  # accepted drafts per cycle over those of the head `full`, None without one
     accepted_of_full_low: float | None  # 95%, the same prompts drawn for both
     accepted_of_full_high: float | None
     alpha: list[float]  # mean over all places of sum(min(p, q)) at temperature 1, by draft step
-    cycles: list[int]  # of each prompt
-    accepted: list[int]  # draft tokens of each prompt
 
 
 class StatesResults(Results):
