@@ -2,12 +2,13 @@
 
     python experiments/smollm2/heads.py DENSE_DRAFTER build/smollm2/heads
 
-No head sees a question of the benchmarks: states are recorded, and tokens counted, on the prompts that the drafters
-were trained on. The lists are those of FR-Spec, which counts tokens in a corpus (here all prompts with their answers),
-and of VocabTrim, which counts them in the target's own answers.
+No head sees a question of the benchmarks. States are recorded on the prompts of this folder that have no answer there,
+because the drafter makes fewer mistakes on the ones that it was trained on. The lists are those of FR-Spec, which counts
+tokens in a corpus (here all prompts with their answers), and of VocabTrim, which counts them in the target's own answers.
 """
 
 import argparse
+import gzip
 import json
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from vllm_slimspec.progress import steps
 
 FOLDER = Path("build/smollm2")
 TARGET = "build/smollm2-135m-instruct"
-CALIBRATION, DOCUMENTS = 1000, FOLDER / "answers.jsonl"
+PROMPTS = Path(__file__).parent / "prompts.jsonl.gz"
+ANSWERED, DOCUMENTS = 2560, FOLDER / "answers.jsonl"
 LISTS = (32768, 16384, 6144, 2048)  # 6,144 rows of D = 576 are as many bytes as the factors of R = 72
 DISTILLED = ["--distill-steps", "400"]
 
@@ -52,8 +54,8 @@ def ways(folder: Path) -> dict[str, list[str]]:
 def write_calibration(folder: Path) -> None:
     """Write the prompts to record states with, and how often each token is in the corpus."""
     documents = [json.loads(line) for line in DOCUMENTS.read_text().splitlines()]
-    prompts = (document["input_ids"][: document["prompt_tokens"]] for document in documents[:CALIBRATION])
-    (folder / "calibration.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts))
+    with gzip.open(PROMPTS, "rt") as prompts:
+        (folder / "calibration.jsonl").write_text("".join(list(prompts)[ANSWERED:]))
     counts = Counter(token for document in documents for token in document["input_ids"])
     (folder / "corpus.json").write_text(json.dumps(counts))
 
