@@ -22,12 +22,12 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
-from vllm_slimspec.bench.head import device_name
-from vllm_slimspec.bench.options import claim_results
-from vllm_slimspec.bench.results import Results, provenance
-from vllm_slimspec.console import one_line_errors
-from vllm_slimspec.convert.states import Rows, StatesWriter
-from vllm_slimspec.progress import steps
+from vllm_slimspec.common.console import one_line_errors
+from vllm_slimspec.common.device import device_name
+from vllm_slimspec.common.progress import steps
+from vllm_slimspec.engine.head_states import Rows, StatesWriter
+from vllm_slimspec.measure.options import claim_results
+from vllm_slimspec.measure.results import Results, provenance
 
 D, V, R, FF, HEADS, KV_HEADS = 4096, 128_256, 512, 14_336, 32, 8
 STATES, DOCUMENTS, K = 100_000, 400, 5
@@ -126,7 +126,7 @@ def run(folder: Path, json: Path | None) -> None:
     command = ["convert", str(folder / "drafter"), "--hidden-states", str(folder / "states")]
     command += ["--rank", str(R), "--force", "--output-path", str(folder / "slim")]
     start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "vllm_slimspec.convert", *command[1:]], check=True)
+    subprocess.run([sys.executable, "-m", "vllm_slimspec", "convert", *command[1:]], check=True)
     minutes = (time.monotonic() - start) / 60
     gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"{minutes:.1f} minutes, {gigabytes:.1f} GiB at most")

@@ -26,12 +26,12 @@ import openai
 from rich.console import Console
 from rich.table import Table
 
-from vllm_slimspec.bench.acceptance import Acceptance, from_server
-from vllm_slimspec.bench.server import Server
-from vllm_slimspec.checkpoint import DraftCheckpoint
-from vllm_slimspec.console import one_line_errors
-from vllm_slimspec.output import claim_work
-from vllm_slimspec.progress import progress, steps
+from vllm_slimspec.common.console import one_line_errors
+from vllm_slimspec.common.output import claim_work
+from vllm_slimspec.common.progress import progress, steps
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.engine.acceptance import Acceptance, from_server
+from vllm_slimspec.engine.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET, DRAFTER = ROOT / "build" / "smollm2-135m-instruct", ROOT / "examples" / "smollm2-135m-instruct"

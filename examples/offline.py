@@ -10,7 +10,7 @@ import argparse
 
 from vllm import LLM, SamplingParams
 
-from vllm_slimspec.bench.acceptance import from_engine
+from vllm_slimspec.engine.acceptance import from_engine
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_slimspec.quantized import QuantizedUp
+from vllm_slimspec.head.quantized import QuantizedUp
 
 BATCH_BUCKETS = (16, 32, 64)
 """Rows per program. One variant is compiled for each; more rows than the last are several programs. Below 16 a tensor

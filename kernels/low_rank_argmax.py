@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_slimspec.head.quantized import QuantizedUp
 from vllm_slimspec.kernels._pairs import pack, unpack
 from vllm_slimspec.kernels._tiles import Tiling, as_float32, launch_of, tile_scores
 from vllm_slimspec.kernels.reduce_pairs import reduce_pairs
-from vllm_slimspec.quantized import QuantizedUp
 
 
 # What varies from call to call is never specialized: a batch or vocabulary of 1 or of a multiple of 16 would otherwise
@@ -56,7 +56,7 @@ def low_rank_argmax(
     """Highest score and lowest id that has it, of the first ``valid_vocab`` entries -> (float32 [B], int64 [B]).
 
     ``z = down(hidden)`` is rounded to the model dtype; scores are float32 and are compared unrounded. Safe under
-    CUDA-graph capture once the batch bucket has run. Arguments are checked by :mod:`vllm_slimspec.ops`.
+    CUDA-graph capture once the batch bucket has run. Arguments are checked by :mod:`vllm_slimspec.head.ops`.
     """
     launch = launch_of(hidden, down, up, valid_vocab, tiling)
     batch, tiles = hidden.shape[0], launch.tiles

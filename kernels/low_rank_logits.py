@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_slimspec.head.quantized import QuantizedUp
 from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, as_float32, launch_of, tile_scores
-from vllm_slimspec.quantized import QuantizedUp
 
 
 @triton.jit(do_not_specialize=["B", "V", "blocks"])

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_slimspec.head.quantized import QuantizedUp
 from vllm_slimspec.kernels._pairs import id_of, key_of, order_of, pack, unpack
 from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, Tiling, as_float32, entry_scores, launch_of, tile_scores
-from vllm_slimspec.quantized import QuantizedUp
 
 MEMBERS = 16  # entries of a group: k * MEMBERS rows of `up` are read again
 CHUNK = 1024  # groups of a list: eight lists of a vocabulary of 128k
@@ -200,7 +200,7 @@ def low_rank_topk(
     """The ``k`` best of the first ``valid_vocab`` entries, best first -> (float32 [B, k], int64 [B, k]).
 
     With ``dense``, rescored by and sorted by ``hidden . dense[row]``. Safe under CUDA-graph capture once the batch
-    bucket has run. Arguments are checked by :mod:`vllm_slimspec.ops`.
+    bucket has run. Arguments are checked by :mod:`vllm_slimspec.head.ops`.
     """
     launch = launch_of(hidden, down, up, valid_vocab, tiling)
     batch = hidden.shape[0]

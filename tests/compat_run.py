@@ -25,7 +25,7 @@ import contract
 from packaging import version
 from pydantic import BaseModel
 
-from vllm_slimspec.bench.results import Results, provenance
+from vllm_slimspec.measure.results import Results, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "compat"

@@ -1,7 +1,7 @@
 """A pair of toy shape for `slimspec bench cycle`, whose vocabulary is still above the trimmed one."""
 
-from vllm_slimspec.bench.pairs import TARGETS
-from vllm_slimspec.bench.shapes import Shape
+from vllm_slimspec.measure.pairs import TARGETS
+from vllm_slimspec.measure.shapes import Shape
 
 SHAPE = Shape(128, 70000, 16)
 CONFIG = TARGETS["llama-3.2-1b"] | {

@@ -21,7 +21,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from vllm_slimspec.bench.results import Results, provenance
+from vllm_slimspec.measure.results import Results, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = re.compile(r"Apache|MIT|BSD|ISC|PSF|Python Software Foundation", re.I)
@@ -39,7 +39,7 @@ for d in distributions():
 print(json.dumps(out))
 """
 SMOKE = """
-import pathlib, vllm_slimspec, vllm_slimspec.checkpoint
+import pathlib, vllm_slimspec, vllm_slimspec.drafters.checkpoint
 here = pathlib.Path(vllm_slimspec.__file__).parent
 assert here.parent.name == "site-packages", here
 assert (here / "kernels" / "low_rank_argmax.py").is_file() and not (here / "kernels" / "__init__.py").exists()

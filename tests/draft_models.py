@@ -61,5 +61,5 @@ def build(folder: Path, tensors, head=None, dtype=torch.float32, **changes):
         record_metadata_for_reloading(head)
         model.lm_head = head
     with torch.inference_mode():  # as both runners pass through `forward`
-        model._prepare()
+        model.slot.prepare(model.lm_head, model.draft_id_to_target_id)
     return model, draft

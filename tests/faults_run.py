@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from pydantic import BaseModel
 
-from vllm_slimspec.bench.results import Results, provenance
+from vllm_slimspec.measure.results import Results, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [

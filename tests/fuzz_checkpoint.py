@@ -1,4 +1,4 @@
-"""Hostile drafter folders for ``vllm_slimspec.checkpoint``: configs, headers, indexes and folders with damage.
+"""Hostile drafter folders for ``vllm_slimspec.drafters.checkpoint``: configs, headers, indexes and folders with damage.
 
     python tests/fuzz_checkpoint.py --cases 10000 --json docs/results/hostile.json
     python tests/fuzz_checkpoint.py --seconds 600
@@ -34,8 +34,9 @@ import drafters
 import torch
 from safetensors.torch import save
 
-from vllm_slimspec.bench.results import Results, provenance
-from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.measure.results import Results, provenance
 
 WATCHDOG = 60  # seconds for one case
 ALLOWANCE = 32 << 20  # bytes a case may take however small its folder is

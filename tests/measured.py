@@ -1,6 +1,6 @@
 """Results of `slimspec bench acceptance` with the rates that a test wants, for what is computed from them."""
 
-from vllm_slimspec.bench.results import AcceptanceResults, AcceptanceRow
+from vllm_slimspec.measure.results import AcceptanceResults, AcceptanceRow
 
 
 def acceptance(*sets: dict[str, list[float]]) -> AcceptanceResults:

@@ -19,7 +19,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from vllm_slimspec.convert.states import Document
+from vllm_slimspec.engine.head_states import Document
 from vllm_slimspec.train.launch import fit
 from vllm_slimspec.train.states import write_states
 

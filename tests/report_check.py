@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_slimspec.bench.report import write_report
+from vllm_slimspec.measure.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SCREENS = {"wide": (1280, 900, 1), "phone": (375, 780, 2)}  # CSS pixels, and device pixels for each

@@ -29,10 +29,10 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from vllm_slimspec.bench.acceptance import from_server
-from vllm_slimspec.bench.process import last_words
-from vllm_slimspec.bench.results import Results, provenance
-from vllm_slimspec.bench.server import Server, ServerError
+from vllm_slimspec.common.process import last_words
+from vllm_slimspec.engine.acceptance import from_server
+from vllm_slimspec.engine.server import Server, ServerError
+from vllm_slimspec.measure.results import Results, provenance
 
 K = 3
 CLIENTS = 32

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench import answers, compare
-from vllm_slimspec.bench.acceptance import Acceptance
-from vllm_slimspec.bench.answers import Answers, EngineError, Found, Question, ask
-from vllm_slimspec.bench.bootstrap import interval
-from vllm_slimspec.bench.cli import app
-from vllm_slimspec.bench.prompts import Benchmark, convert
-from vllm_slimspec.bench.results import AcceptanceRow
+from vllm_slimspec.commands.measure import app
+from vllm_slimspec.common.bootstrap import interval
+from vllm_slimspec.engine import answers
+from vllm_slimspec.engine.acceptance import Acceptance
+from vllm_slimspec.engine.answers import Answers, EngineError, Found, Question, ask
+from vllm_slimspec.measure import compare
+from vllm_slimspec.measure.prompts import Benchmark, convert
+from vllm_slimspec.measure.results import AcceptanceRow
 
 ALONE = Answers(
     tokens=[[1, 2, 3], [4, 5, 6]],
@@ -168,7 +169,7 @@ def test_a_drafter_that_changed_is_asked_again(engines, tmp_path):
 )
 def test_benchmarks_become_prompts(benchmark, line, question, tmp_path):
     """Catches: the answer in the prompt, a gzipped file read as text, prompts that `bench acceptance` refuses."""
-    from vllm_slimspec.convert.prompts import read_prompts
+    from vllm_slimspec.engine.prompts import read_prompts
 
     source, made = tmp_path / "source", tmp_path / "made" / "prompts.jsonl"
     text = json.dumps(line) + "\n\n" + json.dumps(line) + "\n"

@@ -10,15 +10,15 @@ from cycle_toy import CONFIG, SHAPE
 from measured import acceptance
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench import cycle, cycle_engine, pairs
-from vllm_slimspec.bench.answers import EngineError
-from vllm_slimspec.bench.cli import app
-from vllm_slimspec.bench.cycle_engine import Alone, Found, Plan, Turn
-from vllm_slimspec.bench.head import RERANK_K, SPEC_VOCAB_K, Weights
-from vllm_slimspec.bench.results import CycleResults
-from vllm_slimspec.bench.rivals import RIVALS, rivals_page
-from vllm_slimspec.bench.shapes import SHAPES
-from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.commands.measure import app
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.engine.answers import EngineError
+from vllm_slimspec.measure import cycle, cycle_engine, pairs
+from vllm_slimspec.measure.cycle_engine import Alone, Found, Plan, Turn
+from vllm_slimspec.measure.head import RERANK_K, SPEC_VOCAB_K, Weights
+from vllm_slimspec.measure.results import CycleResults
+from vllm_slimspec.measure.rivals import RIVALS, rivals_page
+from vllm_slimspec.measure.shapes import SHAPES
 
 # What their makers publish, unquantized and to the last parameter.
 PARAMETERS = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench import head as bench
-from vllm_slimspec.bench.results import HeadResults
-from vllm_slimspec.bench.shapes import SHAPES, Shape
+from vllm_slimspec.measure import head as bench
+from vllm_slimspec.measure.results import HeadResults
+from vllm_slimspec.measure.shapes import SHAPES, Shape
 
 CPU = torch.device("cpu")
 TINY = Shape(64, 70000, 32)  # above the trimmed vocabularies

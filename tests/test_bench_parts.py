@@ -4,11 +4,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench import parts as bench
-from vllm_slimspec.bench.cli import app
-from vllm_slimspec.bench.head import RERANK_K, Weights
-from vllm_slimspec.bench.results import PartResults
-from vllm_slimspec.bench.shapes import SHAPES, Shape
+from vllm_slimspec.commands.measure import app
+from vllm_slimspec.measure import parts as bench
+from vllm_slimspec.measure.head import RERANK_K, Weights
+from vllm_slimspec.measure.results import PartResults
+from vllm_slimspec.measure.shapes import SHAPES, Shape
 
 TINY = Shape(64, 70000, 32)
 

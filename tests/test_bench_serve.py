@@ -11,11 +11,11 @@ from measured import acceptance
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench import pairs, serve
-from vllm_slimspec.bench.cli import app
-from vllm_slimspec.bench.process import last_words
-from vllm_slimspec.bench.shapes import SHAPES
-from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.commands.measure import app
+from vllm_slimspec.common.process import last_words
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.measure import pairs, serve
+from vllm_slimspec.measure.shapes import SHAPES
 
 SAVED = json.loads((Path(__file__).parent / "data" / "vllm-bench-serve.json").read_text())
 RATES = [0.5, 0.3, 0.1]

@@ -9,15 +9,15 @@ import torch
 from drafters import D, R, V
 from test_convert import write_target
 
-from vllm_slimspec import ops
-from vllm_slimspec.bench import states as module
-from vllm_slimspec.bench.draft_head import DraftHead
-from vllm_slimspec.bench.states import body_key, score
-from vllm_slimspec.bench.walk import accepted_share
-from vllm_slimspec.checkpoint import DENSE, DOWN, UP
+from vllm_slimspec.common.walk import accepted_share
 from vllm_slimspec.convert.run import Options, convert
-from vllm_slimspec.convert.sources import Target
-from vllm_slimspec.convert.states import Document, Rows
+from vllm_slimspec.engine.head_states import Document, Rows
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.spec import DENSE, DOWN, UP
+from vllm_slimspec.measure import states as module
+from vllm_slimspec.measure.draft_head import DraftHead
+from vllm_slimspec.measure.states import body_key, score
+from vllm_slimspec.target import Target
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench import head as bench
-from vllm_slimspec.bench import tune
-from vllm_slimspec.bench.results import CrossoverResults
-from vllm_slimspec.bench.shapes import SHAPES, Shape
 from vllm_slimspec.kernels import _tiles
+from vllm_slimspec.measure import head as bench
+from vllm_slimspec.measure import tune
+from vllm_slimspec.measure.results import CrossoverResults
+from vllm_slimspec.measure.shapes import SHAPES, Shape
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_crossovers_time_both_forms(tmp_path, monkeypatch):
     """The same form timed twice, under two names."""
     ran = []
     for name in ("_Int8", "_Int4"):
-        form = getattr(__import__("vllm_slimspec.cpu", fromlist=[name]), name)
+        form = getattr(__import__("vllm_slimspec.head.cpu", fromlist=[name]), name)
         call = form.__call__
         monkeypatch.setattr(form, "__call__", lambda self, x, call=call, name=name: ran.append(name) or call(self, x))
     path = tmp_path / "crossover.json"

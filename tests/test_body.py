@@ -9,11 +9,12 @@ import torch
 from drafters import FF, HEAD_DIM, D, R, V
 from typer.testing import CliRunner
 
-from vllm_slimspec.body import Body
-from vllm_slimspec.checkpoint import DraftCheckpoint
 from vllm_slimspec.cli import app
-from vllm_slimspec.config import flatten
-from vllm_slimspec.convert.sources import Drafter
+from vllm_slimspec.drafters.body import Body
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.config import flatten
+from vllm_slimspec.drafters.eagle3 import LLAMA
+from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
@@ -205,7 +206,7 @@ def test_what_public_folders_hold_beside_the_drafter(tmp_path, prefix):
 def test_layers_after_the_first(tmp_path):
     """Catches: the first layer's width asked of the others, or a norm that they do not read."""
     config = drafters.config(num_hidden_layers=2)
-    body = {name: torch.rand(shape.sizes) for name, shape in Body(flatten(config), "llama", "c").table()}
+    body = {name: torch.rand(shape.sizes) for name, shape in Body(flatten(config), LLAMA, "c").table()}
     assert body["layers.1.self_attn.q_proj.weight"].shape == (Q, D)
     assert "layers.1.hidden_norm.weight" not in body
     head = {n: t for n, t in drafters.tensors().items() if "lm_head" in n}

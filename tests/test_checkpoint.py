@@ -10,18 +10,13 @@ import torch
 from drafters import D, R, V
 from typer.testing import CliRunner
 
-from vllm_slimspec.checkpoint import (
-    DOWN,
-    UP,
-    CheckpointError,
-    DraftCheckpoint,
-    count_not_finite,
-    head_spec,
-    is_low_rank,
-    write_checkpoint,
-)
 from vllm_slimspec.cli import app
-from vllm_slimspec.output import OutputError
+from vllm_slimspec.common.output import OutputError
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
+from vllm_slimspec.drafters.config import flatten, is_low_rank
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.checks import count_not_finite
+from vllm_slimspec.head.spec import DOWN, UP, head_spec
 
 
 def _open(folder: Path) -> DraftCheckpoint:
@@ -34,7 +29,7 @@ class TestAccepted:
     def test_own_format(self, tmp_path):
         """Catches: sizes read from the wrong key."""
         spec = _open(drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())).spec
-        assert (spec.family, spec.hidden_size, spec.rank, spec.draft_vocab_size) == ("llama", D, R, V)
+        assert (spec.hidden_size, spec.rank, spec.draft_vocab_size) == (D, R, V)
         assert not spec.truncated
         assert spec.parameters == R * (D + V)
 
@@ -67,7 +62,7 @@ class TestAccepted:
         layer = drafters.config(architectures=None)
         config = {"speculators_model_type": "eagle3", "speculators_config": {}, "transformer_layer_config": layer}
         assert is_low_rank(config)
-        assert head_spec(config | {"draft_vocab_size": 32}).draft_vocab_size == 32
+        assert head_spec(flatten(config | {"draft_vocab_size": 32})).draft_vocab_size == 32
 
     def test_dense_drafter_is_described_not_claimed(self, tmp_path):
         """Catches: a stock drafter treated as ours."""
@@ -414,10 +409,3 @@ class TestInspect:
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         result = CliRunner().invoke(app, ["inspect", str(folder)])
         assert "5.33x" in result.stdout
-
-
-def test_rerank_limit_is_the_kernels():
-    """Catches: a checkpoint accepted that no kernel can serve, or one refused that could be."""
-    from vllm_slimspec import checkpoint, ops
-
-    assert checkpoint.MAX_RERANK == ops.MAX_K

@@ -8,11 +8,12 @@ import torch
 from drafters import D, V
 from read_by_vllm import config_of
 
-from vllm_slimspec.body import Body
-from vllm_slimspec.checkpoint import DraftCheckpoint
-from vllm_slimspec.config import DENSE_ARCHITECTURES, flatten
-from vllm_slimspec.convert.sources import Drafter
 from vllm_slimspec.convert.speculators import speculators_config
+from vllm_slimspec.drafters import FAMILIES
+from vllm_slimspec.drafters.body import Body
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.config import flatten
+from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.errors import CheckpointError
 
 # What vLLM's llama_eagle3.py, qwen3_eagle3.py and their bases ask of the config, and what silence means to them.
@@ -47,11 +48,16 @@ KEYS: dict[str, dict[str, Any]] = {
     "a window by its first layer": {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0},
     "a window of nobody": {"sliding_window": 64},
 }
+NAMES = {family.name: family for family in FAMILIES}
 TOP = ("draft_vocab_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "target_hidden_size")
 
 
 def _source(keys: dict[str, Any], family: str, layout: str) -> dict[str, Any]:
-    named = {"architectures": [DENSE_ARCHITECTURES[family]], "model_type": family, "lm_head_rank": None}
+    named = {
+        "architectures": [NAMES[family].dense_architecture],
+        "model_type": family,
+        "lm_head_rank": None,
+    }
     config = drafters.config(**named | keys)
     if layout == "plain":
         return config
@@ -67,7 +73,7 @@ def _source(keys: dict[str, Any], family: str, layout: str) -> dict[str, Any]:
 
 
 def _tensors(config: dict[str, Any], family: str) -> dict[str, torch.Tensor]:
-    table = Body(flatten(config), family, "config.json").table()
+    table = Body(flatten(config), NAMES[family], "config.json").table()
     head = {"lm_head.weight": torch.rand(V, D)}
     return {name: torch.rand(shape.sizes) for name, shape in table} | head
 

@@ -10,10 +10,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vllm_slimspec import console
-from vllm_slimspec.bench.process import how_it_ended
-from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
 from vllm_slimspec.cli import app, main
+from vllm_slimspec.common import console
+from vllm_slimspec.common.process import how_it_ended
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.errors import CheckpointError
 
 MEMORY = "close other programs, raise the limit that is set"
 
@@ -121,7 +122,7 @@ def test_termination_lets_a_command_shut_down_its_engine(tmp_path):
     """Catches: SIGTERM that ends the command alone, and leaves an engine that computes on without it."""
     code = """if True:
         import signal
-        from vllm_slimspec.console import one_line_errors
+        from vllm_slimspec.common.console import one_line_errors
         with one_line_errors():
             try:
                 print("ready", flush=True)
@@ -158,7 +159,7 @@ import resource, sys
 from pathlib import Path
 import drafters, numpy, torch
 from safetensors.torch import save_file
-from vllm_slimspec import console
+from vllm_slimspec.common import console
 from vllm_slimspec.cli import app
 from typer.testing import CliRunner
 

@@ -14,15 +14,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftCheckpoint
+from vllm_slimspec.commands.convert import convert as command
+from vllm_slimspec.commands.convert import sweep_figure
 from vllm_slimspec.convert import run
-from vllm_slimspec.convert.cli import convert as command
-from vllm_slimspec.convert.cli import sweep_figure
 from vllm_slimspec.convert.distill import Recipe
 from vllm_slimspec.convert.run import Conversion, Options, convert, sweep
-from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
-from vllm_slimspec.convert.states import HeadStates
 from vllm_slimspec.convert.vocabulary import counts_from_text
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.source import Drafter
+from vllm_slimspec.engine.head_states import HeadStates
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.spec import DENSE, DOWN, UP
+from vllm_slimspec.target import Target, fingerprint
 
 TRUNCATED = 64
 K = 3
@@ -568,9 +571,7 @@ def test_a_speculators_config_names_its_target_from_anywhere(tmp_path, full_head
     card = Path("out", "README.md").read_text()
     assert "slimspec convert --target 'a folder'" in card
     assert "base_model" not in card
-    monkeypatch.setattr(
-        "vllm_slimspec.convert.sources.fetch", lambda name, _: target if name == "org/t" else Path(name)
-    )
+    monkeypatch.setattr("vllm_slimspec.target.fetch", lambda name, _: target if name == "org/t" else Path(name))
     convert(Options(str(source), Path("hub"), "org/t", rank=R))
     assert "\nbase_model: org/t\n" in Path("hub", "README.md").read_text()
 
@@ -770,7 +771,7 @@ def _bad(case: str, folder: Path) -> list[str]:
 )
 def test_bad_input_is_one_line_and_writes_nothing(case, message, tmp_path, monkeypatch):
     """Catches: a traceback, a wrong exit code, half a drafter, or an engine that starts before the prompts are read."""
-    monkeypatch.setattr("vllm_slimspec.convert.collect._engine", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr("vllm_slimspec.engine.recording._engine", lambda *_: pytest.fail("an engine was started"))
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(command)
     arguments = _bad(case, tmp_path)

@@ -7,7 +7,7 @@ import torch
 
 from vllm_slimspec.convert import distill as module
 from vllm_slimspec.convert.distill import LOSSES, Recipe, Samples, distill
-from vllm_slimspec.convert.factorize import factorize
+from vllm_slimspec.head.factorize import factorize
 
 V, D, R = 300, 32, 4
 

@@ -9,13 +9,14 @@ from drafters import D, R, V
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
 from vllm_slimspec.convert import run
 from vllm_slimspec.convert.distill import Recipe
-from vllm_slimspec.convert.joint import JointRecipe, train_jointly
 from vllm_slimspec.convert.run import Options, convert
-from vllm_slimspec.convert.sources import Drafter
-from vllm_slimspec.convert.states import Document, HeadStates, Rows, StatesWriter, common
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.source import Drafter
+from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, StatesWriter, common
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.joint import JointRecipe, train_jointly
 from vllm_slimspec.train.launch import SlimSpecTrainer
 from vllm_slimspec.train.states import write_states
 
@@ -245,7 +246,7 @@ def test_a_trained_drafter_is_measured_on_its_own_states(target, states, tmp_pat
         recorded.append((str(name), [d.number for d in documents], k, engine))
         return states_of(folder, documents, hidden_seed=100)
 
-    monkeypatch.setattr("vllm_slimspec.convert.collect.collect_again", collect_again)
+    monkeypatch.setattr("vllm_slimspec.engine.recording.collect_again", collect_again)
     options = Options(
         str(dense_drafter(tmp_path / "source")),
         tmp_path / "out",

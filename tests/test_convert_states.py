@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_slimspec.bench.acceptance import Acceptance
-from vllm_slimspec.checkpoint import CheckpointError
-from vllm_slimspec.convert import collect
 from vllm_slimspec.convert.evaluate import Tau, evaluate, predicted_speedup
-from vllm_slimspec.convert.prompts import read_prompts, tokenize
-from vllm_slimspec.convert.states import HeadStates, Rows, StatesWriter, concatenate
+from vllm_slimspec.engine import recording as collect
+from vllm_slimspec.engine.acceptance import Acceptance
+from vllm_slimspec.engine.head_states import HeadStates, Rows, StatesWriter, concatenate
+from vllm_slimspec.engine.prompts import read_prompts, tokenize
+from vllm_slimspec.errors import CheckpointError
 
 D, K = 16, 3
 RECIPE = {"target": "t", "drafter": "d", "K": K}

@@ -10,10 +10,12 @@ import torch
 from drafters import D, V
 from safetensors.torch import save_file
 
-from vllm_slimspec.checkpoint import DENSE, DraftCheckpoint
 from vllm_slimspec.convert.run import Options, convert
-from vllm_slimspec.convert.sources import Drafter, Target
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.spec import DENSE
+from vllm_slimspec.target import Target
 
 Tensors = dict[str, torch.Tensor]
 FLOAT8 = torch.float8_e4m3fn

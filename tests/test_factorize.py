@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_slimspec.convert.factorize import factorize, second_moment, token_probabilities
+from vllm_slimspec.head.factorize import factorize, second_moment, token_probabilities
 
 V, D, R = 507, 48, 6
 
@@ -66,7 +66,7 @@ def test_chunks_change_nothing(monkeypatch):
     """Catches: rows of a vocabulary left out or counted twice where it is streamed."""
     weight, states = torch.randn(V, D), anisotropic_states(300)
     whole = factorize(weight, R, **statistics(weight, states))
-    monkeypatch.setattr("vllm_slimspec.convert.factorize._CHUNK", 100)
+    monkeypatch.setattr("vllm_slimspec.head.factorize._CHUNK", 100)
     chunked = factorize(weight, R, **statistics(weight, states))
     torch.testing.assert_close(chunked[1] @ chunked[0], whole[1] @ whole[0])
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from drafters import D, V
 
-from vllm_slimspec import ops
-from vllm_slimspec.checkpoint import DENSE, SCALE, UP
-from vllm_slimspec.models import head as head_module
-from vllm_slimspec.models.handover import hand_over
+from vllm_slimspec.head import layer as head_module
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.handover import hand_over
+from vllm_slimspec.head.spec import DENSE, SCALE, UP
 
 DRAFT_VOCAB = 40  # vLLM pads it to 64 rows, the int4 layout of CPUs to 48
 RANK = 32  # what the integer kernels of CPUs take

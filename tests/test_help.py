@@ -5,7 +5,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from vllm_slimspec import cli
-from vllm_slimspec.bench.cli import app as bench
+from vllm_slimspec.commands.measure import app as bench
 
 RIDDLES = ("of ", "for ", "of both", "with it", "then", "...", "k.")
 

@@ -15,7 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint, HeadSpec, head_spec, is_low_rank
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.config import flatten, is_low_rank, known_family
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.spec import HeadSpec, head_spec
 
 HERE = Path(__file__).parent
 CASES = 10_000
@@ -40,13 +43,13 @@ def test_mutated_folders(tmp_path):
     ("sabotage", "finding"),
     [
         (
-            "place = checkpoint._check_place; "
-            "checkpoint._check_place = lambda file: '/outside/' in __import__('os').path.realpath(file) or place(file)",
+            "place = files.check_place; "
+            "files.check_place = checkpoint.check_place = lambda file: '/outside/' in __import__('os').path.realpath(file) or place(file)",
             "outside",
         ),
-        ("checkpoint._check_size = lambda *a: None", "MiB of memory"),
-        ("del checkpoint.CheckpointError.__init__", "not one readable line"),
-        ("checkpoint.positive_int = lambda c, k, w: c[k]", "Traceback"),
+        ("files._check_size = lambda *a: None", "MiB of memory"),
+        ("del errors.CheckpointError.__init__", "not one readable line"),
+        ("spec.positive_int = lambda c, k, w: c[k]", "Traceback"),
         ("checkpoint._format = lambda c: exec('')", "compile"),
     ],
 )
@@ -54,7 +57,10 @@ def test_the_watch_sees(tmp_path, sabotage, finding):
     """Catches: a fuzzer that would not notice."""
     code = f"""
 import pathlib, fuzz_checkpoint
-from vllm_slimspec import checkpoint
+from vllm_slimspec import errors
+from vllm_slimspec.common import files
+from vllm_slimspec.drafters import checkpoint
+from vllm_slimspec.head import spec
 warm = fuzz_checkpoint.Watch.__init__
 def start(self, *a):
     warm(self, *a)
@@ -170,7 +176,7 @@ from pathlib import Path
 import drafters, torch
 from fuzz_checkpoint import peak_memory
 from safetensors.torch import save
-from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 
 folder, v, r = Path(sys.argv[1]), 1 << 20, 64
 small = {n: t.bfloat16() if t.is_floating_point() else t for n, t in drafters.tensors(rank=r).items()}
@@ -217,7 +223,8 @@ def test_any_config(changes):
     if not is_low_rank(config):
         return
     try:
-        spec: HeadSpec = head_spec(config)
+        known_family(config, "config.json")
+        spec: HeadSpec = head_spec(flatten(config))
     except CheckpointError:
         return
     assert 1 <= spec.rank <= spec.hidden_size

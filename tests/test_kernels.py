@@ -17,15 +17,15 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_slimspec import ops
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.quantized import KINDS, QuantizedUp, quantize_up
+from vllm_slimspec.head.selection import best_of
 from vllm_slimspec.kernels import _tiles
 from vllm_slimspec.kernels import low_rank_argmax as argmax_kernel
 from vllm_slimspec.kernels import low_rank_logits as logits_kernel
 from vllm_slimspec.kernels import low_rank_topk as topk_kernel
 from vllm_slimspec.kernels import reduce_pairs as pairs_kernel
 from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, INTERPRETED, default_tiling, factor_of, form_of, rank_multiple
-from vllm_slimspec.quantized import KINDS, QuantizedUp, quantize_up
-from vllm_slimspec.selection import best_of
 
 if not INTERPRETED or isinstance(triton.language.max, triton.JITFunction):
     raise RuntimeError("Triton was imported before TRITON_INTERPRET=1 was set: run with it in the environment")

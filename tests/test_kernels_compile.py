@@ -43,8 +43,8 @@ def launches(op, form, rank, batch, k):
     """What the launcher of ``op`` launches -> [(kernel, its arguments by name, its options)]; nothing runs."""
     import triton
 
+    from vllm_slimspec.head.quantized import QuantizedUp
     from vllm_slimspec.kernels import low_rank_argmax, low_rank_logits, low_rank_topk, reduce_pairs
-    from vllm_slimspec.quantized import QuantizedUp
 
     recorded = []
 

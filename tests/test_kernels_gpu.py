@@ -8,10 +8,10 @@ import pytest
 import torch
 import triton
 
-from vllm_slimspec import ops
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.quantized import quantize_up
 from vllm_slimspec.kernels import low_rank_topk
 from vllm_slimspec.kernels._tiles import INTERPRETED
-from vllm_slimspec.quantized import quantize_up
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from vllm_slimspec.large_tensors import keep_freed_memory, return_holes
+from vllm_slimspec.common.large_tensors import keep_freed_memory, return_holes
 
 CODE = """
 import ctypes, resource
-from vllm_slimspec.large_tensors import keep_freed_memory, return_holes
+from vllm_slimspec.common.large_tensors import keep_freed_memory, return_holes
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

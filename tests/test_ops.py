@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_slimspec import ops
-from vllm_slimspec.quantized import KINDS
-from vllm_slimspec.selection import best_of
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.quantized import KINDS
+from vllm_slimspec.head.selection import best_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -12,8 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from vllm_slimspec import output
-from vllm_slimspec.output import OutputError, beside, check_free, claim_file, claim_folder, claim_work, write_whole
+from vllm_slimspec.common import output
+from vllm_slimspec.common.output import (
+    OutputError,
+    beside,
+    check_free,
+    claim_file,
+    claim_folder,
+    claim_work,
+    write_whole,
+)
 
 FILES = {"model.safetensors": "weights", "README.md": "card", "config.json": "{}"}
 
@@ -314,7 +322,7 @@ def test_output_that_was_filled_meanwhile_is_kept_apart(tmp_path):
 
 OTHER = """
 import sys, pathlib
-from vllm_slimspec import output
+from vllm_slimspec.common import output
 with getattr(output, sys.argv[1])(sys.argv[2]) as claim:
     (claim.place / "new").mkdir()
     (claim.place / "new" / "model.safetensors").write_text("of the living")
@@ -484,7 +492,7 @@ def test_file_system_without_locks_only_warns(tmp_path, monkeypatch, caplog):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from vllm_slimspec import output
+from vllm_slimspec.common import output
 points = 0
 def watched(original):
     def call(*arguments, **options):

@@ -11,9 +11,10 @@ import pytest
 from tiny_training import write_work
 from typer.testing import CliRunner
 
-from vllm_slimspec import cli, output
-from vllm_slimspec.bench.cli import app as bench
-from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec import cli
+from vllm_slimspec.commands.measure import app as bench
+from vllm_slimspec.common import output
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 
 HEADS = str(Path(__file__).parent.parent / "docs" / "results" / "head-cpu.json")
 

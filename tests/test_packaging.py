@@ -67,7 +67,7 @@ def test_install_replaces_nothing(wheel):
 
 
 IMPORTS = """
-import vllm_slimspec, vllm_slimspec.ops, importlib, pathlib, sys
+import vllm_slimspec, vllm_slimspec.head.ops, importlib, pathlib, sys
 import vllm_slimspec.kernels.low_rank_argmax as kernel
 print(vllm_slimspec.__file__, kernel.__file__)
 """

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig
 
 from vllm_slimspec import doctor
-from vllm_slimspec.checkpoint import DraftCheckpoint
-from vllm_slimspec.past_faults import past_faults
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.past_faults import past_faults
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_training import LAYERS, write_work
 
-from vllm_slimspec import progress as module
-from vllm_slimspec.progress import Progress, counting, progress, steps
+from vllm_slimspec.common import progress as module
+from vllm_slimspec.common.progress import Progress, counting, progress, steps
 
 ROOT = Path(__file__).resolve().parent.parent
 ESCAPES = re.compile(r"[\x1b\r\b]")
@@ -166,7 +166,7 @@ def test_package_draws_no_bar_of_its_own():
     """Catches: a new loop with a bare bar, which is silent where there is no terminal."""
     files = [*ROOT.glob("vllm_slimspec/**/*.py"), *ROOT.glob("examples/*.py")]
     own = [str(f.relative_to(ROOT)) for f in files if re.search(r"\btqdm\(|console\.status\(", f.read_text())]
-    assert own == ["vllm_slimspec/progress.py"]
+    assert own == ["vllm_slimspec/common/progress.py"]
 
 
 def test_a_command_without_a_terminal_tells_its_progress(tmp_path):

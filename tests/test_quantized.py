@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_slimspec import ops
-from vllm_slimspec.cpu import INTEGER_ROWS, PackedFactor
-from vllm_slimspec.quantized import GROUP_SIZES, KINDS, QuantizedUp, pad_rank, quantize_up
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.cpu import INTEGER_ROWS, PackedFactor
+from vllm_slimspec.head.quantized import KINDS, QuantizedUp, pad_rank, quantize_up
+from vllm_slimspec.head.spec import GROUPS
 
 STEPS = {"fp8": 2**-4, "int8": 0.51 / 127, "int4": 0.54 / 7.5}
 """Largest error against the largest entry of a row: half a step, and what rounding the scale adds."""
@@ -21,7 +22,7 @@ def head(batch, vocab, rank, dtype=torch.bfloat16, hidden_size=48):
     return tuple((torch.randn(shape, generator=generator) / shape[1] ** 0.25).to(dtype) for shape in shapes)
 
 
-@pytest.mark.parametrize("group_size", [None, *GROUP_SIZES])
+@pytest.mark.parametrize("group_size", [None, *GROUPS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding(kind, group_size):
     """A wrong scale, nibble order or sign: an entry further from the original than half a step."""

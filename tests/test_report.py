@@ -10,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_slimspec import cli
-from vllm_slimspec.bench.report import write_report
-from vllm_slimspec.bench.report.material import Material, Source, read
-from vllm_slimspec.bench.report.sections import acceptance_ratios, chapter
-from vllm_slimspec.bench.results import (
+from vllm_slimspec.common.speedup import least_ratio, speedup
+from vllm_slimspec.measure.report import write_report
+from vllm_slimspec.measure.report.material import Material, Source, read
+from vllm_slimspec.measure.report.sections import acceptance_ratios, chapter
+from vllm_slimspec.measure.results import (
     AcceptanceResults,
     AcceptanceRow,
     CycleResults,
@@ -25,7 +26,6 @@ from vllm_slimspec.bench.results import (
     StatesResults,
     StatesRow,
 )
-from vllm_slimspec.bench.speedup import least_ratio, speedup
 
 ROOT = Path(__file__).parent.parent
 SHAPE, HIDDEN, VOCAB = "llama-3.2-1b", 2048, 128256

@@ -9,8 +9,8 @@ import torch
 from drafters import HEAD_DIM, R, V
 from read_by_vllm import angles, config_of
 
-from vllm_slimspec.convert.sources import Drafter
 from vllm_slimspec.convert.speculators import speculators_config
+from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.train.export import draft_config
 
 LLAMA3 = {
@@ -111,7 +111,7 @@ def test_conversion_keeps_the_angles_that_vllm_makes(tmp_path, form, family, lay
 @pytest.mark.parametrize("layout", ["plain", "speculators"])
 def test_a_rope_that_is_no_object_is_refused_in_one_line(tmp_path, layout):
     """Catches: a traceback from a config.json whose rope block is a list."""
-    from vllm_slimspec.checkpoint import CheckpointError
+    from vllm_slimspec.errors import CheckpointError
 
     config = _source({"rope_scaling": ["yarn"]}, "llama", layout)
     folder = drafters.write(tmp_path / "drafter", config, drafters.dense(drafters.tensors()))

@@ -17,16 +17,18 @@ from tiny_training import DOCUMENTS, DRAFT_V, FLAGS, LAYERS, TOKENS, D, R, V, wr
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
-from vllm_slimspec.convert.factorize import factorize
+from vllm_slimspec.commands.train import app
 from vllm_slimspec.convert.speculators import speculators_config
-from vllm_slimspec.convert.states import Document
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.engine.head_states import Document
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.factorize import factorize
 from vllm_slimspec.train import states as states_module
 from vllm_slimspec.train import store
-from vllm_slimspec.train.cli import app
+from vllm_slimspec.train.config import LOSSES
 from vllm_slimspec.train.documents import read_documents
 from vllm_slimspec.train.export import draft_config
-from vllm_slimspec.train.launch import LOSSES, SlimSpecTrainer, fit
+from vllm_slimspec.train.launch import SlimSpecTrainer, fit
 from vllm_slimspec.train.metrics import read_metrics
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.states import hidden_states, write_states
@@ -288,7 +290,7 @@ def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, fa
     head = {"lm_head.down.weight", "lm_head.up.weight"} | ({"d2t"} if truncated else set())
     assert set(written.tensors) == BODY | norms | head
     assert {info.dtype for name, info in written.tensors.items() if name != "d2t"} == {"F32"}
-    assert written.spec.family == family
+    assert written.family.name == family
     assert (written.spec.rank, written.spec.draft_vocab_size) == (R, draft_vocab)
     assert not torch.equal(written.load("lm_head.up.weight"), trainer.first_head["up.weight"])
     assert not list((tmp_path / "d").glob("*.py"))

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench.answers import EngineError
-from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.cli import app
-from vllm_slimspec.convert.states import Document
+from vllm_slimspec.engine.answers import EngineError
+from vllm_slimspec.engine.head_states import Document
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.train import answers as module
 from vllm_slimspec.train.answers import engine_failed, write_answers
 from vllm_slimspec.train.documents import read_documents

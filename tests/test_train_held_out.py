@@ -12,9 +12,9 @@ from tiny_training import DOCUMENTS, DRAFT_V, FLAGS, LAYERS, R, V, write_work
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench.walk import acceptance_length
 from vllm_slimspec.cli import app
-from vllm_slimspec.convert.states import Document
+from vllm_slimspec.common.walk import acceptance_length
+from vllm_slimspec.engine.head_states import Document
 from vllm_slimspec.train.held_out import walks
 from vllm_slimspec.train.launch import fit
 from vllm_slimspec.train.metrics import read_metrics

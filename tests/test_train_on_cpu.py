@@ -7,7 +7,7 @@ import torch
 from speculators.losses import eager, utils
 from tiny_training import DRAFT_V, FLAGS, LAYERS, V, write_work
 
-from vllm_slimspec.convert.states import Document
+from vllm_slimspec.engine.head_states import Document
 from vllm_slimspec.train import model, on_cpu
 from vllm_slimspec.train.launch import fit, slimspec_in_speculators
 from vllm_slimspec.train.metrics import read_metrics

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vllm_slimspec.cli import app
-from vllm_slimspec.train.launch import fit, resolve
+from vllm_slimspec.train.config import resolve
+from vllm_slimspec.train.launch import fit
 from vllm_slimspec.train.plan import build_empty, data_of, drafter_operations, make_plan, target_operations
 from vllm_slimspec.train.trainer import SlimSpecTrainer
 

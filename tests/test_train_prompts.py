@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from vllm_slimspec.bench.answers import EngineError
-from vllm_slimspec.checkpoint import CheckpointError
 from vllm_slimspec.cli import app
+from vllm_slimspec.engine.answers import EngineError
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.train import prompts as module
 from vllm_slimspec.train.prompts import Sampling, write_prompts
 

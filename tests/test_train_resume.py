@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny_training import FLAGS, write_work
 
 from vllm_slimspec.train import trainer as trainer_module
-from vllm_slimspec.train.launch import fit, resolve
+from vllm_slimspec.train.config import resolve
+from vllm_slimspec.train.launch import fit
 from vllm_slimspec.train.metrics import read_metrics
 from vllm_slimspec.train.plan import data_of, make_plan
 from vllm_slimspec.train.trainer import SlimSpecTrainer
@@ -195,7 +196,7 @@ def test_two_processes(work, tmp_path):
     """Catches: two processes that write one drafter, one that writes the wrapped model's names, or does every step."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in FLAGS.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "vllm_slimspec.train", "fit", f"--target={work / 'llama'}", f"--data-path={work / 'states'}"]
+    command += ["-m", "vllm_slimspec", "train", "fit", f"--target={work / 'llama'}", f"--data-path={work / 'states'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, f"--output-path={tmp_path / 'd'}", *flags], env=environment, check=True)
     found, whole = (json.loads((folder / "slimspec.json").read_text()) for folder in (tmp_path / "d", work / "whole"))

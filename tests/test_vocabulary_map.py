@@ -7,11 +7,12 @@ import pytest
 import torch
 from drafters import D, V
 
-from vllm_slimspec.checkpoint import DENSE, DraftCheckpoint
 from vllm_slimspec.convert.run import Options, convert
-from vllm_slimspec.convert.sources import Drafter
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.vocabulary_map import check_map, target_ids
+from vllm_slimspec.head.spec import DENSE
+from vllm_slimspec.head.vocabulary import check_map, target_ids
 
 N = 32
 IDS = torch.randperm(V, generator=torch.Generator().manual_seed(2))[:N].sort().values

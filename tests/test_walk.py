@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vllm_slimspec.bench.walk import acceptance_length, walk
+from vllm_slimspec.common.walk import acceptance_length, walk
 
 K = 3
 

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vllm_slimspec.cli import app
+from vllm_slimspec.common.cores import every_core
+from vllm_slimspec.common.work_dtype import engine_options, work_dtype
 from vllm_slimspec.convert.scoring import scoring_head
-from vllm_slimspec.convert.states import Document
-from vllm_slimspec.cores import every_core
-from vllm_slimspec.train.launch import resolve
+from vllm_slimspec.engine.head_states import Document
+from vllm_slimspec.train.config import resolve
 from vllm_slimspec.train.states import hidden_states, write_states
 from vllm_slimspec.train.store import read_state, state_file
-from vllm_slimspec.work_dtype import engine_options, work_dtype
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_auto_follows_the_instructions_that_can_be_used(processor, given, expect
 def test_hidden_instructions_are_not_counted_on():
     """Catches: a choice by what the processor has and not by what PyTorch and oneDNN may use of it."""
     hidden = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    code = "from vllm_slimspec.work_dtype import multiplies_bfloat16; print(multiplies_bfloat16())"
+    code = "from vllm_slimspec.common.work_dtype import multiplies_bfloat16; print(multiplies_bfloat16())"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **hidden}, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 

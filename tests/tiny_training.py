@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from vllm_slimspec.convert.states import Document
+from vllm_slimspec.engine.head_states import Document
 from vllm_slimspec.train.states import write_states
 
 V, D, R, DRAFT_V = 96, 32, 4, 40

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vllm_slimspec import __version__, console
-from vllm_slimspec.console import one_line_errors
-from vllm_slimspec.convert.cli import EXAMPLE, convert
-from vllm_slimspec.train.cli import app as train
+from vllm_slimspec import __version__
+from vllm_slimspec.commands.convert import EXAMPLE, convert
+from vllm_slimspec.commands.train import app as train
+from vllm_slimspec.common import console
+from vllm_slimspec.common.console import one_line_errors
 
 
 class _Commands(TyperGroup):
@@ -47,7 +48,9 @@ def main() -> None:
         console.verbose = "--verbose" in sys.argv
         if command in ([], ["-h"], ["--help"], ["bench"]):
             try:
-                from vllm_slimspec.bench.cli import app as bench  # imports torch, which would slow the others down
+                from vllm_slimspec.commands.measure import (
+                    app as bench,  # imports torch, which would slow the others down
+                )
 
                 app.add_typer(bench, name="bench", help="Measure draft heads: alone, in a cycle, accepted, served.")
             except ModuleNotFoundError:
@@ -80,7 +83,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Say what a drafter is, what its head costs against a dense one, and what would stop it from being served."""
-    from vllm_slimspec.checkpoint import CheckpointError, DraftCheckpoint
+    from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+    from vllm_slimspec.errors import CheckpointError
 
     found: dict[str, Any] = {"path": str(drafter), "servable": False, "problems": []}
     try:
@@ -147,14 +151,14 @@ def report(
     ] = False,
 ) -> None:
     """Draw what was measured: every head side by side, the paper's figures, and the numbers behind them."""
-    from vllm_slimspec.bench.results import HeadResults
+    from vllm_slimspec.measure.results import HeadResults
 
     with one_line_errors():
         try:
             import jinja2  # noqa: F401
             import matplotlib  # noqa: F401
 
-            from vllm_slimspec.bench.report import plot_heads, write_report
+            from vllm_slimspec.measure.report import plot_heads, write_report
         except ModuleNotFoundError as error:
             raise ImportError(f"{error}; pip install 'vllm-slimspec[bench]'") from None
         if output_path.suffix in (".png", ".svg"):
@@ -177,7 +181,7 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
         return {"format": checkpoint.format, "head": "dense", "head_bytes": checkpoint.head_bytes}
     return {
         "format": checkpoint.format,
-        "family": spec.family,
+        "family": checkpoint.family.name,
         "head": "low-rank",
         "hidden_size": spec.hidden_size,
         "rank": spec.rank,

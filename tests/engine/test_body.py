@@ -9,10 +9,12 @@ import pytest
 import torch
 from drafters import FF, HEAD_DIM, D, V
 
-from vllm_slimspec.body import Body
-from vllm_slimspec.config import ARCHITECTURES, flatten
+from vllm_slimspec.drafters import FAMILIES
+from vllm_slimspec.drafters.body import Body
+from vllm_slimspec.drafters.config import flatten
 from vllm_slimspec.errors import CheckpointError
 
+NAMES = {family.name: family for family in FAMILIES}
 OPTIONS = {
     "plain": {},
     "attention bias": {"attention_bias": True},
@@ -33,7 +35,7 @@ _OF_LLAMA = ("MLP bias", "no word of the keys")  # Qwen3's layers have no such b
 
 def _tensors(config: dict, family: str) -> dict[str, torch.Tensor]:
     """What the table lists, with random numbers; and the head."""
-    table = Body(flatten(config), family, "config.json").table()
+    table = Body(flatten(config), NAMES[family], "config.json").table()
     body = {name: torch.rand(shape.sizes) + 0.1 for name, shape in table}
     return body | {name: tensor for name, tensor in drafters.tensors().items() if "lm_head" in name}
 
@@ -83,11 +85,11 @@ def build(groups, tmp_path):
 
 
 def _config(family: str, option: str) -> dict:
-    return drafters.config(architectures=[ARCHITECTURES[family]], model_type=family, **OPTIONS[option])
+    return drafters.config(architectures=[NAMES[family].architecture], model_type=family, **OPTIONS[option])
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", NAMES)
 def test_the_table_fills_every_parameter_of_vllms_model(build, family, option):
     """Catches: a tensor that vLLM reads and the table does not ask for, or one that it asks for and vLLM lacks."""
     if family == "qwen3" and option in _OF_LLAMA:
@@ -104,7 +106,7 @@ def test_the_table_fills_every_parameter_of_vllms_model(build, family, option):
 
 
 @pytest.mark.parametrize("prefix", ["midlayer", "layers.0"])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", NAMES)
 def test_fused_projections_are_loaded_whole(build, family, prefix):
     """Catches: a public spelling that vLLM reads and the table refuses, or the other way round."""
     config = _config(family, "attention bias")

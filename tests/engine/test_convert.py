@@ -9,15 +9,17 @@ import pytest
 import torch
 from engines import generate
 
-from vllm_slimspec.bench import states as bench
-from vllm_slimspec.bench.acceptance import from_engine
-from vllm_slimspec.checkpoint import DENSE, DOWN, UP, CheckpointError, DraftCheckpoint
-from vllm_slimspec.convert import collect as module
-from vllm_slimspec.convert.collect import collect
 from vllm_slimspec.convert.evaluate import evaluate
-from vllm_slimspec.convert.joint import JointRecipe
 from vllm_slimspec.convert.run import Options, convert
-from vllm_slimspec.convert.states import HeadStates, concatenate
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.engine import recording as module
+from vllm_slimspec.engine.acceptance import from_engine
+from vllm_slimspec.engine.head_states import HeadStates, concatenate
+from vllm_slimspec.engine.recording import collect
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.spec import DENSE, DOWN, UP
+from vllm_slimspec.joint import JointRecipe
+from vllm_slimspec.measure import states as bench
 
 K, TOKENS = 3, 32
 OPTIONS = {k: v for k, v in engines.OPTIONS.items() if k != "enforce_eager"}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from cycle_toy import CONFIG, SHAPE
 
-from vllm_slimspec.bench import cycle, pairs
-from vllm_slimspec.bench.cycle_engine import Engine, Plan, measure
-from vllm_slimspec.bench.shapes import SHAPES
+from vllm_slimspec.measure import cycle, pairs
+from vllm_slimspec.measure.cycle_engine import Engine, Plan, measure
+from vllm_slimspec.measure.shapes import SHAPES
 
 K = 3
 
@@ -89,7 +89,7 @@ def test_the_drafter_asks_the_head_that_is_in(running, head):
 
 def test_a_wrong_head_is_not_timed(running, monkeypatch):
     """A faster head that drafts something else."""
-    from vllm_slimspec.models.draft import LowRankDraft
+    from vllm_slimspec.drafters.draft import LowRankDraft
 
     engine, _, _ = running
     right = LowRankDraft.get_top_tokens
@@ -103,8 +103,8 @@ def test_a_wrong_head_is_not_timed(running, monkeypatch):
 
 def test_a_rival_in_a_folder_of_its_own(tmp_path):
     """What a GPU's engines load: an architecture that no worker knows, a rival whose head is never asked."""
-    from vllm_slimspec.bench.cycle_worker import RivalDraft
-    from vllm_slimspec.bench.head import check
+    from vllm_slimspec.measure.cycle_worker import RivalDraft
+    from vllm_slimspec.measure.head import check
 
     engine = Engine(_plan(tmp_path, "spec-vocab", ["spec-vocab"], use_local_argmax_reduction=True))
     drafter = _worker(engine).model_runner.drafter.model

@@ -13,8 +13,8 @@ import openai
 import psutil
 import pytest
 
-from vllm_slimspec.bench.acceptance import from_server
-from vllm_slimspec.bench.server import Server
+from vllm_slimspec.engine.acceptance import from_server
+from vllm_slimspec.engine.server import Server
 
 HERE = Path(__file__).parent
 TOKENS = 48
@@ -150,7 +150,7 @@ import resource, sys
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
-from vllm_slimspec.models.llama import SlimSpecLlamaForCausalLM
+from vllm_slimspec.drafters.served import SlimSpecLlamaForCausalLM
 
 config = EngineArgs(
     model=sys.argv[1], skip_tokenizer_init=True, max_model_len=128, dtype="float32", load_format="dummy",

@@ -7,10 +7,12 @@ import pytest
 import torch
 from engines import drafter_of, generate, record
 
-from vllm_slimspec import ops
-from vllm_slimspec.bench.acceptance import from_engine
-from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, CheckpointError, DraftCheckpoint
-from vllm_slimspec.models.head import in_place
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.engine.acceptance import from_engine
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.layer import in_place
+from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
 
 
 @dataclass
@@ -156,4 +158,4 @@ def test_dense_path_never_reranks(trained, engine, tmp_path):
 
     model.lm_head = torch.nn.Linear(8, 8)
     with pytest.raises(CheckpointError, match="rows of its own"):
-        model._prepare()
+        model.slot.prepare(model.lm_head, model.draft_id_to_target_id)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from engines import Recorded, drafter_of, generate, record
 
-from vllm_slimspec.bench.acceptance import Acceptance, from_engine
-from vllm_slimspec.checkpoint import DOWN, UP, CheckpointError, DraftCheckpoint
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.engine.acceptance import Acceptance, from_engine
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.spec import DOWN, UP
 
 K = 3
 
@@ -123,8 +125,8 @@ def stock(pair, tmp_path):
 
 def test_stock_drafter_never_meets_our_code(stock, engine, monkeypatch):
     """Catches: a plugin that changes drafters it was not asked for; and wrong drafts, against vLLM's dense head."""
-    from vllm_slimspec import ops
-    from vllm_slimspec.models.draft import LowRankDraft
+    from vllm_slimspec.drafters.draft import LowRankDraft
+    from vllm_slimspec.head import ops
 
     p, folder = stock
     llm = engine(p.target, p.drafter)

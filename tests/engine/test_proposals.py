@@ -15,8 +15,9 @@ import torch
 from engines import V1_ENVIRONMENT, V2_ENVIRONMENT, Script, run_scripts
 from safetensors.torch import load_file
 
-from vllm_slimspec import ops
-from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, DraftCheckpoint
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
 
 HERE = Path(__file__).parent
 REQUESTS, K = 5, 3

@@ -11,9 +11,10 @@ import pytest
 import torch
 from drafters import D, R, V
 
-from vllm_slimspec import ops
-from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, CheckpointError
-from vllm_slimspec.models.draft import LowRankDraft
+from vllm_slimspec.drafters.draft import LowRankDraft
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
 
 
 @pytest.fixture(scope="module")
@@ -140,14 +141,14 @@ def test_rows_of_the_target_stay_where_they_are(build, how):
     old = drafters.tensors(V // 2)
     keys = {"draft_vocab_size": V // 2, "lm_head_rerank": 4, "lm_head_rerank_rows": "target"}
     model, config = build(old, head=_TargetHead(), **keys)
-    dense = [tensor.data_ptr() for tensor in model.dense]
+    dense = [tensor.data_ptr() for tensor in model.slot.dense]
     new = _reversed(drafters.tensors(V // 2, seed=1))
     if how == "update":
         _update(model, config, _pieces(new))
     else:
         model.load_weights([(name, new[name]) for name in (DOWN, UP, "d2t")])
-    assert [tensor.data_ptr() for tensor in model.dense] == dense
-    assert torch.equal(model.dense[1][: V // 2], torch.arange(V // 2) + new["d2t"])
+    assert [tensor.data_ptr() for tensor in model.slot.dense] == dense
+    assert torch.equal(model.slot.dense[1][: V // 2], torch.arange(V // 2) + new["d2t"])
 
 
 def test_rows_that_are_the_targets(build):
@@ -168,8 +169,8 @@ def test_rows_of_its_own(build):
     model, config = build(old, lm_head_rerank=V // 2)
     rows = torch.randn(V, D)
     _update(model, config, _pieces(drafters.tensors(seed=1) | {DENSE: rows}))
-    assert torch.equal(model.dense[0], rows)
-    assert model.dense[0].data_ptr() == model.lm_head.weight.data_ptr()
+    assert torch.equal(model.slot.dense[0], rows)
+    assert model.slot.dense[0].data_ptr() == model.lm_head.weight.data_ptr()
 
 
 @pytest.mark.parametrize("rank", [R, D])

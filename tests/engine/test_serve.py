@@ -6,8 +6,8 @@ import engines
 import openai
 import pytest
 
-from vllm_slimspec.bench.acceptance import from_server
-from vllm_slimspec.bench.server import Server
+from vllm_slimspec.engine.acceptance import from_server
+from vllm_slimspec.engine.server import Server
 
 K = 3
 
@@ -63,7 +63,7 @@ def test_two_ranks_answer_as_the_target_alone(served, engine):
     engines.generate(drafted, [pair.prompts[0]])
     engines.generate(drafted, [pair.prompts[1]])
     engines.generate(drafted, pair.prompts[:8])
-    from vllm_slimspec.bench.acceptance import from_engine
+    from vllm_slimspec.engine.acceptance import from_engine
 
     # The very same drafts as one rank makes: wrong ids would be rejected, and only this would show it.
     assert two_ranks.length > 1.5

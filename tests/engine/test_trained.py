@@ -11,8 +11,8 @@ from engines import TOKENS, drafter_of, generate, record
 from speculators.models.eagle3.data import shift_batch
 from transformers import AutoModelForCausalLM
 
-from vllm_slimspec.bench.acceptance import from_engine
-from vllm_slimspec.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.engine.acceptance import from_engine
 from vllm_slimspec.train.answers import write_answers
 from vllm_slimspec.train.model import SlimSpecEagle3Config, SlimSpecEagle3Model
 from vllm_slimspec.train.states import hidden_states

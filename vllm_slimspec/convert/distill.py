@@ -26,10 +26,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from vllm_slimspec.common.large_tensors import return_holes
+from vllm_slimspec.common.output import write_whole
+from vllm_slimspec.common.progress import progress
 from vllm_slimspec.convert.evaluate import Factors
-from vllm_slimspec.large_tensors import return_holes
-from vllm_slimspec.output import write_whole
-from vllm_slimspec.progress import progress
 
 Loss = Literal["greedy", "kl", "nla", "lk_hybrid"]
 

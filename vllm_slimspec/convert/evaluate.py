@@ -1,8 +1,8 @@
 """What a low-rank head keeps of the dense one, measured on held-out head states before anything is written.
 
 The figure that counts is tau, the tokens a draft-and-verify cycle yields. It needs no engine: where the states of every
-place of a greedy answer are known (:mod:`vllm_slimspec.convert.collect`), a head's walk through the answer follows
-(:mod:`vllm_slimspec.bench.walk`). At temperature 0 that is what the engine does. Letters: N states, D hidden size,
+place of a greedy answer are known (:mod:`vllm_slimspec.engine.recording`), a head's walk through the answer follows
+(:mod:`vllm_slimspec.common.walk`). At temperature 0 that is what the engine does. Letters: N states, D hidden size,
 R rank, V draft vocabulary.
 """
 
@@ -13,10 +13,10 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from vllm_slimspec.bench.speedup import speedup
-from vllm_slimspec.bench.walk import Tau, acceptance_length, walk
-from vllm_slimspec.convert.states import Rows
-from vllm_slimspec.ops import MAX_K
+from vllm_slimspec.common.speedup import speedup
+from vllm_slimspec.common.walk import Tau, acceptance_length, walk
+from vllm_slimspec.engine.head_states import Rows
+from vllm_slimspec.head.ops import MAX_K
 
 RERANK = tuple(k for k in (8, 16, 32, 64) if k <= MAX_K)  # candidates that are tried
 _LOGITS = 2**25  # at once: 128 MiB in float32

@@ -11,29 +11,30 @@ from functools import cached_property
 from hashlib import sha256 as hash_of
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
-from vllm_slimspec.checkpoint import DENSE, DOWN, SCALE, UP, DraftCheckpoint, head_spec, write_checkpoint
-from vllm_slimspec.config import ARCHITECTURES, DENSE_ARCHITECTURES
+from vllm_slimspec.common.large_tensors import keep_freed_memory
+from vllm_slimspec.common.output import beside, claim_folder, claim_work
+from vllm_slimspec.common.progress import progress
+from vllm_slimspec.common.work_dtype import Asked
 from vllm_slimspec.convert.card import card
 from vllm_slimspec.convert.distill import Recipe, Samples, distill
 from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
-from vllm_slimspec.convert.factorize import factorize, second_moment, token_probabilities
-from vllm_slimspec.convert.joint import JointRecipe, train_jointly
 from vllm_slimspec.convert.scoring import converted, scoring_head
-from vllm_slimspec.convert.sources import Drafter, Target, fingerprint
 from vllm_slimspec.convert.speculators import speculators_config
-from vllm_slimspec.convert.states import HeadStates, Rows, common, concatenate, sha256
 from vllm_slimspec.convert.vocabulary import check_size, counts_from_file, counts_from_states, counts_from_text, kept
+from vllm_slimspec.drafters import Family
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
+from vllm_slimspec.drafters.config import known_family
+from vllm_slimspec.drafters.source import Drafter
+from vllm_slimspec.engine.head_states import HeadStates, Rows, common, concatenate, sha256
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.large_tensors import keep_freed_memory
-from vllm_slimspec.ops import MAX_K
-from vllm_slimspec.output import beside, claim_folder, claim_work
-from vllm_slimspec.progress import progress
-from vllm_slimspec.quantized import quantize_up
-from vllm_slimspec.work_dtype import Asked
+from vllm_slimspec.head.factorize import factorize, second_moment, token_probabilities
+from vllm_slimspec.head.quantized import quantize_up
+from vllm_slimspec.head.spec import DENSE, DOWN, MAX_K, SCALE, UP
+from vllm_slimspec.target import Target, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,15 @@ _PROBABILITY_STATES = 8192  # each costs a softmax over V
 _DISTILL_STATES = 65_536
 _HELD_OUT_STATES = 8192  # at least, and what this many operations of the dense head allow
 _OPERATIONS = {"cpu": 1e13, "cuda": 2e15}  # about a minute
+
+
+class JointTraining(Protocol):
+    """What trains the body of a drafter with its head: a :class:`vllm_slimspec.joint.JointRecipe`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def train(self, drafter: Drafter, factors: Factors, target: str, states: HeadStates, folder: Path) -> Drafter:
+        """Return the drafter that was trained, with factors of the dtype of those given."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Options:
     max_tokens: int = 256
     max_states: int = 100_000
     distill: Recipe | None = None
-    joint: JointRecipe | None = None  # after it
+    joint: JointTraining | None = None  # after it
     rerank: int | None = None
     quantize: Literal["fp8", "int8", "int4"] | None = None
     max_loss: float = 0.03
@@ -180,18 +190,18 @@ class Conversion:
         checkpoint = self.options.run / f"distill-{self._key(factors, recipe)}.pt"
         return distill(self._scoring, factors, learn, choose, recipe, checkpoint)
 
-    def train_jointly(self, factors: Factors, recipe: JointRecipe) -> Factors:
+    def train_jointly(self, factors: Factors, recipe: JointTraining) -> Factors:
         """The factors after training with fc and layer, whose drafter takes the place of the one that came.
 
         Its states are recorded over the held-out documents, and from then on heads are measured on those.
         """
         assert self.states is not None
         assert self.options.target is not None
-        from vllm_slimspec.convert.collect import collect_again
+        from vllm_slimspec.engine.recording import collect_again
 
         documents = self.states.documents(held_out=True)
         folder = self.options.run / f"joint-{self._key(factors, recipe)}"
-        self.drafter = train_jointly(self.drafter, factors, self.options.target, self.states, recipe, folder)
+        self.drafter = recipe.train(self.drafter, factors, self.options.target, self.states, folder)
         drafter, engine = self.drafter.path, dict(self.options.engine)
         states = collect_again(
             self.options.target,
@@ -207,7 +217,7 @@ class Conversion:
         down, up = self.drafter.factors
         return down.to(self.dense.device), up.to(self.dense.device)
 
-    def _key(self, factors: Factors, recipe: Recipe | JointRecipe) -> str:
+    def _key(self, factors: Factors, recipe: Recipe | JointTraining) -> str:
         """One name for everything that a distillation follows from."""
         head, d2t = self.options.distill, self.drafter.d2t
         tokens = None if d2t is None else hash_of(d2t.numpy().tobytes()).hexdigest()
@@ -262,9 +272,9 @@ class Conversion:
         return Outcome(rank, rerank, quality, None if rho is None else 1 - rho, head_bytes, dense_bytes, speedup)
 
     @property
-    def family(self) -> str:
-        """Of the drafter's body: llama or qwen3."""
-        return head_spec({**self.drafter.config, "lm_head_rank": 1}).family
+    def family(self) -> Family:
+        """Whose body the drafter has."""
+        return known_family(self.drafter.config, str(self.drafter.path))
 
     @property
     def k(self) -> int:
@@ -402,7 +412,7 @@ class _Made:
 
 
 def _dense(work: Conversion) -> _Made:
-    return _Made(work.dense, None, {DENSE: work.dense}, {"architectures": [DENSE_ARCHITECTURES[work.family]]})
+    return _Made(work.dense, None, {DENSE: work.dense}, {"architectures": [work.family.dense_architecture]})
 
 
 def _low_rank(work: Conversion) -> _Made:
@@ -412,7 +422,7 @@ def _low_rank(work: Conversion) -> _Made:
         down, up = work.distill((down, up), options.distill)
     if options.joint is not None:
         down, up = work.train_jointly((down, up), options.joint)
-    config: dict[str, Any] = {"architectures": [ARCHITECTURES[work.family]], "lm_head_rank": len(down)}
+    config: dict[str, Any] = {"architectures": [work.family.architecture], "lm_head_rank": len(down)}
     if options.quantize is None:
         return _Made((down, up), len(down), {DOWN: down, UP: up}, config)
     stored = quantize_up(up, options.quantize)
@@ -489,7 +499,7 @@ def _check(options: Options) -> None:
             "--dtype float16 with --joint-steps: gradients would need scaling; choose auto, float32 or bfloat16"
         )
     if options.calibration is not None or options.joint is not None:
-        from vllm_slimspec.convert.collect import check_engine
+        from vllm_slimspec.engine.recording import check_engine
 
         check_engine(options.engine)
 
@@ -528,7 +538,7 @@ def _open_states(options: Options) -> HeadStates | None:
         return None
     if options.target is None:
         raise CheckpointError(f"--calibration {options.calibration}: the target answers these prompts; give --target")
-    from vllm_slimspec.convert.collect import collect
+    from vllm_slimspec.engine.recording import collect
 
     return collect(
         options.target,

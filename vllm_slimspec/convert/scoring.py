@@ -2,8 +2,8 @@
 
 import torch
 
+from vllm_slimspec.common.work_dtype import Asked, WorkDtype, work_dtype
 from vllm_slimspec.convert.evaluate import Head
-from vllm_slimspec.work_dtype import Asked, WorkDtype, work_dtype
 
 
 def scoring_head(head: torch.Tensor, asked: Asked) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_slimspec.config import TOP_KEYS, TOP_OVERRIDES, flatten, sliding_layers
-from vllm_slimspec.rope import plain_rope, rope_keys, without_rope
+from vllm_slimspec.drafters.config import TOP_KEYS, TOP_OVERRIDES, flatten, sliding_layers
+from vllm_slimspec.drafters.rope import plain_rope, rope_keys, without_rope
 
 _TOP = (*TOP_KEYS, *TOP_OVERRIDES)
 _SLIDING = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")

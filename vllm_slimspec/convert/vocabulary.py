@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from vllm_slimspec.checkpoint import CheckpointError
-from vllm_slimspec.convert.factorize import token_probabilities
-from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokens_of
-from vllm_slimspec.convert.sources import Drafter, Target
-from vllm_slimspec.convert.states import HeadStates
+from vllm_slimspec.drafters.source import Drafter
+from vllm_slimspec.engine.head_states import HeadStates
+from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokens_of
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.factorize import token_probabilities
+from vllm_slimspec.target import Target
 
 
 def counts_from_file(file: Path, vocab_size: int) -> torch.Tensor:
@@ -45,7 +46,7 @@ def counts_from_text(file: Path, target: str, vocab_size: int) -> torch.Tensor:
     """How often each token occurs in a JSONL file of text, by the target's tokenizer, as float64 [vocab_size].
 
     Raises:
-        CheckpointError: see :mod:`vllm_slimspec.convert.prompts`.
+        CheckpointError: see :mod:`vllm_slimspec.engine.prompts`.
     """
     rows, counts = read_prompts(file), torch.zeros(vocab_size, dtype=torch.float64)
     for _, ids in tokens_of(rows, open_tokenizer(rows, target), vocab_size, file):

@@ -12,6 +12,6 @@
     export                 that model as a plain Hugging Face folder
     quiet, replaced        one progress bar a stage, ours; what speculators has no switch for
 
-``python -m vllm_slimspec.train run|answers|states|fit|plan --help``. Importing this package is cheap; its modules
+``slimspec train --help`` lists the commands. Importing this package is cheap; its modules
 import torch, transformers and speculators.
 """

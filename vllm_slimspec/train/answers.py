@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_slimspec.bench.answers import EngineError
-from vllm_slimspec.convert.collect import limits
-from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokenize
-from vllm_slimspec.convert.sources import fingerprint
-from vllm_slimspec.cores import every_core
-from vllm_slimspec.output import beside, claim_file, write_whole
-from vllm_slimspec.progress import counting, progress
-from vllm_slimspec.work_dtype import Asked, engine_options
+from vllm_slimspec.common.cores import every_core
+from vllm_slimspec.common.output import beside, claim_file, write_whole
+from vllm_slimspec.common.progress import counting, progress
+from vllm_slimspec.common.work_dtype import Asked, engine_options
+from vllm_slimspec.engine.answers import EngineError
+from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokenize
+from vllm_slimspec.engine.recording import limits
+from vllm_slimspec.target import fingerprint
 
 _TOGETHER = 512  # prompts; so much is answered again after a kill, at the most
 
@@ -40,13 +40,13 @@ def write_answers(
 
     Args:
         target: Hugging Face folder or id.
-        prompts: JSONL file, see :mod:`vllm_slimspec.convert.prompts`; a prompt that is there twice is asked once.
+        prompts: JSONL file, see :mod:`vllm_slimspec.engine.prompts`; a prompt that is there twice is asked once.
         output: JSONL file for :func:`vllm_slimspec.train.documents.read_documents`.
         temperatures: of sampling; the prompts take them in turn. Default: what the target's generation_config.json
             says.
         max_tokens: of an answer.
         engine: further arguments of ``vllm.LLM``.
-        dtype: what the target computes in, see :func:`vllm_slimspec.work_dtype.engine_options`.
+        dtype: what the target computes in, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
 
     Returns:
         answers in the file.

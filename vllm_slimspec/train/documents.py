@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from transformers import AutoConfig
 
-from vllm_slimspec.checkpoint import CheckpointError
-from vllm_slimspec.convert.prompts import open_tokenizer, read_prompts, tokens_of
-from vllm_slimspec.convert.states import Document
+from vllm_slimspec.engine.head_states import Document
+from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokens_of
+from vllm_slimspec.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def read_documents(
     an answer, which the target gives when it reads the prompt; so a document needs two more tokens to teach anything.
 
     Args:
-        file: see :mod:`vllm_slimspec.convert.prompts`.
+        file: see :mod:`vllm_slimspec.engine.prompts`.
         target: Hugging Face folder or id; its tokenizer is loaded only if a line holds text.
         max_length: tokens kept of a line; how many lines are longer is logged.
         train_on: ``answers`` leaves out documents that are cut before their answer, and logs how many, and how many

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from speculators.models.utils import flatten_rope_parameters
 
-from vllm_slimspec.body import Body
-from vllm_slimspec.checkpoint import DraftCheckpoint, describe, write_checkpoint
-from vllm_slimspec.config import ARCHITECTURES, DENSE_ARCHITECTURES, flatten, known_family
-from vllm_slimspec.rope import rope_keys
+from vllm_slimspec.drafters import FAMILIES
+from vllm_slimspec.drafters.body import Body
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
+from vllm_slimspec.drafters.config import flatten, known_family
+from vllm_slimspec.drafters.rope import rope_keys
+from vllm_slimspec.head.checks import describe
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 
 _LAYER_KEYS = (
@@ -81,8 +83,9 @@ def _served_tensors(model: SlimSpecEagle3Model) -> dict[str, torch.Tensor]:
 def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the exported drafter."""
     layer = model.config.transformer_layer_config
+    family = next(family for family in FAMILIES if family.name == layer.model_type)
     config: dict[str, Any] = {
-        "architectures": [(ARCHITECTURES if model.config.lm_head_rank else DENSE_ARCHITECTURES)[layer.model_type]],
+        "architectures": [family.architecture if model.config.lm_head_rank else family.dense_architecture],
         "model_type": layer.model_type,
         **({"lm_head_rank": model.config.lm_head_rank} if model.config.lm_head_rank else {}),
         "draft_vocab_size": model.config.draft_vocab_size,

@@ -2,8 +2,8 @@
 
 For every place and draft step speculators feeds the document's own tokens, as serving does on an accepted prefix. So
 what the drafter drafts there is what it would draft in service, and the walk of cycles through each answer follows
-exactly (:mod:`vllm_slimspec.bench.walk`). For greedy answers its length is the one that is served at temperature 0; for
-sampled answers it is that of greedy drafts under a target that samples.
+exactly (:mod:`vllm_slimspec.common.walk`). For greedy answers its length is the one that is served at temperature 0;
+for sampled answers it is that of greedy drafts under a target that samples.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from speculators.train.dataloader import _setup_dataloader
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vllm_slimspec.bench.walk import walk
+from vllm_slimspec.common.walk import walk
 
 
 @contextmanager

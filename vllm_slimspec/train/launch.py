@@ -13,13 +13,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, ValidationError
 from speculators import SpeculatorModel
 from speculators.losses import eager as eager_losses
 from speculators.losses import utils as speculators_losses
@@ -27,48 +25,29 @@ from speculators.train import checkpointer as speculators_checkpointer
 from speculators.train import cli as speculators_cli
 from speculators.train import distributed as topology
 from speculators.train import trainer as speculators_trainer
-from speculators.train.config import TrainConfig
 from speculators.train.logger import setup_metric_logger
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
 import vllm_slimspec
-from vllm_slimspec.checkpoint import DraftCheckpoint
-from vllm_slimspec.large_tensors import keep_freed_memory
-from vllm_slimspec.output import beside, check_free, claim_folder, write_whole
-from vllm_slimspec.progress import progress
+from vllm_slimspec.common.large_tensors import keep_freed_memory
+from vllm_slimspec.common.output import beside, claim_folder, write_whole
+from vllm_slimspec.common.progress import progress
+from vllm_slimspec.common.work_dtype import work_dtype
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.train import on_cpu
+from vllm_slimspec.train.config import MIXED, SlimSpecTrainConfig, resolve
 from vllm_slimspec.train.export import check_servable, export
 from vllm_slimspec.train.held_out import check_measurable, loader_like
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
+from vllm_slimspec.train.plan import drafter_operations
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.replaced import replaced
 from vllm_slimspec.train.store import check_states, knows_prompts, read_layer_ids
 from vllm_slimspec.train.trainer import ServerGone, SlimSpecTrainer, metrics_file, settle
-from vllm_slimspec.work_dtype import work_dtype
 
 logger = logging.getLogger(__name__)
 
-MIXED = torch.bfloat16  # what speculators computes in where nothing else is asked for, beside weights in float32
-# The paper's, in speculators' names; betas (0.9, 0.95), eps 1e-8 and clipping at 1.0 have no flag. Its batch of 64
-# sequences is expressed as tokens in a step: total_seq_len x ranks. It does not name its loss.
-RECIPE: Mapping[str, Any] = {
-    "epochs": 10,
-    "optimizer": "adamw",
-    "lr": 4e-4,
-    "weight_decay": 0.0,
-    "scheduler_type": "cosine",
-    "scheduler_warmup_steps": 100,
-    "loss_fn": "kl_div",
-    "checkpoint_freq": 0.1,  # of an epoch; fewer where an epoch is short (SlimSpecTrainer.maybe_save_checkpoint)
-    "max_consecutive_generation_failures": 1,  # speculators would go on without the documents that a server lost
-}
-LOSSES = {
-    "kl": "kl_div",
-    "nla": "nla",
-    "lk_hybrid": "lk_hybrid",
-    "greedy": '{"ce": 0.5, "kl_div": 0.5}',  # ce is of the target's best token
-}
 # What makes a run another run: a checkpoint of one is not resumed with another.
 _IDENTITY = (
     "verifier_name_or_path",
@@ -89,29 +68,6 @@ _IDENTITY = (
     "max_steps",
     "train_data_ratio",
 )
-# The shape of a fresh drafter, where no --draft-config or --from-pretrained gives one. Without it, the layer silently
-# becomes a sliding window of 2048.
-_SHAPE: Mapping[str, Any] = {"full_attention_indices": [0]}
-# speculators has no switch for a machine without an accelerator. Its attention there multiplies every token of a step
-# with every other one, so steps are as long as a document of `slimspec train states` may be, and no longer.
-_CPU_RECIPE: Mapping[str, Any] = {
-    "draft_attn_impl": "sdpa",
-    "loss_implementation": "eager",
-    "num_workers": 0,
-    "total_seq_len": 2048,
-}
-
-
-class SlimSpecTrainConfig(TrainConfig):
-    """speculators' configuration and ours, which travel to the model together."""
-
-    lm_head_rank: int = Field(default=1, ge=0)
-    head_is_targets: bool = False
-    head_init: HeadInit = "weighted-svd"
-
-    def flatten(self) -> dict[str, Any]:
-        ours = {key: getattr(self, key) for key in ("lm_head_rank", "head_is_targets", "head_init")}
-        return {**super().flatten(), **ours}
 
 
 @contextmanager
@@ -276,95 +232,8 @@ def _fit(config: SlimSpecTrainConfig, data: Path, output: Path, others: Mapping[
     return checkpoint
 
 
-def resolve(
-    target: str | Path,
-    data: str | Path,
-    output: str | Path,
-    *,
-    head: Literal["low-rank", "dense", "target"] = "low-rank",
-    rank: int | None = None,
-    head_init: HeadInit = "weighted-svd",
-    **flags: Any,
-) -> SlimSpecTrainConfig:
-    """The configuration of a run, as :func:`fit` takes it; the data may be still to come, and nothing is written.
-
-    Raises:
-        ValueError: a value is not allowed, or the output is taken.
-    """
-    _require_speculators()
-    if flags.get("hidden_states_dtype") == "float16":
-        raise ValueError("--dtype float16: gradients would need scaling; choose auto, float32 or bfloat16")
-    output = Path(output)
-    check_free(output)
-    layer_ids = read_layer_ids(Path(data))
-    if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
-        raise ValueError(
-            f"{data}: holds the states of layers {layer_ids}; leave --target-layer-ids out, or write other states"
-        )
-    hidden = AutoConfig.from_pretrained(str(target)).get_text_config().hidden_size
-    start = flags.get("from_pretrained")
-    found = _rank_of(start) if start else None
-    rank = found or hidden // 8 if rank is None else rank
-    if found not in (None, rank if head == "low-rank" else 0):
-        raise ValueError(
-            f"--from-pretrained {start}: its rank is {found} (0: dense); leave --rank and --head as they were"
-        )
-    if not 1 <= rank <= hidden:
-        raise ValueError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
-
-    if head == "target" and (head_init == "random" or flags.get("draft_vocab_size") is not None):
-        raise ValueError(
-            "--head target is the target's whole head; leave out --head-init random and --draft-vocab-size, or train a "
-            "head of the drafter's own with --head dense"
-        )
-    run = {
-        **RECIPE,
-        **({} if flags.keys() & {"draft_config", "from_pretrained"} else _SHAPE),
-        **({} if torch.accelerator.is_available() else _CPU_RECIPE),
-        "hidden_states_dtype": work_dtype("auto", MIXED).name,
-        "mask_token_id": 0,  # EAGLE-3 never masks; unset, speculators looks for a tokenizer to choose one
-        "on_missing": "raise",
-        "log_dir": str(beside(output, ".run") / "logs"),
-        "target_layer_ids": layer_ids,
-        **flags,
-        "verifier_name_or_path": str(target),
-        "data_path": str(data),
-        "save_path": str(beside(output, ".run") / "checkpoints"),
-        "lm_head_rank": rank if head == "low-rank" else 0,
-        "head_is_targets": head == "target",
-        "head_init": head_init,
-    }
-    unknown = run.keys() - SlimSpecTrainConfig().flatten().keys()
-    if unknown:
-        raise ValueError(f"unknown flags {sorted(unknown)}; `speculators train --help` lists them")
-    if "tensorboard" in str(run.get("logger", "")) and not find_spec("tensorboard"):
-        raise ValueError("--logger tensorboard: that package is not installed; pip install tensorboard")
-    try:
-        return SlimSpecTrainConfig.from_sources(cli=run, argv=sys.argv)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
-
-
-def _rank_of(start: str) -> int:
-    """Of the head that training starts from.
-
-    Raises:
-        ValueError: it is none of our checkpoints.
-    """
-    config = PretrainedConfig.get_config_dict(start)[0]
-    if config.get("speculators_model_type") != "slimspec_eagle3":
-        raise ValueError(
-            f"--from-pretrained {start}: not a checkpoint of a run; give one (DRAFTER.run/checkpoints/N), or train "
-            "this drafter on with `slimspec convert --joint-steps`"
-        )
-    return config["lm_head_rank"]
-
-
 def _speed(model: SlimSpecEagle3Model, run: Mapping[str, Any], metrics: Path) -> dict[str, float]:
     """Tokens and 1e12 operations a second on each device, by the median step; a plan takes the latter as --tflops."""
-    from vllm_slimspec.train.plan import drafter_operations
-
     steps = [line["tokens_per_s"] for line in read_metrics(metrics) if line["split"] == "train"]
     tokens = statistics.median(steps) if steps else 0.0
     operations = drafter_operations(model, run["ttt_steps"], run["total_seq_len"])
@@ -406,9 +275,3 @@ def _setup_metrics(**options: Any) -> None:
     setup_metric_logger(**options)
     logging.getLogger("speculators").setLevel(level)
     logging.getLogger(METRICS).propagate = level <= logging.INFO
-
-
-def _require_speculators() -> None:
-    found = version("speculators")
-    if not found.startswith("0.9."):
-        raise ValueError(f"speculators {found} is not supported, 0.9.* is; pip install 'vllm-slimspec[train]'")

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_slimspec.bench.walk import acceptance_length
-from vllm_slimspec.output import write_whole
+from vllm_slimspec.common.output import write_whole
+from vllm_slimspec.common.walk import acceptance_length
 
 METRICS = "speculators.metrics"  # the logger that speculators reports to
 
@@ -62,7 +62,7 @@ class MetricsFile(logging.Handler):
 
 
 def measure_cycles(counts: np.ndarray) -> dict[str, Any]:
-    """Return what a line says of cycles, int64 [documents, K + 1] (see :mod:`vllm_slimspec.bench.walk`)."""
+    """Return what a line says of cycles, int64 [documents, K + 1] (see :mod:`vllm_slimspec.common.walk`)."""
     length, (cycles, *accepted) = acceptance_length(counts), counts.sum(0).tolist()
     return {
         "length": length.value,
@@ -120,7 +120,7 @@ def plot_metrics(file: Path, output: Path) -> None:
     """Draw the loss, and the held-out acceptance length with its interval, over the steps of a run."""
     from matplotlib.figure import Figure
 
-    from vllm_slimspec.bench.report.theme import LIGHT, drawing, save_png
+    from vllm_slimspec.common.theme import LIGHT, drawing, save_png
 
     lines = read_metrics(file)
     train, held_out = ([line for line in lines if line["split"] == split] for split in ("train", "held-out"))

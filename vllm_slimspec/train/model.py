@@ -15,8 +15,8 @@ from speculators.models.eagle3 import core as eagle3_core
 from speculators.utils.loading import list_checkpoint_keys
 from torch import nn
 
-from vllm_slimspec.convert.factorize import factorize, second_moment, token_probabilities
-from vllm_slimspec.progress import progress
+from vllm_slimspec.common.progress import progress
+from vllm_slimspec.head.factorize import factorize, second_moment, token_probabilities
 from vllm_slimspec.train.on_cpu import answers_only
 from vllm_slimspec.train.replaced import replaced
 from vllm_slimspec.train.store import read_final_states

@@ -17,7 +17,7 @@ from speculators.train import cli as speculators_cli
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from vllm_slimspec.train.launch import SlimSpecTrainConfig
+from vllm_slimspec.train.config import SlimSpecTrainConfig
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.replaced import replaced

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_slimspec.bench.answers import EngineError
-from vllm_slimspec.checkpoint import CheckpointError
-from vllm_slimspec.convert.collect import limits
-from vllm_slimspec.convert.prompts import one_line
-from vllm_slimspec.convert.sources import fingerprint
-from vllm_slimspec.output import Claim, beside, claim_file
-from vllm_slimspec.progress import counting, progress
+from vllm_slimspec.common.output import Claim, beside, claim_file
+from vllm_slimspec.common.progress import counting, progress
+from vllm_slimspec.common.work_dtype import Asked, engine_options
+from vllm_slimspec.engine.answers import EngineError
+from vllm_slimspec.engine.prompts import one_line
+from vllm_slimspec.engine.recording import limits
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.target import fingerprint
 from vllm_slimspec.train.answers import _claim, _engine, engine_failed
-from vllm_slimspec.work_dtype import Asked, engine_options
 
 OPENINGS = Path(__file__).with_name("openings.jsonl")
 _TOGETHER = 512  # samples that are asked together; so many are asked again after a kill, at the most
@@ -65,12 +65,12 @@ def write_prompts(
 
     Args:
         target: Hugging Face folder or id of a chat model.
-        output: JSONL file of prompts, as :mod:`vllm_slimspec.convert.prompts` reads them.
+        output: JSONL file of prompts, as :mod:`vllm_slimspec.engine.prompts` reads them.
         count: questions to write.
         sampling: see :class:`Sampling`.
         openings: JSONL file, a line {"system": ..., "opening": ...} with either or both.
         engine: further arguments of ``vllm.LLM``.
-        dtype: what the target computes in, see :func:`vllm_slimspec.work_dtype.engine_options`.
+        dtype: what the target computes in, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
 
     Raises:
         CheckpointError: the target has no chat template, or a line of ``openings`` is not an opening.

@@ -14,12 +14,12 @@ from datasets import Dataset
 from speculators.models.utils import resolve_target_layer_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from vllm_slimspec.convert.states import Document
-from vllm_slimspec.output import Claim, claim_work, write_whole
-from vllm_slimspec.progress import progress
+from vllm_slimspec.common.output import Claim, claim_work, write_whole
+from vllm_slimspec.common.progress import progress
+from vllm_slimspec.common.work_dtype import Asked, work_dtype
+from vllm_slimspec.engine.head_states import Document
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.store import flaw, is_checked, write_state
-from vllm_slimspec.work_dtype import Asked, work_dtype
 
 
 @quiet()
@@ -44,7 +44,7 @@ def write_states(
         layer_ids: the target layers whose inputs the drafter sees; default (2, n // 2, n - 3).
         keep: states of so many documents only, where the others are to come from a server while training.
         tokens_per_batch: padded tokens in one forward pass (a longer document goes alone).
-        dtype: what the target computes in, see :func:`vllm_slimspec.work_dtype.work_dtype`. Its states are kept in the
+        dtype: what the target computes in, see :func:`vllm_slimspec.common.work_dtype.work_dtype`. Its states keep the
             dtype that it is stored in, so that a folder's size and format are the same on every machine.
 
     Raises:

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from speculators.data_generation.offline import check_hidden_states
 
-from vllm_slimspec import memory
-from vllm_slimspec.output import write_whole
-from vllm_slimspec.progress import steps
+from vllm_slimspec.common import memory
+from vllm_slimspec.common.output import write_whole
+from vllm_slimspec.common.progress import steps
 
 
 def state_file(folder: Path, i: int) -> Path:

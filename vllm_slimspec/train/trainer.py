@@ -21,8 +21,8 @@ from speculators.train.graceful_shutdown import TrainingInterruptedError
 from speculators.train.trainer import Trainer, TrainerConfig
 from torch.utils.data import DataLoader
 
-from vllm_slimspec.large_tensors import return_holes
-from vllm_slimspec.progress import progress
+from vllm_slimspec.common.large_tensors import return_holes
+from vllm_slimspec.common.progress import progress
 from vllm_slimspec.train.held_out import gathered, watched
 from vllm_slimspec.train.metrics import METRICS, MetricsFile, describe, measure_cycles, measure_places
 

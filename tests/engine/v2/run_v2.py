@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 
-from vllm_slimspec.bench.acceptance import from_engine
-from vllm_slimspec.checkpoint import DOWN, UP
+from vllm_slimspec.engine.acceptance import from_engine
+from vllm_slimspec.head.spec import DOWN, UP
 from vllm_slimspec.kernels import low_rank_argmax as kernel
 
 

@@ -14,7 +14,7 @@ from engines import V2_ENVIRONMENT, Script, run_scripts
 from scipy.stats import chi2_contingency
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_slimspec.checkpoint import DOWN, UP
+from vllm_slimspec.head.spec import DOWN, UP
 
 VOCAB = 64
 HERE = Path(__file__).parent

@@ -1,0 +1,165 @@
+"""What all commands share at the terminal: errors of one line, and options that hold JSON."""
+
+import errno
+import json
+import logging
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from vllm_slimspec.common import memory
+
+verbose = False
+"""Whether an error's traceback is printed too: the option --verbose."""
+
+_DISK = ("no space left on device", "disk quota exceeded", "file too large", "pytorchstreamwriter failed writing")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_EXTRAS = {
+    **dict.fromkeys(("speculators", "datasets", "tensorboard"), "pip install 'vllm-slimspec[train]'"),
+    **dict.fromkeys(("matplotlib", "jinja2", "httpx", "openai", "pandas"), "pip install 'vllm-slimspec[bench]'"),
+    **dict.fromkeys(("vllm", "torch", "transformers"), "install this package into the environment of vLLM"),
+}
+_CURES = {
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "give the path of a file",
+    errno.ENOTDIR: "check the path",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+}
+
+
+class Dtype(StrEnum):
+    """What ``--dtype`` takes; what it means is :mod:`vllm_slimspec.common.work_dtype`'s, which imports torch."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        help="Data type of the computation. auto is bfloat16 on a CPU that multiplies it, float32 on any other, and "
+        "the stored one on a GPU.",
+    ),
+]
+
+
+@contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Within it, what this package logs, from information on, is printed to stderr."""
+    log = logging.getLogger("vllm_slimspec")
+    handler = logging.StreamHandler(sys.stderr)
+    before, handlers = log.level, list(log.handlers)
+    log.setLevel(logging.INFO)
+    log.handlers = [handler]  # alone: commands call each other
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.handlers = handlers
+
+
+class Terminated(KeyboardInterrupt):
+    """The command was asked to end, by SIGTERM."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within it, whatever is raised ends the command with one line on stderr.
+
+    The exit code is 1, or for an interrupt 130, or for SIGTERM 143. SIGTERM unwinds the command as an interrupt does,
+    because an engine that is not shut down goes on computing without it.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        _end(error, str(error) or ("terminated" if terminated else "interrupted"), 143 if terminated else 130)
+    except Exception as error:
+        if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # the command line's own
+            raise
+        _end(error, f"error: {describe(error)}", 1)
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def describe(error: Exception) -> str:
+    """Return one line: what went wrong, with its cure; the traceback of what nobody foresaw goes to a file."""
+    text = " ".join(str(error).split())
+    if missing := next(filter(memory.ran_out, _chain(error)), None):
+        detail = " ".join(str(missing).split()) or type(missing).__name__
+        return (
+            f"memory ran out ({detail}); close other programs, raise the limit that is set (ulimit -v, a container's), "
+            "or use smaller sizes or a machine with more memory"
+        )
+    if isinstance(error, ValueError | OSError | ImportError) and _is_ours(error):
+        return text
+    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or any(phrase in text.lower() for phrase in _DISK):
+        return f"{getattr(error, 'filename', None) or text}: the disk has no room; make room and run the command again"
+    if isinstance(error, ModuleNotFoundError) and (cure := _EXTRAS.get((error.name or "").partition(".")[0])):
+        return f"{text}; {cure}"
+    if isinstance(error, OSError):
+        place = f"{error.filename}: {error.strerror}" if error.filename else text
+        return f"{place}; {_CURES[error.errno]}" if error.errno in _CURES else place
+    words = text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
+    return f"{words}; {_log(error)}"
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """The value of ``option``; typer.BadParameter where it is not a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON ({error})", param_hint=option) from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f'{text!r} must be a JSON object, such as {{"a": 1}}', param_hint=option)
+    return found
+
+
+def _end(error: BaseException, line: str, code: int) -> NoReturn:
+    if verbose:
+        traceback.print_exception(error)
+    typer.echo(line, err=True)
+    raise SystemExit(code) from None
+
+
+def _terminate(sign: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that it was raised for."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it, and so chose its words."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").partition(".")[0] == "vllm_slimspec"
+
+
+def _log(error: Exception) -> str:
+    """Write the traceback to a file, and say where it is."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="slimspec-", suffix=".log", delete=False) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return "run it again with --verbose for the traceback"
+    return f"the traceback is in {file.name}"

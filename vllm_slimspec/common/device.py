@@ -1,0 +1,15 @@
+"""The name under which results speak of a device."""
+
+from pathlib import Path
+
+import torch
+
+
+def device_name(device: torch.device, threads: int | None = None) -> str:
+    """How results name ``device``; a CPU with the threads that worked on it, by default this process's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {threads or torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

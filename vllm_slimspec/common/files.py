@@ -1,0 +1,209 @@
+"""Safe reading of folders that other people made: config.json, other JSON, and safetensors.
+
+Only safetensors are opened, no code of a folder is ever run, no link out of the folder is followed, and nothing larger
+than it can be is read into memory. Every refusal is a :class:`CheckpointError`: one line with the file and the cure.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_slimspec.common import memory
+from vllm_slimspec.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+_BYTES = {"F64": 8, "I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}  # any other type of ours has one
+_LARGEST_TOKENIZER = 64 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a safetensors header declares it."""
+
+    file: Path
+    dtype: str  # safetensors' name: "BF16", "I64", ...
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A drafter folder's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it is not a JSON object.
+    """
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the path of a drafter's folder")
+    if not os.path.lexists(file):
+        raise CheckpointError(f"{file}: no such file; a drafter folder needs config.json beside its safetensors")
+    check_place(file)
+    return read_json_object(file)
+
+
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """Name -> declared dtype and shape of every tensor in a folder's safetensors; no weights are read.
+
+    Raises:
+        CheckpointError: no safetensors there, one that is not whole, or a tensor that is in two files.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file in _weight_files(path):
+        for name, info in read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{file}: tensor {name} is also in {tensors[name].file.name}; keep one of the two"
+                )
+            tensors[name] = info
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Name -> declared dtype and shape of every tensor in a safetensors file.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    with _safe_open(file) as handle:
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - no mapping
+        return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+
+
+def load_tensor(info: TensorInfo, name: str) -> "torch.Tensor":
+    """One tensor, on the CPU, in its stored dtype.
+
+    Raises:
+        CheckpointError: the file is not whole.
+    """
+    with _safe_open(info.file) as file:
+        return file.get_tensor(name)
+
+
+def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk refuses, which safetensors says by an error of its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, str(file), metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file}: not written ({error}); make room and run it again") from None
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a drafter's tokenizer.json that is no file of its own folder, or of a size that no tokenizer has.
+
+    Raises:
+        CheckpointError: so it is; nothing of it was read. A folder without one is fine.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_symlink() and not file.exists():
+        return
+    check_place(file)
+    if (size := file.stat().st_size) > _LARGEST_TOKENIZER:
+        raise CheckpointError(f"{file}: {size} bytes, at most {_LARGEST_TOKENIZER} are read; copy the file again")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    found = _read_json(file, 0)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: holds {type(found).__name__}, must be a JSON object; copy the file again")
+    return found
+
+
+def _weight_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        check_place(file)
+    index = path / "model.safetensors.index.json"
+    if os.path.lexists(index):
+        check_place(index)
+        found = _read_json(index, sum(file.stat().st_size for file in files))
+        try:
+            names = set(found["weight_map"].values())
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: no usable weight_map ({error!r}); copy the file again") from None
+        here = {file.name: file for file in files}
+        for name in names:
+            if name not in here:
+                raise CheckpointError(
+                    f"{index}: weight_map names {name!r}, must be a .safetensors file of the same folder; "
+                    "copy that file, or the index, again"
+                )
+        return [here[name] for name in sorted(names)]
+    if files:
+        return files
+    pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise CheckpointError(
+            f"{path / pickles[0]}: a pickle checkpoint can run code and is not opened; convert it where you trust it: "
+            'python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), 'model.safetensors')\""
+        )
+    raise CheckpointError(f"{path}: holds no .safetensors file; copy the drafter's weights beside config.json")
+
+
+@contextmanager
+def _safe_open(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with file.open("rb") as raw:
+            header, size = int.from_bytes(raw.read(8), "little"), os.fstat(raw.fileno()).st_size
+        _check_size(file, min(header, size), size)
+        with safe_open(str(file), framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        memory.raise_if_ran_out(error, file)
+        raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
+
+
+def _read_json(file: Path, described: int) -> Any:
+    """A JSON file of any shape, of a size that suits the ``described`` bytes of weights."""
+    try:
+        _check_size(file, file.stat().st_size, described)
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _check_size(file: Path, size: int, described: int) -> None:
+    """Refuse JSON that would take more memory, parsed (20 times its size at the worst), than what it describes."""
+    most = max(1 << 20, described // 16)
+    if size > most:
+        raise CheckpointError(
+            f"{file}: {size} bytes of JSON, at most {most} are read (1 MiB, or a sixteenth of the weights); "
+            "copy the file again"
+        )
+
+
+def check_place(file: Path) -> None:
+    """Refuse what is no regular file of its own folder: a checkpoint must not make its reader open anything else."""
+    try:
+        real, root = file.resolve(strict=True), file.parent.resolve()
+    except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
+        raise CheckpointError(f"{file}: a link that cannot be followed ({error}); copy the file here") from None
+    # A snapshot in the hub's cache is a folder of links into the blobs beside it.
+    blobs = root.parent.parent / "blobs"
+    if not real.is_relative_to(root) and not (root.parent.name == "snapshots" and real.parent == blobs):
+        raise CheckpointError(f"{file}: a link out of its folder, to {real}, is not followed; copy the file here")
+    if not real.is_file():
+        raise CheckpointError(f"{file}: is no regular file; copy the checkpoint again")

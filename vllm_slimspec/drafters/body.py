@@ -1,0 +1,313 @@
+"""The tensors of a drafter's body: one table from its config.json, of names and shapes, as vLLM loads them.
+
+vLLM's loader leaves a parameter that no tensor names at whatever is in memory, and drops a bias for which the model has
+no parameter, both without a word (vllm/model_executor/models/utils.py, AutoWeightsLoader). So a folder has all of the
+tensors in the table and no others, but for those that vLLM and training leave aside.
+
+Letters: D hidden size of the drafter, i number of a layer.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from vllm_slimspec.drafters.config import aux_layers, eagle_config
+from vllm_slimspec.drafters.family import Family
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.spec import FLOATS, positive_int
+
+# What public folders hold and nothing here is made of: vLLM leaves out the first ones itself.
+_SKIPPED_PARTS = (
+    "t2d",
+    "rotary_emb.inv_freq",
+    "rotary_pos_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
+_SKIPPED_PREFIXES = ("verifier_",)  # speculators' copies of the target's head and norm
+
+_EMBEDDINGS = "embed_tokens.weight"
+_UNREAD = "hidden_norm.weight"  # of any layer but the first
+
+_LAYER = re.compile(r"layers\.(0|[1-9]\d{0,8})\.(.+)")
+_QUANTIZED = re.compile(
+    r"(scales?(_\d)?|_inv|packed|qweight|qzeros|zero_point|g_idx|absmax|quant\w*|amax|SCB|_shape)$", re.I
+)
+_UNQUANTIZED = (*FLOATS, "F64", "I64", "BOOL")  # dtypes that no packed weight has
+_MOST_AUX_LAYERS = 1024
+_FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+_HINTS = {
+    "self_attn.q_norm": 'it belongs to a Qwen3 drafter, so name that in "architectures", or remove it',
+    "self_attn.k_norm": 'it belongs to a Qwen3 drafter, so name that in "architectures", or remove it',
+    "fc_norm": "set fc_norm to true if the drafter was trained with it, or remove it",
+    "input_norm": "set norm_before_fc to true if the drafter was trained with it, or remove it",
+    "fc.weight": "set use_aux_hidden_state in eagle_config to true if the drafter was trained with it, or remove it",
+    "model": "take model. off the front of the names",
+}
+
+
+class Shape(NamedTuple):
+    """The shape of a tensor, in numbers and in keys of config.json."""
+
+    sizes: tuple[int, ...]
+    axes: str
+
+    def __str__(self) -> str:
+        return f"{self.axes} = {list(self.sizes)}"
+
+
+def skipped(name: str) -> bool:
+    """Whether a tensor of this name may lie in a drafter's folder without a meaning."""
+    return name.startswith(_SKIPPED_PREFIXES) or any(part in name for part in _SKIPPED_PARTS)
+
+
+def in_body(name: str) -> bool:
+    """Whether a tensor of this name is to be found in the table: neither of the head, nor a map, nor skipped."""
+    return "lm_head" not in name and name != "d2t" and not skipped(name)
+
+
+class Body:
+    """Every tensor that vLLM loads into the body of one drafter."""
+
+    def __init__(self, config: Mapping[str, Any], family: Family, where: str) -> None:
+        """Read the sizes.
+
+        Args:
+            config: of :func:`vllm_slimspec.drafters.config.flatten`.
+            family: whose layers these are.
+            where: how errors name the drafter.
+
+        Raises:
+            CheckpointError: a size is missing or no positive integer.
+        """
+        self.where, self.family, self._config = where, family, config
+        if (activation := config.get("hidden_act", "silu")) != "silu":
+            raise CheckpointError(
+                f"{where}: hidden_act={activation!r}, and vLLM's drafters know only silu; train one with "
+                "--draft-hidden-act silu"
+            )
+        self.hidden_size = positive_int(config, "hidden_size", where)
+        self.layers = positive_int(config, "num_hidden_layers", where)
+        self.target_size = self._size("target_hidden_size", self.hidden_size)
+        self.aux_count, _ = aux_layers(config, family)
+        if self.aux_count > _MOST_AUX_LAYERS:
+            raise CheckpointError(
+                f"{where}: the drafter would read {self.aux_count} layers of its target, at most {_MOST_AUX_LAYERS} "
+                "are served; correct num_aux_hidden_states"
+            )
+        heads = positive_int(config, "num_attention_heads", where)
+        kv_heads, head_dim = self._size("num_key_value_heads", heads), self._size("head_dim", self.hidden_size // heads)
+        if heads % kv_heads:
+            raise CheckpointError(
+                f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; correct them"
+            )
+        self._q, self._kv, self._head_dim = heads * head_dim, kv_heads * head_dim, head_dim
+        self._inner = positive_int(config, "intermediate_size", where)
+        self._vocab = positive_int(config, "vocab_size", where)
+        self._outside = dict(self._outside_layers())
+        self._first, self._other = dict(self._layer(first=True)), dict(self._layer(first=False))
+
+    def check(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Refuse a body that is not the one of the table.
+
+        Args:
+            tensors: name -> (safetensors dtype, shape) of everything in the drafter.
+
+        Raises:
+            CheckpointError: names the first tensor that is wrong, too much or missing, and the key to change.
+        """
+        body = {name: tensor for name, tensor in tensors.items() if in_body(name)}
+        for name, (dtype, _) in body.items():
+            self._check_plain(name, dtype)
+        self._check_depth(body)
+        for name, (dtype, shape) in body.items():
+            self.check_tensor(name, dtype, shape)
+        self.check_whole(body)
+
+    def check_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor that is not in the table, or not of its shape.
+
+        Raises:
+            CheckpointError: so it is.
+        """
+        self._check_plain(name, dtype)
+        expected = self._expected(name)
+        if expected is None:
+            raise CheckpointError(f"{self.where}: tensor {name} {self._why_not(name)}")
+        if dtype not in FLOATS:
+            raise CheckpointError(
+                f"{self.where}: tensor {name} has dtype {dtype}, allowed are {', '.join(FLOATS)}; save it as one of "
+                "these"
+            )
+        if tuple(shape) != expected.sizes:
+            raise CheckpointError(
+                f"{self.where}: tensor {name} has shape {list(shape)}, but config.json says {expected}; "
+                f"{self._size_cure(name, shape)}"
+            )
+
+    def check_whole(self, names: Iterable[str]) -> None:
+        """Refuse a body that lacks a tensor of the table, or has one twice.
+
+        Raises:
+            CheckpointError: names the first one.
+        """
+        present: dict[str, str] = {}
+        for name in names:
+            key = _canonical(name)
+            if key in present:
+                raise CheckpointError(f"{self.where}: tensors {present[key]} and {name} are one; remove one of them")
+            present[key] = name
+        midlayer = any(name.startswith("midlayer.") for name in present.values())
+        for key, shape in self.table():
+            fused = _fused(key)
+            if fused in present and key in present:
+                raise CheckpointError(
+                    f"{self.where}: tensor {present[key]} is a part of {present[fused]}; remove one of them"
+                )
+            if key not in present and fused not in present:
+                missing = key.replace("layers.0.", "midlayer.") if midlayer else key
+                raise CheckpointError(
+                    f"{self.where}: tensor {missing} is missing, and config.json asks for it ({shape}); copy the whole "
+                    "drafter again, or correct the config"
+                )
+
+    def table(self) -> Iterator[tuple[str, Shape]]:
+        """Every tensor that must be there, in the longer of vLLM's two spellings.
+
+        Left out are the drafter's own embeddings, in whose place the target's may be, and the hidden_norm of layers
+        after the first, which nothing reads.
+        """
+        yield from ((name, shape) for name, shape in self._outside.items() if name != _EMBEDDINGS)
+        yield from ((f"layers.0.{part}", shape) for part, shape in self._first.items())
+        for i in range(1, self.layers):
+            yield from ((f"layers.{i}.{part}", s) for part, s in self._other.items() if part != _UNREAD)
+
+    def _size(self, key: str, default: int) -> int:
+        """A size that may be left out."""
+        return positive_int(self._config, key, self.where) if self._config.get(key) else default
+
+    def _outside_layers(self) -> Iterator[tuple[str, Shape]]:
+        d, eagle = self.hidden_size, eagle_config(self._config)
+        yield "norm.weight", Shape((d,), "[hidden_size]")
+        yield _EMBEDDINGS, Shape((self._vocab, d), "[vocab_size, hidden_size]")
+        if not eagle.get("use_aux_hidden_state", True):
+            return
+        width = self.aux_count * self.target_size
+        yield "fc.weight", Shape((d, width), f"[hidden_size, {self.aux_count} * target_hidden_size]")
+        if eagle.get("norm_before_fc", self._config.get("norm_before_fc", False)):
+            yield "input_norm.weight", Shape((width,), f"norm_before_fc [{self.aux_count} * target_hidden_size]")
+        if self._config.get("fc_norm", False):
+            for i in range(self.aux_count):
+                yield f"fc_norm.{i}.weight", Shape((self.target_size,), "fc_norm [target_hidden_size]")
+
+    def _layer(self, first: bool) -> Iterator[tuple[str, Shape]]:
+        """The first layer reads the embeddings beside the states."""
+        d, q, kv, inner = self.hidden_size, self._q, self._kv, self._inner
+        wide = (2 * d, "2 * hidden_size") if first else (d, "hidden_size")
+        of_q, of_kv = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
+        for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+            yield f"{norm}.weight", Shape((d,), "[hidden_size]")
+        yield "self_attn.q_proj.weight", Shape((q, wide[0]), f"[{of_q}, {wide[1]}]")
+        for name in ("k_proj", "v_proj"):
+            yield f"self_attn.{name}.weight", Shape((kv, wide[0]), f"[{of_kv}, {wide[1]}]")
+        yield "self_attn.o_proj.weight", Shape((d, q), f"[hidden_size, {of_q}]")
+        for name in ("gate_proj", "up_proj"):
+            yield f"mlp.{name}.weight", Shape((inner, d), "[intermediate_size, hidden_size]")
+        yield "mlp.down_proj.weight", Shape((d, inner), "[hidden_size, intermediate_size]")
+        if self.family.query_key_norms:
+            for name in ("q_norm", "k_norm"):
+                yield f"self_attn.{name}.weight", Shape((self._head_dim,), "[head_dim]")
+        if self._config.get("attention_bias"):
+            yield "self_attn.q_proj.bias", Shape((q,), f"attention_bias [{of_q}]")
+            for name in ("k_proj", "v_proj"):
+                yield f"self_attn.{name}.bias", Shape((kv,), f"attention_bias [{of_kv}]")
+        if self.family.outer_biases and (self._config.get("attention_bias") or self._config.get("bias")):
+            yield "self_attn.o_proj.bias", Shape((d,), "attention_bias [hidden_size]")
+        if self.family.outer_biases and self._config.get("mlp_bias"):
+            for name in ("gate_proj", "up_proj"):
+                yield f"mlp.{name}.bias", Shape((inner,), "mlp_bias [intermediate_size]")
+            yield "mlp.down_proj.bias", Shape((d,), "mlp_bias [hidden_size]")
+
+    def _expected(self, name: str) -> Shape | None:
+        key = _canonical(name)
+        match = _LAYER.fullmatch(key)
+        if match is None:
+            return self._outside.get(key)
+        i, part = int(match[1]), match[2]
+        if i >= self.layers:
+            return None
+        parts = self._first if i == 0 else self._other
+        module, _, kind = part.rpartition(".")
+        if module not in _FUSED:
+            return parts.get(part)
+        pieces = [parts.get(f"{module.partition('.')[0]}.{piece}.{kind}") for piece in _FUSED[module]]
+        if None in pieces:
+            return None
+        rows = sum(piece.sizes[0] for piece in pieces if piece is not None)
+        whole = pieces[0]
+        assert whole is not None
+        return Shape((rows, *whole.sizes[1:]), f"{' + '.join(_FUSED[module])} of it")
+
+    def _check_plain(self, name: str, dtype: str) -> None:
+        """Refuse a quantized body by the names and the types of its tensors."""
+        if _QUANTIZED.search(name) or dtype not in _UNQUANTIZED:
+            raise CheckpointError(
+                f"{self.where}: tensor {name} ({dtype}) belongs to a quantized body, which is not read; use the "
+                "drafter from which it was quantized"
+            )
+
+    def _check_depth(self, names: Iterable[str]) -> None:
+        """Refuse a config of more layers, or of fewer, than there are."""
+        found = [int(match[1]) for name in names if (match := _LAYER.fullmatch(_canonical(name)))]
+        depth = max(found, default=0) + 1
+        if depth != self.layers:
+            rest = f"layers.{depth} and on are missing" if depth < self.layers else "some would not be read"
+            raise CheckpointError(
+                f"{self.where}: config.json says num_hidden_layers={self.layers}, and the weights hold {depth}, so "
+                f"{rest}; set num_hidden_layers={depth}, or copy the drafter again"
+            )
+
+    def _why_not(self, name: str) -> str:
+        """What is wrong with a name that is not in the table, and the cure."""
+        if name.endswith(".bias"):
+            key = "mlp_bias" if ".mlp." in name else "attention_bias"
+            if self._config.get(key):
+                return (
+                    f"is a bias that vLLM's {self.family.name} drafters do not have, and would drop; use one without it"
+                )
+            return (
+                f"is a bias that config.json does not announce, which vLLM would drop; set {key} to true if the "
+                f"drafter's {self.family.name} layers were trained with all of their biases, or remove it"
+            )
+        key = re.sub(r"^layers\.\d+\.", "", _canonical(name))
+        hint = next((hint for start, hint in _HINTS.items() if key.startswith(start)), None)
+        return (
+            f"is no part of the {self.family.name} drafter that config.json describes; "
+            f"{hint or 'remove it, or correct the config'}"
+        )
+
+    def _size_cure(self, name: str, shape: tuple[int, ...]) -> str:
+        if _canonical(name) != "fc.weight" or len(shape) != 2 or shape[0] != self.hidden_size:
+            return "make these keys those of the tensors"
+        cures = []
+        if shape[1] % self.aux_count == 0:
+            cures.append(f"add target_hidden_size={shape[1] // self.aux_count}, the width of the target")
+        if shape[1] % self.target_size == 0:
+            cures.append(f"add num_aux_hidden_states={shape[1] // self.target_size}, the layers that are read")
+        return ", or ".join(cures) or "make these keys those of the tensors"
+
+
+def _canonical(name: str) -> str:
+    """The name by which vLLM loads a tensor."""
+    return name.replace("midlayer.", "layers.0.", 1)
+
+
+def _fused(key: str) -> str:
+    """The name under which a tensor may be stored together with others; nothing where it may not."""
+    prefix, _, kind = key.rpartition(".")
+    for module, pieces in _FUSED.items():
+        parent, _, _ = module.partition(".")
+        for piece in pieces:
+            if prefix.endswith(f".{parent}.{piece}"):
+                return f"{prefix.removesuffix(f'{parent}.{piece}')}{module}.{kind}"
+    return ""

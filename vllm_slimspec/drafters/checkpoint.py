@@ -1,0 +1,299 @@
+"""The one place that reads, checks and writes drafter checkpoints.
+
+A SlimSpec drafter is a plain Hugging Face EAGLE-3 folder whose head is two factors (arXiv 2605.10453); the names are
+those TorchSpec introduced (lightseekorg/TorchSpec, pull request 185):
+
+    config.json    lm_head_rank: R   (TorchSpec: lm_head_rank_divisor, R = D // divisor)
+                   draft_vocab_size: V   (below vocab_size with a d2t map; absent means vocab_size)
+                   lm_head_rerank: k   (optional: the k best are scored again, by the rows of a dense head)
+                   lm_head_rerank_rows: "target"   (optional: those rows are the target's; absent means lm_head.weight)
+                   lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
+    *.safetensors  lm_head.down.weight [R, D], lm_head.up.weight [V, R], d2t [V] int64, and EAGLE-3's body
+                   lm_head.weight [V, D]   (re-rank by own rows)
+                   lm_head.up.scale [V, R / group] float32   (a quantized lm_head.up.weight; one a row without a group)
+
+A quantized up is float8_e4m3fn or int8 [V, R], or uint8 [V, R / 2] with the even column of int4 in the low nibble and
+value = nibble - 8; weight = value * scale. An up in floats under ``lm_head_quantization`` is quantized at load.
+
+Letters: D hidden size of the drafter, R rank, V draft vocabulary. Only safetensors are opened, and no code from a
+checkpoint is ever run. Every refusal is a :class:`CheckpointError`: one line with the file, the key and the cure.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vllm_slimspec.common.files import (
+    TensorInfo,
+    check_place,
+    load_tensor,
+    read_config,
+    read_headers,
+    read_json_object,
+    save_tensors,
+)
+from vllm_slimspec.common.output import claim_folder
+from vllm_slimspec.drafters.body import Body, skipped
+from vllm_slimspec.drafters.config import (
+    aux_layers,
+    check_algorithm,
+    family,
+    flatten,
+    is_low_rank,
+    is_speculators,
+    known_family,
+    names_our_model,
+)
+from vllm_slimspec.drafters.family import Family
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.checks import check_finite, check_head, check_vocabulary
+from vllm_slimspec.head.dense import StoredHead, stored_head
+from vllm_slimspec.head.spec import DENSE, DOWN, FLOATS, SCALE, UP, HeadSpec, head_spec, positive_int
+from vllm_slimspec.head.vocabulary import check_map, check_map_shape
+
+if TYPE_CHECKING:
+    import torch
+
+Format = Literal["slimspec", "torchspec", "speculators", "eagle3"]
+
+
+@dataclass(frozen=True)
+class DraftCheckpoint:
+    """An EAGLE-3 drafter on disk, headers read and checked, weights untouched.
+
+    ``spec`` is None for a dense drafter, which this package can describe but leaves to vLLM to serve.
+    """
+
+    path: Path
+    format: Format
+    config: dict[str, Any]
+    spec: HeadSpec | None
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "DraftCheckpoint":
+        """Read config.json and the safetensors headers, and refuse what could not be served.
+
+        Raises:
+            CheckpointError: the folder is no EAGLE-3 drafter, or its tensors contradict its config.
+        """
+        path = Path(folder)
+        config, tensors = read_config(path), read_headers(path)
+        check_algorithm(config, tensors, str(path))
+        where = str(path / "config.json")
+        spec = head_spec(flatten(config, where), where) if is_low_rank(config) else None
+        if spec is not None:
+            known_family(config, where)
+        checkpoint = cls(path, _format(config), config, spec, tensors)
+        if spec is None:
+            checkpoint._check_dense()
+        else:
+            check_head(spec, checkpoint.described, str(path))
+        if checkpoint.family is not None:  # of any other, only vLLM knows what it is made of
+            checkpoint._check_body(checkpoint.family)
+        return checkpoint
+
+    @property
+    def family(self) -> Family | None:
+        """Whose body this is; None for one that only vLLM knows."""
+        return family(self.config)
+
+    @property
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> safetensors dtype and shape of every tensor."""
+        return {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
+
+    @cached_property
+    def dense_head(self) -> StoredHead | None:
+        """The dense head of a drafter without factors; None where that is the target's.
+
+        Raises:
+            CheckpointError: it is in a form that is not read.
+        """
+        flat, where = self.flat, str(self.path / "config.json")
+        vocab = "draft_vocab_size" if flat.get("draft_vocab_size") else "vocab_size"
+        shape = (positive_int(flat, vocab, where), positive_int(flat, "hidden_size", where))
+        return stored_head(self.described, shape, str(self.path))
+
+    def _check_dense(self) -> None:
+        """Refuse what is no dense EAGLE-3 drafter."""
+        path, tensors = self.path, self.tensors
+        eagle3 = any(name.endswith(".hidden_norm.weight") for name in tensors)
+        if "fc.weight" in tensors and not eagle3:
+            raise CheckpointError(
+                f"{path}: no tensor *.hidden_norm.weight, so this is an EAGLE or EAGLE-2 drafter, not an EAGLE-3 one; "
+                'vLLM serves it with "method": "eagle", without this package'
+            )
+        if not eagle3:
+            raise CheckpointError(
+                f"{path}: no tensor *.hidden_norm.weight, so this is no EAGLE-3 drafter; give the drafter's folder, "
+                "not the target's"
+            )
+        if UP in tensors or DOWN in tensors:
+            raise CheckpointError(
+                f"{path / 'config.json'}: lm_head_rank is missing but {UP if UP in tensors else DOWN} is there; "
+                "add the rank of the factors as lm_head_rank"
+            )
+        if self.family is not None:
+            _ = self.dense_head
+
+    def _check_body(self, kind: Family) -> None:
+        """Refuse a body, or a map of its vocabulary, that vLLM would load in part or take for something else."""
+        file, flat = self.path / "config.json", self.flat
+        if not is_speculators(self.config) and not isinstance(self.config.get("model_type"), str):
+            raise CheckpointError(f"{file}: model_type is missing, without which vLLM reads nothing; add {kind.name!r}")
+        Body(flat, kind, str(self.path)).check(self.described)
+        for key in ("quantization_config", "compression_config"):  # vLLM would build other layers
+            if (self.config | flat).get(key):
+                raise CheckpointError(
+                    f"{file}: {key} says that the drafter is quantized, and its tensors are not; remove the key, or "
+                    "use the drafter as it was before its quantization"
+                )
+        vocab = flat["vocab_size"]
+        draft_vocab, info = flat.get("draft_vocab_size") or vocab, self.tensors.get("d2t")
+        check_map_shape(None if info is None else (info.dtype, info.shape), draft_vocab, vocab, str(self.path))
+        if info is not None:
+            t2d = self.load("t2d") if "t2d" in self.tensors else None
+            check_map(self.load("d2t"), t2d, vocab, str(self.path))
+
+    def check_values(self) -> None:
+        """Read every weight, which takes a second for a drafter of an 8B target, and refuse those that are not finite.
+
+        Raises:
+            CheckpointError: NaN or Inf in a tensor that is served.
+        """
+        for name in self.tensors:
+            if not skipped(name):
+                check_finite(name, self.load(name), str(self.tensors[name].file))
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """config.json with the layer's keys of speculators' format at the top."""
+        return flatten(self.config, str(self.path / "config.json"))
+
+    def provenance(self) -> dict[str, Any]:
+        """slimspec.json: how this checkpoint came to be; empty where another tool wrote it.
+
+        Raises:
+            CheckpointError: it is not a JSON object.
+        """
+        file = self.path / "slimspec.json"
+        if not os.path.lexists(file):
+            return {}
+        check_place(file)
+        return read_json_object(file)
+
+    def check_target(self, vocab_size: int, target: str) -> None:
+        """Refuse a target whose vocabulary is not the one this drafter was made for.
+
+        Raises:
+            CheckpointError: the sizes differ.
+        """
+        if self.spec is not None:
+            check_vocabulary(self.spec, vocab_size, target, str(self.path / "config.json"))
+
+    def aux_layers(self) -> tuple[int, list[Any] | None]:
+        """How many of the target's layers the drafter reads, and which (None: vLLM's choice for the target)."""
+        return aux_layers(self.flat, self.family)
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether the drafter brings its own, or reads the target's."""
+        return "embed_tokens.weight" in self.tensors
+
+    def check_sizes(self, hidden_size: int, layers: int | None, target: str) -> None:
+        """Refuse a target whose hidden states or embeddings do not fit: a model of another size with one tokenizer.
+
+        Args:
+            hidden_size: the target's.
+            layers: how many it has; None where that is not known.
+
+        Raises:
+            CheckpointError: the drafter reads other widths, or layers that are not there.
+        """
+        cure = "use the drafter that was made for this target"
+        count, ids = self.aux_layers()
+        own_width = self.flat.get("hidden_size")
+        width = self.flat.get("target_hidden_size") or own_width
+        if width != hidden_size:
+            raise CheckpointError(
+                f"{self.path}: made for a target of hidden size {width} (target_hidden_size, or else hidden_size), but "
+                f"{target} has {hidden_size}; {cure}"
+            )
+        if not self.has_embeddings and own_width != hidden_size:
+            raise CheckpointError(
+                f"{self.path}: has no embeddings of its own, and those of the target {target} are {hidden_size} wide, "
+                f"not {own_width}; {cure}"
+            )
+        if layers is None or ids is None or "fc.weight" not in self.tensors:
+            return
+        if not all(isinstance(i, int) and 0 <= i <= layers for i in ids) or len(set(ids)) != count:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: eagle_aux_hidden_state_layer_ids={ids} must be {count} different ids "
+                f"from 0 to {layers}, the layers of the target {target}; {cure}"
+            )
+
+    def load(self, name: str) -> "torch.Tensor":
+        """One tensor, on the CPU, in its stored dtype."""
+        return load_tensor(self.tensors[name], name)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes that a draft step reads: both factors and the scales, or a dense head."""
+        names = (DENSE,) if self.spec is None else (DOWN, UP, SCALE)
+        return sum(self.tensors[name].nbytes for name in names if name in self.tensors)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the [V, D] head that the factors replace, in their dtype."""
+        if self.spec is None:
+            return self.head_bytes
+        return self.spec.dense_parameters * FLOATS[self.tensors[DOWN].dtype]
+
+
+def write_checkpoint(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, "torch.Tensor"],
+    provenance: Mapping[str, Any],
+    card: str | None = None,
+) -> DraftCheckpoint:
+    """Write a drafter, low-rank or dense, whole or not at all.
+
+    Args:
+        folder: the new drafter; must not exist, or be empty.
+        config: config.json, with the keys of this module's docstring.
+        tensors: contiguous or not, any device; written as model.safetensors.
+        provenance: slimspec.json: how this checkpoint came to be.
+        card: README.md, the model card, if there is one.
+
+    Raises:
+        OutputError: the folder is taken.
+        CheckpointError: what was written would not be accepted by :meth:`DraftCheckpoint.open`.
+        OSError: the disk refuses; nothing is left behind.
+    """
+
+    def fill(new: Path) -> None:
+        whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_tensors(whole, new / "model.safetensors", {"format": "pt"})
+        for name, content in (("config.json", config), ("slimspec.json", provenance)):
+            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (new / "README.md").write_text(card, encoding="utf-8")
+        DraftCheckpoint.open(new).check_values()
+
+    with claim_folder(folder) as claim:
+        claim.write_folder(fill)
+    return DraftCheckpoint.open(folder)
+
+
+def _format(config: Mapping[str, Any]) -> Format:
+    if is_speculators(config):
+        return "speculators"
+    if not is_low_rank(config):
+        return "eagle3"
+    return "slimspec" if names_our_model(config) else "torchspec"

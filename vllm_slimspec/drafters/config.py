@@ -1,0 +1,220 @@
+"""What vLLM makes of a drafter's config.json: one flat mapping, whichever layout the file has.
+
+The plain layout is read by the transformers class of its model type, with that class's defaults. Of speculators' layout
+vLLM reads the ``transformer_layer_config`` without defaults and a few named keys from the top, and nothing else there
+(vllm/transformers_utils/configs/speculators/algos.py, update_eagle3).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vllm_slimspec.drafters import FAMILIES, Family
+from vllm_slimspec.drafters.rope import plain_rope, rope_keys, speculators_rope, without_rope
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.spec import HEAD_KEYS
+
+_OURS = frozenset(family.architecture for family in FAMILIES)
+_BY_ARCHITECTURE = {
+    name: family
+    for family in FAMILIES
+    for name in (family.architecture, family.dense_architecture, *family.other_architectures)
+}
+_BY_MODEL_TYPE = {family.name: family for family in FAMILIES}
+
+_AUX_IDS = "eagle_aux_hidden_state_layer_ids"
+# Of speculators' layout, the keys that vLLM takes from the top or not at all.
+TOP_KEYS = ("draft_vocab_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_TOP_DEFAULTS = {"norm_before_residual": True, "norm_before_fc": False, "fc_norm": False, "norm_output": False}
+# And those that it takes from the top where they say something.
+TOP_OVERRIDES = ("target_hidden_size", _AUX_IDS)
+
+_LAYOUT_TYPES = ("eagle3", "slimspec_eagle3")  # the second is what training continues from
+_PARALLEL_KEYS = ("ptd_token_id", "pard_token", "parallel_drafting")
+# Part of an architecture or a type in small letters -> the drafter that it means. EAGLE comes last: others contain it.
+_ALGORITHMS = {
+    "peagle": "P-EAGLE (parallel drafting)",
+    "dflash": "DFlash",
+    "dspark": "DSpark",
+    "medusa": "Medusa",
+    "mlp_speculator": "MLP speculator",
+    "mlpspeculator": "MLP speculator",
+    "mtp": "MTP",
+    "eagle": "EAGLE or EAGLE-2",
+}
+
+
+def is_speculators(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json has the layout of speculators."""
+    return "speculators_config" in config or "speculators_model_type" in config
+
+
+def is_low_rank(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json declares a low-rank head, well-formed or not."""
+    layer = config.get("transformer_layer_config")
+    nested = layer if isinstance(layer, Mapping) else {}
+    return names_our_model(config) or any(
+        key in c for c in (config, nested) for key in ("lm_head_rank", "lm_head_rank_divisor")
+    )
+
+
+def names_our_model(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json names one of our draft models."""
+    return not _OURS.isdisjoint(map(str, _architectures(config)))
+
+
+def flatten(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """Return the config in the plain layout, with the meaning that vLLM gives it in its own; null keys are left out.
+
+    Raises:
+        CheckpointError: its rope parameters are none that vLLM could read.
+    """
+    if is_speculators(config):
+        return _flatten_speculators(config, where)
+    plain_rope(config, where)
+    flat = _without_none(config)
+    known = _BY_MODEL_TYPE.get(str(flat.get("model_type")))
+    return {**(known.defaults if known else {}), **flat}
+
+
+def family(config: Mapping[str, Any]) -> Family | None:
+    """Return the family that a config names, dense or low-rank; None if it names none that is known."""
+    if is_speculators(config):
+        return _BY_MODEL_TYPE.get(str(_layer(config).get("model_type", "llama")))
+    return next((_BY_ARCHITECTURE[a] for a in map(str, _architectures(config)) if a in _BY_ARCHITECTURE), None)
+
+
+def known_family(config: Mapping[str, Any], where: str) -> Family:
+    """Return the family that a config names.
+
+    Raises:
+        CheckpointError: it names none that is known.
+    """
+    found = family(config)
+    if found is not None:
+        return found
+    if is_speculators(config):
+        raise CheckpointError(
+            f"{where}: model_type={_layer(config).get('model_type')!r} in transformer_layer_config is not served; "
+            f"allowed are {', '.join(sorted(_BY_MODEL_TYPE))}"
+        )
+    raise CheckpointError(
+        f"{where}: architectures={config.get('architectures')!r} names no EAGLE-3 drafter with a low-rank head; "
+        f"allowed are {', '.join(sorted(_BY_ARCHITECTURE))}"
+    )
+
+
+def check_algorithm(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Refuse a drafter that is none of EAGLE-3's, or that drafts all its tokens in one pass.
+
+    Args:
+        config: its config.json, in either layout.
+        names: of its tensors, as far as they are known.
+        where: how errors name it.
+
+    Raises:
+        CheckpointError: names what it is.
+    """
+    found = _other_algorithm(config, names)
+    if found is not None:
+        why, algorithm = found
+        raise CheckpointError(
+            f"{where}: {why}, so this is a drafter of {algorithm}, which this package neither serves nor converts; "
+            "give an EAGLE-3 drafter, or serve this one by vLLM's own code"
+        )
+    declared = config.get("speculators_model_type")
+    if is_speculators(config) and declared not in _LAYOUT_TYPES:
+        raise CheckpointError(
+            f'{where}: speculators_model_type={declared!r} is not served; allowed is "eagle3", so give an EAGLE-3 '
+            "drafter, or add the key"
+        )
+
+
+def aux_layers(flat: Mapping[str, Any], family: Family | None) -> tuple[int, list[Any] | None]:
+    """How many of the target's layers the drafter reads, and which (None: vLLM's choice for the target)."""
+    eagle = eagle_config(flat)
+    named, inner = flat.get(_AUX_IDS), eagle.get(_AUX_IDS)
+    ids = named or inner or eagle.get("layer_ids")
+    # What vLLM sizes fc by: qwen3_eagle3.py looks at two keys more than llama_eagle3.py does.
+    keys = family.aux_count_keys if family else ("num_aux_hidden_states",)
+    count = next((flat[key] for key in keys if key in flat), None)
+    counted = named or inner if family and family.counts_named_layers else inner
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        count = len(counted) if isinstance(counted, list) and counted else 3
+    return count, ids if isinstance(ids, list) else None
+
+
+def eagle_config(flat: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The block ``eagle_config``; empty where there is none."""
+    found = flat.get("eagle_config")
+    return found if isinstance(found, Mapping) else {}
+
+
+def sliding_layers(flat: Mapping[str, Any]) -> list[Any] | None:
+    """Return the ``layer_types`` of a plain Qwen3 config; None where transformers' class gives it no sliding window."""
+    if not flat.get("use_sliding_window"):
+        return None
+    types, first = flat.get("layer_types"), flat["max_window_layers"]
+    return types or ["sliding_attention" if i >= first else "full_attention" for i in range(flat["num_hidden_layers"])]
+
+
+def _flatten_speculators(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    layer = _layer(config)
+    known = family(config)
+    silent_theta = known.silent_rope_theta if known else 10000.0
+    flat = without_rope(_without_none(layer)) | rope_keys(speculators_rope(layer, silent_theta, where))
+    flat = {key: value for key, value in flat.items() if key not in TOP_KEYS}
+    flat |= {key: config.get(key, default) for key, default in _TOP_DEFAULTS.items()}
+    top = ("draft_vocab_size", *TOP_OVERRIDES, *HEAD_KEYS)
+    flat |= {key: config[key] for key in top if config.get(key) not in (None, [])}
+    model_type = flat.setdefault("model_type", "llama")
+    flat["architectures"] = [known.dense_architecture if known else str(model_type)]
+    # What vLLM assumes here, and transformers' classes otherwise.
+    hidden, heads = flat.get("hidden_size"), flat.get("num_attention_heads")
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        flat.setdefault("head_dim", hidden // heads)
+    if model_type == "llama":
+        flat.setdefault("max_position_embeddings", 8192)
+    if model_type == "qwen3":
+        types = flat.get("layer_types")
+        flat["use_sliding_window"] = isinstance(types, list) and "sliding_attention" in types
+    return flat
+
+
+def _other_algorithm(config: Mapping[str, Any], names: Iterable[str]) -> tuple[str, str] | None:
+    """What shows that a drafter is of another algorithm, and which; None for EAGLE-3."""
+    said = [("architectures", arch) for arch in _architectures(config)]
+    said += [(key, config.get(key)) for key in ("speculators_model_type", "model_type")]
+    described = config.get("speculators_config")
+    said += [("algorithm", described.get("algorithm"))] if isinstance(described, Mapping) else []
+    config = {**_layer(config), **config}
+    for key, value in said:
+        word = value.lower().replace("-", "") if isinstance(value, str) else ""
+        if "eagle3" in word.replace("peagle", ""):
+            continue
+        for part, algorithm in _ALGORITHMS.items():
+            if part in word and not (key == "model_type" and word == "eagle"):  # vLLM's own wrapper has this one
+                return f"{key} names {value!r}", algorithm
+    parallel = next((k for k in _PARALLEL_KEYS if config.get(k) is not None and config[k] is not False), None)
+    if parallel is not None:
+        return f"{parallel}={config[parallel]!r}", _ALGORITHMS["peagle"]
+    mask = next((name for name in names if "mask_hidden" in name), None)
+    if mask is not None:
+        return f"tensor {mask} is there", _ALGORITHMS["peagle"]
+    for key, algorithm in (("dflash_config", "DFlash"), ("medusa_num_heads", "Medusa")):
+        if config.get(key) is not None:
+            return f"it has {key}", algorithm
+    return None
+
+
+def _layer(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    layer = config.get("transformer_layer_config")
+    return layer if isinstance(layer, Mapping) else {}
+
+
+def _without_none(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _architectures(config: Mapping[str, Any]) -> list[Any]:
+    value = config.get("architectures")
+    return value if isinstance(value, list) else []

@@ -1,0 +1,193 @@
+"""What makes a draft model of vLLM a SlimSpec one: the same body, with a head slot in the place of its dense head."""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import maybe_prefix
+
+from vllm_slimspec.drafters.body import Body, skipped
+from vllm_slimspec.drafters.config import flatten, known_family
+from vllm_slimspec.drafters.seams import declared_config, dense_reason, logger, without_dense_head
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.checks import check_vocabulary, count_not_finite, describe
+from vllm_slimspec.head.handover import hand_over
+from vllm_slimspec.head.slot import HeadSlot
+from vllm_slimspec.head.spec import DENSE, head_spec
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM as _Eagle3
+else:
+    _Eagle3 = object  # vllm_slimspec.drafters.served puts the family's vLLM class behind the mixin
+
+
+class LowRankDraft(_Eagle3):
+    """Mixin over vLLM's Eagle3*ForCausalLM: the same drafter body under a :class:`LowRankHead`.
+
+    vLLM calls :meth:`get_top_tokens` (fused, no logits) when ``use_local_argmax_reduction`` is on, which the plugin
+    sees to, and :meth:`compute_logits` otherwise.
+    """
+
+    # On the class, because --load-format dummy never calls load_weights, where vLLM would set it: a False here at the
+    # end of loading, and the target's head takes our head's place (vllm/v1/spec_decode, "_maybe_share_lm_head").
+    has_own_lm_head = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        speculative = vllm_config.speculative_config
+        draft = speculative.draft_model_config
+        declared = declared_config(draft.hf_config)
+        flat = flatten(declared, draft.model)
+        spec = head_spec(flat, draft.model)
+        body = Body(flat, known_family(declared, draft.model), draft.model)
+        target = vllm_config.model_config
+        check_vocabulary(spec, target.get_vocab_size(), target.model, draft.model)
+        with without_dense_head(_base(type(self))):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.spec, self.body, self.source = spec, body, draft.model
+        batch = vllm_config.scheduler_config.max_num_seqs
+        self.slot = HeadSlot(spec, batch, draft.model, maybe_prefix(prefix, "low_rank_head"))
+        self.low_rank_head = self.slot.head
+        # Without re-rank nothing here reads `lm_head`, but Model Runner V2 compares its weight with the target's.
+        self.lm_head = self.low_rank_head
+        if spec.rerank is not None and spec.rerank_rows == "own":
+            self.lm_head = ParallelLMHead(
+                spec.draft_vocab_size, spec.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            )
+            self.own_rows = weakref.ref(self.lm_head)  # weak: vLLM drops rows that are the target's, to save memory
+        elif spec.rerank is not None:
+            self.has_own_lm_head = False  # the one case where vLLM shall put the target's head into `lm_head`
+            if spec.truncated and self.low_rank_head.tp_size > 1:
+                raise CheckpointError(
+                    f'{draft.model}: lm_head_rerank_rows="target" with draft_vocab_size={spec.draft_vocab_size} below '
+                    f"vocab_size={spec.vocab_size} cannot be split over {self.low_rank_head.tp_size} tensor-parallel "
+                    "ranks; convert again with rows of its own, or serve with one rank"
+                )
+        if not spec.truncated:
+            self.draft_id_to_target_id = None  # vLLM before 0.32 keeps a map of zeros and pays a scatter for it
+        self.announced: set[str] = set()
+        logger.info("%s", _headline(self.slot, speculative))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Both runners pass here with dummy inputs before they capture graphs, and V1 meets the head itself for the
+        # first time in a live request: this is where its kernels get compiled.
+        if not self.slot.prepared and not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.slot.prepare(self.lm_head, self.draft_id_to_target_id)
+        for_head, for_next_step = super().forward(input_ids, positions, hidden_states, inputs_embeds)
+        return hand_over(for_head, hidden_states.dtype), hand_over(for_next_step, hidden_states.dtype)
+
+    def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what drafting starts from, made of the target's hidden states: [B, 3 * D] -> [B, D]."""
+        return hand_over(super().combine_hidden_states(hidden_states), hidden_states.dtype)
+
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The draft token of each row, without logits: [B, D] -> int64 [B], ids of the target's vocabulary."""
+        self._announce("fused", "the fused path (get_top_tokens)")
+        return self.slot.top_tokens(hidden_states, self.draft_id_to_target_id)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[B, D] -> [B, target vocabulary], -inf where a truncated draft vocabulary has no row. Never re-ranks."""
+        self._announce("dense", "the dense path (compute_logits)")
+        return self.slot.logits(hidden_states, self.logits_processor, self.draft_id_to_target_id)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load the head ourselves and hand the body to vLLM; refuse a drafter that is not whole and finite.
+
+        Into a running engine, whose captured graphs never pass `forward` again, any part may be loaded. In an online
+        update (vllm/model_executor/model_loader/reload) the parameters are on the meta device meanwhile, and vLLM has
+        the head laid out again when all of it is there.
+        """
+        first = not self.slot.prepared and not self.slot.in_update
+        head: dict[str, torch.Tensor] = {}
+        body: set[str] = set()
+        if first:
+            self._forget_body()
+        super().load_weights(self._take_head(weights, head, body))
+        self.slot.check(head)
+        if first:
+            self.body.check_whole(body)
+            self._check_filled("embed_tokens.weight" in body)
+        if DENSE in head:
+            if self.lm_head is not self.own_rows():
+                raise CheckpointError(
+                    f"{self.source}: {DENSE} was equal to the target's head, which serves in its place and must not "
+                    "change with the drafter; leave it out of the update, or restart the server"
+                )
+            self.lm_head.weight.weight_loader(self.lm_head.weight, head[DENSE])
+        self.slot.load(head)
+
+    def _take_head(
+        self, weights: Iterable[tuple[str, torch.Tensor]], head: dict[str, torch.Tensor], body: set[str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name in ("d2t", "t2d") or "lm_head" in name:
+                head[name] = tensor
+            elif not skipped(name):
+                self.body.check_tensor(name, *describe(tensor))
+                body.add(name)
+                yield name, tensor
+            if name == "d2t" and self.spec.truncated:
+                yield name, tensor
+
+    @torch.no_grad()
+    def _forget_body(self) -> None:
+        """Make every parameter of the body NaN, so that :meth:`_check_filled` sees what no tensor fills."""
+        for name, parameter in self._body_parameters():
+            if name != "embed_tokens.weight":  # most drafters have none, and memory that is written to is taken
+                parameter.fill_(torch.nan)
+
+    def _check_filled(self, own_embeddings: bool) -> None:
+        for name, parameter in self._body_parameters():
+            if name == "embed_tokens.weight" and not own_embeddings:
+                continue
+            if count := count_not_finite(parameter):
+                raise CheckpointError(
+                    f"{self.source}: {count} values of the parameter {name} are NaN or Inf, or were filled by no "
+                    "tensor of the drafter; look at it with `slimspec doctor`, and copy or convert it again"
+                )
+
+    def _body_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            # Only the first layer reads its hidden_norm, and drafters of several layers have only that one.
+            unread = name.endswith(".hidden_norm.weight") and not name.startswith("layers.0.")
+            if parameter.is_floating_point() and not unread:
+                yield name, parameter
+
+    def _announce(self, path: str, words: str) -> None:
+        if path not in self.announced:
+            self.announced.add(path)
+            logger.info("SlimSpec: drafting by %s", words)
+
+
+def _base(model: type) -> type:
+    """The vLLM class under the mixin."""
+    return next(c for c in model.__mro__ if c.__module__.startswith("vllm."))
+
+
+def _headline(slot: HeadSlot, speculative) -> str:
+    spec, head = slot.spec, slot.head
+    size = head.weight.element_size()
+    if speculative.use_local_argmax_reduction:
+        path = f"fused argmax ({ops.resolve_impl(head.weight.device)})"
+        if spec.rerank is not None:
+            rows = "rows of its own" if spec.rerank_rows == "own" else "the target's rows"
+            path += f", the {spec.rerank} best scored again by {rows}"
+    else:
+        path = f"dense logits, because {dense_reason(speculative) or 'use_local_argmax_reduction is false'}"
+        if spec.rerank is not None:
+            path += "; nothing is scored again"
+    rank = f"rank {spec.rank} of {spec.hidden_size}" + (f" in {spec.quantization}" if spec.quantization else "")
+    read, dense = spec.bytes(size), spec.dense_parameters * size
+    return (
+        f"SlimSpec draft head: {rank}, {spec.draft_vocab_size} of {spec.vocab_size} tokens, {read / 1e6:.1f} MB "
+        f"against {dense / 1e6:.1f} MB dense ({dense / read:.1f}x less); {path}"
+    )

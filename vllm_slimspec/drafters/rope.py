@@ -1,0 +1,80 @@
+"""The rotary embedding that a drafter's config.json means, spelled so that every reader reads the same.
+
+Configs put the base frequency beside the block of parameters or inside it, call the block ``rope_parameters`` or
+``rope_scaling``, and its type ``rope_type`` or ``type``. vLLM reads the plain layout by transformers' class of the
+model type, and speculators' layout by a bare class without defaults, so one set of keys can mean two things.
+``rope_theta`` with ``rope_scaling`` beside it means one thing in both, under every transformers that is supported.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_slimspec.errors import CheckpointError
+
+_BLOCKS = ("rope_scaling", "rope_parameters")
+_PARTIAL = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
+_ORIGINAL = "original_max_position_embeddings"
+_THETA = 10000.0  # transformers' default
+
+
+def plain_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the parameters that vLLM reads from a config in the plain layout.
+
+    Raises:
+        CheckpointError: they are none that vLLM could read.
+    """
+    return _parameters(config, config.get("rope_scaling") or config.get("rope_parameters"), where)
+
+
+def speculators_rope(layer: Mapping[str, Any], silent_theta: float, where: str) -> dict[str, Any]:
+    """Return the parameters that vLLM reads from the ``transformer_layer_config`` of speculators' layout.
+
+    Args:
+        layer: that block.
+        silent_theta: vLLM's base frequency where the block says nothing of its rope.
+        where: how errors name the file.
+
+    Raises:
+        CheckpointError: they are none that vLLM could read.
+    """
+    named = [key for key in layer if key in _BLOCKS]
+    if not named and layer.get("rope_theta") is None:
+        return {"rope_theta": silent_theta, "rope_type": "default"}
+    # There both names are one attribute, so the later of them is what counts.
+    return _parameters(layer, layer[named[-1]] if named else None, where)
+
+
+def rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of config.json that give these parameters in either layout."""
+    block = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    theta = {"rope_theta": parameters["rope_theta"]}
+    return theta if block == {"rope_type": "default"} else theta | {"rope_scaling": block}
+
+
+def without_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config without the keys that :func:`rope_keys` replaces."""
+    return {k: v for k, v in config.items() if k not in ("rope_theta", *_BLOCKS, *_PARTIAL)}
+
+
+def _parameters(config: Mapping[str, Any], block: Any, where: str) -> dict[str, Any]:
+    if block is not None and not isinstance(block, Mapping):
+        raise CheckpointError(f"{where}: the rope parameters are {block!r}, must be a JSON object; correct them")
+    parameters = dict(block or {})
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            raise CheckpointError(
+                f"{where}: the rope parameters have a block {name} of their own, which vLLM's drafters do not read; "
+                f"move its keys up to where {name} is"
+            )
+    theta = config.get("rope_theta")
+    parameters.setdefault("rope_theta", _THETA if theta is None else theta)
+    theta = parameters["rope_theta"]
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+        raise CheckpointError(f"{where}: rope_theta={theta!r} must be a number above 0; correct it")
+    partial = next((config[key] for key in _PARTIAL if config.get(key) is not None), None)
+    if partial is not None:
+        parameters.setdefault("partial_rotary_factor", partial)
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    if config.get(_ORIGINAL) is not None and parameters["rope_type"] in ("llama3", "yarn", "longrope", "su"):
+        parameters[_ORIGINAL] = config[_ORIGINAL]  # it wins over the block's
+    return parameters

@@ -1,0 +1,42 @@
+"""What the plugin and the draft models both ask of vLLM's configuration and of its model classes."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# vLLM configures the loggers below its own name only, in every process it starts.
+logger = logging.getLogger("vllm.slimspec")
+
+
+def declared_config(hf_config: Any) -> dict[str, Any]:
+    """Return a drafter's config.json as vLLM holds it; transformers leaves the architectures out of its mapping."""
+    return hf_config.to_dict() | {"architectures": list(hf_config.architectures)}
+
+
+def dense_reason(speculative_config: Any) -> str | None:
+    """Why this engine needs the drafter's logits and not only the best id of each row; None if it does not."""
+    if getattr(speculative_config, "draft_sample_method", "greedy") != "greedy":
+        return f"draft_sample_method={speculative_config.draft_sample_method} samples from them"
+    for field in ("enable_adaptive_verification", "use_heterogeneous_vocab"):
+        if getattr(speculative_config, field, False):
+            return f"{field} reads them"
+    return None
+
+
+@contextmanager
+def without_dense_head(model: type) -> Iterator[None]:
+    """Within it, ``model.__init__`` allocates no [V, D] head, which Eagle3*ForCausalLM builds first, for us to drop."""
+    import torch
+
+    module = sys.modules[model.__module__]
+    original = getattr(module, "ParallelLMHead", None)
+    if original is None:  # a vLLM that builds it elsewhere: the allocation is transient, the result the same
+        yield
+        return
+    module.ParallelLMHead = lambda *args, **kwargs: torch.nn.Identity()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.ParallelLMHead = original  # type: ignore[attr-defined]

@@ -1,0 +1,245 @@
+"""Every public form of an EAGLE-3 drafter, read as one: a config in this package's format, a body, and a dense head.
+
+    EAGLE, SafeAILab       midlayer.*, lm_head.weight of its own, d2t and t2d
+    SpecForge              the same; d2t and t2d also where they map nothing
+    speculators            layers.0.*, keys of the layer in transformer_layer_config, lm_head.weight (the target's rows)
+    no head                either body; the head is the target's
+    TorchSpec, SlimSpec    lm_head.down.weight and lm_head.up.weight: low-rank already, passed through
+
+Letters: D hidden size of the drafter, V its vocabulary.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vllm_slimspec.common.files import TensorInfo, check_tokenizer
+from vllm_slimspec.drafters.body import in_body
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.config import known_family
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.checks import check_finite
+from vllm_slimspec.head.spec import DOWN, HEAD_KEYS, SCALE, UP, head_sizes
+from vllm_slimspec.head.vocabulary import target_ids
+from vllm_slimspec.target import Target, fetch
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 8192
+_MAX_RESIDUAL = 0.1  # of a least-squares map, relative, on rows that it was not fitted to, less their mean
+_NOT_OURS = (
+    "transformer_layer_config",
+    "speculators_config",
+    "speculators_model_type",
+    "speculators_version",
+    "auto_map",
+)
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """A drafter with a dense head, whatever form it came in."""
+
+    path: Path
+    config: dict[str, Any]  # ours, without the keys of the head
+    body: dict[str, TensorInfo]  # what stays as it is
+    head: torch.Tensor  # [V, D]
+    factors: tuple[torch.Tensor, torch.Tensor] | None  # down [R, D], up [V, R] of one that is low-rank already
+    d2t: torch.Tensor | None  # int64 [V], None where draft ids are the target's
+    target_rows: bool  # whether the head was tested to be the target's rows (False: or not tested)
+
+    @classmethod
+    def open(cls, drafter: str | os.PathLike[str], target: Target | None = None) -> "Drafter":
+        """Read a drafter from a folder or the Hugging Face hub (safetensors only).
+
+        Args:
+            drafter: folder or repository id.
+            target: checked against the drafter, and compared with its head; needed where the drafter has no head.
+
+        Raises:
+            CheckpointError: no drafter, or not of this target.
+        """
+        path = fetch(drafter, ["*.json", "*.safetensors"])
+        if path != Path(drafter) and not any(path.glob("*.safetensors")):
+            raise CheckpointError(_no_safetensors(str(drafter)))
+        checkpoint = DraftCheckpoint.open(path)
+        where = str(checkpoint.path)
+        config = normalized(checkpoint)
+        known_family(config, f"{where}/config.json")
+        sizes = head_sizes(config, f"{where}/config.json")
+        if target is not None:
+            _check_target(checkpoint, config, target)
+        d2t = checkpoint.load("d2t").long() if sizes.truncated else None  # SpecForge writes maps that map nothing, too
+        ids = None if d2t is None else target_ids(d2t)
+        factors = None if checkpoint.spec is None else (checkpoint.load(DOWN), checkpoint.load(UP))
+        if SCALE in checkpoint.tensors:
+            raise CheckpointError(f"{where}: its factors are quantized; convert the drafter that they were made from")
+        stored = checkpoint.dense_head if factors is None else None
+        if stored is not None:
+            head = stored.read(checkpoint.load)
+        elif factors is not None:
+            head = (factors[1].float() @ factors[0].float()).to(factors[0].dtype)
+        elif target is None:
+            raise CheckpointError(f"{where}: has no lm_head.weight, so its head is the target's; give --target")
+        else:
+            head = target.head()
+            head = head if ids is None else head[ids]
+        if head.shape[1] != sizes.hidden_size:
+            raise CheckpointError(
+                f"{where}: the head is {list(head.shape)}, must be [V, {sizes.hidden_size}] as hidden_size says; give "
+                "the target that this drafter was made for"
+            )
+        config["draft_vocab_size"] = len(head)
+        check_finite("lm_head", head, where)
+        checkpoint.check_values()
+        body = {name: info for name, info in checkpoint.tensors.items() if in_body(name)}
+        same = target is not None and factors is None and _is_target_rows(head, target, ids)
+        return cls(checkpoint.path, config, body, head, factors, d2t, same)
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """int64 [V], the target id of each draft id; None where they are the same."""
+        return None if self.d2t is None else target_ids(self.d2t)
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes that a draft step reads besides the head."""
+        return sum(info.nbytes for name, info in self.body.items() if not name.startswith("embed_tokens"))
+
+    def body_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that conversion leaves alone."""
+        for name, info in self.body.items():
+            with safe_open(str(info.file), framework="pt") as handle:
+                yield name, handle.get_tensor(name)
+
+    def full_vocabulary(self, target: Target) -> tuple["Drafter", float]:
+        """This drafter with a row for every token of the target.
+
+        Where the head is the target's rows, the rest are taken from there. Otherwise the least-squares map M with
+        head ~ target[ids] M, both without their means, makes them, and the rows that are there stay as they are.
+
+        Returns:
+            the drafter, and the map's relative residual on rows that it was not fitted to (0 without a map).
+
+        Raises:
+            CheckpointError: the residual is too large for a map to mean anything.
+        """
+        if self.ids is None:
+            return self, 0.0
+        source, residual = target.head(), 0.0
+        if self.target_rows:
+            head = source.to(self.head.dtype)
+        else:
+            head, residual = _mapped(self.head, source, self.ids)
+            logger.warning("--vocab full: rows made by a least-squares map, residual %.3f", residual)
+            if residual > _MAX_RESIDUAL:
+                raise CheckpointError(
+                    f"{self.path}: no linear map takes the target's head to this one (residual {residual:.2f}, "
+                    f"allowed is {_MAX_RESIDUAL}); keep the vocabulary with --vocab keep"
+                )
+        config = self.config | {"draft_vocab_size": len(head)}
+        return Drafter(self.path, config, self.body, head, None, None, self.target_rows), residual
+
+    def truncated(self, keep: torch.Tensor) -> "Drafter":
+        """This drafter with only these draft ids, int64 [N], ascending."""
+        if len(keep) == len(self.head):
+            return self
+        ids = keep if self.ids is None else self.ids[keep]
+        config = self.config | {"draft_vocab_size": len(keep)}
+        d2t = ids - torch.arange(len(keep))
+        return Drafter(self.path, config, self.body, self.head[keep], None, d2t, self.target_rows)
+
+
+def _no_safetensors(name: str) -> str:
+    """What to do with a repository that nothing can be read from without running it."""
+    return (
+        f"{name}: has no safetensors on the Hugging Face hub; pickled weights can run code and are not opened: "
+        f"convert them where you trust them, and give the folder: hf download {name} "
+        '--local-dir drafter && cd drafter && python -c "import torch, safetensors.torch as s; s.save_file(torch.load('
+        "'pytorch_model.bin', weights_only=True), 'model.safetensors')\""
+    )
+
+
+def normalized(checkpoint: DraftCheckpoint) -> dict[str, Any]:
+    """config.json as this package writes it, without the keys of the head."""
+    config = checkpoint.flat
+    eagle, ids = config.get("eagle_config"), "eagle_aux_hidden_state_layer_ids"
+    nested = (eagle.get(ids) or eagle.get("layer_ids")) if isinstance(eagle, dict) else None
+    if nested and not config.get(ids):
+        config[ids] = nested  # where vLLM looks next, each runner for one of the two names, and trainers do not
+    return {k: v for k, v in config.items() if k not in (*_NOT_OURS, *HEAD_KEYS)} | {"tie_word_embeddings": False}
+
+
+def _check_target(checkpoint: DraftCheckpoint, config: dict[str, Any], target: Target) -> None:
+    where, layers = str(checkpoint.path), target.config.get("num_hidden_layers")
+    checkpoint.check_sizes(target.hidden_size, layers if isinstance(layers, int) else None, target.name)
+    if config["vocab_size"] != target.vocab_size:
+        raise CheckpointError(
+            f"{where}: vocab_size={config['vocab_size']} but {target.name} has {target.vocab_size}; "
+            "give the target that this drafter was made for"
+        )
+    check_tokenizer(Path(where))
+    tokenizers = [_vocabulary(folder / "tokenizer.json") for folder in (Path(where), target.path)]
+    if all(tokenizers) and tokenizers[0] != tokenizers[1]:
+        raise CheckpointError(
+            f"{where}: its tokenizer is not that of {target.name}; give the target that it was made for"
+        )
+
+
+def _vocabulary(tokenizer: Path) -> dict[str, int] | None:
+    if not tokenizer.is_file():
+        return None
+    try:
+        return json.loads(tokenizer.read_bytes())["model"].get("vocab")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{tokenizer}: describes no tokenizer ({error!r}); copy the file again") from None
+
+
+def _is_target_rows(head: torch.Tensor, target: Target, ids: torch.Tensor | None) -> bool:
+    if head.shape[1] != target.hidden_size:
+        return False
+    try:
+        rows = target.head()
+        if not target.head_is_plain:
+            return False
+    except CheckpointError as error:  # of a quantized target, say: the drafter's own rows are as good
+        logger.warning("the head is taken to be the drafter's own, for the target's cannot be compared: %s", error)
+        return False
+    ids = torch.arange(len(rows)) if ids is None else ids
+    pieces = zip(head.split(_CHUNK), ids.split(_CHUNK), strict=True)
+    return len(head) == len(ids) and all(torch.equal(h, rows[i].to(h.dtype)) for h, i in pieces)
+
+
+def _mapped(head: torch.Tensor, source: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """``source`` [vocab, D'] mapped to the space of ``head`` [V, D], with the rows ``ids`` as they are in ``head``."""
+    fitted = torch.arange(len(ids)) % 10 != 0  # a tenth of the rows judges the map
+    wide = source.shape[1]
+    # Centered: rows share a large mean, by which a map that says nothing about any of them explains them all.
+    mean_x, mean_y = _mean(source, ids[fitted]), _mean(head, fitted.nonzero()[:, 0])
+    gram = torch.zeros(wide, wide, dtype=torch.float64)
+    cross = torch.zeros(wide, head.shape[1], dtype=torch.float64)
+    for rows in fitted.nonzero()[:, 0].split(_CHUNK):
+        x = source[ids[rows]].double() - mean_x
+        gram += x.T @ x
+        cross += x.T @ (head[rows].double() - mean_y)
+    gram.diagonal().add_(1e-9 * gram.diagonal().mean())
+    linear = torch.linalg.solve(gram, cross)
+    judged = (~fitted).nonzero()[:, 0]
+    truth = head[judged].double() - mean_y
+    residual = float(((source[ids[judged]].double() - mean_x) @ linear - truth).norm() / truth.norm())
+    mapped = torch.cat([((r.double() - mean_x) @ linear + mean_y).to(head.dtype) for r in source.split(_CHUNK)])
+    mapped[ids] = head
+    return mapped, residual
+
+
+def _mean(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Of these rows, float64 [width]."""
+    parts = [matrix[piece].sum(0, dtype=torch.float64) for piece in rows.split(_CHUNK)]
+    return torch.stack(parts).sum(0) / len(rows)

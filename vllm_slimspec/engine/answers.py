@@ -1,0 +1,175 @@
+"""A target's answers, alone or with a drafter, from a vLLM engine in a process of its own.
+
+An engine does not give all of its memory back, so each one gets a process, and a file with what it found. A file that
+was made by the same question is read instead of asking again: what was killed goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from vllm_slimspec.common.cores import every_core
+from vllm_slimspec.common.output import write_whole
+from vllm_slimspec.common.process import how_it_ended, last_words, run_ticking
+from vllm_slimspec.common.progress import counted, progress
+from vllm_slimspec.engine.acceptance import Acceptance, from_engine
+
+_TOP = 8  # log-probabilities kept of the target alone
+
+
+class EngineError(ChildProcessError):
+    """An engine did not come through; the message names its log."""
+
+
+class Question(BaseModel):
+    """What one engine is asked. ``drafter`` is None for the target alone."""
+
+    target: str
+    drafter: str | None
+    num_speculative_tokens: int
+    prompts: list[list[int]]
+    temperatures: list[float]
+    max_tokens: int
+    ignore_eos: bool
+    engine: dict[str, Any]  # arguments of vllm.LLM
+
+
+class Answers(BaseModel):
+    """All prompts at one temperature, in their order."""
+
+    tokens: list[list[int]]
+    accepted: list[Acceptance] | None  # None for the target alone
+    top: list[list[dict[int, float]]] | None  # its best tokens' log-probabilities, of the target alone
+
+
+class Found(BaseModel):
+    """What one engine answered, an entry for each temperature."""
+
+    made_from: str
+    device: str
+    dtype: str
+    answers: list[Answers]
+
+
+def ask(question: Question, file: Path) -> Found:
+    """Start an engine, ask it, and keep what it answers in ``file`` (its log beside it).
+
+    Raises:
+        EngineError: the engine failed.
+    """
+    made_from = hashlib.sha256(question.model_dump_json().encode() + _fingerprint(question)).hexdigest()
+    if file.is_file():
+        found = Found.model_validate_json(file.read_text())
+        if found.made_from == made_from:
+            return found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    asked, log = file.with_suffix(".question"), file.with_suffix(".log")
+    asked.write_text(question.model_dump_json())
+    count = len(question.prompts) * len(question.temperatures)
+    with progress(f"vLLM, {file.stem}", count, "answer") as shown:
+        code = run_ticking([__name__, str(asked), str(file), made_from], log, shown.update)
+    asked.unlink()
+    if code:
+        raise EngineError(f"vLLM {how_it_ended(code)} {last_words(log)}")
+    return Found.model_validate_json(file.read_text())
+
+
+def _run(question: Question, answered: Callable[[int], Any]) -> tuple[Any, list[Answers]]:
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    options: dict[str, Any] = {"enable_prefix_caching": False, "disable_log_stats": False} | question.engine
+    # Since vLLM 0.32; before, prompts are asked one by one and the engine's counters are read after each.
+    by_request = "per_request_spec_decode_metrics" in {field.name for field in fields(EngineArgs)}
+    if question.drafter is not None:
+        options["speculative_config"] = {
+            "method": "eagle3",
+            "model": question.drafter,
+            "num_speculative_tokens": question.num_speculative_tokens,
+        }
+        if by_request:
+            options["per_request_spec_decode_metrics"] = "summary"
+    with every_core():
+        llm = LLM(model=question.target, **options)
+    return llm, [_ask(llm, question, temperature, by_request, answered) for temperature in question.temperatures]
+
+
+def _ask(llm: Any, question: Question, temperature: float, by_request: bool, answered: Callable[[int], Any]) -> Answers:
+    from vllm import SamplingParams
+
+    def generate(places: Sequence[int]) -> list[Any]:
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                seed=place if temperature else None,
+                max_tokens=question.max_tokens,
+                ignore_eos=question.ignore_eos,
+                detokenize=False,
+                logprobs=_TOP if question.drafter is None and not temperature else None,
+            )
+            for place in places
+        ]
+        prompts = [{"prompt_token_ids": question.prompts[place]} for place in places]
+        return [request.outputs[0] for request in llm.generate(prompts, params, use_tqdm=counted(answered))]
+
+    everything = range(len(question.prompts))
+    accepted: list[Acceptance] | None = None
+    if question.drafter is None or by_request:
+        outputs = generate(everything)
+        if question.drafter is not None:
+            accepted = [_of_histogram(output.spec_decode_metrics.histogram) for output in outputs]
+    else:
+        outputs, accepted, before = [], [], from_engine(llm)
+        for place in everything:
+            outputs += generate([place])
+            after = from_engine(llm)
+            accepted.append(after - before)
+            before = after
+    top = None
+    if question.drafter is None and not temperature:
+        top = [[{t: entry.logprob for t, entry in place.items()} for place in o.logprobs] for o in outputs]
+    return Answers(tokens=[list(output.token_ids) for output in outputs], accepted=accepted, top=top)
+
+
+def _of_histogram(cycles: Sequence[int]) -> Acceptance:
+    """From the number of cycles in which 0, 1, ... K drafts were accepted."""
+    at_least = [sum(cycles[j:]) for j in range(1, len(cycles))]
+    return Acceptance(sum(cycles), sum(at_least), tuple(at_least))
+
+
+def _fingerprint(question: Question) -> bytes:
+    """Changes with the files of the models, where they are folders."""
+    marks: list[Mapping[str, Any]] = []
+    for model in filter(None, (question.target, question.drafter)):
+        for file in sorted(Path(model).glob("*")) if Path(model).is_dir() else ():
+            state = file.stat()
+            marks.append({"name": file.name, "size": state.st_size, "time": state.st_mtime_ns})
+    return json.dumps(marks).encode()
+
+
+def main() -> None:
+    """In the process of one engine: QUESTION FOUND MADE_FROM DESCRIPTOR, which gets a byte for every answer."""
+    asked, file, made_from, ticks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    # On a CPU: not most of the machine's memory for the cache, and no process for the model beside this one.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    import torch
+
+    from vllm_slimspec.common.device import device_name
+
+    device = device_name(torch.accelerator.current_accelerator() or torch.device("cpu"))  # before vLLM sets threads
+    llm, answers = _run(Question.model_validate_json(asked.read_text()), lambda count: os.write(ticks, b"." * count))
+    dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
+    found = Found(made_from=made_from, device=device, dtype=dtype, answers=answers)
+    write_whole(file, lambda part: part.write_text(found.model_dump_json()))
+
+
+if __name__ == "__main__":
+    main()

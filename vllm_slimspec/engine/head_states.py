@@ -1,0 +1,329 @@
+"""Head states on disk: the exact inputs of a draft head, with what the target wanted there.
+
+    index.json                 {"format": 1, "D", "dtype", "K", "target", "drafter", "sha256s", "rows"}
+    states-NNNNN.safetensors   hidden [N, D]; step uint8, doc int32, pos int32, next_token int64, all [N];
+                               tokens int64 [T] and documents int64 [n, 3] (doc, its tokens, those of the prompt)
+
+A row is the head's input at draft step ``step`` (0 to K - 1), when it drafts the token at place ``pos`` of document
+``doc``; ``next_token`` is the target's own greedy token there (-1: unknown). The drafter was fed the target's greedy
+tokens before it, so rows (pos, 0), (pos + 1, 1), ... are one cycle that starts at ``pos``, on an accepted prefix.
+Files from elsewhere need index.json with ``format`` and ``hidden`` only; the folder of a collection that did not end
+has no index.json.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vllm_slimspec.common import memory
+from vllm_slimspec.common.files import save_tensors
+from vllm_slimspec.common.output import write_whole
+from vllm_slimspec.errors import CheckpointError
+
+FORMAT = 1
+_HELD_OUT = 5  # one document in five
+_BLOCK = 256  # rows that stand for a document where `doc` is not recorded
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COLUMNS = {"step": torch.uint8, "doc": torch.int32, "pos": torch.int32, "next_token": torch.int64}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a collection, of any split: ``hidden`` [N, D] and the columns, int64 [N] or None."""
+
+    hidden: torch.Tensor
+    doc: torch.Tensor
+    step: torch.Tensor | None = None
+    pos: torch.Tensor | None = None
+    next_token: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, index: Any) -> "Rows":
+        columns = (self.step, self.pos, self.next_token)
+        step, pos, next_token = (None if c is None else c[index] for c in columns)
+        return Rows(self.hidden[index], self.doc[index], step, pos, next_token)
+
+
+@dataclass(frozen=True)
+class Document:
+    """What was answered, and how: a prompt and the target's greedy answer."""
+
+    number: int
+    tokens: list[int]  # the prompt and the answer
+    prompt: int  # tokens of the prompt
+
+
+@dataclass(frozen=True)
+class HeadStates:
+    """A folder of head states, checked, read one file at a time: memory is one file's rows."""
+
+    path: Path
+    index: dict[str, Any]
+    files: tuple[Path, ...]
+    hidden_size: int
+    dtype: torch.dtype
+    rows: int
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "HeadStates":
+        """Read the index and the headers, and sum up the files: ``index["sha256s"]`` is of what is there.
+
+        Raises:
+            CheckpointError: not a folder of head states, another format, or a file that is not what was written.
+        """
+        path = Path(folder)
+        index = _read_index(path)
+        files = tuple(sorted(path.glob("states-*.safetensors")))
+        if not files:
+            raise CheckpointError(f"{path}: holds no states-*.safetensors; give the folder of a collection")
+        listed, sums = index.get("sha256s"), {file.name: sha256(file) for file in files}
+        if listed and set(listed) != set(sums):
+            raise CheckpointError(f"{path}: its files are not those that index.json lists; copy the folder again")
+        shapes = []
+        for file in files:
+            if listed and sums[file.name] != listed[file.name]:
+                raise CheckpointError(f"{file}: not the file that index.json describes (sha256); copy it again")
+            shapes.append(_check_file(file))
+        if len({(dtype, size) for _, size, dtype in shapes}) != 1:
+            raise CheckpointError(f"{path}: files differ in hidden size or dtype; keep those of one collection")
+        index["sha256s"] = sums
+        return cls(path, index, files, shapes[0][1], shapes[0][2], sum(rows for rows, _, _ in shapes))
+
+    @property
+    def steps(self) -> int | None:
+        """K, the draft steps of a cycle, where it was recorded."""
+        return self.index.get("K")
+
+    def check_head(self, hidden_size: int, drafter: str) -> None:
+        """Refuse states of another width than the head's.
+
+        Raises:
+            CheckpointError: the sizes differ.
+        """
+        if self.hidden_size != hidden_size:
+            raise CheckpointError(
+                f"{self.path}: states have {self.hidden_size} numbers but the head of {drafter} takes {hidden_size}; "
+                "give the states of this drafter"
+            )
+
+    def read(self, held_out: bool) -> Iterator[Rows]:
+        """The rows of one split, a file at a time: one document in five is held out.
+
+        Raises:
+            CheckpointError: a state is NaN or Inf.
+        """
+        before = 0
+        for file in self.files:
+            with safe_open(str(file), framework="pt") as handle:
+                names = set(handle.keys())
+                columns = {name: handle.get_tensor(name).long() for name in _COLUMNS if name in names}
+                hidden = handle.get_tensor("hidden")
+            if not bool(torch.isfinite(hidden).all()):
+                bad = int((~torch.isfinite(hidden)).any(1).nonzero()[0])
+                raise CheckpointError(f"{file}: row {bad} holds NaN or Inf; collect the states again")
+            doc = columns.pop("doc", None)
+            rows = Rows(hidden, (before + torch.arange(len(hidden))) // _BLOCK if doc is None else doc, **columns)
+            before += len(hidden)
+            yield rows[(rows.doc % _HELD_OUT == 0) == held_out]
+
+    def sample(self, held_out: bool, limit: int) -> Rows:
+        """About ``limit`` rows of one split, as whole documents spread over the collection (all, if there are fewer).
+
+        Raises:
+            CheckpointError: the split is empty.
+        """
+        documents = sorted({d for rows in self._documents() for d in rows if (d % _HELD_OUT == 0) == held_out})
+        if not documents:
+            raise CheckpointError(
+                f"{self.path}: all {self.rows} states are of one split; collect from at least {_HELD_OUT + 1} documents"
+            )
+        share = min(1.0, limit / (self.rows * (1 / _HELD_OUT if held_out else 1 - 1 / _HELD_OUT)))
+        count = max(1, round(share * len(documents)))
+        chosen = torch.tensor([documents[i * len(documents) // count] for i in range(count)])
+        parts = [rows[torch.isin(rows.doc, chosen)] for rows in self.read(held_out)]
+        return concatenate([rows for rows in parts if len(rows)])
+
+    def documents(self, held_out: bool) -> list[Document]:
+        """The documents of one split that were answered to record the states.
+
+        Raises:
+            CheckpointError: they were not kept.
+        """
+        found = []
+        for file in self.files:
+            with safe_open(str(file), framework="pt") as handle:
+                if "documents" not in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    raise CheckpointError(
+                        f"{file}: the answers are not beside the states; record them again with --calibration"
+                    )
+                sizes, tokens = handle.get_tensor("documents"), handle.get_tensor("tokens")
+            parts = tokens.split(sizes[:, 1].tolist())
+            found += [
+                Document(number, part.tolist(), prompt)
+                for (number, _, prompt), part in zip(sizes.tolist(), parts, strict=True)
+            ]
+        return [document for document in found if (document.number % _HELD_OUT == 0) == held_out]
+
+    def _documents(self) -> Iterator[list[int]]:
+        before = 0
+        for file in self.files:
+            with safe_open(str(file), framework="pt") as handle:
+                count = handle.get_slice("hidden").get_shape()[0]
+                known = "doc" in handle.keys()  # noqa: SIM118 - a safetensors handle is no mapping
+                doc = handle.get_tensor("doc").long() if known else (before + torch.arange(count)) // _BLOCK
+            before += count
+            yield doc.unique().tolist()
+
+
+def concatenate(parts: list[Rows]) -> Rows:
+    """The rows of all parts, in order; a column is kept where every part has it."""
+
+    def column(name: str) -> torch.Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if any(c is None for c in found) else torch.cat(found)
+
+    doc = torch.cat([part.doc for part in parts])
+    return Rows(torch.cat([p.hidden for p in parts]), doc, column("step"), column("pos"), column("next_token"))
+
+
+def common(one: Rows, other: Rows) -> tuple[Rows, Rows]:
+    """The rows of both at the places and draft steps that both have, in one order; the columns must be known."""
+    keys = []
+    for rows in (one, other):
+        assert rows.pos is not None
+        assert rows.step is not None
+        keys.append((rows.doc << 40) + (rows.pos << 8) + rows.step)
+    order = [key.argsort() for key in keys]
+    keep = [torch.isin(keys[i][order[i]], keys[1 - i]) for i in (0, 1)]
+    return one[order[0][keep[0]]], other[order[1][keep[1]]]
+
+
+class StatesWriter:
+    """Writes a collection group by group; a run that was killed goes on with the first group that is not there.
+
+    ``recipe`` is what makes two runs the same collection; a folder begun with another one is refused.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], recipe: dict[str, Any]) -> None:
+        self.path, self._recipe = Path(folder), recipe
+        if self.complete:
+            found = {key: value for key, value in _read_index(self.path).items() if key in recipe}
+        elif (self.path / "recipe.json").is_file():
+            found = json.loads((self.path / "recipe.json").read_text(encoding="utf-8"))
+        elif self.path.exists() and (not self.path.is_dir() or any(self._others())):
+            raise CheckpointError(f"{self.path}: holds other files; remove them or choose another folder")
+        else:
+            return
+        # A model is the same under another name or path: what counts are the fingerprints beside the names.
+        changed = sorted(key for key in recipe if found.get(key) != recipe[key] and f"{key}_fingerprint" not in recipe)
+        if changed:
+            values = ", ".join(f"{key} ({found.get(key)!r} there, {recipe[key]!r} now)" for key in changed)
+            raise CheckpointError(f"{self.path}: begun with other values of {values}; remove it or choose another")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole collection is there."""
+        return (self.path / "index.json").is_file()
+
+    def has(self, group: int) -> bool:
+        """Whether this group was written."""
+        return self._file(group).is_file()
+
+    def write(self, group: int, rows: Rows, documents: Sequence[Document] = ()) -> None:
+        """Keep the rows of a group, which may be none, and what they are of; the first one makes the folder."""
+        if not (self.path / "recipe.json").is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self._recipe)
+            write_whole(self.path / "recipe.json", lambda part: part.write_text(text, encoding="utf-8"))
+        tensors = {"hidden": rows.hidden.contiguous()}
+        for name, dtype in _COLUMNS.items():
+            tensors[name] = getattr(rows, name).to(dtype).contiguous()
+        tensors["tokens"] = torch.tensor([token for d in documents for token in d.tokens], dtype=torch.long)
+        tensors["documents"] = torch.tensor(
+            [[d.number, len(d.tokens), d.prompt] for d in documents], dtype=torch.long
+        ).view(-1, 3)
+        write_whole(self._file(group), lambda part: save_tensors(tensors, part))
+
+    def count(self) -> int:
+        """Rows written so far, by this run and those before it."""
+        return sum(_check_file(file)[0] for file in self.path.glob("states-*.safetensors"))
+
+    def finish(self) -> HeadStates:
+        """Write the index: from now on this is a collection."""
+        files = sorted(self.path.glob("states-*.safetensors"))
+        shapes = [_check_file(file) for file in files]
+        index = {
+            **self._recipe,
+            "format": FORMAT,
+            "D": shapes[0][1],
+            "dtype": str(shapes[0][2]).removeprefix("torch."),
+            "rows": sum(rows for rows, _, _ in shapes),
+            "sha256s": {file.name: sha256(file) for file in files},
+        }
+        write_whole(
+            self.path / "index.json", lambda part: part.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        )
+        return HeadStates.open(self.path)
+
+    def _others(self) -> Iterator[Path]:
+        """Files that no run of this class left there, killed or not."""
+        return (file for file in self.path.iterdir() if not file.name.endswith(".partial"))
+
+    def _file(self, group: int) -> Path:
+        return self.path / f"states-{group:05d}.safetensors"
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    file = path / "index.json"
+    if not file.is_file():
+        begun = (path / "recipe.json").is_file()
+        raise CheckpointError(
+            f"{path}: the collection did not end; run the same command again"
+            if begun
+            else f"{file}: no such file; give a folder of head states (index.json, states-*.safetensors)"
+        )
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the folder again") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise CheckpointError(f"{file}: format {found!r} is not known, {FORMAT} is; collect the states again")
+    return index
+
+
+def _check_file(file: Path) -> tuple[int, int, torch.dtype]:
+    """Rows, D and dtype from the header."""
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            header = {name: (part.get_dtype(), list(part.get_shape())) for name, part in parts.items()}
+    except Exception as error:  # safetensors raises its own and plain OSErrors
+        memory.raise_if_ran_out(error, file)
+        raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
+    dtype, shape = header.get("hidden", ("nothing", []))
+    if dtype not in _DTYPES or len(shape) != 2:
+        raise CheckpointError(
+            f"{file}: hidden is {dtype} {shape}, must be {', '.join(_DTYPES)} [N, D]; save it as one of these"
+        )
+    for name in _COLUMNS.keys() & header.keys():
+        if header[name][1] != shape[:1] or not header[name][0].startswith(("I", "U")):
+            raise CheckpointError(
+                f"{file}: {name} is {header[name]}, must be integers [{shape[0]}], one a row of hidden; save it so"
+            )
+    return shape[0], shape[1], _DTYPES[dtype]

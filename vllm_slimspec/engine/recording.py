@@ -1,0 +1,348 @@
+"""Head states from the real engine: the target and the stock drafter in vLLM, watched at the draft head.
+
+Each document is answered by the target, greedily. It is then asked again K + 1 times, from K + 1 neighboring places of
+that answer, with the draft head's own answers replaced by the tokens that the target is known to want. Every draft is
+then accepted, each request moves K + 1 places a cycle, and together they start a cycle at every place of the answer. So
+every recorded state has the prefix it would have in service, where a draft step is reached only if all before it were
+accepted; and from the states of every place, the walk of any head through the documents can be followed exactly.
+"""
+
+import gc
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from vllm_slimspec.common.cores import every_core
+from vllm_slimspec.common.progress import counting, progress
+from vllm_slimspec.common.work_dtype import Asked, engine_options
+from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
+from vllm_slimspec.engine.prompts import one_line, open_tokenizer, read_prompts, tokenize
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.target import fingerprint
+
+_DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_KEPT = "what was recorded is kept, run it again"
+
+
+def collect(
+    target: str | Path,
+    drafter: str | Path,
+    prompts: str | Path,
+    folder: str | Path,
+    *,
+    k: int = 5,
+    max_tokens: int = 256,
+    max_states: int = 100_000,
+    engine: dict[str, Any] | None = None,
+    dtype: Asked = "auto",
+) -> HeadStates:
+    """Record head states while the target answers prompts; a run that was killed goes on where it was.
+
+    Args:
+        target: Hugging Face folder or id.
+        drafter: an EAGLE-3 drafter that vLLM serves: its head's *inputs* are kept, whatever the head.
+        prompts: JSONL, see :mod:`vllm_slimspec.engine.prompts`. They are asked in a random order, always the same one:
+            files are often sorted, and ``max_states`` comes long before their end. Documents have the file's numbers.
+        folder: where the states go.
+        k: draft steps of a cycle, as it will be served.
+        max_tokens: of each answer, at most.
+        max_states: stop after the group of documents that reaches it.
+        engine: arguments of ``vllm.LLM``.
+        dtype: what both models compute in, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
+
+    Raises:
+        CheckpointError: the prompts are no use, the folder holds something else, nothing could be recorded, or vLLM
+            failed.
+    """
+    check_engine(engine or {})
+    rows = read_prompts(Path(prompts))
+    recipe = {
+        **_models(target, drafter),
+        "prompts_sha256": sha256(Path(prompts)),
+        "order": "random",
+        "K": k,
+        "max_tokens": max_tokens,
+        "max_states": max_states,
+    }
+    writer = StatesWriter(folder, recipe)
+    if writer.complete:
+        return HeadStates.open(folder)
+    options = engine or {}
+    vocab_size, max_model_len = limits(target, options)
+    # An engine that stops after max_tokens has drafted up to k - 1 tokens beyond them.
+    length = max_model_len - max_tokens - 2 * k
+    tokenizer = open_tokenizer(rows, str(options.get("tokenizer", target)))
+    documents = tokenize(rows, tokenizer, vocab_size, length, Path(prompts))
+    order = random.Random(0).sample([*enumerate(documents)], len(documents))
+    with _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states")) as llm:
+        watcher = _Watcher(llm, k)
+        with progress("Head states", max_states, "state", done=writer.count()) as shown:
+            for group, first in enumerate(range(0, len(order), _DOCUMENTS)):
+                if not writer.has(group):
+                    answered = _answer(llm, order[first : first + _DOCUMENTS], max_tokens + k - 1)
+                    writer.write(group, watcher.record(llm, answered), answered)
+                recorded = writer.count()
+                shown.reach(recorded)
+                if recorded >= max_states:
+                    break
+    if not writer.count():
+        raise CheckpointError(
+            f"{prompts}: the target answered with fewer than {k} tokens everywhere, so there is no draft to watch; "
+            "give other prompts"
+        )
+    return writer.finish()
+
+
+def collect_again(
+    target: str | Path,
+    drafter: str | Path,
+    documents: Sequence[Document],
+    folder: str | Path,
+    *,
+    k: int,
+    engine: dict[str, Any] | None = None,
+    dtype: Asked = "auto",
+) -> HeadStates:
+    """Record the head states of another drafter over documents that the target has answered before.
+
+    Args:
+        target, drafter, folder, k, engine, dtype: as for :func:`collect`.
+        documents: of :meth:`HeadStates.documents`; they keep their numbers.
+
+    Raises:
+        CheckpointError: the folder holds something else, or vLLM failed.
+    """
+    check_engine(engine or {})
+    writer = StatesWriter(folder, {**_models(target, drafter), "K": k})
+    if writer.complete:
+        return HeadStates.open(folder)
+    with (
+        _engine(target, drafter, max(k, 2), engine_options(engine or {}, dtype, "head states")) as llm,
+        progress("Head states", len(documents), "document") as shown,
+    ):
+        watcher = _Watcher(llm, k)
+        for group, first in enumerate(range(0, len(documents), _DOCUMENTS)):
+            part = documents[first : first + _DOCUMENTS]
+            if not writer.has(group):
+                writer.write(group, watcher.record(llm, part), part)
+            shown.update(len(part))
+    return writer.finish()
+
+
+def limits(target: str | Path, options: dict[str, Any]) -> tuple[int, int]:
+    """The target's vocabulary and the longest sequence, as an engine with these options will have them."""
+    from vllm import EngineArgs
+
+    try:
+        config = EngineArgs(model=str(target), **options).create_model_config()
+    except Exception as error:  # pydantic, transformers and vLLM raise classes of their own
+        raise CheckpointError(
+            f"{target}: vLLM does not take it as a target ({one_line(error)}); check --target and --engine-args"
+        ) from None
+    return config.get_vocab_size(), config.max_model_len
+
+
+def _models(target: str | Path, drafter: str | Path) -> dict[str, str]:
+    """Both by name, and by what is there: a folder may be trained anew under its name."""
+    return {
+        "target": str(target),
+        "drafter": str(drafter),
+        "target_fingerprint": fingerprint(target),
+        "drafter_fingerprint": fingerprint(drafter),
+    }
+
+
+def check_engine(options: Mapping[str, Any]) -> None:
+    """Refuse arguments of ``vllm.LLM`` that put the draft head into another process, out of reach.
+
+    Raises:
+        CheckpointError: names the argument.
+    """
+    asked = {key: options[key] for key in _PARALLEL if options.get(key) not in (None, 1)}
+    if options.get("distributed_executor_backend") not in (None, "uni"):
+        asked["distributed_executor_backend"] = options["distributed_executor_backend"]
+    if asked:
+        key, value = next(iter(asked.items()))
+        raise CheckpointError(
+            f"--engine-args {key}={value!r}: head states are recorded in one process, on one device; leave it out, or "
+            "give states that are recorded already (--hidden-states)"
+        )
+
+
+@contextmanager
+def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, Any]) -> Iterator[Any]:
+    """An offline engine in this process, where its draft head can be reached; on Model Runner V1, which calls the head
+    from Python at every step (V2 replays it from CUDA graphs)."""
+    # Only before vLLM has read them, and only for the time of the engine.
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    with patch.dict(os.environ, environment):
+        from vllm import LLM
+
+        speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": k}
+        ours = {"speculative_config": speculative, "enforce_eager": True, "async_scheduling": False}
+        try:
+            with every_core(), progress("Starting vLLM"):
+                llm = LLM(model=str(target), **options | ours)
+        except Exception as error:  # out of memory, or whatever vLLM raises
+            raise CheckpointError(f"{target}: vLLM does not start ({one_line(error)}); {_KEPT}") from None
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _answer(llm: Any, prompts: Sequence[tuple[int, list[int]]], max_tokens: int) -> list[Document]:
+    outputs = _generate(llm, [ids for _, ids in prompts], [max_tokens] * len(prompts), ignore_eos=False)
+    return [Document(number, [*ids, *out], len(ids)) for (number, ids), out in zip(prompts, outputs, strict=True)]
+
+
+def _generate(llm: Any, prompts: Sequence[list[int]], lengths: Sequence[int], ignore_eos: bool) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=ignore_eos, detokenize=False) for n in lengths]
+    try:
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=counting(f"of {len(prompts)} requests")
+        )
+    except Exception as error:  # whatever a dying engine raises
+        raise CheckpointError(f"vLLM failed ({one_line(error)}); {_KEPT}") from None
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@dataclass
+class _Request:
+    """One walk through an answer; place c is the index of the token that a cycle drafts first."""
+
+    tokens: list[int]
+    first: int  # its first cycle
+    next: int  # its next one, if all drafts are accepted
+    cycles: dict[int, torch.Tensor] = field(default_factory=dict)  # c -> [K, D]
+
+    def wanted(self, place: int) -> int:
+        return self.tokens[place] if place < len(self.tokens) else self.tokens[-1]
+
+
+class _Watcher:
+    """Stands before a live draft head: keeps what goes in, and answers with the tokens that the target wants."""
+
+    def __init__(self, llm: Any, k: int) -> None:
+        self._runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        self._k = k
+        self._vocab = self._runner.model_config.get_vocab_size()
+        self._walks: dict[tuple[int, ...], _Request] = {}  # by prompt: the engine's own ids are its business
+        self._batch: list[_Request] = []
+        self._states: list[torch.Tensor] = []
+        self._places: list[int] = []
+        model = self._runner.drafter.model
+        self._wrap(self._runner.drafter, "propose", self._begin)
+        self._wrap(model, "get_top_tokens", self._top_tokens)
+        self._wrap(model, "compute_logits", self._logits)
+        model.register_forward_pre_hook(self._look_at_positions, with_kwargs=True)
+
+    def record(self, llm: Any, answered: Sequence[Document]) -> Rows:
+        """Ask for each answer again from K + 1 places, and return the states of every cycle, document by document."""
+        walks: list[list[_Request]] = []
+        prompts: list[list[int]] = []
+        for document in answered:
+            starts = range(document.prompt, min(document.prompt + self._k + 1, len(document.tokens) - self._k))
+            walks.append([_Request(document.tokens, start + 1, start + 1) for start in starts])
+            prompts += [document.tokens[:start] for start in starts]
+        flat = [walk for group in walks for walk in group]
+        self._walks = {tuple(prompt): walk for prompt, walk in zip(prompts, flat, strict=True)}
+        lengths = [len(walk.tokens) - len(prompt) for prompt, walk in zip(prompts, flat, strict=True)]
+        outputs = _generate(llm, prompts, lengths, ignore_eos=True) if prompts else []
+        self._walks = {}
+        for prompt, walk, out in zip(prompts, flat, outputs, strict=True):
+            _forget_after_divergence(walk, [*prompt, *out])
+        parts = [_rows(group, document.number, self._k) for document, group in zip(answered, walks, strict=True)]
+        return _concatenate([p for p in parts if p is not None], self._runner.drafter.hidden_size)
+
+    @staticmethod
+    def _wrap(owner: Any, name: str, replacement: Any) -> None:
+        original = getattr(owner, name, None)
+        if original is not None:
+            setattr(owner, name, lambda *args, **kwargs: replacement(original, *args, **kwargs))
+
+    def _begin(self, propose: Any, *args: Any, **kwargs: Any) -> Any:
+        self._states, self._places, self._batch = [], [], []
+        if self._walks:
+            ids = self._runner.input_batch.req_ids
+            self._batch = [self._walks[tuple(self._runner.requests[i].prompt_token_ids)] for i in ids]
+        return propose(*args, **kwargs)
+
+    def _look_at_positions(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """The positions of draft step 1 say where the cycle really is: prefills in chunks, preempted requests and
+        rejected drafts move it from where it was expected."""
+        if len(self._states) == 1:
+            positions = kwargs["positions"]
+            places = positions[0] if positions.ndim == 2 else positions  # of M-RoPE, which is the same for text
+            self._places = (places[: len(self._batch)] + 1).tolist()
+
+    def _top_tokens(self, original: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return self._next_tokens(hidden) if self._batch else original(hidden)
+
+    def _logits(self, original: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if not self._batch:
+            return original(hidden)
+        logits = hidden.new_zeros(len(hidden), self._vocab)
+        return logits.scatter_(1, self._next_tokens(hidden)[:, None], 1.0)
+
+    def _next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        step = len(self._states)
+        self._states.append(hidden.clone())
+        tokens = [walk.wanted(walk.next + step) for walk in self._batch]
+        if len(self._states) == max(self._k, 2):
+            self._end()
+        return torch.tensor(tokens, device=hidden.device)
+
+    def _end(self) -> None:
+        states = torch.stack(self._states[: self._k], dim=1).cpu()  # [B, K, D]
+        for walk, place, state in zip(self._batch, self._places, states, strict=True):
+            if place != walk.next:
+                walk.next = max(walk.first, place + 1)
+                continue
+            if place + self._k <= len(walk.tokens):
+                walk.cycles[place] = state
+            walk.next = place + self._k + 1
+
+
+def _forget_after_divergence(walk: _Request, tokens: list[int]) -> None:
+    """Drop cycles behind the first token that the target chose differently the second time: a near tie, in half
+    precision and another batch."""
+    differing = [i for i, (a, b) in enumerate(zip(walk.tokens, tokens, strict=False)) if a != b]
+    if differing:
+        walk.cycles = {place: state for place, state in walk.cycles.items() if place <= differing[0]}
+
+
+def _rows(walks: Sequence[_Request], document: int, k: int) -> Rows | None:
+    cycles = sorted((place, state) for walk in walks for place, state in walk.cycles.items())
+    if not cycles:
+        return None
+    places = torch.tensor([place for place, _ in cycles])
+    step = torch.arange(k).repeat(len(cycles))
+    pos = places.repeat_interleave(k) + step
+    tokens = torch.tensor(walks[0].tokens)
+    return Rows(
+        hidden=torch.cat([state for _, state in cycles]),
+        doc=torch.full_like(pos, document),
+        step=step,
+        pos=pos,
+        next_token=tokens[pos],
+    )
+
+
+def _concatenate(parts: list[Rows], hidden_size: int) -> Rows:
+    nothing = torch.zeros(0, dtype=torch.long)
+    return concatenate(parts) if parts else Rows(torch.zeros(0, hidden_size), nothing, nothing, nothing, nothing)

@@ -1,0 +1,153 @@
+"""Whether the tensors of a head are those that its spec describes, and finite.
+
+A head is described by the safetensors dtype and the shape of each tensor, so that a folder's headers and the tensors
+that a running engine is sent pass the same checks.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.spec import DENSE, DOWN, FLOATS, QUANTIZED, SCALE, UP, HeadSpec
+from vllm_slimspec.head.vocabulary import check_map_shape
+
+if TYPE_CHECKING:
+    import torch
+
+_PIECE = 1 << 20  # numbers of a tensor that are looked at in one go
+
+
+def check_head(
+    spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str, *, whole: bool = True
+) -> None:
+    """Refuse a set of tensors whose head is not the one that ``spec`` describes.
+
+    Args:
+        spec: what config.json says.
+        tensors: name -> (safetensors dtype, shape) of everything in the checkpoint.
+        where: how errors name the checkpoint.
+        whole: False for an update of a head that is there: anything may be missing, but an `up` or its scale alone.
+
+    Raises:
+        CheckpointError: a factor or d2t is missing, has another shape or dtype, or a dense head is there as well, or
+            anything else that calls itself an lm_head.
+    """
+    quantized = UP in tensors and tensors[UP][0] not in FLOATS
+    if not whole and quantized != (SCALE in tensors):
+        raise CheckpointError(
+            f"{where}: tensor {UP if quantized else SCALE} came without {SCALE if quantized else UP}; update them in "
+            f"one call, or send {UP} in floats"
+        )
+    for name, (shape, axes, allowed) in _expected(spec, tensors).items():
+        if name not in tensors:
+            if not whole:
+                continue
+            raise CheckpointError(
+                f"{where}: tensor {name} is missing; a head of rank {spec.rank} needs {DOWN} and {UP}, {SCALE} if "
+                f"quantized and {DENSE} if it re-ranks by rows of its own (convert again)"
+            )
+        dtype, actual = tensors[name]
+        if tuple(actual) != shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {list(actual)} but config.json says {axes} = {list(shape)}; "
+                "make lm_head_rank, hidden_size and draft_vocab_size those of the tensors"
+            )
+        if dtype not in allowed:
+            raise CheckpointError(
+                f"{where}: tensor {name} has dtype {dtype}, allowed are {', '.join(allowed)}; save it as one of these"
+            )
+    if strays := sorted(n for n in tensors if "lm_head" in n and n not in (DOWN, UP, SCALE, DENSE)):
+        raise CheckpointError(f"{where}: tensor {strays[0]} is no part of a low-rank head; remove it")
+    if DENSE in tensors and (spec.rerank is None or spec.rerank_rows == "target"):
+        without = "without lm_head_rerank" if spec.rerank is None else 'with lm_head_rerank_rows="target"'
+        raise CheckpointError(
+            f"{where}: holds both the dense {DENSE} and the factors {DOWN}, {UP}, {without}; "
+            "remove the one that is not meant"
+        )
+    if SCALE in tensors and not quantized:
+        raise CheckpointError(
+            f"{where}: tensor {SCALE} is there but {UP} is not quantized ({tensors[UP][0]}); "
+            "remove it, or store the quantized up and lm_head_quantization"
+        )
+    if whole or "d2t" in tensors:
+        check_map_shape(tensors.get("d2t"), spec.draft_vocab_size, spec.vocab_size, where)
+
+
+def _expected(
+    spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, tuple[tuple[int, ...], str, Iterable[str]]]:
+    """Name -> (shape, the shape in words, allowed dtypes) of the head's tensors."""
+    v, r, d = spec.draft_vocab_size, spec.rank, spec.hidden_size
+    out: dict[str, tuple[tuple[int, ...], str, Iterable[str]]] = {DOWN: ((r, d), "[rank, hidden_size]", FLOATS)}
+    stored = tensors.get(UP, ("", ()))[0]
+    if spec.quantization is None or stored in FLOATS:
+        out[UP] = ((v, r), "[draft_vocab_size, rank]", FLOATS)
+    else:
+        columns = (r // 2, "rank / 2") if spec.quantization == "int4" else (r, "rank")
+        out[UP] = ((v, columns[0]), f"[draft_vocab_size, {columns[1]}]", (*FLOATS, QUANTIZED[spec.quantization]))
+        group = spec.quantization_group or r
+        out[SCALE] = ((v, r // group), "[draft_vocab_size, rank / lm_head_quantization_group]", ("F32",))
+    if spec.rerank is not None and spec.rerank_rows == "own":
+        out[DENSE] = ((v, d), "[draft_vocab_size, hidden_size]", FLOATS)
+    return out
+
+
+def check_vocabulary(spec: HeadSpec, vocab_size: int, target: str, where: str) -> None:
+    """Refuse a target of another vocabulary.
+
+    Raises:
+        CheckpointError: the sizes differ.
+    """
+    if spec.vocab_size != vocab_size:
+        raise CheckpointError(
+            f"{where}: vocab_size={spec.vocab_size} but the target {target} has {vocab_size}; "
+            "use the drafter that was made for this target"
+        )
+
+
+def check_finite(name: str, tensor: "torch.Tensor", where: str) -> None:
+    """Refuse a tensor that would spoil the drafts.
+
+    Raises:
+        CheckpointError: it holds NaN or Inf.
+    """
+    if count := count_not_finite(tensor):
+        raise CheckpointError(
+            f"{where}: tensor {name} holds {count} NaN or Inf values, all must be finite; "
+            "convert again from a sound drafter"
+        )
+
+
+def count_not_finite(tensor: "torch.Tensor") -> int:
+    """How many numbers of a tensor are NaN or Inf."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return 0
+    count = 0
+    # In pieces: this runs while the target fills the memory of the machine. The extremes are a hundred times faster
+    # than a look at each number, and not finite where any number is not.
+    for part in tensor.flatten().split(_PIECE):
+        part = part.float() if part.dtype.itemsize == 1 else part
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()):
+            count += int((~torch.isfinite(part)).sum())
+    return count
+
+
+def describe(tensor: "torch.Tensor") -> tuple[str, tuple[int, ...]]:
+    """A tensor's dtype, by safetensors' name, and shape, as :func:`check_head` takes them."""
+    import torch
+
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.bool: "BOOL",
+    }
+    return names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)

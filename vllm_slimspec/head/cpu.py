@@ -1,0 +1,98 @@
+"""Factors in the layouts that CPUs read fastest, made once at load.
+
+A bfloat16 factor is reordered by oneDNN, which then reads it at memory speed (the row-major one it does not). A
+quantized `up` keeps two forms: the ATen kernel for weight-only integers, which wins for the few rows of a small batch
+because it reads fewer bytes, and beside it the dequantized bfloat16 one, which wins from then on because its
+arithmetic is faster: both integer kernels take rows four at a time, and the fifth is one too many
+(docs/results/crossover-cpu.json, by `slimspec bench head --tune`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_slimspec.head.quantized import QuantizedUp
+
+INTEGER_ROWS = 4
+"""Up to this many rows the kernels for weight-only integers beat bfloat16."""
+
+RANK_MULTIPLE = 32
+"""What the integer kernels want R to be a multiple of (the int8 one crashes on anything but a multiple of 16)."""
+
+_INT4_GROUPS = (256, 128, 64, 32)
+_INT4_ENTRIES = 16  # rows of a block: V is padded to a multiple of it
+
+
+class _Int8(NamedTuple):
+    weight: Tensor  # [V, R]
+    scale: Tensor  # [V]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
+
+
+class _Int4(NamedTuple):
+    weight: Tensor  # opaque
+    scale_and_zero: Tensor  # [R / group, V, 2]
+    group_size: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.group_size, self.scale_and_zero)
+
+
+class PackedFactor:
+    """A factor [N, K] as :func:`vllm_slimspec.ops.pack` makes it: it only multiplies, ``x @ factor.T``."""
+
+    def __init__(self, factor: Tensor | QuantizedUp, dtype: torch.dtype) -> None:
+        self.shape = torch.Size(factor.shape)
+        self.dtype = dtype
+        self.device = factor.device
+        self.integer_rows = 0  # up to so many rows the integer form multiplies
+        self._small: _Int8 | _Int4 | None = None
+        self._scale: Tensor | None = None  # [N]
+        if isinstance(factor, QuantizedUp):
+            if dtype == torch.bfloat16:
+                self._small = _integer_form(factor)
+                self.integer_rows = INTEGER_ROWS if self._small else 0
+            if dtype == torch.bfloat16 and factor.group_size is None:
+                # every entry is a bfloat16 number, its product with the scale is not
+                self._scale = factor.scale.squeeze(1).to(dtype)
+                factor = factor.integers().to(dtype)
+            else:
+                factor = factor.dequantize().to(dtype)
+        self._weight = factor
+        if dtype == torch.bfloat16 and _onednn_takes_bfloat16():
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(factor.contiguous(), 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, K] -> [B, N], rounded to the dtype."""
+        if 0 < x.shape[0] <= self.integer_rows:
+            assert self._small is not None
+            return self._small(x.contiguous())[:, : self.shape[0]]
+        if self._weight.is_mkldnn:
+            product = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+        else:
+            product = F.linear(x, self._weight)
+        return product if self._scale is None else product.mul_(self._scale)
+
+
+def _integer_form(up: QuantizedUp) -> _Int8 | _Int4 | None:
+    rows, rank = up.shape
+    if rank % RANK_MULTIPLE:
+        return None
+    if up.kind == "int8" and up.group_size is None:
+        return _Int8(up.weight, up.scale.squeeze(1).bfloat16())
+    if up.kind == "int4":
+        group_size = up.group_size or next(size for size in _INT4_GROUPS if rank % size == 0)
+        padding = -rows % _INT4_ENTRIES
+        nibbles = F.pad(up.integers() + 8, (0, 0, 0, padding)).int()
+        weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+        scale = F.pad(up.scale, (0, 0, 0, padding)).bfloat16().T.expand(rank // group_size, -1)
+        return _Int4(weight, torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous(), group_size)
+    return None
+
+
+def _onednn_takes_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

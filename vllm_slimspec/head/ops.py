@@ -1,0 +1,359 @@
+"""Low-rank LM-head operations on plain tensors, without vLLM.
+
+Letters in every signature: B rows (tokens being drafted), D hidden size, R rank, V draft vocabulary. A head is two
+factors, ``down`` [R, D] and ``up`` [V, R]: ``z = down(hidden)`` is rounded to the model dtype, a score is
+``z . up[v]``. Everywhere ``up`` may also be a :class:`QuantizedUp`, and the two factors may be what :func:`pack` made
+of them at load, which is what to serve with.
+
+Every function takes ``impl``: "torch" (any device), "triton" (a GPU, or a CPU under ``TRITON_INTERPRET=1``) or "auto",
+which is Triton on a GPU and torch elsewhere; the environment variable ``SLIMSPEC_IMPL`` decides for "auto".
+Triton is imported on its first use. Arguments are checked in microseconds and nothing synchronizes with the device,
+so that after :func:`prepare` every function can be captured in a CUDA graph.
+
+In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and -inf comes with id 0. Results are
+contiguous.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_slimspec.head.cpu import RANK_MULTIPLE, PackedFactor
+from vllm_slimspec.head.quantized import QuantizedUp, pad_rank, quantize_up
+from vllm_slimspec.head.selection import best_of, rescored, top_of
+from vllm_slimspec.head.spec import MAX_K
+
+__all__ = [
+    "PackedFactor",
+    "QuantizedUp",
+    "low_rank_argmax",
+    "low_rank_logits",
+    "low_rank_rerank",
+    "low_rank_topk",
+    "pack",
+    "prepare",
+    "quantize_up",
+    "reduce_pairs",
+    "resolve_impl",
+]
+
+IMPLS = ("auto", "torch", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Down: TypeAlias = Tensor | PackedFactor
+Up: TypeAlias = Tensor | QuantizedUp | PackedFactor
+
+
+def low_rank_logits(
+    hidden: Tensor,  # [B, D]
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Logits of every vocabulary entry -> [B, V] in the dtype of ``hidden``.
+
+    Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
+    """
+    if _check(hidden, down, up, impl) == "triton":
+        from vllm_slimspec.kernels.low_rank_logits import low_rank_logits as kernel
+
+        return kernel(hidden, down, up)
+    return _product(_product(hidden, down), up).contiguous()  # a packed factor may have padded V, and gives a view
+
+
+def low_rank_argmax(
+    hidden: Tensor,  # [B, D]
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
+    *,
+    valid_vocab: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Best vocabulary entry of each row -> (scores float32 [B], ids int64 [B]).
+
+    Entries at and beyond ``valid_vocab`` (padding) never win; with ``valid_vocab=0`` every row is (-inf, 0). Triton
+    compares float32 scores, torch scores rounded to the model dtype, which may tie or swap entries closer than that
+    rounding. From the batch on where an unfused GEMM is faster on a GPU (128 rows, or what its tuned table says; never
+    with a quantized ``up``), that is what runs: a row may draft another of two such entries than in a smaller batch.
+    The idea of the fused argmax: FlashSampling (arXiv 2603.15854); the head: SlimSpec (arXiv 2605.10453).
+
+    Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
+    """
+    implementation = _check(hidden, down, up, impl)
+    valid_vocab = _check_valid_vocab(valid_vocab, up)
+    if implementation == "triton":
+        from vllm_slimspec.kernels._tiles import gemm_wins
+        from vllm_slimspec.kernels.low_rank_argmax import low_rank_argmax as kernel
+
+        if not gemm_wins(hidden.device, hidden.shape[0], up):
+            return kernel(hidden, down, up, valid_vocab)
+    if valid_vocab == 0:
+        batch = hidden.shape[0]
+        return hidden.new_full((batch,), float("-inf"), dtype=torch.float32), hidden.new_zeros(batch, dtype=torch.int64)
+    values, ids = best_of(_product(_product(hidden, down), up)[:, :valid_vocab])
+    return values, torch.where(values > float("-inf"), ids, 0)  # false for NaN too
+
+
+def low_rank_topk(
+    hidden: Tensor,  # [B, D]
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
+    k: int,
+    *,
+    valid_vocab: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` best entries of each row, best first -> (scores float32 [B, k], ids int64 [B, k]).
+
+    The exact top-k, whatever the order of the vocabulary: no entry is lost because better ones sit beside it. Where
+    fewer than ``k`` entries are valid, the rest is (-inf, 0). Triton compares float32 scores at every
+    batch, torch rounded ones.
+
+    Raises TypeError or ValueError naming the argument where a dtype, shape, device, ``k`` (1 to 64, at most V) or
+    ``impl`` does not fit.
+    """
+    implementation = _check(hidden, down, up, impl)
+    valid_vocab = _check_valid_vocab(valid_vocab, up)
+    _check_k(k, up)
+    if implementation == "triton":
+        from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
+
+        return kernel(hidden, down, up, k, valid_vocab)
+    return top_of(_product(_product(hidden, down), up)[:, :valid_vocab], k)
+
+
+def low_rank_rerank(
+    hidden: Tensor,  # [B, D]
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
+    dense: Tensor,  # [N, D]
+    k: int,
+    *,
+    dense_rows: Tensor | None = None,  # [V]
+    valid_vocab: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`low_rank_topk` rescored by a dense head -> (scores float32 [B, k], ids int64 [B, k]), best first.
+
+    A score is ``hidden . dense[row]``, accumulated in float32; the row of entry i is i, or ``dense_rows[i]`` (int64,
+    below N; not checked, since that would wait for the device). Column 0 is the dense head's argmax over the
+    candidates: SpecVocab's draft (arXiv 2602.13836).
+
+    Raises TypeError or ValueError naming the argument where a dtype, shape, device, ``k`` (1 to 64, at most V) or
+    ``impl`` does not fit.
+    """
+    implementation = _check(hidden, down, up, impl)
+    valid_vocab = _check_valid_vocab(valid_vocab, up)
+    _check_k(k, up)
+    _check_dense(hidden, up, dense, dense_rows)
+    if implementation == "triton":
+        from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
+
+        return kernel(hidden, down, up, k, valid_vocab, dense, dense_rows)
+    screened, ids = top_of(_product(_product(hidden, down), up)[:, :valid_vocab], k)
+    return rescored(hidden, screened, ids, dense, dense_rows)
+
+
+def reduce_pairs(
+    values: Tensor,  # [B, N]
+    ids: Tensor,  # [B, N]
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Each row's highest value (float32) and its id (int64, below 2**31) -> (float32 [B], int64 [B]).
+
+    Exact, for the (value, global id) pairs of N tensor-parallel ranks in any order.
+
+    Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
+    """
+    if values.dtype != torch.float32:
+        raise TypeError(f"values must be float32, got {values.dtype}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids must be int64, got {ids.dtype}")
+    if values.dim() != 2 or values.shape[1] == 0:
+        raise ValueError(f"values must be [B, N] with N >= 1, got {tuple(values.shape)}")
+    if ids.shape != values.shape:
+        raise ValueError(f"ids must be {tuple(values.shape)} as values are, got {tuple(ids.shape)}")
+    if ids.device != values.device:
+        raise ValueError(f"ids must be on {values.device} as values are, got {ids.device}")
+    if resolve_impl(values.device, impl) == "triton":
+        from vllm_slimspec.kernels.reduce_pairs import reduce_pairs as kernel
+
+        return kernel(values, ids)
+    best = values.amax(dim=1)
+    best_ids = torch.where(values == best[:, None], ids, torch.iinfo(torch.int64).max).amin(dim=1)
+    return best, torch.where(best > float("-inf"), best_ids, 0)  # false for NaN too
+
+
+def pack(
+    down: Tensor,  # [R, D]
+    up: Tensor | QuantizedUp,  # [V, R]
+    *,
+    impl: str = "auto",
+) -> tuple[Down, Up]:
+    """The two factors in the layout their device reads fastest, for every function here. Call it once, at load.
+
+    On a GPU the rank is padded with zeros to what the kernels read at a time; a factor that needs nothing is returned
+    as it is. On a CPU both become a :class:`PackedFactor`, which costs a copy of the factor (and a bfloat16 copy beside
+    a quantized one): drop the originals if nothing else reads them. Never store the result.
+
+    Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
+    """
+    implementation = _check(down.new_empty(0, down.shape[-1]), down, up, impl)
+    rank = up.shape[1]
+    if implementation == "triton":
+        from vllm_slimspec.kernels._tiles import rank_multiple
+
+        multiple = rank_multiple(rank, up.group_size if isinstance(up, QuantizedUp) else None)
+    else:
+        multiple = RANK_MULTIPLE if isinstance(up, QuantizedUp) else 1
+    extra = -rank % multiple
+    if extra:
+        down = F.pad(down, (0, 0, 0, extra))
+        up = pad_rank(up, rank + extra) if isinstance(up, QuantizedUp) else F.pad(up, (0, extra))
+    if implementation == "triton" or down.device.type != "cpu":
+        return down, up
+    return PackedFactor(down, down.dtype), PackedFactor(up, down.dtype)
+
+
+def prepare(
+    down: Down,  # [R, D]
+    up: Up,  # [V, R]
+    max_batch: int,
+    *,
+    k: int | None = None,
+    dense: Tensor | None = None,  # [N, D]
+    dense_rows: Tensor | None = None,  # [V]
+    impl: str = "auto",
+) -> None:
+    """Compile and launch every kernel variant that batches of 1 to ``max_batch`` rows can need.
+
+    Those of :func:`low_rank_argmax`, with ``k`` those of :func:`low_rank_topk`, and with ``dense`` (and ``dense_rows``)
+    those of :func:`low_rank_rerank`; give what will be served. Call it once, outside of CUDA-graph capture; afterwards
+    nothing compiles on that path. Torch needs none of it.
+    """
+    if max_batch < 1:
+        raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+    if resolve_impl(down.device, impl) == "torch":
+        return
+    from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, gemm_wins
+
+    batches = {min(bucket, max_batch) for bucket in BATCH_BUCKETS}
+    if gemm_wins(down.device, max_batch, up):
+        batches.add(max_batch)  # torch loads the kernels of a GEMM when it first runs one
+    for batch in sorted(batches):
+        hidden = torch.zeros(batch, down.shape[1], dtype=down.dtype, device=down.device)
+        low_rank_argmax(hidden, down, up, impl="triton")
+        if k is not None:
+            low_rank_topk(hidden, down, up, k, impl="triton")
+            if dense is not None:
+                low_rank_rerank(hidden, down, up, dense, k, dense_rows=dense_rows, impl="triton")
+
+
+def resolve_impl(device: torch.device | str, impl: str = "auto") -> str:
+    """Which implementation runs on ``device`` -> "torch" or "triton".
+
+    Raises ValueError for an unknown name, listing the choices, and for Triton where it cannot run.
+    """
+    name = "impl"
+    if impl == "auto":
+        name, impl = "SLIMSPEC_IMPL", os.environ.get("SLIMSPEC_IMPL") or "auto"
+    if impl not in IMPLS:
+        raise ValueError(f"{name} must be one of {', '.join(IMPLS)}, got {impl!r}")
+    on_gpu = torch.device(device).type == "cuda"  # ROCm calls itself cuda too
+    if impl == "auto":
+        return "triton" if on_gpu and _has_triton() else "torch"
+    if impl == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"{name}='triton' needs a GPU, or TRITON_INTERPRET=1 for its interpreter; got device {device}")
+    return impl
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _product(x: Tensor, factor: Up) -> Tensor:
+    """``x @ factor.T``, rounded to the dtype of ``x``."""
+    if isinstance(factor, PackedFactor):
+        return factor(x)
+    if isinstance(factor, QuantizedUp):
+        factor = factor.dequantize().to(x.dtype)
+    return F.linear(x, factor)
+
+
+def _check(hidden: Tensor, down: Down, up: Up, impl: str) -> str:
+    """Attribute comparisons only, since this runs at every draft step -> the implementation."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden must be a tensor, got {type(hidden).__name__}")
+    if not isinstance(down, Tensor | PackedFactor):
+        raise TypeError(f"down must be a tensor or a PackedFactor, got {type(down).__name__}")
+    if not isinstance(up, Tensor | QuantizedUp | PackedFactor):
+        raise TypeError(f"up must be a tensor, a QuantizedUp or a PackedFactor, got {type(up).__name__}")
+    for name, factor in (("hidden", hidden), ("down", down), ("up", up)):
+        if len(factor.shape) != 2:
+            raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(factor.shape)}")
+        if not isinstance(factor, QuantizedUp):
+            if factor.dtype not in DTYPES:
+                raise TypeError(f"{name} must be float32, float16 or bfloat16, got {factor.dtype}")
+            if factor.dtype != hidden.dtype:
+                raise TypeError(f"{name} must be {hidden.dtype} as hidden is, got {factor.dtype}")
+        if factor.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {factor.device}")
+        if isinstance(factor, Tensor) and name != "hidden" and not factor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, got strides {factor.stride()} for shape {tuple(factor.shape)}"
+            )
+    if down.shape[1] != hidden.shape[1]:
+        raise ValueError(f"down must be [R, D={hidden.shape[1]}] as hidden is [B, D], got {tuple(down.shape)}")
+    if up.shape[1] != down.shape[0] or up.shape[0] * up.shape[1] == 0:
+        raise ValueError(f"up must be [V, R={down.shape[0]}] with V, R >= 1, got {tuple(up.shape)}")
+    implementation = resolve_impl(hidden.device, impl)
+    if implementation == "triton" and (isinstance(down, PackedFactor) or isinstance(up, PackedFactor)):
+        raise TypeError("down and up packed for torch cannot be read by impl='triton': pack them for it")
+    return implementation
+
+
+def _check_valid_vocab(valid_vocab: int | None, up: Up) -> int:
+    if valid_vocab is None:
+        return up.shape[0]
+    if not 0 <= valid_vocab <= up.shape[0]:
+        raise ValueError(f"valid_vocab must be in [0, V={up.shape[0]}], got {valid_vocab}")
+    return valid_vocab
+
+
+def _check_k(k: int, up: Up) -> None:
+    if not 1 <= k <= min(MAX_K, up.shape[0]):
+        raise ValueError(f"k must be in [1, {min(MAX_K, up.shape[0])}] for V={up.shape[0]}, got {k}")
+
+
+def _check_dense(hidden: Tensor, up: Up, dense: Tensor, dense_rows: Tensor | None) -> None:
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"dense must be a tensor, got {type(dense).__name__}")
+    if dense.dtype != hidden.dtype:
+        raise TypeError(f"dense must be {hidden.dtype} as hidden is, got {dense.dtype}")
+    if dense.device != hidden.device:
+        raise ValueError(f"dense must be on {hidden.device} as hidden is, got {dense.device}")
+    if dense.dim() != 2 or dense.shape[1] != hidden.shape[1]:
+        raise ValueError(f"dense must be [N, D={hidden.shape[1]}] as hidden is [B, D], got {tuple(dense.shape)}")
+    if not dense.is_contiguous():
+        raise ValueError(f"dense must be contiguous, got strides {dense.stride()} for shape {tuple(dense.shape)}")
+    if dense_rows is None:
+        if dense.shape[0] < up.shape[0]:
+            raise ValueError(f"dense must have V={up.shape[0]} rows or more without dense_rows, got {dense.shape[0]}")
+        return
+    if not isinstance(dense_rows, Tensor) or dense_rows.dtype != torch.int64:
+        kind = dense_rows.dtype if isinstance(dense_rows, Tensor) else type(dense_rows).__name__
+        raise TypeError(f"dense_rows must be an int64 tensor, got {kind}")
+    if dense_rows.shape != (up.shape[0],):
+        raise ValueError(f"dense_rows must be [V={up.shape[0]}], got {tuple(dense_rows.shape)}")
+    if dense_rows.device != hidden.device:
+        raise ValueError(f"dense_rows must be on {hidden.device} as hidden is, got {dense_rows.device}")
+    if not dense_rows.is_contiguous():
+        raise ValueError(f"dense_rows must be contiguous, got strides {dense_rows.stride()}")

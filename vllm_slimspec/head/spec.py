@@ -1,0 +1,206 @@
+"""What a low-rank head is, in numbers: the keys of config.json that describe one, and the names of its tensors.
+
+    lm_head_rank: R   (TorchSpec: lm_head_rank_divisor, R = D // divisor)
+    draft_vocab_size: V   (below vocab_size with a d2t map; absent means vocab_size)
+    lm_head_rerank: k   (optional: the k best are scored again, by the rows of a dense head)
+    lm_head_rerank_rows: "target"   (optional: those rows are the target's; absent means lm_head.weight)
+    lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
+
+Letters: D hidden size of the drafter, R rank, V draft vocabulary. No drafter family is known here, and no torch.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from vllm_slimspec.errors import CheckpointError
+
+DOWN = "lm_head.down.weight"
+UP = "lm_head.up.weight"
+SCALE = "lm_head.up.scale"
+DENSE = "lm_head.weight"
+
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a number, by safetensors' name
+QUANTIZED = {"fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}  # how each kind is stored, by safetensors' name
+GROUPS = (32, 64, 128)  # columns of `up` that may share a scale
+MAX_K = 64  # candidates that are scored again, at most: what the kernels keep of each row
+
+HEAD_KEYS = frozenset(
+    {
+        *("lm_head_rank", "lm_head_rank_divisor", "lm_head_rerank", "lm_head_rerank_rows"),
+        *("lm_head_quantization", "lm_head_quantization_group"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """The sizes that any draft head has, dense or low-rank."""
+
+    hidden_size: int  # D
+    draft_vocab_size: int  # V
+    vocab_size: int  # the target's
+
+    @property
+    def truncated(self) -> bool:
+        """Whether draft ids are a subset of the target's, mapped by d2t."""
+        return self.draft_vocab_size != self.vocab_size
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in a dense head: V * D."""
+        return self.draft_vocab_size * self.hidden_size
+
+
+@dataclass(frozen=True)
+class HeadSpec(HeadSizes):
+    """The sizes of one low-rank head, and how it is stored and searched."""
+
+    rank: int  # R
+    rerank: int | None = None  # k
+    rerank_rows: Literal["own", "target"] = "own"
+    quantization: Literal["fp8", "int8", "int4"] | None = None
+    quantization_group: int | None = None  # columns of up that share a scale; None: all of a row
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the two factors: R * D + V * R."""
+        return self.rank * (self.hidden_size + self.draft_vocab_size)
+
+    def bytes(self, element_size: int) -> int:
+        """Bytes that a draft step reads of the factors and scales, in a model dtype of ``element_size`` bytes."""
+        if self.quantization is None:
+            return self.parameters * element_size
+        halves = 1 if self.quantization == "int4" else 2
+        scales = self.rank // self.quantization_group if self.quantization_group else 1
+        down = self.rank * self.hidden_size * element_size
+        return down + self.draft_vocab_size * (self.rank * halves // 2 + 4 * scales)
+
+
+def head_sizes(config: Mapping[str, Any], where: str = "config.json") -> HeadSizes:
+    """Return the sizes of the head that a config describes.
+
+    Args:
+        config: one flat mapping, see :func:`vllm_slimspec.drafters.config.flatten`.
+        where: how errors name the file.
+
+    Raises:
+        CheckpointError: a key is missing, has the wrong type or an impossible value.
+    """
+    hidden = positive_int(config, "hidden_size", where)
+    vocab = positive_int(config, "vocab_size", where)
+    draft_vocab = positive_int({"draft_vocab_size": vocab, **config}, "draft_vocab_size", where)
+    if draft_vocab > vocab:
+        raise CheckpointError(
+            f"{where}: draft_vocab_size={draft_vocab} is larger than vocab_size={vocab}; "
+            "it must be the number of rows of lm_head.up.weight, at most vocab_size"
+        )
+    scale = config.get("logit_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise CheckpointError(f"{where}: logit_scale={scale!r} must be above 0; correct it, or remove it for 1.0")
+    return HeadSizes(hidden, draft_vocab, vocab)
+
+
+def head_spec(config: Mapping[str, Any], where: str = "config.json") -> HeadSpec:
+    """Return the low-rank head that a config describes.
+
+    Args:
+        config: one flat mapping, see :func:`vllm_slimspec.drafters.config.flatten`.
+        where: how errors name the file.
+
+    Raises:
+        CheckpointError: a key is missing, has the wrong type or an impossible value.
+    """
+    sizes = head_sizes(config, where)
+    rank = _rank(config, sizes.hidden_size, where)
+    return HeadSpec(
+        **asdict(sizes),
+        rank=rank,
+        **_rerank(config, sizes.draft_vocab_size, where),
+        **_quantization(config, rank, where),
+    )
+
+
+def positive_int(config: Mapping[str, Any], key: str, where: str) -> int:
+    """Return a size of the config.
+
+    Raises:
+        CheckpointError: it is missing, or no positive integer below 2**31.
+    """
+    value = config.get(key)
+    if value is None:
+        raise CheckpointError(f"{where}: {key} is missing; add it (a positive integer)")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{where}: {key}={value!r} must be a positive integer; correct it")
+    if value >= 1 << 31:  # ids travel as int32
+        raise CheckpointError(f"{where}: {key}={value} must be below 2**31; correct it")
+    return value
+
+
+def _rank(config: Mapping[str, Any], hidden: int, where: str) -> int:
+    rank, divisor = config.get("lm_head_rank"), config.get("lm_head_rank_divisor")
+    if rank is None and divisor is None:
+        raise CheckpointError(
+            f"{where}: lm_head_rank is missing (or TorchSpec's lm_head_rank_divisor); "
+            f"add the number of rows of {DOWN}, 1 to hidden_size={hidden}"
+        )
+    if divisor is not None:
+        if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 2 or hidden // divisor < 1:
+            raise CheckpointError(
+                f"{where}: lm_head_rank_divisor={divisor!r} must be an integer from 2 to hidden_size={hidden}; "
+                "the rank is hidden_size // divisor"
+            )
+        if rank is not None and rank != hidden // divisor:
+            raise CheckpointError(
+                f"{where}: lm_head_rank={rank!r} but hidden_size // lm_head_rank_divisor = {hidden // divisor}; "
+                "keep only the one that is right"
+            )
+        rank = hidden // divisor
+    rank = positive_int({"lm_head_rank": rank}, "lm_head_rank", where)
+    if rank > hidden:
+        raise CheckpointError(
+            f"{where}: lm_head_rank={rank} is larger than hidden_size={hidden}; a rank is 1 to hidden_size"
+        )
+    return rank
+
+
+def _rerank(config: Mapping[str, Any], draft_vocab: int, where: str) -> dict[str, Any]:
+    k, rows = config.get("lm_head_rerank"), config.get("lm_head_rerank_rows")
+    if k is None:
+        if rows is not None:
+            raise CheckpointError(
+                f"{where}: lm_head_rerank_rows={rows!r} without lm_head_rerank; add how many candidates to score again"
+            )
+        return {}
+    most = min(MAX_K, draft_vocab)
+    if positive_int(config, "lm_head_rerank", where) > most:
+        raise CheckpointError(f"{where}: lm_head_rerank={k} must be 1 to {most}; 16 is a good value")
+    if rows not in (None, "target"):
+        raise CheckpointError(
+            f'{where}: lm_head_rerank_rows={rows!r} must be "target", or absent where {DENSE} holds the rows'
+        )
+    return {"rerank": k, "rerank_rows": rows or "own"}
+
+
+def _quantization(config: Mapping[str, Any], rank: int, where: str) -> dict[str, Any]:
+    kind, group = config.get("lm_head_quantization"), config.get("lm_head_quantization_group")
+    if kind is None:
+        if group is not None:
+            raise CheckpointError(
+                f"{where}: lm_head_quantization_group={group!r} without lm_head_quantization; "
+                f"add one of {', '.join(QUANTIZED)}, or remove the group"
+            )
+        return {}
+    if not isinstance(kind, str) or kind not in QUANTIZED:
+        raise CheckpointError(
+            f"{where}: lm_head_quantization={kind!r} is not known; allowed are {', '.join(QUANTIZED)}"
+        )
+    if group is not None and (not isinstance(group, int) or group not in GROUPS or rank % group):
+        raise CheckpointError(
+            f"{where}: lm_head_quantization_group={group!r} must be one of {', '.join(map(str, GROUPS))} and divide "
+            f"lm_head_rank={rank}; choose another, or remove it for one scale a row"
+        )
+    if kind == "int4" and rank % 2:
+        raise CheckpointError(f"{where}: lm_head_rank={rank} must be even for int4, which stores two columns in a byte")
+    return {"quantization": kind, "quantization_group": group}

@@ -1,0 +1,240 @@
+"""``slimspec bench acceptance``: how much of what each drafter proposes its target accepts, in the real engine."""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_slimspec.common.walk import acceptance_length
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.engine.answers import Answers, Found, Question, ask
+from vllm_slimspec.measure.results import AcceptanceResults, AcceptanceRow, provenance
+from vllm_slimspec.target import Target, fetch
+
+NEAR_TIE = 1e-4  # nats, in float32: the rounding of a batch of another shape
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how; the flags of the command line."""
+
+    target: str
+    drafters: Mapping[str, str]  # name of the head -> folder or Hugging Face id
+    prompts: Sequence[Path]  # JSONL
+    k: int
+    temperatures: Sequence[float] = (0.0,)
+    max_tokens: int = 256
+    ignore_eos: bool = False
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    work: Path | None = None  # keeps what each engine answered; None: nothing is kept
+
+
+def measure(options: Options) -> AcceptanceResults:
+    """Ask the target alone, then with each drafter, and compare.
+
+    Raises:
+        CheckpointError: a drafter or a prompt is bad.
+        EngineError: an engine failed.
+        ValueError: greedy answers in float32 are not the target's own, or the backend cannot sample.
+    """
+    import torch
+
+    on_cpu = torch.accelerator.current_accelerator() is None
+    if on_cpu and any(options.temperatures):
+        raise ValueError(
+            f"--temperature {max(options.temperatures):g}: vLLM's CPU backend decodes speculatively at temperature 0 "
+            "only (it leaves the temperature of the draft tokens uninitialized); give --temperature 0, or use a GPU"
+        )
+    target = Target.open(options.target)
+    heads = {name: describe_head(drafter, target) for name, drafter in options.drafters.items()}
+    # an engine drafts up to k tokens beyond the last one
+    room = options.max_tokens + options.k
+    sets = read_sets(options.prompts, target, max_model_len=options.engine.get("max_model_len"), room=room)
+    prompts = [ids for found in sets.values() for ids in found]
+    work = options.work or Path(tempfile.mkdtemp(prefix="slimspec-"))
+
+    def run(drafter: str | None, name: str) -> Found:
+        question = Question(
+            target=options.target,
+            drafter=drafter,
+            num_speculative_tokens=options.k,
+            prompts=prompts,
+            temperatures=[t for t in options.temperatures if drafter is not None or not t],
+            max_tokens=options.max_tokens,
+            ignore_eos=options.ignore_eos,
+            # token for token, answers are compared in float32, which vLLM would not choose by itself
+            engine={**({"dtype": "float32"} if on_cpu else {}), **options.engine},
+        )
+        return ask(question, work / f"{_file_name(name)}.json")
+
+    alone = run(None, "target alone") if 0 in options.temperatures else None
+    rows, device, dtype = [], "", ""
+    for name, drafter in options.drafters.items():
+        found = run(drafter, name)
+        device, dtype = found.device, found.dtype
+        for temperature, answers in zip(options.temperatures, found.answers, strict=True):
+            own = alone.answers[0] if alone is not None and not temperature else None
+            first = 0
+            for prompt_set, members in sets.items():
+                part = slice(first, first + len(members))
+                first = part.stop
+                row = AcceptanceRow(
+                    head=name,
+                    prompt_set=prompt_set,
+                    temperature=temperature,
+                    num_speculative_tokens=options.k,
+                    **vars(heads[name]),
+                    **_counts(_cut(answers, part), own and _cut(own, part)),
+                )
+                _check(row, dtype)
+                rows.append(row)
+    if options.work is None:
+        shutil.rmtree(work)
+    return AcceptanceResults(
+        **provenance(),
+        device=device,
+        target=options.target,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        dtype=dtype,
+        max_tokens=options.max_tokens,
+        rows=rows,
+    )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Greedy answers beside the target's own."""
+
+    equal: int
+    near_ties: int
+    largest_gap: float  # nats
+
+
+def compare(alone: Answers, drafted: Answers) -> Compared:
+    """Count answers that are the target's own, and judge the first difference of each other one.
+
+    Its gap is how much more probable, in nats, the target held its own token than the drafted answer's: tiny where two
+    tokens tie but for rounding. Of a token that is not among the target's best, the gap is more than what is counted.
+    """
+    assert alone.top is not None
+    gaps = []
+    for own, other, top in zip(alone.tokens, drafted.tokens, alone.top, strict=True):
+        if own == other:
+            continue
+        place = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), None)
+        if place is None:  # one of them ends where the other goes on
+            gaps.append(float("inf"))
+        else:
+            best = top[place]
+            gaps.append(best[own[place]] - best.get(other[place], min(best.values())))
+    near = sum(gap < NEAR_TIE for gap in gaps)
+    return Compared(len(alone.tokens) - len(gaps), near, max(gaps, default=0.0))
+
+
+def _check(row: AcceptanceRow, dtype: str) -> None:
+    """In half precision a batch of another shape may round past any tie: there it is counted and not judged."""
+    if dtype != "float32" or row.equal is None or row.near_ties is None:
+        return
+    others = len(row.cycles) - row.equal - row.near_ties
+    if others:
+        raise ValueError(
+            f"{row.head}: {others} of {len(row.cycles)} answers to {row.prompt_set} are not the target's own, by up to "
+            f"{row.largest_gap:.3g} nats where {NEAR_TIE:g} may be rounding; no drafter can do this, so the engine or "
+            "this package has a bug: please report it"
+        )
+
+
+def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
+    assert answers.accepted is not None
+    counts = np.array([(prompt.drafts, *(prompt.accepted_per_position or (0,))) for prompt in answers.accepted])
+    cycles, positions = counts[:, 0], counts[:, 1:]
+    if not cycles.sum():
+        raise ValueError("no draft was verified: the answers are one token long; give other prompts")
+    length = acceptance_length(counts)
+    compared = compare(alone, answers) if alone is not None else None
+    return {
+        "length": length.value,
+        "low": length.low,
+        "high": length.high,
+        "per_position": (positions.sum(0) / cycles.sum()).tolist(),
+        "cycles": cycles.tolist(),
+        "accepted": positions.sum(1).tolist(),
+        "tokens": sum(map(len, answers.tokens)),
+        "equal": compared and compared.equal,
+        "near_ties": compared and compared.near_ties,
+        "largest_gap": compared and compared.largest_gap,
+    }
+
+
+def _cut(answers: Answers, part: slice) -> Answers:
+    return Answers(
+        tokens=answers.tokens[part],
+        accepted=answers.accepted and answers.accepted[part],
+        top=answers.top and answers.top[part],
+    )
+
+
+@dataclass(frozen=True)
+class DescribedHead:
+    """What a row says of a head."""
+
+    rank: int | None  # None: dense
+    draft_vocab_size: int
+    rerank: int | None
+    head_bytes: int  # that a draft step reads, the rows of re-ranking included
+    dense_bytes: int  # of a dense head over the same vocabulary
+
+
+def describe_head(drafter: str, target: Target) -> DescribedHead:
+    """Read what a row says of a drafter's head.
+
+    Raises:
+        CheckpointError: it is no drafter that is served.
+    """
+    checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
+    spec, size = checkpoint.spec, checkpoint.head_bytes
+    if spec is None:
+        vocab = int(checkpoint.config.get("draft_vocab_size") or target.vocab_size)
+        if not size:  # it borrows the target's head, whose rows have the size of its own weights
+            largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
+            size = vocab * target.hidden_size * largest.nbytes // math.prod(largest.shape)
+        return DescribedHead(None, vocab, None, size, size)
+    if spec.rerank is not None:
+        size += spec.rerank * checkpoint.dense_bytes // spec.draft_vocab_size
+    return DescribedHead(spec.rank, spec.draft_vocab_size, spec.rerank, size, checkpoint.dense_bytes)
+
+
+def read_sets(
+    files: Sequence[Path], target: Target, *, max_model_len: int | None, room: int
+) -> dict[str, list[list[int]]]:
+    """Token ids of the prompts of every file, by its name.
+
+    Args:
+        files: JSONL, see :mod:`vllm_slimspec.engine.prompts`.
+        max_model_len: of the engine; None: the target's.
+        room: tokens that must fit behind a prompt.
+
+    Raises:
+        CheckpointError: a prompt is bad or too long.
+        ValueError: two files of one name.
+    """
+    from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokenize
+
+    longest = int(max_model_len or target.config["max_position_embeddings"]) - room
+    sets: dict[str, list[list[int]]] = {}
+    for file in files:
+        if file.stem in sets:
+            raise ValueError(f"{file}: there is another prompt file of the name {file.stem}; rename one")
+        rows = read_prompts(file)
+        sets[file.stem] = tokenize(rows, open_tokenizer(rows, target.name), target.vocab_size, longest, file)
+    return sets
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-.+" else "-" for c in name)

@@ -1,0 +1,243 @@
+"""One engine of ``slimspec bench cycle``, in a process of its own: runs cycles, and says how long each took.
+
+A cycle, K draft steps and their verification, is one step of the engine. Random weights accept next to nothing, so that
+it gives one token a request.
+"""
+
+import itertools
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from vllm_slimspec.common.process import how_it_ended, last_words, run_ticking
+from vllm_slimspec.engine.answers import EngineError
+from vllm_slimspec.measure.pairs import DTYPE
+
+SPAWN = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+class Plan(BaseModel):
+    """What one engine has to run."""
+
+    target: str
+    drafter: str
+    heads: list[str]  # exchanged in this engine; a single one is the drafter's own
+    rank: int
+    num_speculative_tokens: int
+    batches: list[int]
+    contexts: list[int]
+    rounds: int
+    cycles: int  # timed at each turn of a head
+    repeats: int  # timed calls of each head alone
+    device: str
+    speculative: dict[str, Any]  # more of vLLM's speculative_config
+    dtype: str = DTYPE  # of both models
+    load_format: str = "dummy"  # of the target; auto: it has weights
+    seed: int = 0  # of the engine: what vLLM's synthetic acceptance draws
+
+    @property
+    def exchange(self) -> bool:
+        """Whether heads take turns in this engine."""
+        return self.device == "cpu"
+
+    @property
+    def untimed(self) -> int:
+        """Cycles before the timed ones of a turn: a host that runs ahead of a GPU takes a few to fall in step."""
+        return 1 if self.exchange else 5
+
+    @property
+    def ticks(self) -> int:
+        """Turns that it will report."""
+        return len(self.batches) * len(self.contexts) * (self.rounds + self.exchange) * len(self.heads)
+
+    @property
+    def max_model_len(self) -> int:
+        """Room for a round even if every draft token were accepted."""
+        cycles = len(self.heads) * (self.cycles + self.untimed) + 2 + max(self.batches)
+        return max(self.contexts) + (self.num_speculative_tokens + 1) * cycles
+
+
+class Turn(BaseModel):
+    """A head's cycles in one round."""
+
+    head: str
+    batch: int
+    context: int
+    ms: list[float]
+    tokens: int  # that they yielded
+    parts: list[dict[str, float]] | None  # ms of each part of each cycle, in the round with clocks around them
+
+
+class Alone(BaseModel):
+    """Calls of a head by itself."""
+
+    head: str
+    batch: int
+    us: list[float]
+
+
+class Found(BaseModel):
+    """What an engine ran."""
+
+    threads: int
+    turns: list[Turn]
+    alone: list[Alone]
+
+
+def run(plan: Plan, log: Path, tick: Callable[[], None] = lambda: None) -> Found:
+    """Start an engine in a process of its own and run ``plan``; ``tick`` is called after every turn.
+
+    Raises:
+        EngineError: it failed; the message names ``log``, which has all that it said.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    asked, found = log.with_suffix(".plan.json"), log.with_suffix(".found.json")
+    asked.write_text(plan.model_dump_json())
+    found.unlink(missing_ok=True)
+    code = run_ticking([__name__, str(asked), str(found)], log, tick)
+    if code:
+        raise EngineError(f"vLLM {how_it_ended(code)} {last_words(log)}")
+    return Found.model_validate_json(found.read_text())
+
+
+class Engine:
+    """A vLLM that runs a plan, cycle by cycle."""
+
+    def __init__(self, plan: Plan) -> None:
+        # The worker imports this too; here it makes the rivals' architecture known to whoever reads the config.
+        from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from vllm_slimspec.measure import cycle_worker
+
+        self.plan = plan
+        self.llm = LLM(
+            model=plan.target,
+            load_format=plan.load_format,
+            speculative_config={
+                "method": "eagle3",
+                "model": plan.drafter,
+                "num_speculative_tokens": plan.num_speculative_tokens,
+                "draft_load_config": {"load_format": "safetensors"},
+                **plan.speculative,
+            },
+            dtype=plan.dtype,
+            max_model_len=plan.max_model_len,
+            max_num_seqs=max(plan.batches),
+            enforce_eager=plan.exchange,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=True,  # a round begins where the others did, without their prefill
+            seed=plan.seed,
+            worker_extension_cls=f"{cycle_worker.__name__}.{cycle_worker.WorkerHeads.__name__}",
+        )
+        self._params = SamplingParams(
+            temperature=0,
+            max_tokens=plan.max_model_len,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._numbers = itertools.count()
+        self._vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """A method of :class:`vllm_slimspec.measure.cycle_worker.WorkerHeads`."""
+        return self.llm.collective_rpc(method, args=args)[0]
+
+    @contextmanager
+    def requests(self, batch: int, context: int) -> Iterator[None]:
+        """Within it, ``batch`` requests of ``context`` tokens are past their prefill."""
+        engine = self.llm.llm_engine
+        waiting = {str(next(self._numbers)): random.Random(i) for i in range(batch)}
+        names = list(waiting)
+        for name, draw in waiting.items():
+            prompt = [draw.randrange(self._vocab_size) for _ in range(context)]
+            engine.add_request(name, {"prompt_token_ids": prompt}, self._params)
+        while waiting:
+            for output in engine.step():
+                waiting.pop(output.request_id, None)
+        yield
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+
+    def turn(self, head: str, batch: int, context: int, clocks: bool = False) -> Turn:
+        """Time some cycles of the head that is in, after those that are not timed."""
+        found = Turn(head=head, batch=batch, context=context, ms=[], tokens=0, parts=[] if clocks else None)
+        for i in range(self.plan.untimed + self.plan.cycles):
+            start = time.perf_counter()
+            outputs = self.llm.llm_engine.step()
+            ms = (time.perf_counter() - start) * 1e3
+            parts = self.ask("slimspec_parts") if clocks else None
+            if i < self.plan.untimed:
+                continue
+            if len(outputs) != batch:
+                raise RuntimeError(f"a cycle of {head} gave tokens to {len(outputs)} of {batch} requests")
+            found.ms.append(ms)
+            found.tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+            if parts is not None and found.parts is not None:
+                if len(parts["head"]) != self.plan.num_speculative_tokens:
+                    raise RuntimeError(f"a cycle of {head} asked its head {len(parts['head'])} times, not K")
+                found.parts.append({part: sum(times) for part, times in parts.items()})
+        return found
+
+
+def measure(engine: Engine, tick: Callable[[], Any] = lambda: None) -> Found:
+    """Run the engine's plan; ``tick`` is called after every turn."""
+    plan = engine.plan
+    if plan.exchange:
+        engine.ask("slimspec_make", plan.heads, plan.rank, plan.batches)
+    else:
+        engine.ask("slimspec_own", *plan.heads)
+    alone = []
+    turns = []
+
+    def go_round(batch: int, context: int, first: int, clocks: bool = False) -> None:
+        with engine.requests(batch, context):
+            for head in rotated(plan.heads, first):
+                if plan.exchange:
+                    engine.ask("slimspec_use", head)
+                turns.append(engine.turn(head, batch, context, clocks))
+                tick()
+
+    for batch in plan.batches:
+        times = engine.ask("slimspec_time", batch, plan.repeats)
+        alone += [Alone(head=head, batch=batch, us=us) for head, us in times.items()]
+    for batch, context in itertools.product(plan.batches, plan.contexts):
+        for number in range(plan.rounds):
+            go_round(batch, context, number)
+    if plan.exchange:
+        engine.ask("slimspec_clocks")
+        for batch, context in itertools.product(plan.batches, plan.contexts):
+            go_round(batch, context, 0, clocks=True)
+    return Found(threads=engine.ask("slimspec_threads"), turns=turns, alone=alone)
+
+
+def rotated(names: Sequence[str], first: int) -> list[str]:
+    """The same in a circle, from another one on: who comes first in a round changes with the rounds."""
+    first %= len(names)
+    return [*names[first:], *names[:first]]
+
+
+def main() -> None:
+    """In the process of one engine: PLAN FOUND DESCRIPTOR, which gets a byte after every turn."""
+    asked, found, ticks = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    plan = Plan.model_validate_json(asked.read_text())
+    if plan.exchange:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one step of the engine is then one cycle, and no more
+    else:
+        os.environ.setdefault(SPAWN, "spawn")  # torch has looked for GPUs here already
+    result = measure(Engine(plan), lambda: os.write(ticks, b"."))
+    found.write_text(result.model_dump_json())
+
+
+if __name__ == "__main__":
+    main()

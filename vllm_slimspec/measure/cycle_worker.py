@@ -1,0 +1,220 @@
+"""The heads of ``slimspec bench cycle`` inside an engine: built from the drafter that is there, checked, exchanged.
+
+Stock heads run vLLM's own ``compute_logits`` and ``get_top_tokens``, low-rank ones those of the plugin.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm import ModelRegistry
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
+
+from vllm_slimspec import register
+from vllm_slimspec.head.slot import HeadSlot
+from vllm_slimspec.head.spec import DOWN, UP, head_spec
+from vllm_slimspec.measure.head import Arm, Clock, Weights, check, trimmed_offsets
+from vllm_slimspec.measure.pairs import BY_LOGITS, RIVAL_ARCHITECTURE, TRIMMED, low_rank_keys
+from vllm_slimspec.measure.shapes import Shape
+
+# In the worker's process: vLLM imports this module there for the sake of WorkerHeads, before it loads a model. The
+# plugin is registered too: a package that is run out of a checkout has no entry point.
+register()
+ModelRegistry.register_model(RIVAL_ARCHITECTURE, f"{__name__}:RivalDraft")
+
+
+class Head(NamedTuple):
+    """A draft head as a runner of vLLM sees it."""
+
+    call: Callable[[Tensor], Tensor]  # [B, D] -> ids int64 [B] of the target, or logits [B, vocabulary]
+    gives_ids: bool  # what it is: `get_top_tokens` or `compute_logits`
+    reference: Arm | None  # with the scores that its ids must have; None for a constant
+
+    def draft(self, hidden: Tensor) -> Tensor:
+        """What both runners do with it: [B, D] -> ids int64 [B]."""
+        found = self.call(hidden)
+        return found if self.gives_ids else found.argmax(dim=-1)
+
+
+class Heads:
+    """Makes heads for a loaded stock drafter of the full vocabulary, all from the rows of its dense one."""
+
+    def __init__(self, model: Eagle3LlamaForCausalLM, config: VllmConfig, rank: int) -> None:
+        self._model, self._config = model, config
+        rows = model.lm_head.weight.data
+        shape = Shape(model.config.hidden_size, model.config.vocab_size, rank)
+        self.weights = Weights(shape, rows.dtype, rows.device, dense=rows)
+
+    def make(self, name: str) -> Head:
+        """The head of this name.
+
+        Raises ValueError where the device has no kernel for it.
+        """
+        if name == "null":
+            return Head(lambda hidden: hidden.new_zeros(hidden.shape[0], dtype=torch.int64), True, None)
+        if name in ("full", "full-argmax"):
+            return self._stock(name, self._model, self.weights.arm("full"))
+        reference = self.weights.arm(name)
+        if reference is None:
+            raise ValueError(f"head {name} has no kernel on {self.weights.device.type}; leave it out of --heads")
+        if name.startswith("trim"):
+            return self._stock(name, self._trimmed(), reference)
+        if name.startswith("low-rank"):
+            return Head(self._low_rank(name), True, reference)
+        return Head(reference.run, True, reference)
+
+    def _stock(self, name: str, owner: Any, reference: Arm | None) -> Head:
+        """vLLM's own functions, of the drafter or of something that has what they read."""
+        if name in BY_LOGITS:
+            return Head(partial(Eagle3LlamaForCausalLM.compute_logits, owner), False, reference)
+        return Head(partial(Eagle3LlamaForCausalLM.get_top_tokens, owner), True, reference)
+
+    def _trimmed(self) -> SimpleNamespace:
+        shape = self.weights.shape
+        with self._building():
+            head = ParallelLMHead(TRIMMED, shape.hidden_size)
+            processor = LogitsProcessor(TRIMMED, scale=self._model.logits_processor.scale)
+        head.weight_loader(head.weight, self.weights.dense[:TRIMMED])
+        head.quant_method.process_weights_after_loading(head)
+        return SimpleNamespace(
+            lm_head=head,
+            logits_processor=processor,
+            draft_id_to_target_id=trimmed_offsets(TRIMMED, shape.vocab_size).to(self.weights.device),
+            config=SimpleNamespace(vocab_size=shape.vocab_size, draft_vocab_size=TRIMMED),
+        )
+
+    def _low_rank(self, name: str) -> Callable[[Tensor], Tensor]:
+        spec = head_spec(self._model.config.to_dict() | low_rank_keys(name, self.weights.shape.rank))
+        with self._building():
+            slot = HeadSlot(spec, self._config.scheduler_config.max_num_seqs, name)
+        slot.load({DOWN: self.weights.down, UP: self.weights.up})
+        slot.prepare(self._model.lm_head)  # padded as `up` is
+        return slot.top_tokens
+
+    @contextmanager
+    def _building(self):
+        """As vLLM constructs layers."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.weights.dtype)
+        try:
+            with set_current_vllm_config(self._config), self.weights.device:
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+class RivalDraft(Eagle3LlamaForCausalLM):
+    """vLLM's drafter under the head that ``rival_head`` of its config.json names, for heads that vLLM has not.
+
+    Its own dense head stays beside it: the rows that the rival is made from.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._vllm_config = vllm_config
+        self._head: Head | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        hidden_states: Tensor,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if self._head is None:  # the weights are loaded by now, and no graph is captured yet
+            self._head = Heads(self, self._vllm_config, self.config.rival_rank).make(self.config.rival_head)
+        return super().forward(input_ids, positions, hidden_states, inputs_embeds)
+
+    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
+        assert self._head is not None, "forward() comes first"
+        return self._head.call(hidden_states)
+
+
+class WorkerHeads:
+    """What vLLM mixes into its worker (``worker_extension_cls``); the methods are called by ``collective_rpc``."""
+
+    @torch.inference_mode()
+    def slimspec_own(self, name: str) -> None:
+        """Take the drafter's own head, for :meth:`slimspec_time`: an engine that holds one."""
+        model = _drafter(self)
+        local_argmax = self.vllm_config.speculative_config.use_local_argmax_reduction  # type: ignore[attr-defined]
+        head = Head(model.get_top_tokens if local_argmax else model.compute_logits, local_argmax, None)
+        self._slimspec_heads = {name: head}
+
+    @torch.inference_mode()
+    def slimspec_make(self, names: Sequence[str], rank: int, batches: Sequence[int]) -> None:
+        """Make heads to exchange, and refuse one whose draft tokens do not have the scores they should."""
+        heads = Heads(_drafter(self), self.vllm_config, rank)  # type: ignore[attr-defined]
+        self._slimspec_heads = {}
+        for name in names:
+            head = self._slimspec_heads[name] = heads.make(name)
+            if head.reference is not None:
+                for batch in batches:
+                    check(head.reference._replace(run=head.draft), heads.weights.hidden(batch))
+
+    def slimspec_use(self, name: str) -> None:
+        """Put a head into the drafter of a running engine (Model Runner V1, not inside graphs)."""
+        head = self._slimspec_heads[name]
+        proposer = self.model_runner.drafter  # type: ignore[attr-defined]
+        proposer.use_local_argmax_reduction = head.gives_ids
+        setattr(proposer.model, "get_top_tokens" if head.gives_ids else "compute_logits", head.call)
+
+    @torch.inference_mode()
+    def slimspec_time(self, batch: int, repeats: int) -> dict[str, list[float]]:
+        """Microseconds of one call of each head alone, with cold caches, as ``slimspec bench head`` takes them."""
+        model = _drafter(self)
+        device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
+        generator = torch.Generator().manual_seed(batch)
+        hidden = torch.randn(batch, model.config.hidden_size, generator=generator).to(device, dtype)
+        calls = [partial(head.draft, hidden) for head in self._slimspec_heads.values()]
+        times = Clock(device).measure(calls, repeats, lambda: None)
+        return dict(zip(self._slimspec_heads, times, strict=True))
+
+    def slimspec_clocks(self) -> None:
+        """From now on measure the parts of a cycle (Model Runner V1, eager)."""
+        proposer = self.model_runner.drafter  # type: ignore[attr-defined]
+        target = self.model_runner.model  # type: ignore[attr-defined]
+        self._slimspec_parts: dict[str, list[float]] = {"verify": [], "body": [], "head": []}
+        for owner, name, part in (
+            (target, "forward", "verify"),
+            (target, "compute_logits", "verify"),
+            (proposer.model, "combine_hidden_states", "body"),
+            (proposer.model, "forward", "body"),
+            (proposer, "_greedy_sample", "head"),
+        ):
+            setattr(owner, name, _timed(getattr(owner, name), self._slimspec_parts[part]))
+
+    def slimspec_parts(self) -> dict[str, list[float]]:
+        """Milliseconds of every call of each part since the last time this was asked."""
+        found = {part: list(times) for part, times in self._slimspec_parts.items()}
+        for times in self._slimspec_parts.values():
+            times.clear()
+        return found
+
+    def slimspec_threads(self) -> int:
+        """Threads that compute."""
+        return torch.get_num_threads()
+
+
+def _drafter(worker: Any) -> Any:
+    """The draft model of either runner."""
+    runner = worker.model_runner
+    return (runner.drafter if hasattr(runner, "drafter") else runner.speculator).model
+
+
+def _timed(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*args, **kwargs)
+        times.append((time.perf_counter() - start) * 1e3)
+        return result
+
+    return timed

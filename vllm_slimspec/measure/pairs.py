@@ -1,0 +1,295 @@
+"""Pairs of true shapes, where no weight's value matters: a target's config.json and random EAGLE-3 drafters.
+
+A target is a folder with nothing but config.json, for vLLM's ``load_format="dummy"``. A drafter has weights on disk,
+because a dummy drafter's vocabulary map would be random numbers too, and point outside of the vocabulary.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_slimspec.common.files import save_tensors
+from vllm_slimspec.common.output import claim_folder, write_whole
+from vllm_slimspec.drafters.eagle3 import LLAMA
+from vllm_slimspec.head.quantized import KINDS
+from vllm_slimspec.head.spec import DENSE, DOWN, UP
+from vllm_slimspec.measure.head import RERANK_K, Weights, trimmed_offsets
+from vllm_slimspec.measure.shapes import Shape
+
+RIVAL_ARCHITECTURE = "SlimSpecRivalLlamaForCausalLMEagle3"
+"""A stock drafter under the head that ``rival_head`` names: see :mod:`vllm_slimspec.measure.cycle_worker`."""
+
+BY_LOGITS = ("full", "trim-32k-scatter")
+"""Stock heads that vLLM asks for logits; the others of its own get `use_local_argmax_reduction`."""
+
+TRIMMED = 32768
+DTYPE = "bfloat16"  # of every weight
+
+_LLAMA_3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+_LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_QWEN_3 = {
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+TARGETS: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {
+        **_LLAMA_3,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "rope_scaling": {**_LLAMA_3_ROPE, "factor": 32.0},
+    },
+    "llama-3.1-8b": {
+        **_LLAMA_3,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+        "rope_scaling": {**_LLAMA_3_ROPE, "factor": 8.0},
+    },
+    "qwen3-8b": {
+        **_QWEN_3,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN_3,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "eos_token_id": 200002,
+        "pad_token_id": 199999,
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+    },
+}
+
+
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+# A drafter's layer is dense where its target's is a mixture of experts: the width that SpecForge gives it.
+_DENSE_LAYER = {"gpt_oss": {"intermediate_size": 17280}}
+
+
+def low_rank_keys(head: str, rank: int) -> dict[str, Any]:
+    """What config.json says of a low-rank head by its name in a measurement, such as "low-rank-int8-rerank"."""
+    keys: dict[str, Any] = {"lm_head_rank": rank}
+    kind = next((kind for kind in KINDS if kind in head), None)
+    if kind:
+        keys["lm_head_quantization"] = kind
+    if head.endswith("rerank"):
+        keys["lm_head_rerank"] = RERANK_K
+    return keys
+
+
+def asked_for(head: str) -> dict[str, Any]:
+    """The part of vLLM's speculative_config under which it asks this head for ids rather than logits."""
+    by_default = head in BY_LOGITS or head.startswith("low-rank")  # for the latter our plugin sees to it
+    return {} if by_default else {"use_local_argmax_reduction": True}
+
+
+def is_rival(head: str) -> bool:
+    """Whether neither vLLM nor the plugin has this head, but :mod:`vllm_slimspec.measure.cycle_worker` alone."""
+    return not head.startswith(("trim", "low-rank")) and head not in ("full", "full-argmax")
+
+
+def write_target(folder: Path, config: dict[str, Any]) -> Path:
+    """A folder with ``config`` as config.json, for dummy weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": DTYPE}, indent=2) + "\n")
+    return folder
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of the words t0, t1, ..., one a token, beside a target's config.json."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def write_drafter(folder: Path, target: dict[str, Any], rank: int, head: str) -> Path:
+    """A drafter with random weights for ``target`` (its config.json), under the head of that name, in ``folder``/head.
+
+    One decoder layer of the target's width, and the heads cut from one dense head. A drafter that is there already is
+    kept; the drafters of one ``folder`` share their files.
+
+    Raises:
+        OSError: the disk refuses; no drafter is left half written.
+    """
+    config = _drafter_config(target, rank, head)
+    path = folder / head
+    if _is_made_from(path, config):
+        return path
+    shutil.rmtree(path, ignore_errors=True)
+    with claim_folder(path) as claim:
+        files = {part: _part(folder, config, rank, part) for part in _parts(config, head)}
+
+        def fill(new: Path) -> None:
+            for part, file in files.items():
+                os.link(file, new / f"{part}.safetensors")
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+        claim.write_folder(fill)
+    return path
+
+
+def _is_made_from(path: Path, config: dict[str, Any]) -> bool:
+    file = path / "config.json"
+    return file.is_file() and json.loads(file.read_text()) == config
+
+
+def _drafter_config(target: dict[str, Any], rank: int, head: str) -> dict[str, Any]:
+    layers = target["num_hidden_layers"]
+    config = {key: target[key] for key in (*_SIZES, "rms_norm_eps", "rope_theta", "max_position_embeddings")}
+    config |= _DENSE_LAYER.get(target["model_type"], {}) | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "draft_vocab_size": TRIMMED if head.startswith("trim") else target["vocab_size"],
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": DTYPE,
+        "eagle_aux_hidden_state_layer_ids": [2, layers // 2, layers - 3],
+    }
+    if head.startswith("low-rank"):
+        config |= {"architectures": [LLAMA.architecture], **low_rank_keys(head, rank)}
+    elif is_rival(head):
+        config |= {"architectures": [RIVAL_ARCHITECTURE], "rival_head": head, "rival_rank": rank}
+    return config
+
+
+def _parts(config: dict[str, Any], head: str) -> list[str]:
+    """The files of a drafter: its layer and what its head is made of."""
+    if head.startswith("trim"):
+        return ["body", "trimmed"]
+    if not head.startswith("low-rank"):
+        return ["body", "dense"]
+    return ["body", "factors", *(["dense"] if "lm_head_rerank" in config else [])]
+
+
+def _part(folder: Path, config: dict[str, Any], rank: int, part: str) -> Path:
+    """A file of random weights, made once for each size of them."""
+    key = hashlib.sha256(json.dumps([part, rank, *(config[size] for size in _SIZES)]).encode()).hexdigest()[:12]
+    file = folder / f"{part}-{key}.safetensors"
+    if not file.is_file():
+        tensors = _body(config) if part == "body" else _head(config, rank, part)
+        write_whole(file, lambda part: save_tensors(tensors, part, {"format": "pt"}))
+    return file
+
+
+def _head(config: dict[str, Any], rank: int, part: str) -> dict[str, Tensor]:
+    shape = Shape(config["hidden_size"], config["vocab_size"], rank)
+    weights = Weights(shape, torch.bfloat16, torch.device("cpu"))
+    if part == "factors":
+        return {DOWN: weights.down, UP: weights.up}
+    if part == "dense":
+        return {DENSE: weights.dense}
+    return {DENSE: weights.dense[:TRIMMED].clone(), "d2t": trimmed_offsets(TRIMMED, shape.vocab_size)}
+
+
+def _body(config: dict[str, Any]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=columns**-0.5, generator=generator)
+
+    width, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    tensors = {
+        "fc.weight": normal(width, 3 * width),
+        "midlayer.self_attn.q_proj.weight": normal(q, 2 * width),
+        "midlayer.self_attn.k_proj.weight": normal(kv, 2 * width),
+        "midlayer.self_attn.v_proj.weight": normal(kv, 2 * width),
+        "midlayer.self_attn.o_proj.weight": normal(width, q),
+        "midlayer.mlp.gate_proj.weight": normal(inner, width),
+        "midlayer.mlp.up_proj.weight": normal(inner, width),
+        "midlayer.mlp.down_proj.weight": normal(width, inner),
+        "norm.weight": torch.ones(width, dtype=torch.bfloat16),
+    }
+    for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+        tensors[f"midlayer.{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
+    return tensors

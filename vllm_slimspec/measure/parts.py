@@ -1,0 +1,185 @@
+"""``slimspec bench parts``: where the time of a draft head on a CPU goes, part by part.
+
+Each part is the code that serves, called alone with cold caches on what the part before it gave, the parts of all heads
+taking turns with the heads as wholes. In a whole the next part finds in a cache what the last one wrote, so that the
+parts may come to more than it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from vllm_slimspec.common.console import one_line_errors
+from vllm_slimspec.common.device import device_name
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.cpu import PackedFactor
+from vllm_slimspec.head.selection import best_of, rescored, top_of
+from vllm_slimspec.measure.head import RERANK_K, Clock, Weights, check
+from vllm_slimspec.measure.options import choices, claim_results, positive_ints, turns
+from vllm_slimspec.measure.results import PartName, PartResults, PartRow, provenance
+from vllm_slimspec.measure.shapes import SHAPES
+
+HEADS = (
+    "full",
+    "full-packed",
+    "low-rank",
+    "low-rank-int8",
+    "low-rank-int4",
+    "low-rank-rerank",
+    "low-rank-int8-rerank",
+)
+EXAMPLE = "Example: slimspec bench parts --shapes llama-3.2-1b --batches 1,8 --json parts.json"
+
+
+class Part(NamedTuple):
+    """A step of a head, ready to be timed."""
+
+    name: PartName
+    run: Callable[[], Any]
+    bytes: int  # of weights that it reads
+
+
+def parts(weights: Weights, name: str, hidden: Tensor) -> Iterator[Part]:
+    """The steps of the head of this name on ``hidden`` [B, D], a CPU's."""
+    if name == "full":
+        logits = F.linear(hidden, weights.dense)
+        yield Part("up", partial(F.linear, hidden, weights.dense), weights.dense.nbytes)
+        yield Part("choice", partial(logits.argmax, dim=-1), 0)
+        return
+    if name == "full-packed":
+        packed = PackedFactor(weights.dense, weights.dtype)
+        yield Part("up", partial(packed, hidden), weights.dense.nbytes)
+        yield Part("choice", partial(best_of, packed(hidden)), 0)
+        return
+    stored = weights.stored_up(name)
+    down, up = ops.pack(weights.down, stored)
+    assert isinstance(down, PackedFactor)
+    assert isinstance(up, PackedFactor)
+    z = down(hidden)
+    logits = up(z)
+    yield Part("down", partial(down, hidden), weights.down.nbytes)
+    yield Part("up", partial(up, z), stored.nbytes)
+    if not name.endswith("rerank"):
+        yield Part("choice", partial(best_of, logits), 0)
+        return
+    screened, ids = top_of(logits, RERANK_K)
+    yield Part("choice", partial(top_of, logits, RERANK_K), 0)
+    read = ids.numel() * weights.dense[0].nbytes
+    yield Part("rescoring", partial(rescored, hidden, screened, ids, weights.dense, None), read)
+
+
+def measure(
+    shapes: Sequence[str],
+    heads: Sequence[str],
+    batches: Sequence[int],
+    *,
+    repeats: int = 21,
+    tick: Callable[[], None] = lambda: None,
+) -> PartResults:
+    """Check every head, then time its parts and the whole of it, and the memory they read from, in one run.
+
+    Raises ValueError for a head that drafts wrong tokens: nothing is timed then.
+    """
+    device = torch.device("cpu")
+    clock = Clock(device)
+    before = clock.bandwidth()  # again at the end, and the better counts
+    rows = []
+    with torch.inference_mode():
+        for shape in shapes:
+            weights = Weights(SHAPES[shape], torch.bfloat16, device)
+            for batch in batches:
+                hidden = weights.hidden(batch)
+                timed: list[tuple[str, Part]] = []
+                for name in heads:
+                    arm = weights.arm(name)
+                    assert arm is not None, "every head of HEADS runs on a CPU"
+                    check(arm, hidden)
+                    timed += [(name, part) for part in parts(weights, name, hidden)]
+                    timed.append((name, Part("whole", partial(arm.run, hidden), arm.bytes + batch * arm.bytes_per_row)))
+                times = clock.measure([part.run for _, part in timed], repeats, tick)
+                for (name, part), microseconds in zip(timed, times, strict=True):
+                    rows.append(
+                        PartRow(
+                            head=name,
+                            shape=shape,
+                            batch=batch,
+                            part=part.name,
+                            p50_us=round(median(microseconds), 2),
+                            bytes=part.bytes,
+                        )
+                    )
+    copy, read = map(max, before, clock.bandwidth())
+    return PartResults(
+        **provenance(),
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        repeats=repeats,
+        copy_gb_s=round(copy, 2),
+        read_gb_s=round(read, 2),
+        rows=rows,
+    )
+
+
+def parts_command(
+    shapes: Annotated[str, typer.Option(help=f"Shapes to time: all, or some of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
+    heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
+    batches: Annotated[str, typer.Option(help="Batch sizes: rows that are drafted at once.")] = "1,8,64",
+    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of every part.")] = 21,
+    json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+) -> None:
+    """Time the parts of draft heads on a CPU: down, up, the choice of the best, rescoring. (A GPU's kernel is one.)"""
+    shape_names = choices(shapes, SHAPES, "--shapes")
+    head_names = choices(heads, HEADS, "--heads")
+    sizes = positive_ints(batches, "--batches", "batch sizes")
+    count = len(shape_names) * len(sizes) * (repeats + 2)
+    with one_line_errors(), claim_results(json), turns(count, "Timing parts") as tick:
+        results = measure(shape_names, head_names, sizes, repeats=repeats, tick=tick)
+        if json:
+            results.write(json)
+    typer.echo("\n".join(tables(results)))
+
+
+def parts_section(results: PartResults, source: str) -> str:
+    """What `docs/roofline.md` says of the parts."""
+    lines = [
+        "## Where the time goes",
+        "",
+        f"Made by `{results.command}` ([JSON]({source.removeprefix('docs/')})).",
+        "",
+        "Each part is the code that serves, alone",
+        "and with cold caches, on what the part before it gave: `down`, `up`, the choice of the best score or of the",
+        f'{RERANK_K} best, and their rescoring by dense rows. "whole" is the head as it is served, timed in the same',
+        "turns; there a part finds in a cache what the last one wrote, so that the parts may come to more than it.",
+        "",
+    ]
+    return "\n".join([*lines, *tables(results)])
+
+
+def tables(results: PartResults) -> list[str]:
+    """Markdown: a table for each shape and batch, microseconds and GB/s."""
+    speeds = f"a copy moved {results.copy_gb_s} GB/s (read plus written), a read {results.read_gb_s} GB/s"
+    lines = [f"{results.device}: {speeds}."]
+    for shape, batch in dict.fromkeys((row.shape, row.batch) for row in results.rows):
+        lines += [
+            "",
+            f"{shape}, batch {batch}:",
+            "",
+            "| head | down us | up us | up GB/s | choice us | rescoring us | whole us | whole GB/s | x full |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        rows = {(r.head, r.part): r for r in results.rows if (r.shape, r.batch) == (shape, batch)}
+        full = rows.get(("full", "whole"))
+        for head in dict.fromkeys(head for head, _ in rows):
+            us = {part: f"{row.p50_us:.0f}" for (name, part), row in rows.items() if name == head}
+            speed = {part: f"{r.bytes / r.p50_us / 1e3:.1f}" for (name, part), r in rows.items() if name == head}
+            ratio = f"{full.p50_us / rows[head, 'whole'].p50_us:.2f}" if full else ""
+            cells = [us.get("down", ""), us["up"], speed["up"], us["choice"], us.get("rescoring", "")]
+            lines.append(f"| {' | '.join([head, *cells, us['whole'], speed['whole'], ratio])} |")
+    return lines

@@ -1,0 +1,373 @@
+"""The pictures of a report. Each is drawn from rows, on a theme; what it shows in words is its text alternative.
+
+The first three are those of the SlimSpec paper (arXiv 2605.10453) with one's own numbers: the time of a head beside
+the full one (Fig. 1), a cycle taken apart over batches (Fig. 2), and the plane of head acceleration nu and acceptance
+ratio rho with the level curves of the speedup rho / (1 - kappa + kappa / nu) (Fig. 3, eq. 4).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vllm_slimspec.common.speedup import least_ratio
+from vllm_slimspec.common.theme import Theme
+from vllm_slimspec.measure.results import AcceptanceRow, CycleRow, HeadRow, ServeRow, StatesRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KAPPA, NU, RHO = "\N{GREEK SMALL LETTER KAPPA}", "\N{GREEK SMALL LETTER NU}", "\N{GREEK SMALL LETTER RHO}"
+NULL = "null"  # the arm of `bench cycle` whose head returns a constant id
+TOLERANCE = 0.07  # of eq. 4, within which a measured ratio counts as predicted
+_WIDTH = 5.4  # inches, at which type has the size of the page's on a column of a wide screen
+_MARKERS = "osD^vP*X"
+_BAR = 0.68
+
+Named = tuple[float, float, str, str]  # x, y, name, color
+
+
+@dataclass(frozen=True)
+class Point:
+    """A head on the plane."""
+
+    head: str
+    nu: float
+    rho: float
+    low: float | None  # of rho, 95%; None: not measured at this shape, and drawn at 1
+    high: float | None
+
+
+def _panels(height: float, count: int) -> "tuple[Figure, Sequence[Axes]]":
+    """A figure of so many inches, and its panels from top to bottom."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(count, squeeze=False)[:, 0])
+
+
+def _panel(height: float) -> "tuple[Figure, Axes]":
+    figure, panels = _panels(height, 1)
+    return figure, panels[0]
+
+
+def _rows_of(count: int) -> float:
+    return 0.75 + 0.27 * count
+
+
+def head_time(rows: Sequence[HeadRow], theme: Theme) -> "Figure":
+    """Fig. 1: the time of each head as a share of the full one's, a mark for each batch; the fastest at the top."""
+    batches = sorted({row.batch for row in rows})
+    full = {row.batch: row.p50_us for row in rows if row.head == reference(rows)}
+    share = {(row.head, row.batch): row.p50_us / full[row.batch] for row in rows if row.batch in full}
+    heads = sorted({row.head for row in rows}, key=lambda head: share.get((head, batches[0]), 9))
+    figure, axes = _panel(_rows_of(len(heads)) + 0.2)
+    axes.axvline(1, color=theme["muted"], linewidth=1)
+    for place, batch in enumerate(batches):
+        known = [head for head in heads if (head, batch) in share]
+        faces = [theme.head(head) if place == 0 else theme["ground"] for head in known]
+        axes.scatter(
+            [share[head, batch] for head in known],
+            [heads.index(head) for head in known],
+            s=44 if place == 0 else 32,
+            marker=_MARKERS[place],
+            c=faces,
+            edgecolors=[theme.head(head) for head in known],
+            linewidths=1.2,
+            zorder=3 + (place == 0),
+        )
+        axes.scatter([], [], marker=_MARKERS[place], color=theme["muted"], label=f"batch {batch}")
+    axes.set_yticks(range(len(heads)), heads)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    _percent_ticks(axes, [share[key] for key in share])
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("head time, share of the full head's (log scale)")
+    figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2)
+    return figure
+
+
+def reference(rows: Sequence[HeadRow]) -> str:
+    """The full head to compare with: repacked where a CPU does that, which is the harder one."""
+    return "full-packed" if any(row.head == "full-packed" for row in rows) else "full"
+
+
+def decomposition(rows: Sequence[CycleRow], theme: Theme) -> "Figure":
+    """Fig. 2: milliseconds of a cycle, its draft heads apart from all else, a panel for each batch."""
+    batches = sorted({row.batch for row in rows})
+    heads = [h for h in dict.fromkeys(row.head for row in rows) if h != NULL]
+    figure, panels = _panels(0.5 + (0.35 + 0.25 * len(heads)) * len(batches), len(batches))
+    for axes, batch in zip(panels, batches, strict=True):
+        chosen = sorted((r for r in rows if r.batch == batch and r.head != NULL), key=lambda r: r.cycle_ms_p50)
+        names = [row.head for row in chosen]
+        rest = [row.cycle_ms_p50 - row.head_ms for row in chosen]
+        axes.barh(names, rest, _BAR, color=theme["body"])
+        bars = axes.barh(
+            names, [row.head_ms for row in chosen], _BAR, left=rest, color=[theme.head(name) for name in names]
+        )
+        axes.bar_label(
+            bars,
+            labels=[f"{row.cycle_ms_p50:.3g} ms" for row in chosen],
+            padding=4,
+            fontsize="small",
+            color=theme["muted"],
+        )
+        axes.set_xlim(0, max(row.cycle_ms_p50 for row in chosen) * 1.16)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_title(f"batch {batch}", fontsize="medium", loc="left", color=theme["muted"])
+    panels[-1].set_xlabel("ms a cycle; colored: the draft heads in it")
+    return figure
+
+
+def plane(points: Sequence[Point], kappa: float, theme: Theme) -> "Figure":
+    """Fig. 3: head acceleration and acceptance ratio of each head, with the level curves of eq. 4."""
+    figure, axes = _panel(4.6)
+    right = max(10.0, 1.35 * max(point.nu for point in points))
+    low = min([0.86 - kappa / 2, *(0.97 * (p.low or p.rho) for p in points)])
+    high = max([1.02, *(1.03 * (p.high or p.rho) for p in points)])
+    nu = np.geomspace(min(0.8, 0.9 * min(p.nu for p in points)), right, 200)
+    cost = np.array([least_ratio(kappa, float(n)) for n in nu])
+    axes.fill_between(nu, low, np.minimum(cost, high), color=theme["loss"], alpha=0.10, linewidth=0)
+    for level in np.arange(0.6, 3, 0.1):
+        curve = np.where((level * cost >= low) & (level * cost <= high), level * cost, np.nan)
+        if np.isfinite(curve).sum() < 20:
+            continue
+        even = abs(level - 1) < 1e-6
+        axes.plot(
+            nu,
+            curve,
+            color=theme["loss" if even else "muted"],
+            linewidth=1.5 if even else 0.8,
+            linestyle="-" if even else (0, (4, 3)),
+            alpha=1 if even else 0.7,
+        )
+        end = int(np.flatnonzero(np.isfinite(curve))[-1])
+        axes.annotate(
+            f"{level:.1f}x",
+            (nu[end], curve[end]),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+            color=theme["loss" if even else "muted"],
+            annotation_clip=False,
+        )
+    for point in points:
+        color = theme.head(point.head)
+        if point.low is not None and point.high is not None:
+            axes.plot([point.nu] * 2, [point.low, point.high], color=color, linewidth=1.5)
+        axes.scatter(
+            point.nu,
+            point.rho,
+            s=40,
+            color=color if point.low is not None else theme["ground"],
+            edgecolors=color,
+            linewidths=1.4,
+            zorder=4,
+        )
+    axes.set_xscale("log")
+    ticks = [t for t in (0.5, 1, 2, 4, 8, 16, 32, 64) if nu[0] <= t <= right]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(nu[0], right)
+    axes.set_ylim(low, high)
+    axes.grid(visible=False)
+    axes.set_xlabel(f"{NU}: head acceleration over the full head (log scale)")
+    axes.set_ylabel(f"{RHO}: acceptance length, of the full head's")
+    _label(figure, axes, [(p.nu, p.rho, p.head, theme.head(p.head)) for p in points if p.low is not None])
+    _label_above(figure, axes, [(p.nu, p.rho, p.head, theme.head(p.head)) for p in points if p.low is None], theme)
+    return figure
+
+
+def prediction(rows: Sequence[CycleRow], theme: Theme) -> "Figure":
+    """Measured against predicted speedup over the full head, at equal acceptance; the band is eq. 4 within 7%."""
+    shown = compared(rows)
+    figure, axes = _panel(4.1)
+    batches = sorted({row.batch for row in shown})
+    values = [1.0, *map(predicted, shown), *map(measured, shown)]
+    ends = np.array([0.93 * min(values), 1.08 * max(values)])
+    axes.fill_between(
+        ends, ends * (1 - TOLERANCE), ends * (1 + TOLERANCE), color=theme["gain"], alpha=0.14, linewidth=0
+    )
+    axes.plot(ends, ends, color=theme["gain"], linewidth=1.2)
+    for marker, batch in zip(_MARKERS, batches, strict=False):
+        chosen = [row for row in shown if row.batch == batch]
+        axes.scatter(
+            [predicted(row) for row in chosen],
+            [measured(row) for row in chosen],
+            s=40,
+            marker=marker,
+            color=[theme.head(row.head) for row in chosen],
+            zorder=3,
+        )
+        axes.scatter([], [], marker=marker, color=theme["muted"], label=f"batch {batch}")
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    axes.set_aspect("equal")
+    axes.xaxis.set_major_formatter("{x:.1f}x")
+    axes.yaxis.set_major_formatter("{x:.1f}x")
+    axes.set_xlabel(f"predicted by eq. 4: 1 / (1 - {KAPPA} + {KAPPA} / {NU})")
+    axes.set_ylabel("measured: cycle(full) / cycle(head)")
+    labeled = shown if len(batches) == 1 else [row for row in shown if off_the_line(row)]
+    _label(figure, axes, [(predicted(row), measured(row), row.head, theme.head(row.head)) for row in labeled])
+    if len(batches) > 1:
+        figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2)
+    return figure
+
+
+def off_the_line(row: CycleRow) -> bool:
+    """Whether eq. 4 misses what was measured by more than the tolerance."""
+    return abs(measured(row) / predicted(row) - 1) > TOLERANCE
+
+
+def compared(rows: Sequence[CycleRow]) -> list[CycleRow]:
+    """The rows that eq. 4 says something about: heads beside a full one."""
+    return [row for row in rows if row.ratio and row.predicted_ratio and row.head not in (NULL, "full")]
+
+
+def measured(row: CycleRow) -> float:
+    """Speedup over the full head at equal acceptance."""
+    assert row.ratio
+    return 1 / row.ratio
+
+
+def predicted(row: CycleRow) -> float:
+    """The same by eq. 4."""
+    assert row.predicted_ratio
+    return 1 / row.predicted_ratio
+
+
+def acceptance(rows: Sequence[AcceptanceRow], theme: Theme) -> "Figure":
+    """Acceptance length of each head with its 95% interval, the longest at the top."""
+    rows = sorted(rows, key=lambda row: -row.length)
+    figure, axes = _panel(_rows_of(len(rows)))
+    for place, row in enumerate(rows):
+        color = theme.head(row.head)
+        axes.plot([row.low, row.high], [place, place], color=color, linewidth=3, alpha=0.45, solid_capstyle="round")
+        axes.scatter(row.length, place, s=42, color=color, zorder=3)
+        axes.annotate(
+            f"{row.length:.2f}",
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+            color=theme["muted"],
+        )
+    full = next((row for row in rows if row.head == "full"), None)
+    if full:
+        axes.axvline(full.length, color=theme["muted"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(rows)), [row.head for row in rows])
+    axes.invert_yaxis()
+    left, right = min(row.low for row in rows), max(row.high for row in rows)
+    axes.set_xlim(max(1.0, left - 0.1 * (right - left)) if left > 1.05 else 1.0, right + 0.05 * (right - left))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("acceptance length, tokens a cycle; bars: 95%")
+    return figure
+
+
+def frontier(rows: Sequence[StatesRow], theme: Theme) -> "Figure":
+    """Accepted drafts a cycle against the bytes that a head reads, with 95% intervals."""
+    figure, axes = _panel(4.6)
+    for row in rows:
+        x, color = row.head_bytes / 1e6, theme.head(row.head)
+        axes.plot([x, x], [row.low - 1, row.high - 1], color=color, linewidth=2, alpha=0.35)
+        axes.scatter(x, row.length - 1, s=30, color=color, zorder=3)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.2)
+    axes.set_xlabel("MB that a draft step reads of the head (log scale)")
+    axes.set_ylabel("accepted drafts a cycle")
+    _label(figure, axes, [(row.head_bytes / 1e6, row.length - 1, row.head, theme.head(row.head)) for row in rows])
+    return figure
+
+
+def serving(rows: Sequence[ServeRow], theme: Theme) -> "Figure":
+    """Tokens per second of the server against those of one request: a line for each head, a mark for each load."""
+    figure, axes = _panel(3.8)
+    for place, head in enumerate(dict.fromkeys(row.head for row in rows)):
+        line = sorted((row for row in rows if row.head == head), key=lambda row: row.concurrency)
+        axes.plot(
+            [row.tokens_per_s for row in line],
+            [1e3 / row.tpot_ms_p50 for row in line],
+            color=theme.head(head),
+            marker=_MARKERS[place % len(_MARKERS)],
+            markersize=5,
+            linewidth=1.5,
+            label=head,
+        )
+    axes.set_xlabel("tokens per second of the server")
+    axes.set_ylabel("tokens per second of one request (median)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside upper left", ncols=3, handletextpad=0.4, columnspacing=1.2)
+    return figure
+
+
+def _percent_ticks(axes: "Axes", shares: Sequence[float]) -> None:
+    low, high = 0.85 * min(shares), 1.2 * max(shares)
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{100 * t:g}%" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(low, high)
+
+
+def _places(figure: "Figure", axes: "Axes", points: Sequence[Named]) -> np.ndarray:
+    """Where points are on the figure, in points of type from its lower left [N, 2]; axes and limits must be set."""
+    figure.draw_without_rendering()
+    return axes.transData.transform([(x, y) for x, y, _, _ in points]) * 72 / figure.dpi
+
+
+def _label(figure: "Figure", axes: "Axes", points: Sequence[Named]) -> None:
+    """Names beside points, moved up or down where they would cover one another."""
+    if not points:
+        return
+    points = sorted(points)
+    taken: list[tuple[float, float, float, float]] = []
+    for (x, y, name, color), (px, py) in zip(points, _places(figure, axes, points), strict=True):
+        width, height = 4.9 * len(name), 10.5  # of small type, roughly
+        for step in (0, 11, -11, 22, -22, 33, -33, 44, -44):
+            box = (px + 7, py + step - height / 2, px + 7 + width, py + step + height / 2)
+            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+                break
+        taken.append(box)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(7, step),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+            color=color,
+            annotation_clip=False,
+        )
+
+
+def _label_above(figure: "Figure", axes: "Axes", points: Sequence[Named], theme: Theme) -> None:
+    """Names of points of one height, aslant above the axes, each with a line down to its point."""
+    if not points:
+        return
+    points = sorted(points)
+    here = _places(figure, axes, points)
+    lane = np.array(here[:, 0])
+    for i in range(1, len(lane)):
+        lane[i] = max(lane[i], lane[i - 1] + 12)
+    lane -= max(0.0, float((lane - here[:, 0]).max()) / 2)
+    top = axes.get_window_extent().y1 * 72 / figure.dpi
+    for (x, y, name, color), (px, py), place in zip(points, here, lane, strict=True):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(place - px, top - py + 8),
+            textcoords="offset points",
+            rotation=50,
+            rotation_mode="anchor",
+            fontsize="small",
+            color=color,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": theme["grid"], "shrinkA": 0, "shrinkB": 4},
+        )

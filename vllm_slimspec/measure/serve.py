@@ -1,0 +1,215 @@
+"""``slimspec bench serve``: vLLM's own load generator against a server for each drafter.
+
+A client sees what the heads are worth: the time to the first token, the time between tokens, the tokens per second,
+from one request at once, where a cycle waits for memory, to as many as it takes until more bring no more.
+"""
+
+import json
+import random
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from vllm_slimspec.common.process import how_it_ended, last_words
+from vllm_slimspec.common.progress import progress
+from vllm_slimspec.engine.server import Server, ServerError, vllm_command
+from vllm_slimspec.measure.compare import read_sets
+from vllm_slimspec.measure.cycle import HEADS as CYCLE_HEADS
+from vllm_slimspec.measure.pairs import TARGETS, asked_for, is_rival, write_drafter, write_target, write_tokenizer
+from vllm_slimspec.measure.results import AcceptanceResults, ServeResults, ServeRow, provenance
+from vllm_slimspec.measure.shapes import SHAPES
+from vllm_slimspec.measure.synthetic import synthetic
+from vllm_slimspec.target import Target
+
+HEADS = tuple(head for head in CYCLE_HEADS if not is_rival(head))
+"""Of random weights: those that a server has by itself or from the plugin."""
+
+_WARM_UP = 2  # requests for each one at once, before anything is counted
+_PROMPTS, _PROMPT_TOKENS = 64, 128  # of random weights
+_LENGTH = 4096  # of a text at the most, or a cache has to have room for the 131072 tokens that some configs name
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is served: a target, its drafters, and prompts for them."""
+
+    target: str
+    drafters: Mapping[str, str]  # name of the head -> folder or Hugging Face id
+    prompts: Path  # JSONL
+    server: Sequence[str] = ()  # further arguments of `vllm serve`
+    # more of vLLM's speculative_config, by name
+    speculative: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how; the flags of the command line."""
+
+    pair: Pair
+    k: int
+    concurrencies: Sequence[int]
+    requests: int  # for each of the requests at once
+    max_tokens: int
+    dtypes: Sequence[str] | None = None  # None: see dtypes_of
+    acceptance: AcceptanceResults | None = None  # on a GPU: vLLM accepts as often as these drafters' targets did
+
+
+def random_pair(shape: str, heads: Sequence[str], work: Path, server: Sequence[str] = ()) -> Pair:
+    """A pair of true shapes and random weights, made in ``work``, where drafters that are there are kept.
+
+    Args:
+        shape: a name of TARGETS.
+        heads: names of HEADS.
+        work: a folder.
+        server: further arguments of `vllm serve`.
+    """
+    config, rank = TARGETS[shape], SHAPES[shape].rank
+    target = write_target(work / shape / "target", config)
+    write_tokenizer(target, config["vocab_size"])
+    draw = random.Random(0)
+    texts = (
+        " ".join(f"t{draw.randrange(config['vocab_size'])}" for _ in range(_PROMPT_TOKENS)) for _ in range(_PROMPTS)
+    )
+    prompts = work / shape / "random.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    # A dummy drafter's vocabulary map would be random numbers too.
+    loading = {"draft_load_config": {"load_format": "safetensors"}}
+    return Pair(
+        target=str(target),
+        drafters={head: str(write_drafter(work / shape, config, rank, head)) for head in heads},
+        prompts=prompts,
+        server=["--load-format", "dummy", "--max-model-len", str(_LENGTH), *server],
+        speculative={head: loading | asked_for(head) for head in heads},
+    )
+
+
+def dtypes_of(pair: Pair) -> Sequence[str | None]:
+    """Return the dtypes to serve a pair in where none is asked for: on a CPU two, unless the server's arguments say."""
+    import torch
+
+    if torch.accelerator.is_available() or any(argument.startswith("--dtype") for argument in pair.server):
+        return (None,)
+    from vllm_slimspec.measure.served_dtypes import fitting
+
+    return fitting(pair.target)
+
+
+def measure(options: Options) -> Iterator[ServeResults]:
+    """Serve the target alone, then with each drafter, and load each server the same.
+
+    Gives what is known after each server.
+
+    Raises:
+        CheckpointError: a prompt is bad.
+        ImportError: the load generator lacks a package.
+        ValueError: the acceptance of a drafter is asked for and was not measured.
+        ServerError: a server or the load generator failed; the message names the log.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from vllm_slimspec.common.device import device_name
+
+    if find_spec("pandas") is None:
+        raise ImportError("`vllm bench serve` needs pandas; pip install 'vllm-slimspec[bench]'")
+    pair = options.pair
+    accepting = {
+        name: synthetic(options.acceptance, name, options.k) if options.acceptance else {} for name in pair.drafters
+    }
+    target = Target.open(pair.target)
+    room = options.max_tokens + options.k
+    (prompt_set, prompts), *_ = read_sets([pair.prompts], target, max_model_len=None, room=room).items()
+    tokenizer = AutoTokenizer.from_pretrained(pair.target)
+    work = Path(tempfile.mkdtemp(prefix="slimspec-"))
+    # As text, because the load generator sends text; the server's tokenizer puts its first token there again.
+    texts = [tokenizer.decode(ids[ids[0] == tokenizer.bos_token_id :], skip_special_tokens=False) for ids in prompts]
+    data = work / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    rows: list[ServeRow] = []
+    dtypes = options.dtypes or dtypes_of(pair)
+    for dtype, (name, drafter) in product(dtypes, {"none": None, **pair.drafters}.items()):
+        arguments = ["--served-model-name", "target", "--no-enable-prefix-caching", *pair.server]
+        arguments += [] if dtype is None else ["--dtype", dtype]
+        if drafter is not None:
+            speculative = {
+                "method": "eagle3",
+                "model": drafter,
+                "num_speculative_tokens": options.k,
+                **pair.speculative.get(name, {}),
+                **accepting[name],
+            }
+            arguments += ["--speculative-config", json.dumps(speculative)]
+        server = Server(pair.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200)
+        with ExitStack() as running:
+            what = f"vllm serve, drafter {name}" + (f", {dtype}" if dtype else "")
+            with progress(f"Starting {what}"):
+                running.enter_context(server)
+            for concurrency in options.concurrencies:
+                with progress(f"Load on {what}, {concurrency} at once"):
+                    saved = _load(options, server.url, data, concurrency, work)
+                rows.append(row(name, concurrency, saved, dtype))
+        yield ServeResults(
+            **provenance(),
+            device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
+            target=pair.target,
+            hidden_size=target.hidden_size,
+            vocab_size=target.vocab_size,
+            prompt_set=prompt_set,
+            num_speculative_tokens=options.k,
+            max_tokens=options.max_tokens,
+            acceptance=None if options.acceptance is None else options.acceptance.target,
+            rows=list(rows),
+        )
+    shutil.rmtree(work)
+
+
+def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) -> dict[str, Any]:
+    """What `vllm bench serve` saved."""
+    result, log = work / "result.json", work / f"load-{concurrency}.log"
+    count = concurrency * options.requests
+    command = [
+        *(vllm_command(), "bench", "serve", "--backend", "openai", "--base-url", url, "--model", "target"),
+        *("--tokenizer", options.pair.target, "--dataset-name", "custom", "--dataset-path", str(data)),
+        *("--skip-chat-template", "--custom-output-len", str(options.max_tokens), "--ignore-eos"),
+        *("--num-prompts", str(count), "--num-warmups", str(_WARM_UP * concurrency)),
+        *("--max-concurrency", str(concurrency), "--temperature", "0", "--disable-tqdm"),
+        *("--percentile-metrics", "ttft,itl,tpot", "--metric-percentiles", "50,80"),
+        *("--save-result", "--result-dir", str(work), "--result-filename", result.name),
+    ]
+    with log.open("wb") as output:
+        process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
+    if process.returncode or not result.is_file():
+        raise ServerError(f"vllm bench serve {how_it_ended(process.returncode)} {last_words(log)}")
+    saved = json.loads(result.read_text())
+    result.unlink()
+    if not saved["completed"]:
+        raise ServerError(f"vllm bench serve: none of {count} requests came back {last_words(log)}")
+    return saved
+
+
+def row(head: str, concurrency: int, saved: Mapping[str, Any], dtype: str | None = None) -> ServeRow:
+    """A row from what ``vllm bench serve --save-result`` wrote."""
+    return ServeRow(
+        head=head,
+        dtype=dtype,
+        concurrency=concurrency,
+        completed=saved["completed"],
+        failed=saved["failed"],
+        output_tokens=saved["total_output_tokens"],
+        duration_s=saved["duration"],
+        tokens_per_s=saved["output_throughput"],
+        ttft_ms_p50=saved["p50_ttft_ms"],
+        ttft_ms_p80=saved["p80_ttft_ms"],
+        itl_ms_p50=saved["p50_itl_ms"],
+        itl_ms_p80=saved["p80_itl_ms"],
+        tpot_ms_p50=saved["p50_tpot_ms"],
+        tpot_ms_p80=saved["p80_tpot_ms"],
+        length=saved.get("spec_decode_acceptance_length"),
+    )

@@ -1,0 +1,272 @@
+"""``slimspec bench states``: what every head accepts, from head states that one engine for each body recorded.
+
+A head changes nothing of the states that go into it as long as its drafts are accepted. So an engine records, for each
+body, the states of every place of the target's greedy answers (:mod:`vllm_slimspec.engine.recording`), and any number
+of heads are scored on them: at temperature 0 the cycles that an engine would run are followed exactly
+(:mod:`vllm_slimspec.common.walk`). For drafts that are sampled at temperature 1 the share that is accepted at a place
+is the overlap of both distributions, sum over tokens of min(p, q) (arXiv 2211.17192), with the target's p from its own
+forward pass over the answers.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_slimspec.common.device import device_name
+from vllm_slimspec.common.progress import progress
+from vllm_slimspec.common.walk import acceptance_length, accepted_share, walk
+from vllm_slimspec.common.work_dtype import Asked
+from vllm_slimspec.drafters.body import in_body
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.drafters.source import normalized
+from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, concatenate
+from vllm_slimspec.engine.recording import collect, collect_again
+from vllm_slimspec.measure.compare import DescribedHead, describe_head
+from vllm_slimspec.measure.draft_head import DraftHead
+from vllm_slimspec.measure.results import StatesResults, StatesRow, provenance
+from vllm_slimspec.target import Target, fetch
+
+REFERENCE = "full"
+"""The head that the others are compared with, if there is one of this name."""
+ALL = "all sets"
+_ROWS = 512  # of states that are scored at once: at a vocabulary of 150,000 a head's scores take 300 MB
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how; the flags of the command line."""
+
+    target: str
+    drafters: Mapping[str, str]  # name of the head -> folder or Hugging Face id
+    prompts: Sequence[Path]  # JSONL
+    ks: Sequence[int]
+    max_tokens: int
+    work: Path  # keeps the head states
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    # low-rank head -> with how many of its candidates scored again it is measured, too
+    rerank: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    dtype: Asked = "auto"  # of both models while states are recorded; auto: float32 on a CPU, as answers are compared
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What one head does in one document: its cycles for each K, and its overlap with the target at each draft step."""
+
+    walks: dict[int, np.ndarray]  # K -> int64 [K + 1]
+    overlap: np.ndarray  # float64 [K, 2]: sum and count
+
+
+@dataclass(frozen=True)
+class _Entrant:
+    head: DraftHead
+    body: str
+    folder: Path
+    described: DescribedHead
+
+
+def measure(options: Options) -> StatesResults:
+    """Record what is not there yet, then score all heads document by document.
+
+    Raises:
+        CheckpointError: a drafter or a prompt is bad, or vLLM failed.
+        ValueError: two prompt files have one name, or there is no head to score again by.
+    """
+    target = Target.open(options.target)
+    entrants = _entrants(options, target)
+    names = [file.stem for file in options.prompts]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--prompts: two files of {names} have one name; rename one")
+    recorded = {file.stem: _record(options, file, entrants.values()) for file in options.prompts}
+    model = _load(options.target)
+    scores: dict[str, dict[str, list[_Scores]]] = {name: {} for name in entrants}
+    total = sum(len(_documents(next(iter(states.values())))) for states in recorded.values())
+    with progress("Scoring heads", total, "document") as shown:
+        for prompt_set, states in recorded.items():
+            rows = {body: _by_document(found) for body, found in states.items()}
+            for document in _documents(next(iter(states.values()))):
+                shown.update()
+                if not all(document.number in found for found in rows.values()):
+                    continue  # an answer shorter than a cycle
+                p = target_probabilities(model, document)
+                for name, entrant in entrants.items():
+                    found = score(entrant.head, rows[entrant.body][document.number], document, p, options.ks)
+                    scores[name].setdefault(prompt_set, []).append(found)
+    for found in scores.values():
+        found[ALL] = [one for part in list(found.values()) for one in part]
+    return StatesResults(
+        **provenance(),
+        device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
+        target=options.target,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        max_tokens=options.max_tokens,
+        rows=[
+            StatesRow(
+                head=name,
+                prompt_set=prompt_set,
+                num_speculative_tokens=k,
+                **vars(entrant.described),
+                **_row(scores[name][prompt_set], scores.get(REFERENCE, {}).get(prompt_set), k),
+            )
+            for prompt_set in [*recorded, *([ALL] if len(recorded) > 1 else [])]
+            for k in options.ks
+            for name, entrant in entrants.items()
+        ],
+    )
+
+
+def _entrants(options: Options, target: Target) -> dict[str, _Entrant]:
+    """Open every drafter, and add the heads that are scored again."""
+    found: dict[str, _Entrant] = {}
+    for name, drafter in options.drafters.items():
+        folder = fetch(drafter, ["*.json", "*.safetensors"])
+        head = DraftHead.open(folder, target)
+        found[name] = _Entrant(head, body_key(folder), folder, describe_head(str(folder), target))
+    full = found.get(REFERENCE)
+    if not options.rerank:
+        return found
+    if full is None or full.described.rank is not None or len(full.head.ids) < target.vocab_size:
+        raise ValueError(
+            f"--rerank: scores by the rows of the drafter {REFERENCE!r}; give a dense one over the whole vocabulary by "
+            "this name"
+        )
+    for name, ks in options.rerank.items():
+        one = found.get(name)
+        if one is None or one.described.rank is None or one.described.rerank or one.body != full.body:
+            raise ValueError(
+                f"--rerank {name}: must name a drafter that has the body of {REFERENCE!r} and a low-rank head without "
+                "re-ranking"
+            )
+        row = full.described.dense_bytes // len(full.head.ids)
+        for k in ks:
+            head = replace(one.head, rows=full.head.factors[0][one.head.ids], rerank=k)
+            described = replace(one.described, rerank=k, head_bytes=one.described.head_bytes + k * row)
+            found[f"{name}, {k} scored again"] = replace(one, head=head, described=described)
+    return found
+
+
+def body_key(folder: Path) -> str:
+    """Return one name for everything of a drafter but its head: two with the same one have the same head states."""
+    checkpoint = DraftCheckpoint.open(folder)
+    config = {k: v for k, v in normalized(checkpoint).items() if k not in ("architectures", "draft_vocab_size")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name in sorted(filter(in_body, checkpoint.tensors)):
+        tensor = checkpoint.load(name).contiguous()
+        digest.update(name.encode() + tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@torch.inference_mode()
+def score(head: DraftHead, rows: Rows, document: Document, p: torch.Tensor, ks: Sequence[int]) -> _Scores:
+    """Follow one head through one document.
+
+    Args:
+        head: the head.
+        rows: the document's states.
+        document: the answer.
+        p: float32 [answer, vocabulary], the target's probabilities at each place of the answer.
+        ks: draft steps of a cycle, at most those of the states.
+    """
+    assert rows.pos is not None
+    assert rows.step is not None
+    assert rows.next_token is not None
+    tokens, overlaps = [], []
+    for part in range(0, len(rows), _ROWS):
+        some = slice(part, part + _ROWS)
+        hidden = rows.hidden[some].float()
+        logits = head.logits(hidden)
+        tokens.append(head.tokens(hidden, logits))
+        wanted = p[rows.pos[some] - document.prompt]
+        wanted = wanted if len(head.ids) == wanted.shape[1] else wanted[:, head.ids]
+        overlaps.append(torch.minimum(wanted, logits.softmax(-1)).sum(-1))
+    hit = (torch.cat(tokens) == rows.next_token).numpy()
+    step, overlap = rows.step.numpy(), torch.cat(overlaps).double().numpy()
+    places, row = np.unique(rows.pos.numpy() - step, return_inverse=True)
+    hits = np.zeros((len(places), step.max() + 1), dtype=bool)
+    hits[row, step] = hit
+    sums = np.stack([np.bincount(step, overlap), np.bincount(step)], axis=1)
+    return _Scores({k: walk(places, hits[:, :k]) for k in ks}, sums)
+
+
+@torch.inference_mode()
+def target_probabilities(model: Any, document: Document) -> torch.Tensor:
+    """Return what the target holds of every token at each place of the answer, float32 [answer, vocabulary]."""
+    ids = torch.tensor([document.tokens], device=model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(document.tokens) - document.prompt + 1).logits
+    return logits[0, :-1].float().softmax(-1).cpu()
+
+
+def _record(options: Options, prompts: Path, entrants: Iterable[_Entrant]) -> dict[str, HeadStates]:
+    """Return the states of each body over one file of prompts; the answers are asked for once."""
+    found: dict[str, HeadStates] = {}
+    k, engine, dtype = max(options.ks), dict(options.engine), options.dtype
+    if dtype == "auto" and torch.accelerator.current_accelerator() is None:
+        dtype = "float32"
+    for body, folder in {entrant.body: entrant.folder for entrant in entrants}.items():
+        place = options.work / body / prompts.stem
+        if found:
+            documents = _documents(next(iter(found.values())))
+            found[body] = collect_again(options.target, folder, documents, place, k=k, engine=engine, dtype=dtype)
+        else:
+            with prompts.open("rb") as lines:
+                most = sum(1 for _ in lines) * options.max_tokens * k
+            found[body] = collect(
+                options.target,
+                folder,
+                prompts,
+                place,
+                k=k,
+                max_tokens=options.max_tokens,
+                max_states=most,
+                engine=engine,
+                dtype=dtype,
+            )
+    return found
+
+
+def _documents(states: HeadStates) -> list[Document]:
+    return [document for held_out in (True, False) for document in states.documents(held_out)]
+
+
+def _by_document(states: HeadStates) -> dict[int, Rows]:
+    rows = concatenate([part for held_out in (True, False) for part in states.read(held_out)])
+    order = rows.doc.argsort(stable=True)
+    numbers, counts = rows.doc[order].unique_consecutive(return_counts=True)
+    parts = order.split(counts.tolist())
+    return {number: rows[part] for number, part in zip(numbers.tolist(), parts, strict=True)}
+
+
+def _load(target: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with progress("Loading the target"):
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    return model.to(torch.accelerator.current_accelerator() or "cpu")
+
+
+def _row(scores: Sequence[_Scores], reference: Sequence[_Scores] | None, k: int) -> dict[str, Any]:
+    counts = np.stack([one.walks[k] for one in scores])
+    length = acceptance_length(counts)
+    share = None
+    if reference is not None:
+        share = accepted_share(counts, np.stack([one.walks[k] for one in reference]))
+    overlap = np.sum([one.overlap[:k] for one in scores], axis=0)
+    cycles = counts.sum(0)
+    return {
+        "length": length.value,
+        "low": length.low,
+        "high": length.high,
+        "per_position": (cycles[1:] / cycles[0]).tolist(),
+        "accepted_of_full": share and share.value,
+        "accepted_of_full_low": share and share.low,
+        "accepted_of_full_high": share and share.high,
+        "alpha": (overlap[:, 0] / overlap[:, 1]).tolist(),
+        "cycles": counts[:, 0].tolist(),
+        "accepted": counts[:, 1:].sum(1).tolist(),
+    }

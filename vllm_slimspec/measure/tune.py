@@ -1,0 +1,148 @@
+"""``slimspec bench head --tune``: what the heads choose by, measured: tilings on a GPU, crossovers on a CPU."""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from vllm_slimspec.common.device import device_name
+from vllm_slimspec.head import ops
+from vllm_slimspec.head.cpu import PackedFactor
+from vllm_slimspec.measure.head import Clock, Weights
+from vllm_slimspec.measure.results import CrossoverResults, CrossoverRow, TunedRow, TunedTable, provenance
+from vllm_slimspec.measure.shapes import SHAPES
+
+TILINGS = tuple(
+    (block_v, block_r, warps, stages)
+    for (block_v, warps), (block_r, stages) in product(
+        ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8)),
+        ((64, 3), (64, 4), (64, 5), (128, 2), (128, 3), (128, 4), (256, 2)),
+    )
+)
+"""(entries, ranks, warps, stages) that are tried: each costs a second of compilation, per form, rank and bucket. At
+most 512 ranks are in flight, few heads have more; two stages fit where shared memory is small."""
+
+GEMM_BATCHES = (64, 128, 256, 512)
+"""Where an unfused GEMM may begin to win."""
+
+CROSSOVER_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+
+
+def tune(
+    shapes: Sequence[str],
+    device: torch.device,
+    tick: Callable[[], None] = lambda: None,
+    known: TunedTable | None = None,
+) -> Iterator[TunedTable]:
+    """Time every tiling worth trying, per form of `up`, rank and batch bucket, wherever Triton runs.
+
+    Gives the table after each form and rank; those that ``known`` has, of the same versions, are not timed again. Of
+    shapes with the same padded rank only the first is timed: tables know ranks, not shapes.
+
+    Raises ValueError where Triton has no device.
+    """
+    ops.resolve_impl(device, "triton")
+    from vllm_slimspec.kernels import _tiles
+
+    clock = Clock(device)
+    dtype = torch.float32 if _tiles.INTERPRETED else torch.bfloat16
+    origin = provenance()
+    if known is not None and known.versions != origin["versions"]:
+        known = None
+    rows = {} if known is None else {(row.form, row.rank, row.batch): row for row in known.rows}
+    gemm_rows = [0 if known is None else known.gemm_rows]
+    for shape in shapes:
+        weights = Weights(SHAPES[shape], dtype, device)
+        for kind in (None, "fp8", "int8", "int4"):
+            up = ops.quantize_up(weights.up, kind) if kind else weights.up
+            down, packed = ops.pack(weights.down, up, impl="triton")
+            assert isinstance(down, Tensor)
+            assert not isinstance(packed, PackedFactor)
+            form, rank = _tiles.form_of(_tiles.factor_of(packed)), packed.shape[1]
+            if (form, rank, _tiles.BATCH_BUCKETS[0]) in rows:
+                continue
+            for bucket in _tiles.BATCH_BUCKETS:
+                rows[form, rank, bucket] = _best_tiling(clock, weights.hidden(bucket), down, packed, tick)
+            if kind is None:
+                gemm_rows.append(_gemm_rows(clock, weights, down, packed, rows[form, rank, bucket], tick))
+            ordered = [rows[key] for key in sorted(rows)]
+            yield TunedTable(**origin, device=device_name(device), gemm_rows=max(gemm_rows), rows=ordered)
+
+
+def _best_tiling(
+    clock: Clock, hidden: Tensor, down: Tensor, up: Tensor | ops.QuantizedUp, tick: Callable[[], None]
+) -> TunedRow:
+    from triton.runtime.errors import OutOfResources
+
+    from vllm_slimspec.kernels import _tiles
+    from vllm_slimspec.kernels.low_rank_argmax import low_rank_argmax
+
+    batch, (vocab, rank), form = hidden.shape[0], up.shape, _tiles.form_of(_tiles.factor_of(up))
+    default = _tiles.default_tiling(batch, rank, form)
+    tried = {}
+    for block_v, block_r, warps, stages in TILINGS:
+        tiling = default._replace(block_v=block_v, block_r=block_r, num_warps=warps, num_stages=stages)
+        if rank % block_r and tiling != default:
+            continue
+        call = partial(low_rank_argmax, hidden, down, up, vocab, tiling)
+        try:
+            tried[tiling] = statistics.median(clock.measure([call], 7, tick)[0])
+        except OutOfResources:
+            continue
+    if not tried:  # a rank that none of them divides
+        call = partial(low_rank_argmax, hidden, down, up, vocab, default)
+        tried[default] = statistics.median(clock.measure([call], 7, tick)[0])
+    best = min(tried, key=tried.__getitem__)
+    return TunedRow(form=form, rank=rank, batch=batch, p50_us=round(tried[best], 2), **best._asdict())
+
+
+def _gemm_rows(
+    clock: Clock,
+    weights: Weights,
+    down: Tensor,
+    up: Tensor | ops.QuantizedUp,
+    best: TunedRow,
+    tick: Callable[[], None],
+) -> int:
+    """From so many rows a GEMM and an argmax of its logits are faster; twice the most that was tried if never."""
+    from vllm_slimspec.kernels._tiles import Tiling
+    from vllm_slimspec.kernels.low_rank_argmax import low_rank_argmax
+
+    tiling = Tiling(**best.model_dump(include=set(Tiling._fields)))
+    for batch in GEMM_BATCHES:
+        hidden = weights.hidden(batch)
+        calls = [
+            partial(low_rank_argmax, hidden, down, up, up.shape[0], tiling),
+            partial(ops.low_rank_argmax, hidden, down, up, impl="torch"),
+        ]
+        fused, unfused = map(statistics.median, clock.measure(calls, 11, tick))
+        if unfused < fused:
+            return batch
+    return 2 * GEMM_BATCHES[-1]
+
+
+def crossovers(shapes: Sequence[str], repeats: int = 21, tick: Callable[[], None] = lambda: None) -> CrossoverResults:
+    """Time both forms that a CPU keeps of a quantized `up`: what ``INTEGER_ROWS`` rests on."""
+    device = torch.device("cpu")
+    clock = Clock(device)
+    rows = []
+    with torch.inference_mode():
+        for shape in shapes:
+            weights = Weights(SHAPES[shape], torch.bfloat16, device)
+            for kind in ("int8", "int4"):
+                factors = [PackedFactor(ops.quantize_up(weights.up, kind), torch.bfloat16) for _ in range(2)]
+                factors[0].integer_rows = max(CROSSOVER_ROWS)
+                factors[1].integer_rows = 0
+                for batch in CROSSOVER_ROWS:
+                    z = torch.randn(batch, weights.shape.rank).bfloat16()
+                    times = clock.measure([partial(factor, z) for factor in factors], repeats, tick)
+                    integer, bfloat16 = (round(statistics.median(each), 2) for each in times)
+                    rows.append(
+                        CrossoverRow(kind=kind, shape=shape, batch=batch, integer_us=integer, bfloat16_us=bfloat16)
+                    )
+    return CrossoverResults(
+        **provenance(), device=device_name(device), threads=torch.get_num_threads(), repeats=repeats, rows=rows
+    )

@@ -1,0 +1,153 @@
+"""The configuration of a training run: the paper's recipe, speculators' own settings, and what this package adds."""
+
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from speculators.train.config import TrainConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from vllm_slimspec.common.output import beside, check_free
+from vllm_slimspec.common.work_dtype import work_dtype
+from vllm_slimspec.train.model import HeadInit
+from vllm_slimspec.train.store import read_layer_ids
+
+MIXED = torch.bfloat16  # what speculators computes in where nothing else is asked for, beside weights in float32
+# The paper's, in speculators' names; betas (0.9, 0.95), eps 1e-8 and clipping at 1.0 have no flag. Its batch of 64
+# sequences is expressed as tokens in a step: total_seq_len x ranks. It does not name its loss.
+RECIPE: Mapping[str, Any] = {
+    "epochs": 10,
+    "optimizer": "adamw",
+    "lr": 4e-4,
+    "weight_decay": 0.0,
+    "scheduler_type": "cosine",
+    "scheduler_warmup_steps": 100,
+    "loss_fn": "kl_div",
+    "checkpoint_freq": 0.1,  # of an epoch; fewer where an epoch is short (SlimSpecTrainer.maybe_save_checkpoint)
+    "max_consecutive_generation_failures": 1,  # speculators would go on without the documents that a server lost
+}
+LOSSES = {
+    "kl": "kl_div",
+    "nla": "nla",
+    "lk_hybrid": "lk_hybrid",
+    "greedy": '{"ce": 0.5, "kl_div": 0.5}',  # ce is of the target's best token
+}
+# The shape of a fresh drafter, where no --draft-config or --from-pretrained gives one. Without it, the layer silently
+# becomes a sliding window of 2048.
+_SHAPE: Mapping[str, Any] = {"full_attention_indices": [0]}
+# speculators has no switch for a machine without an accelerator. Its attention there multiplies every token of a step
+# with every other one, so steps are as long as a document of `slimspec train states` may be, and no longer.
+_CPU_RECIPE: Mapping[str, Any] = {
+    "draft_attn_impl": "sdpa",
+    "loss_implementation": "eager",
+    "num_workers": 0,
+    "total_seq_len": 2048,
+}
+
+
+class SlimSpecTrainConfig(TrainConfig):
+    """speculators' configuration and ours, which travel to the model together."""
+
+    lm_head_rank: int = Field(default=1, ge=0)
+    head_is_targets: bool = False
+    head_init: HeadInit = "weighted-svd"
+
+    def flatten(self) -> dict[str, Any]:
+        ours = {key: getattr(self, key) for key in ("lm_head_rank", "head_is_targets", "head_init")}
+        return {**super().flatten(), **ours}
+
+
+def resolve(
+    target: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    head: Literal["low-rank", "dense", "target"] = "low-rank",
+    rank: int | None = None,
+    head_init: HeadInit = "weighted-svd",
+    **flags: Any,
+) -> SlimSpecTrainConfig:
+    """The configuration of a run, as :func:`fit` takes it; the data may be still to come, and nothing is written.
+
+    Raises:
+        ValueError: a value is not allowed, or the output is taken.
+    """
+    _require_speculators()
+    if flags.get("hidden_states_dtype") == "float16":
+        raise ValueError("--dtype float16: gradients would need scaling; choose auto, float32 or bfloat16")
+    output = Path(output)
+    check_free(output)
+    layer_ids = read_layer_ids(Path(data))
+    if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
+        raise ValueError(
+            f"{data}: holds the states of layers {layer_ids}; leave --target-layer-ids out, or write other states"
+        )
+    hidden = AutoConfig.from_pretrained(str(target)).get_text_config().hidden_size
+    start = flags.get("from_pretrained")
+    found = _rank_of(start) if start else None
+    rank = found or hidden // 8 if rank is None else rank
+    if found not in (None, rank if head == "low-rank" else 0):
+        raise ValueError(
+            f"--from-pretrained {start}: its rank is {found} (0: dense); leave --rank and --head as they were"
+        )
+    if not 1 <= rank <= hidden:
+        raise ValueError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
+
+    if head == "target" and (head_init == "random" or flags.get("draft_vocab_size") is not None):
+        raise ValueError(
+            "--head target is the target's whole head; leave out --head-init random and --draft-vocab-size, or train a "
+            "head of the drafter's own with --head dense"
+        )
+    run = {
+        **RECIPE,
+        **({} if flags.keys() & {"draft_config", "from_pretrained"} else _SHAPE),
+        **({} if torch.accelerator.is_available() else _CPU_RECIPE),
+        "hidden_states_dtype": work_dtype("auto", MIXED).name,
+        "mask_token_id": 0,  # EAGLE-3 never masks; unset, speculators looks for a tokenizer to choose one
+        "on_missing": "raise",
+        "log_dir": str(beside(output, ".run") / "logs"),
+        "target_layer_ids": layer_ids,
+        **flags,
+        "verifier_name_or_path": str(target),
+        "data_path": str(data),
+        "save_path": str(beside(output, ".run") / "checkpoints"),
+        "lm_head_rank": rank if head == "low-rank" else 0,
+        "head_is_targets": head == "target",
+        "head_init": head_init,
+    }
+    unknown = run.keys() - SlimSpecTrainConfig().flatten().keys()
+    if unknown:
+        raise ValueError(f"unknown flags {sorted(unknown)}; `speculators train --help` lists them")
+    if "tensorboard" in str(run.get("logger", "")) and not find_spec("tensorboard"):
+        raise ValueError("--logger tensorboard: that package is not installed; pip install tensorboard")
+    try:
+        return SlimSpecTrainConfig.from_sources(cli=run, argv=sys.argv)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
+
+
+def _rank_of(start: str) -> int:
+    """Of the head that training starts from.
+
+    Raises:
+        ValueError: it is none of our checkpoints.
+    """
+    config = PretrainedConfig.get_config_dict(start)[0]
+    if config.get("speculators_model_type") != "slimspec_eagle3":
+        raise ValueError(
+            f"--from-pretrained {start}: not a checkpoint of a run; give one (DRAFTER.run/checkpoints/N), or train "
+            "this drafter on with `slimspec convert --joint-steps`"
+        )
+    return config["lm_head_rank"]
+
+
+def _require_speculators() -> None:
+    found = version("speculators")
+    if not found.startswith("0.9."):
+        raise ValueError(f"speculators {found} is not supported, 0.9.* is; pip install 'vllm-slimspec[train]'")
