@@ -44,7 +44,8 @@ def test_mutated_folders(tmp_path):
     [
         (
             "place = files.check_place; "
-            "files.check_place = checkpoint.check_place = lambda file: '/outside/' in __import__('os').path.realpath(file) or place(file)",
+            "files.check_place = checkpoint.check_place = "
+            "lambda file: '/outside/' in __import__('os').path.realpath(file) or place(file)",
             "outside",
         ),
         ("files._check_size = lambda *a: None", "MiB of memory"),
