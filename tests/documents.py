@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_slimspec.measure.head import roofline_page
 from vllm_slimspec.measure.parts import parts_section
 from vllm_slimspec.measure.results import HeadResults, PartResults
+from vllm_slimspec.measure.roofline import roofline_page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

@@ -31,7 +31,8 @@ from pydantic import BaseModel
 
 from vllm_slimspec.common.process import last_words
 from vllm_slimspec.engine.acceptance import from_server
-from vllm_slimspec.engine.server import Server, ServerError
+from vllm_slimspec.engine.server import Server
+from vllm_slimspec.errors import EngineError
 from vllm_slimspec.measure.results import Results, provenance
 
 K = 3
@@ -217,7 +218,7 @@ async def load(
 ) -> tuple[Tally, dict[str, Memory]]:
     """Clients without a pause -> what they saw, and the memory of the server's processes meanwhile.
 
-    Raises ServerError if the server went away.
+    Raises EngineError if the server went away.
     """
     tally = Tally()
     start = time.monotonic()
@@ -251,7 +252,7 @@ async def load(
         await asyncio.gather(*(client_loop(client, seed) for seed in range(CLIENTS)))
         watching.cancel()
     if len(tally.errors) >= MANY:
-        raise ServerError(f"{tally.errors[0]} {last_words(server.log)}")
+        raise EngineError(f"{tally.errors[0]} {last_words(server.log)}")
     return tally, {
         name: Memory(start=found[0][1], end=found[-1][1], slope_per_minute=60 * line(found))
         for name, found in samples.items()

@@ -11,7 +11,8 @@ from vllm_slimspec.commands.measure import app
 from vllm_slimspec.common.bootstrap import interval
 from vllm_slimspec.engine import answers
 from vllm_slimspec.engine.acceptance import Acceptance
-from vllm_slimspec.engine.answers import Answers, EngineError, Found, Question, ask
+from vllm_slimspec.engine.answers import Answers, Found, Question, ask
+from vllm_slimspec.errors import EngineError
 from vllm_slimspec.measure import compare
 from vllm_slimspec.measure.prompts import Benchmark, convert
 from vllm_slimspec.measure.results import AcceptanceRow
@@ -58,7 +59,9 @@ def test_a_changed_answer_ends_the_run():
     compare._check(_row(1, 1), "float32")
     compare._check(_row(None, None), "float32")
     compare._check(_row(0, 0), "bfloat16")  # where rounding may pass any tie
-    with pytest.raises(ValueError, match=r"low-rank: 1 of 2 answers to p are not the target.s own, by up to 0\.3 nats"):
+    with pytest.raises(
+        EngineError, match=r"low-rank: 1 of 2 answers to p are not the target.s own, by up to 0\.3 nats"
+    ):
         compare._check(_row(1, 0), "float32")
 
 

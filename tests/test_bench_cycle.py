@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from vllm_slimspec.commands.measure import app
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
-from vllm_slimspec.engine.answers import EngineError
+from vllm_slimspec.errors import EngineError
 from vllm_slimspec.measure import cycle, cycle_engine, pairs
+from vllm_slimspec.measure.arms import RERANK_K, SPEC_VOCAB_K, Weights
 from vllm_slimspec.measure.cycle_engine import Alone, Found, Plan, Turn
-from vllm_slimspec.measure.head import RERANK_K, SPEC_VOCAB_K, Weights
 from vllm_slimspec.measure.results import CycleResults
 from vllm_slimspec.measure.rivals import RIVALS, rivals_page
 from vllm_slimspec.measure.shapes import SHAPES

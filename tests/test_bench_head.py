@@ -6,7 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_slimspec.measure import head as bench
+from vllm_slimspec.commands.measure import app
+from vllm_slimspec.measure import arms as bench
 from vllm_slimspec.measure.results import HeadResults
 from vllm_slimspec.measure.shapes import SHAPES, Shape
 
@@ -43,7 +44,7 @@ def test_command(tmp_path):
     path = tmp_path / "results" / "head.json"
     heads = "full,trim-32k,low-rank,low-rank-int8,low-rank-rerank"
     arguments = ["head", "--shapes", "tiny", "--heads", heads, "--batches", "1,2", "--repeats", "3", "--device", "cpu"]
-    run = CliRunner().invoke(bench.app, [*arguments, "--json", str(path)])
+    run = CliRunner().invoke(app, [*arguments, "--json", str(path)])
     assert run.exit_code == 0, run.output
     assert "tiny, batch 2" in run.output
     results = HeadResults.model_validate_json(path.read_text())
@@ -57,7 +58,7 @@ def test_command(tmp_path):
     assert sizes["low-rank-int8", 1] == down + (32 + 4) * vocab
     assert sizes["low-rank-rerank", 2] == down + 2 * 32 * vocab + 2 * 16 * 2 * 64
     assert all(row.p20_us <= row.p50_us <= row.p80_us for row in results.rows)
-    page = CliRunner().invoke(bench.app, ["roofline", str(path)])
+    page = CliRunner().invoke(app, ["roofline", str(path)])
     assert page.exit_code == 0
     assert "## tiny, batch 2" in page.output
 
@@ -73,6 +74,6 @@ def test_command(tmp_path):
 )
 def test_wrong_usage(arguments, code, message):
     """A traceback, or minutes of timing before a typing mistake is found."""
-    run = CliRunner().invoke(bench.app, arguments)
+    run = CliRunner().invoke(app, arguments)
     assert run.exit_code == code
     assert message in run.output

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from vllm_slimspec.commands.measure import app
 from vllm_slimspec.measure import parts as bench
-from vllm_slimspec.measure.head import RERANK_K, Weights
+from vllm_slimspec.measure.arms import RERANK_K, Weights
 from vllm_slimspec.measure.results import PartResults
 from vllm_slimspec.measure.shapes import SHAPES, Shape
 

@@ -10,7 +10,8 @@ from drafters import D, R, V
 from test_convert import write_target
 
 from vllm_slimspec.common.walk import accepted_share
-from vllm_slimspec.convert.run import Options, convert
+from vllm_slimspec.convert.options import Options
+from vllm_slimspec.convert.run import convert
 from vllm_slimspec.engine.head_states import Document, Rows
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.spec import DENSE, DOWN, UP

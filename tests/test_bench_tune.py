@@ -4,8 +4,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from vllm_slimspec.commands.measure import app
 from vllm_slimspec.kernels import _tiles
-from vllm_slimspec.measure import head as bench
 from vllm_slimspec.measure import tune
 from vllm_slimspec.measure.results import CrossoverResults
 from vllm_slimspec.measure.shapes import SHAPES, Shape
@@ -81,7 +81,7 @@ def test_crossovers_time_both_forms(tmp_path, monkeypatch):
         monkeypatch.setattr(form, "__call__", lambda self, x, call=call, name=name: ran.append(name) or call(self, x))
     path = tmp_path / "crossover.json"
     arguments = ["head", "--tune", "--shapes", "tiny", "--device", "cpu", "--repeats", "3", "--json", str(path)]
-    run = CliRunner().invoke(bench.app, arguments)
+    run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 0, run.output
     assert "tiny int4 rows=4: integers" in run.output
     rows = CrossoverResults.model_validate_json(path.read_text()).rows

@@ -11,10 +11,9 @@ from drafters import D, R, V
 from typer.testing import CliRunner
 
 from vllm_slimspec.cli import app
-from vllm_slimspec.common.output import OutputError
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
 from vllm_slimspec.drafters.config import flatten, is_low_rank
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.errors import CheckpointError, OutputError
 from vllm_slimspec.head.checks import count_not_finite
 from vllm_slimspec.head.spec import DOWN, UP, head_spec
 

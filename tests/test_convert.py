@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 
 from vllm_slimspec.commands.convert import convert as command
 from vllm_slimspec.commands.convert import sweep_figure
-from vllm_slimspec.convert import run
+from vllm_slimspec.convert import conversion
+from vllm_slimspec.convert.conversion import Conversion
 from vllm_slimspec.convert.distill import Recipe
-from vllm_slimspec.convert.run import Conversion, Options, convert, sweep
+from vllm_slimspec.convert.options import Options
+from vllm_slimspec.convert.run import convert, sweep
 from vllm_slimspec.convert.vocabulary import counts_from_text
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.source import Drafter
@@ -338,7 +340,7 @@ def test_distillation_knows_the_targets_tokens_by_their_draft_ids(tmp_path, monk
         learned.extend([states, held_out])
         return factors
 
-    monkeypatch.setattr(run, "distill", spy)
+    monkeypatch.setattr(conversion, "distill", spy)
     states = write_head_states(tmp_path / "states", **known)
     options = Options(str(source), tmp_path / "out", rank=2, hidden_states=states, distill=Recipe(2), force=True)
     convert(options)
@@ -491,11 +493,11 @@ def test_states_of_another_drafter_are_told(lossy, tmp_path, caplog):
 def test_all_held_out_documents_judge_a_head(lossy, tmp_path, monkeypatch):
     """Catches: a few documents that decide where all could; hours of measuring where the head is large."""
     source, states = lossy
-    monkeypatch.setattr(run, "_HELD_OUT_STATES", 50)
-    work = Conversion(Options(str(source), tmp_path / "out", hidden_states=states))
+    monkeypatch.setattr(conversion, "_HELD_OUT_STATES", 50)
+    work = Conversion.open(Options(str(source), tmp_path / "out", hidden_states=states))
     assert len(work._held_out.doc.unique()) == 4  # of 20
-    monkeypatch.setattr(run, "_OPERATIONS", {"cpu": 0, "cuda": 0})
-    assert len(Conversion(work.options)._held_out.doc.unique()) == 1
+    monkeypatch.setattr(conversion, "_OPERATIONS", {"cpu": 0, "cuda": 0})
+    assert len(Conversion.open(work.options)._held_out.doc.unique()) == 1
 
 
 def test_sweep_names_the_fastest(lossy, tmp_path, full_head):

@@ -9,13 +9,13 @@ from drafters import D, R, V
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from vllm_slimspec.convert import run
 from vllm_slimspec.convert.distill import Recipe
-from vllm_slimspec.convert.run import Options, convert
+from vllm_slimspec.convert.options import Options
+from vllm_slimspec.convert.run import convert
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.source import Drafter
-from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, StatesWriter, common
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, StatesWriter, common, concatenate
+from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.joint import JointRecipe, train_jointly
 from vllm_slimspec.train.launch import SlimSpecTrainer
 from vllm_slimspec.train.states import write_states
@@ -268,8 +268,8 @@ def test_a_trained_drafter_is_measured_on_its_own_states(target, states, tmp_pat
     moved = states_of(tmp_path / "moved", [d for d in answers() if d.number % 5 == 0], hidden_seed=100)
     old, new = (next(iter(s.read(held_out=True))).hidden for s in (states, moved))
     assert not torch.equal(old, new)
-    drafted = run.concatenate(list(moved.read(held_out=True))).hidden @ down.T @ up.T
-    dense = run.concatenate(list(states.read(held_out=True))).hidden @ Drafter.open(options.drafter).head.T
+    drafted = concatenate(list(moved.read(held_out=True))).hidden @ down.T @ up.T
+    dense = concatenate(list(states.read(held_out=True))).hidden @ Drafter.open(options.drafter).head.T
     same = float((drafted.argmax(-1) == dense.argmax(-1)).double().mean())
     assert done.outcome.quality.top1 == pytest.approx(same)
     assert done.checkpoint.config["draft_vocab_size"] == DRAFT_V
@@ -288,7 +288,7 @@ def test_what_joint_distillation_needs(changes, message, target, states, tmp_pat
     options = Options(
         str(dense_drafter(tmp_path / "source")), tmp_path / "out", str(target), hidden_states=states.path, joint=RECIPE
     )
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(OptionError, match=message):
         convert(replace(options, **changes))
 
 

@@ -19,17 +19,17 @@ from test_convert import form, write_head_states
 from typer.testing import CliRunner
 
 from vllm_slimspec.commands.convert import convert as command
-from vllm_slimspec.common.output import OutputError
 from vllm_slimspec.convert import distill as distill_module
 from vllm_slimspec.convert.distill import Recipe, Samples, distill
 from vllm_slimspec.convert.evaluate import Factors
-from vllm_slimspec.convert.run import Options, convert
+from vllm_slimspec.convert.options import Options
+from vllm_slimspec.convert.run import convert
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.engine import head_states as states
 from vllm_slimspec.engine import recording as module
 from vllm_slimspec.engine.head_states import Document, HeadStates, Rows
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.errors import CheckpointError, OutputError
 from vllm_slimspec.head.factorize import factorize
 from vllm_slimspec.head.spec import DENSE, DOWN, UP
 from vllm_slimspec.target import Target

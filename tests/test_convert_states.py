@@ -13,7 +13,7 @@ from vllm_slimspec.engine import recording as collect
 from vllm_slimspec.engine.acceptance import Acceptance
 from vllm_slimspec.engine.head_states import HeadStates, Rows, StatesWriter, concatenate
 from vllm_slimspec.engine.prompts import read_prompts, tokenize
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.errors import CheckpointError, OptionError
 
 D, K = 16, 3
 RECIPE = {"target": "t", "drafter": "d", "K": K}
@@ -153,7 +153,7 @@ def test_an_engine_that_dies_is_one_line(when, monkeypatch):
 def test_engines_of_several_processes_are_refused(options):
     """Catches: an AttributeError after a target was loaded on two GPUs; one device refused as if it were two."""
     for start in (collect.collect, collect.collect_again):
-        with pytest.raises(CheckpointError, match=f"{next(iter(options))}=.*recorded in one process"):
+        with pytest.raises(OptionError, match=f"{next(iter(options))}=.*recorded in one process"):
             start("target", "drafter", [], "states", k=K, engine=options)
     collect.check_engine({"tensor_parallel_size": 1, "max_model_len": 64})
 

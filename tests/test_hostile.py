@@ -49,7 +49,7 @@ def test_mutated_folders(tmp_path):
             "outside",
         ),
         ("files._check_size = lambda *a: None", "MiB of memory"),
-        ("del errors.CheckpointError.__init__", "not one readable line"),
+        ("del errors.SlimSpecError.__init__", "not one readable line"),
         ("spec.positive_int = lambda c, k, w: c[k]", "Traceback"),
         ("checkpoint._format = lambda c: exec('')", "compile"),
     ],

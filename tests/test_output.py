@@ -13,15 +13,8 @@ from pathlib import Path
 import pytest
 
 from vllm_slimspec.common import output
-from vllm_slimspec.common.output import (
-    OutputError,
-    beside,
-    check_free,
-    claim_file,
-    claim_folder,
-    claim_work,
-    write_whole,
-)
+from vllm_slimspec.common.output import beside, check_free, claim_file, claim_folder, claim_work, write_whole
+from vllm_slimspec.errors import OutputError
 
 FILES = {"model.safetensors": "weights", "README.md": "card", "config.json": "{}"}
 

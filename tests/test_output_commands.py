@@ -127,7 +127,10 @@ def test_conversion_and_training_of_one_output_refuse_each_other(app, work, tmp_
     for command in FOLDERS.values():
         with claimed_elsewhere("claim_work", tmp_path / "out.run"):
             code, text = run(
-                app, [*command, *(["--distill-steps", "1"] * ("convert" in command))], work, tmp_path / "out"
+                app,
+                [*command, *(["--distill-steps", "1", "--hidden-states", "states"] * ("convert" in command))],
+                work,
+                tmp_path / "out",
             )
         assert code == 1
         assert "out.run: another run writes this output" in text

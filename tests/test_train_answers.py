@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from vllm_slimspec.cli import app
-from vllm_slimspec.engine.answers import EngineError
 from vllm_slimspec.engine.head_states import Document
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.train import answers as module
 from vllm_slimspec.train.answers import engine_failed, write_answers
 from vllm_slimspec.train.documents import read_documents

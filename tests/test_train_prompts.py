@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from vllm_slimspec.cli import app
-from vllm_slimspec.engine.answers import EngineError
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.train import prompts as module
 from vllm_slimspec.train.prompts import Sampling, write_prompts
 

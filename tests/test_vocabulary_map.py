@@ -7,7 +7,8 @@ import pytest
 import torch
 from drafters import D, V
 
-from vllm_slimspec.convert.run import Options, convert
+from vllm_slimspec.convert.options import Options
+from vllm_slimspec.convert.run import convert
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.errors import CheckpointError

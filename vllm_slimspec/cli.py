@@ -16,6 +16,7 @@ from vllm_slimspec.commands.convert import EXAMPLE, convert
 from vllm_slimspec.commands.train import app as train
 from vllm_slimspec.common import console
 from vllm_slimspec.common.console import one_line_errors
+from vllm_slimspec.errors import CheckpointError
 
 
 class _Commands(TyperGroup):
@@ -163,7 +164,7 @@ def report(
             raise ImportError(f"{error}; pip install 'vllm-slimspec[bench]'") from None
         if output_path.suffix in (".png", ".svg"):
             if len(results) > 1:
-                raise ValueError(
+                raise CheckpointError(
                     f"{output_path}: a picture shows one file of `slimspec bench head`, and {len(results)} are given; "
                     "give one, or a folder as the output"
                 )

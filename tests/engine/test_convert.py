@@ -10,7 +10,8 @@ import torch
 from engines import generate
 
 from vllm_slimspec.convert.evaluate import evaluate
-from vllm_slimspec.convert.run import Options, convert
+from vllm_slimspec.convert.options import Options
+from vllm_slimspec.convert.run import convert
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.engine import recording as module
 from vllm_slimspec.engine.acceptance import from_engine

@@ -103,8 +103,8 @@ def test_a_wrong_head_is_not_timed(running, monkeypatch):
 
 def test_a_rival_in_a_folder_of_its_own(tmp_path):
     """What a GPU's engines load: an architecture that no worker knows, a rival whose head is never asked."""
+    from vllm_slimspec.measure.arms import check
     from vllm_slimspec.measure.cycle_worker import RivalDraft
-    from vllm_slimspec.measure.head import check
 
     engine = Engine(_plan(tmp_path, "spec-vocab", ["spec-vocab"], use_local_argmax_reduction=True))
     drafter = _worker(engine).model_runner.drafter.model

@@ -12,8 +12,8 @@ from vllm_slimspec.common.output import beside, claim_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vllm_slimspec.convert.conversion import Outcome
     from vllm_slimspec.convert.evaluate import Evaluation
-    from vllm_slimspec.convert.run import Outcome
 
 EXAMPLE = """Example: slimspec convert DENSE_DRAFTER --target meta-llama/Llama-3.1-8B-Instruct
 --calibration prompts.jsonl --rerank 16 --output-path slim"""
@@ -148,13 +148,14 @@ def convert(
     """Turn an EAGLE-3 drafter into a SlimSpec one, and say what it costs before writing it."""
     from vllm_slimspec.convert import run
     from vllm_slimspec.convert.distill import Recipe
+    from vllm_slimspec.convert.options import Options
     from vllm_slimspec.joint import JointRecipe
 
     divisors = _divisors(sweep)
     flags = json_object(train_args, "--train-args")
     if dtype is not Dtype.AUTO:
         flags.setdefault("hidden_states_dtype", dtype.value)
-    options = run.Options(
+    options = Options(
         drafter=drafter,
         output=output_path,
         target=target,

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_slimspec.commands import heads
 from vllm_slimspec.common.console import Dtype, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file, claim_work
 from vllm_slimspec.common.progress import progress
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.measure import cycle, parts, rivals
-from vllm_slimspec.measure.head import app
 from vllm_slimspec.measure.options import choices, claim_results, positive_ints
 from vllm_slimspec.measure.options import dtypes as listed_dtypes
 from vllm_slimspec.measure.pairs import TARGETS
@@ -21,6 +22,10 @@ from vllm_slimspec.measure.synthetic import NO_SYNTHETIC
 
 if TYPE_CHECKING:
     from vllm_slimspec.measure.results import ServeResults, StatesResults
+
+app = typer.Typer(no_args_is_help=True)
+app.command(epilog=heads.EXAMPLE)(heads.head)
+app.command(epilog=heads.ROOFLINE_EXAMPLE)(heads.roofline)
 
 Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
 Drafters = Annotated[
@@ -161,7 +166,7 @@ def prompts(
         try:
             rows = convert(read_lines(file), source, raw=raw)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise CheckpointError(f"{file}: {error}") from None
         text = "".join(json_format.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         claim.write(lambda new: new.write_text(text, encoding="utf-8"))
     typer.echo(f"{len(rows)} prompts written to {output_path}")

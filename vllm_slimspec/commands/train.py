@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from vllm_slimspec.common.console import Dtype, DtypeOption, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file, claim_folder, claim_work
+from vllm_slimspec.errors import OptionError
 
 
 class _Stages(TyperGroup):
@@ -137,7 +138,7 @@ def run(
     with one_line_errors():
         flags = _flags(context, loss, dtype, head=head.value, rank=rank, head_init=head_init.value)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
+            raise OptionError(
                 "WORLD_SIZE is above 1, but only `fit` takes several processes: run `answers` and `states` first, then "
                 "torchrun with `fit`"
             )
@@ -359,7 +360,7 @@ def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any)
     from vllm_slimspec.train.config import LOSSES
 
     if loss is not None and loss not in LOSSES:
-        raise ValueError(f"--loss {loss}: there is no such loss; choose one of {', '.join(LOSSES)}")
+        raise OptionError(f"--loss {loss}: there is no such loss; choose one of {', '.join(LOSSES)}")
     parser = _Parser("slimspec train fit", add_help=False)
     add_config_cli_arguments(parser)
     chosen = {

@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vllm_slimspec.common import memory
+from vllm_slimspec.errors import SlimSpecError
 
 verbose = False
 """Whether an error's traceback is printed too: the option --verbose."""
@@ -107,6 +108,8 @@ def describe(error: Exception) -> str:
             f"memory ran out ({detail}); close other programs, raise the limit that is set (ulimit -v, a container's), "
             "or use smaller sizes or a machine with more memory"
         )
+    if isinstance(error, SlimSpecError):
+        return text
     if isinstance(error, ValueError | OSError | ImportError) and _is_ours(error):
         return text
     if (isinstance(error, OSError) and error.errno in _NO_ROOM) or any(phrase in text.lower() for phrase in _DISK):

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_slimspec.errors import OutputError
+
 logger = logging.getLogger(__name__)
 
 _LONGEST = 230  # bytes of a name: file systems take 255, and what is written beside it has a longer one
@@ -30,10 +32,6 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 
 Kind = Literal["folder", "file", "work"]
-
-
-class OutputError(ValueError):
-    """An output that cannot be written: one line with the path, the reason and the cure."""
 
 
 @dataclass

@@ -30,6 +30,7 @@ from vllm_slimspec.common.large_tensors import return_holes
 from vllm_slimspec.common.output import write_whole
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.convert.evaluate import Factors
+from vllm_slimspec.errors import CheckpointError, OptionError
 
 Loss = Literal["greedy", "kl", "nla", "lk_hybrid"]
 
@@ -99,7 +100,7 @@ def distill(
     if checkpoint is not None and checkpoint.is_file():
         saved = torch.load(checkpoint, map_location=dense.device, weights_only=True)
         if saved["recipe"] != asdict(recipe):
-            raise ValueError(
+            raise CheckpointError(
                 f"{checkpoint}: of a run with {saved['recipe']}, not with {asdict(recipe)}; remove it, or use the same "
                 "options"
             )
@@ -122,7 +123,7 @@ def distill(
             if (step + 1) % _EVERY == 0 or step + 1 == recipe.steps:
                 value = _mean_loss(dense, weights, held_out, loss)
                 if not value < float("inf"):
-                    raise ValueError(
+                    raise OptionError(
                         f"--lr {recipe.lr}: distillation broke down at step {step + 1}, where its loss is {value}; "
                         "give a smaller one"
                     )

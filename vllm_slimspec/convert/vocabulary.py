@@ -14,7 +14,7 @@ import torch
 from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.engine.head_states import HeadStates
 from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokens_of
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.head.factorize import token_probabilities
 from vllm_slimspec.target import Target
 
@@ -98,7 +98,7 @@ def check_size(drafter: Drafter, target: Target | None, size: int) -> torch.Tens
     special = torch.isin(_ids(drafter), torch.tensor(sorted(_special(drafter, target)), dtype=torch.long))
     least = max(1, int(special.sum()))
     if not least <= size <= most:
-        raise CheckpointError(f"--vocab {size}: must be keep, full or a number of tokens from {least} to {most}")
+        raise OptionError(f"--vocab {size}: must be keep, full or a number of tokens from {least} to {most}")
     return special
 
 

@@ -20,12 +20,9 @@ from vllm_slimspec.common.output import write_whole
 from vllm_slimspec.common.process import how_it_ended, last_words, run_ticking
 from vllm_slimspec.common.progress import counted, progress
 from vllm_slimspec.engine.acceptance import Acceptance, from_engine
+from vllm_slimspec.errors import EngineError
 
 _TOP = 8  # log-probabilities kept of the target alone
-
-
-class EngineError(ChildProcessError):
-    """An engine did not come through; the message names its log."""
 
 
 class Question(BaseModel):

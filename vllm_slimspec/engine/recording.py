@@ -24,7 +24,7 @@ from vllm_slimspec.common.progress import counting, progress
 from vllm_slimspec.common.work_dtype import Asked, engine_options
 from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
 from vllm_slimspec.engine.prompts import one_line, open_tokenizer, read_prompts, tokenize
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.target import fingerprint
 
 _DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
@@ -171,7 +171,7 @@ def check_engine(options: Mapping[str, Any]) -> None:
         asked["distributed_executor_backend"] = options["distributed_executor_backend"]
     if asked:
         key, value = next(iter(asked.items()))
-        raise CheckpointError(
+        raise OptionError(
             f"--engine-args {key}={value!r}: head states are recorded in one process, on one device; leave it out, or "
             "give states that are recorded already (--hidden-states)"
         )

@@ -13,10 +13,7 @@ from types import TracebackType
 import httpx
 
 from vllm_slimspec.common.process import how_it_ended, last_words, stop
-
-
-class ServerError(ChildProcessError):
-    """The server did not come up; the message names its log."""
+from vllm_slimspec.errors import EngineError
 
 
 class Server:
@@ -30,7 +27,7 @@ class Server:
         timeout: seconds until it must answer.
 
     Raises (on entry):
-        ServerError: it exited, or did not answer in time. Nothing keeps running.
+        EngineError: it exited, or did not answer in time. Nothing keeps running.
     """
 
     def __init__(
@@ -94,25 +91,25 @@ class Server:
         assert self.process is not None
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ServerError(f"vllm serve {how_it_ended(self.process.returncode)} {last_words(self.log)}")
+                raise EngineError(f"vllm serve {how_it_ended(self.process.returncode)} {last_words(self.log)}")
             try:
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
             time.sleep(0.25)
-        raise ServerError(f"vllm serve did not answer within {self.timeout:.0f} s {last_words(self.log)}")
+        raise EngineError(f"vllm serve did not answer within {self.timeout:.0f} s {last_words(self.log)}")
 
 
 def vllm_command() -> str:
     """The `vllm` beside this Python, or the one on PATH.
 
     Raises:
-        ServerError: neither is there.
+        EngineError: neither is there.
     """
     found = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if found is None:
-        raise ServerError("no `vllm` command beside this Python; install vLLM into this environment")
+        raise EngineError("no `vllm` command beside this Python; install vLLM into this environment")
     return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from vllm_slimspec.common.walk import acceptance_length
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.engine.answers import Answers, Found, Question, ask
+from vllm_slimspec.errors import CheckpointError, EngineError, OptionError
 from vllm_slimspec.measure.results import AcceptanceResults, AcceptanceRow, provenance
 from vllm_slimspec.target import Target, fetch
 
@@ -46,7 +47,7 @@ def measure(options: Options) -> AcceptanceResults:
 
     on_cpu = torch.accelerator.current_accelerator() is None
     if on_cpu and any(options.temperatures):
-        raise ValueError(
+        raise OptionError(
             f"--temperature {max(options.temperatures):g}: vLLM's CPU backend decodes speculatively at temperature 0 "
             "only (it leaves the temperature of the draft tokens uninitialized); give --temperature 0, or use a GPU"
         )
@@ -143,7 +144,7 @@ def _check(row: AcceptanceRow, dtype: str) -> None:
         return
     others = len(row.cycles) - row.equal - row.near_ties
     if others:
-        raise ValueError(
+        raise EngineError(
             f"{row.head}: {others} of {len(row.cycles)} answers to {row.prompt_set} are not the target's own, by up to "
             f"{row.largest_gap:.3g} nats where {NEAR_TIE:g} may be rounding; no drafter can do this, so the engine or "
             "this package has a bug: please report it"
@@ -155,7 +156,7 @@ def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
     counts = np.array([(prompt.drafts, *(prompt.accepted_per_position or (0,))) for prompt in answers.accepted])
     cycles, positions = counts[:, 0], counts[:, 1:]
     if not cycles.sum():
-        raise ValueError("no draft was verified: the answers are one token long; give other prompts")
+        raise EngineError("no draft was verified: the answers are one token long; give other prompts")
     length = acceptance_length(counts)
     compared = compare(alone, answers) if alone is not None else None
     return {
@@ -230,7 +231,7 @@ def read_sets(
     sets: dict[str, list[list[int]]] = {}
     for file in files:
         if file.stem in sets:
-            raise ValueError(f"{file}: there is another prompt file of the name {file.stem}; rename one")
+            raise CheckpointError(f"{file}: there is another prompt file of the name {file.stem}; rename one")
         rows = read_prompts(file)
         sets[file.stem] = tokenize(rows, open_tokenizer(rows, target.name), target.vocab_size, longest, file)
     return sets

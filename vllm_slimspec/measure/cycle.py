@@ -22,8 +22,8 @@ from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.output import claim_work
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.common.speedup import least_ratio
+from vllm_slimspec.measure.clock import quantile
 from vllm_slimspec.measure.cycle_engine import Found, Plan, Turn, rotated, run
-from vllm_slimspec.measure.head import quantile
 from vllm_slimspec.measure.options import choices, claim_results, positive_ints, turns
 from vllm_slimspec.measure.options import dtypes as listed_dtypes
 from vllm_slimspec.measure.pairs import DTYPE, TARGETS, asked_for, write_drafter, write_target

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_slimspec.common.process import how_it_ended, last_words, run_ticking
-from vllm_slimspec.engine.answers import EngineError
+from vllm_slimspec.errors import EngineError
 from vllm_slimspec.measure.pairs import DTYPE
 
 SPAWN = "VLLM_WORKER_MULTIPROC_METHOD"

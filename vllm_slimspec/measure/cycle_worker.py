@@ -19,9 +19,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 
 from vllm_slimspec import register
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.slot import HeadSlot
 from vllm_slimspec.head.spec import DOWN, UP, head_spec
-from vllm_slimspec.measure.head import Arm, Clock, Weights, check, trimmed_offsets
+from vllm_slimspec.measure.arms import Arm, Weights, check, trimmed_offsets
+from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.pairs import BY_LOGITS, RIVAL_ARCHITECTURE, TRIMMED, low_rank_keys
 from vllm_slimspec.measure.shapes import Shape
 
@@ -64,7 +66,7 @@ class Heads:
             return self._stock(name, self._model, self.weights.arm("full"))
         reference = self.weights.arm(name)
         if reference is None:
-            raise ValueError(f"head {name} has no kernel on {self.weights.device.type}; leave it out of --heads")
+            raise CheckpointError(f"head {name} has no kernel on {self.weights.device.type}; leave it out of --heads")
         if name.startswith("trim"):
             return self._stock(name, self._trimmed(), reference)
         if name.startswith("low-rank"):

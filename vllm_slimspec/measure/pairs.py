@@ -19,7 +19,7 @@ from vllm_slimspec.common.output import claim_folder, write_whole
 from vllm_slimspec.drafters.eagle3 import LLAMA
 from vllm_slimspec.head.quantized import KINDS
 from vllm_slimspec.head.spec import DENSE, DOWN, UP
-from vllm_slimspec.measure.head import RERANK_K, Weights, trimmed_offsets
+from vllm_slimspec.measure.arms import RERANK_K, Weights, trimmed_offsets
 from vllm_slimspec.measure.shapes import Shape
 
 RIVAL_ARCHITECTURE = "SlimSpecRivalLlamaForCausalLMEagle3"

@@ -21,7 +21,8 @@ from vllm_slimspec.common.device import device_name
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.cpu import PackedFactor
 from vllm_slimspec.head.selection import best_of, rescored, top_of
-from vllm_slimspec.measure.head import RERANK_K, Clock, Weights, check
+from vllm_slimspec.measure.arms import RERANK_K, Weights, check
+from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.options import choices, claim_results, positive_ints, turns
 from vllm_slimspec.measure.results import PartName, PartResults, PartRow, provenance
 from vllm_slimspec.measure.shapes import SHAPES

@@ -7,6 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from vllm_slimspec.errors import CheckpointError
+
 
 class Benchmark(StrEnum):
     """MT-Bench: question.jsonl of FastChat; the first turns, since the second depend on what was answered.
@@ -45,12 +47,12 @@ def convert(lines: Iterable[str], benchmark: Benchmark, *, raw: bool = False) ->
             if not isinstance(question, str) or not question.strip():
                 raise TypeError
         except (ValueError, TypeError, KeyError, IndexError):
-            raise ValueError(
+            raise CheckpointError(
                 f"line {number} is not one of {benchmark}'s own file; give that file, or another --from"
             ) from None
         prompts.append({"prompt": question} if raw else {"messages": [{"role": "user", "content": question}]})
     if not prompts:
-        raise ValueError(f"holds no line; give {benchmark}'s own file")
+        raise CheckpointError(f"holds no line; give {benchmark}'s own file")
     return prompts
 
 

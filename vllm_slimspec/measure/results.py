@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_slimspec.common.output import claim_file
+from vllm_slimspec.errors import CheckpointError
 
 
 class _Record(BaseModel):
@@ -49,7 +50,7 @@ class Results(_Record):
             place = ".".join(map(str, first["loc"]))
             kind = cls.model_fields["kind"].default
             words = f"not what this version writes as {kind!r} ({place}: {first['msg']}); measure again"
-            raise ValueError(f"{path}: {words}") from None
+            raise CheckpointError(f"{path}: {words}") from None
 
 
 class HeadRow(_Record):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import typer
 
 from vllm_slimspec.head.spec import head_spec
-from vllm_slimspec.measure.head import RERANK_K, SPEC_VOCAB_K
+from vllm_slimspec.measure.arms import RERANK_K, SPEC_VOCAB_K
 from vllm_slimspec.measure.pairs import TRIMMED, low_rank_keys
 from vllm_slimspec.measure.shapes import SHAPES, Shape
 

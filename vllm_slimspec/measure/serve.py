@@ -19,7 +19,8 @@ from typing import Any
 
 from vllm_slimspec.common.process import how_it_ended, last_words
 from vllm_slimspec.common.progress import progress
-from vllm_slimspec.engine.server import Server, ServerError, vllm_command
+from vllm_slimspec.engine.server import Server, vllm_command
+from vllm_slimspec.errors import EngineError
 from vllm_slimspec.measure.compare import read_sets
 from vllm_slimspec.measure.cycle import HEADS as CYCLE_HEADS
 from vllm_slimspec.measure.pairs import TARGETS, asked_for, is_rival, write_drafter, write_target, write_tokenizer
@@ -110,7 +111,7 @@ def measure(options: Options) -> Iterator[ServeResults]:
         CheckpointError: a prompt is bad.
         ImportError: the load generator lacks a package.
         ValueError: the acceptance of a drafter is asked for and was not measured.
-        ServerError: a server or the load generator failed; the message names the log.
+        EngineError: a server or the load generator failed; the message names the log.
     """
     import torch
     from transformers import AutoTokenizer
@@ -186,11 +187,11 @@ def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) 
     with log.open("wb") as output:
         process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
     if process.returncode or not result.is_file():
-        raise ServerError(f"vllm bench serve {how_it_ended(process.returncode)} {last_words(log)}")
+        raise EngineError(f"vllm bench serve {how_it_ended(process.returncode)} {last_words(log)}")
     saved = json.loads(result.read_text())
     result.unlink()
     if not saved["completed"]:
-        raise ServerError(f"vllm bench serve: none of {count} requests came back {last_words(log)}")
+        raise EngineError(f"vllm bench serve: none of {count} requests came back {last_words(log)}")
     return saved
 
 

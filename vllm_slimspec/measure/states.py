@@ -27,6 +27,7 @@ from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.source import normalized
 from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, concatenate
 from vllm_slimspec.engine.recording import collect, collect_again
+from vllm_slimspec.errors import OptionError
 from vllm_slimspec.measure.compare import DescribedHead, describe_head
 from vllm_slimspec.measure.draft_head import DraftHead
 from vllm_slimspec.measure.results import StatesResults, StatesRow, provenance
@@ -81,7 +82,7 @@ def measure(options: Options) -> StatesResults:
     entrants = _entrants(options, target)
     names = [file.stem for file in options.prompts]
     if len(set(names)) < len(names):
-        raise ValueError(f"--prompts: two files of {names} have one name; rename one")
+        raise OptionError(f"--prompts: two files of {names} have one name; rename one")
     recorded = {file.stem: _record(options, file, entrants.values()) for file in options.prompts}
     model = _load(options.target)
     scores: dict[str, dict[str, list[_Scores]]] = {name: {} for name in entrants}
@@ -132,14 +133,14 @@ def _entrants(options: Options, target: Target) -> dict[str, _Entrant]:
     if not options.rerank:
         return found
     if full is None or full.described.rank is not None or len(full.head.ids) < target.vocab_size:
-        raise ValueError(
+        raise OptionError(
             f"--rerank: scores by the rows of the drafter {REFERENCE!r}; give a dense one over the whole vocabulary by "
             "this name"
         )
     for name, ks in options.rerank.items():
         one = found.get(name)
         if one is None or one.described.rank is None or one.described.rerank or one.body != full.body:
-            raise ValueError(
+            raise OptionError(
                 f"--rerank {name}: must name a drafter that has the body of {REFERENCE!r} and a low-rank head without "
                 "re-ranking"
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.measure.results import AcceptanceResults
 
 NO_SYNTHETIC = "vLLM's CPU backend cannot imitate acceptance; `slimspec report` multiplies what was measured apart"
@@ -35,7 +36,7 @@ def rates(acceptance: AcceptanceResults, head: str, k: int) -> list[float]:
     ]
     if not rows:
         measured = ", ".join(dict.fromkeys(f"{row.head} (K={row.num_speculative_tokens})" for row in acceptance.rows))
-        raise ValueError(
+        raise CheckpointError(
             f"no acceptance of {drafter} at K={k}, only of {measured}: leave that head out, or measure it by "
             f"`slimspec bench acceptance --drafter {drafter}=FOLDER -k {k}`"
         )

@@ -11,7 +11,8 @@ from torch import Tensor
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.cpu import PackedFactor
-from vllm_slimspec.measure.head import Clock, Weights
+from vllm_slimspec.measure.arms import Weights
+from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.results import CrossoverResults, CrossoverRow, TunedRow, TunedTable, provenance
 from vllm_slimspec.measure.shapes import SHAPES
 

@@ -18,9 +18,9 @@ from vllm_slimspec.common.cores import every_core
 from vllm_slimspec.common.output import beside, claim_file, write_whole
 from vllm_slimspec.common.progress import counting, progress
 from vllm_slimspec.common.work_dtype import Asked, engine_options
-from vllm_slimspec.engine.answers import EngineError
 from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokenize
 from vllm_slimspec.engine.recording import limits
+from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.target import fingerprint
 
 _TOGETHER = 512  # prompts; so much is answered again after a kill, at the most
@@ -53,7 +53,7 @@ def write_answers(
 
     Raises:
         CheckpointError: a line is no prompt, does not fit, or cannot be tokenized; or vLLM does not take the target.
-        ValueError: the output holds the answers of another target, other prompts or other sampling.
+        CheckpointError: the output holds the answers of another target, other prompts or other sampling.
         OutputError: the output cannot be written, or another process writes it.
         EngineError: vLLM failed. What was answered is kept.
     """
@@ -156,11 +156,11 @@ def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
 def _claim(output: Path, made_from: dict[str, Any]) -> None:
     file = output.with_name(f"{output.name}.json")
     if file.exists() and json.loads(file.read_text()) != made_from:
-        raise ValueError(
+        raise CheckpointError(
             f"{output}: holds what another target, other prompts or other sampling gave; choose another output"
         )
     if output.exists() and not file.exists():
-        raise ValueError(f"{output}: exists and was not written by this command; choose another output")
+        raise CheckpointError(f"{output}: exists and was not written by this command; choose another output")
     if not file.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda part: part.write_text(json.dumps(made_from, indent=2) + "\n"))

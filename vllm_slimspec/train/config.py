@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vllm_slimspec.common.output import beside, check_free
 from vllm_slimspec.common.work_dtype import work_dtype
+from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.train.model import HeadInit
 from vllm_slimspec.train.store import read_layer_ids
 
@@ -75,16 +76,17 @@ def resolve(
     """The configuration of a run, as :func:`fit` takes it; the data may be still to come, and nothing is written.
 
     Raises:
-        ValueError: a value is not allowed, or the output is taken.
+        OptionError: a value is not allowed.
+        OutputError: the output is taken.
     """
     _require_speculators()
     if flags.get("hidden_states_dtype") == "float16":
-        raise ValueError("--dtype float16: gradients would need scaling; choose auto, float32 or bfloat16")
+        raise OptionError("--dtype float16: gradients would need scaling; choose auto, float32 or bfloat16")
     output = Path(output)
     check_free(output)
     layer_ids = read_layer_ids(Path(data))
     if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
-        raise ValueError(
+        raise CheckpointError(
             f"{data}: holds the states of layers {layer_ids}; leave --target-layer-ids out, or write other states"
         )
     hidden = AutoConfig.from_pretrained(str(target)).get_text_config().hidden_size
@@ -92,14 +94,14 @@ def resolve(
     found = _rank_of(start) if start else None
     rank = found or hidden // 8 if rank is None else rank
     if found not in (None, rank if head == "low-rank" else 0):
-        raise ValueError(
+        raise OptionError(
             f"--from-pretrained {start}: its rank is {found} (0: dense); leave --rank and --head as they were"
         )
     if not 1 <= rank <= hidden:
-        raise ValueError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
+        raise OptionError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
 
     if head == "target" and (head_init == "random" or flags.get("draft_vocab_size") is not None):
-        raise ValueError(
+        raise OptionError(
             "--head target is the target's whole head; leave out --head-init random and --draft-vocab-size, or train a "
             "head of the drafter's own with --head dense"
         )
@@ -122,25 +124,25 @@ def resolve(
     }
     unknown = run.keys() - SlimSpecTrainConfig().flatten().keys()
     if unknown:
-        raise ValueError(f"unknown flags {sorted(unknown)}; `speculators train --help` lists them")
+        raise OptionError(f"unknown flags {sorted(unknown)}; `speculators train --help` lists them")
     if "tensorboard" in str(run.get("logger", "")) and not find_spec("tensorboard"):
-        raise ValueError("--logger tensorboard: that package is not installed; pip install tensorboard")
+        raise OptionError("--logger tensorboard: that package is not installed; pip install tensorboard")
     try:
         return SlimSpecTrainConfig.from_sources(cli=run, argv=sys.argv)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
+        raise OptionError(f"{first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
 
 
 def _rank_of(start: str) -> int:
     """Of the head that training starts from.
 
     Raises:
-        ValueError: it is none of our checkpoints.
+        OptionError: it is none of our checkpoints.
     """
     config = PretrainedConfig.get_config_dict(start)[0]
     if config.get("speculators_model_type") != "slimspec_eagle3":
-        raise ValueError(
+        raise OptionError(
             f"--from-pretrained {start}: not a checkpoint of a run; give one (DRAFTER.run/checkpoints/N), or train "
             "this drafter on with `slimspec convert --joint-steps`"
         )
@@ -150,4 +152,4 @@ def _rank_of(start: str) -> int:
 def _require_speculators() -> None:
     found = version("speculators")
     if not found.startswith("0.9."):
-        raise ValueError(f"speculators {found} is not supported, 0.9.* is; pip install 'vllm-slimspec[train]'")
+        raise OptionError(f"speculators {found} is not supported, 0.9.* is; pip install 'vllm-slimspec[train]'")

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vllm_slimspec.common.walk import walk
+from vllm_slimspec.errors import CheckpointError
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def check_measurable(folder: Path, *, train_data_ratio: float, total_seq_len: in
             is not measured on, where it cuts documents, and K.
 
     Raises:
-        ValueError: there is none.
+        CheckpointError: there is none.
     """
     documents = load_from_disk(folder).select_columns(["loss_mask", "seq_len"]).with_format("numpy")
     measured = documents.select(range(int(len(documents) * train_data_ratio), len(documents)))
@@ -109,7 +110,7 @@ def check_measurable(folder: Path, *, train_data_ratio: float, total_seq_len: in
         mask = measured[i]["loss_mask"][1 : total_seq_len + 1]  # it drops the first token, which has no state before it
         if len(mask) > ttt_steps and cycle_starts(mask, ttt_steps).any():
             return
-    raise ValueError(
+    raise CheckpointError(
         f"{folder}: the documents to measure on (the last {len(measured)} of {len(documents)}) have no answer of more "
         f"than {ttt_steps} tokens, so there is nothing to measure; give more documents or longer answers"
     )

@@ -34,6 +34,7 @@ from vllm_slimspec.common.output import beside, claim_folder, write_whole
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.common.work_dtype import work_dtype
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.train import on_cpu
 from vllm_slimspec.train.config import MIXED, SlimSpecTrainConfig, resolve
 from vllm_slimspec.train.export import check_servable, export
@@ -143,7 +144,8 @@ def fit(
         the drafter; None in all but the first process of torchrun.
 
     Raises:
-        ValueError: a value is not allowed, or the run there is another one.
+        OptionError: a value is not allowed.
+        CheckpointError: the data cannot be used, or the run there is another one.
         OutputError: the output is taken, cannot be written, or another process writes it.
         OSError: the disk is full, or the vLLM server of ``on_missing="generate"`` is gone. Checkpoints are kept.
         KeyboardInterrupt: the run was interrupted; its checkpoint is kept.
@@ -151,9 +153,9 @@ def fit(
     config = resolve(target, data, output, head=head, rank=rank, head_init=head_init, **flags)
     run = config.flatten()
     if not (Path(data) / "dataset_info.json").exists():
-        raise ValueError(f"{data}: holds no training data; make it with `slimspec train states` first")
+        raise CheckpointError(f"{data}: holds no training data; make it with `slimspec train states` first")
     if run["draft_vocab_size"] and not (Path(data) / "token_freq.pt").exists():
-        raise ValueError(
+        raise CheckpointError(
             f"{data}: holds no token_freq.pt, by which --draft-vocab-size chooses tokens; write the states again"
         )
     sizes = {name: run[name] for name in ("total_seq_len", "ttt_steps")}
@@ -161,7 +163,7 @@ def fit(
     others = also_evaluate or {}
     for name, folder in others.items():
         if not (folder / "dataset_info.json").exists() or read_layer_ids(folder) != read_layer_ids(Path(data)):
-            raise ValueError(
+            raise OptionError(
                 f"--also-evaluate {name}={folder}: holds no states of the same layers as {data}; write them with "
                 "`slimspec train states`"
             )
@@ -244,7 +246,7 @@ def _claim(output: Path, run: Mapping[str, Any]) -> None:
     """Make ``<output>.run`` the place of this run, unless it is that of another.
 
     Raises:
-        ValueError: it is another's.
+        CheckpointError: it is another's.
         OSError: a checkpoint does not fit the disk.
     """
     folder = beside(output, ".run")
@@ -254,7 +256,9 @@ def _claim(output: Path, run: Mapping[str, Any]) -> None:
     theirs = json.loads(file.read_text()) if file.exists() else mine
     differing = [f"{key}={theirs.get(key)!r} there, {mine[key]!r} now" for key in mine if theirs.get(key) != mine[key]]
     if differing:
-        raise ValueError(f"{folder}: holds another run ({', '.join(differing)}); remove it or choose another output")
+        raise CheckpointError(
+            f"{folder}: holds another run ({', '.join(differing)}); remove it or choose another output"
+        )
     if not file.exists():
         write_whole(file, lambda part: part.write_text(json.dumps(mine, indent=2) + "\n"))
 

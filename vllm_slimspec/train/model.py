@@ -16,6 +16,7 @@ from speculators.utils.loading import list_checkpoint_keys
 from torch import nn
 
 from vllm_slimspec.common.progress import progress
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.factorize import factorize, second_moment, token_probabilities
 from vllm_slimspec.train.on_cpu import answers_only
 from vllm_slimspec.train.replaced import replaced
@@ -143,13 +144,15 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
         """A trained drafter of this class.
 
         Raises:
-            ValueError: the checkpoint has no factors. transformers would only warn, and the trained dense head be lost.
+            CheckpointError: the checkpoint has no factors, where transformers would only warn and lose the head.
         """
         folder = Path(pretrained_model_name_or_path)
         if cls.config_class.from_pretrained(
             str(folder)
         ).lm_head_rank and "lm_head.down.weight" not in list_checkpoint_keys(folder):
-            raise ValueError(f"{folder}: has no lm_head.down.weight; make it low-rank first with `slimspec convert`")
+            raise CheckpointError(
+                f"{folder}: has no lm_head.down.weight; make it low-rank first with `slimspec convert`"
+            )
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 

@@ -22,10 +22,9 @@ from typing import Any
 from vllm_slimspec.common.output import Claim, beside, claim_file
 from vllm_slimspec.common.progress import counting, progress
 from vllm_slimspec.common.work_dtype import Asked, engine_options
-from vllm_slimspec.engine.answers import EngineError
 from vllm_slimspec.engine.prompts import one_line
 from vllm_slimspec.engine.recording import limits
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.target import fingerprint
 from vllm_slimspec.train.answers import _claim, _engine, engine_failed
 
@@ -74,7 +73,7 @@ def write_prompts(
 
     Raises:
         CheckpointError: the target has no chat template, or a line of ``openings`` is not an opening.
-        ValueError: the output holds other prompts.
+        CheckpointError: the output holds other prompts.
         EngineError: vLLM failed, or the target does not write questions. What was written is kept.
     """
     with claim_file(output) as claim, progress("train prompts", ends=False):

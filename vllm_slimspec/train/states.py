@@ -18,6 +18,7 @@ from vllm_slimspec.common.output import Claim, claim_work, write_whole
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.common.work_dtype import Asked, work_dtype
 from vllm_slimspec.engine.head_states import Document
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.store import flaw, is_checked, write_state
 
@@ -48,7 +49,8 @@ def write_states(
             dtype that it is stored in, so that a folder's size and format are the same on every machine.
 
     Raises:
-        ValueError: a document is too short or holds an unknown token, the folder is taken, or the layers do not exist.
+        CheckpointError: a document is too short or holds an unknown token, the folder holds other states, or a layer
+            does not exist.
         OutputError: the folder cannot be written, or another process writes it.
     """
     with claim_work(folder) as claim, progress("train states", ends=False):
@@ -73,7 +75,7 @@ def _write_states(
     tokens = [document.tokens for document in documents]
     for i, ids in enumerate(tokens):
         if len(ids) < 2 or not 0 <= min(ids) <= max(ids) < vocab:
-            raise ValueError(
+            raise CheckpointError(
                 f"document {i}: has {len(ids)} tokens, and must have 2 or more, with ids from 0 to {vocab - 1}; drop "
                 "it, or tokenize it by the target's tokenizer"
             )
@@ -112,11 +114,11 @@ def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The decoder's layers.
 
     Raises:
-        ValueError: it keeps them elsewhere.
+        CheckpointError: it keeps them elsewhere.
     """
     blocks = getattr(model.get_decoder(), "layers", None)
     if blocks is None:
-        raise ValueError(
+        raise CheckpointError(
             f"{type(model).__name__} keeps no decoder layers in .layers, so their inputs cannot be had; "
             "give a target such as Llama or Qwen3"
         )
@@ -129,7 +131,7 @@ def _claim(path: Path, identity: dict[str, object]) -> None:
     if file.exists() and json.loads(file.read_text())["sha256"] == identity["sha256"]:
         return
     if file.exists() or (path / "dataset_info.json").exists():
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: holds a data set already, of another target, other documents or another --train-on; choose "
             "another folder"
         )

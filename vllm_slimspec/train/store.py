@@ -27,6 +27,7 @@ from speculators.data_generation.offline import check_hidden_states
 from vllm_slimspec.common import memory
 from vllm_slimspec.common.output import write_whole
 from vllm_slimspec.common.progress import steps
+from vllm_slimspec.errors import CheckpointError
 
 
 def state_file(folder: Path, i: int) -> Path:
@@ -53,7 +54,7 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
     """``hidden_states`` and ``token_ids`` of one document.
 
     Raises:
-        ValueError: the file is missing, truncated or changed.
+        CheckpointError: the file is missing, truncated or changed.
     """
     try:
         with safe_open(file, "pt") as opened:
@@ -61,9 +62,9 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
             expected = (opened.metadata() or {}).get("crc32")
     except (OSError, SafetensorError) as error:
         memory.raise_if_ran_out(error, file)
-        raise ValueError(f"{file}: {error}") from None
+        raise CheckpointError(f"{file}: {error}") from None
     if expected is not None and int(expected) != _checksum(tensors):
-        raise ValueError(f"{file}: its checksum does not match what it holds")
+        raise CheckpointError(f"{file}: its checksum does not match what it holds")
     return tensors
 
 
@@ -88,7 +89,7 @@ def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, 
         parts: processes.
 
     Raises:
-        ValueError: names the first broken file.
+        CheckpointError: names the first broken file.
     """
     if is_checked(folder, missing_is_wrong=missing_is_wrong, part=part, parts=parts):
         return
@@ -102,7 +103,7 @@ def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, 
             found = flaw(folder, i, ids)
             flaws += [found] if found else []
     if flaws:
-        raise ValueError(
+        raise CheckpointError(
             f"{flaws[0]} ({len(flaws)} of {len(documents)} files are broken); "
             "run `slimspec train states` again, it rewrites only those"
         )
@@ -145,7 +146,7 @@ def read_final_states(folder: str | Path, limit: int) -> torch.Tensor:
     """Up to ``limit`` outputs of the target's last layer (before its final norm), [N, D].
 
     Raises:
-        ValueError: the folder holds no hidden states, or a broken file.
+        CheckpointError: the folder holds no hidden states, or a broken file.
     """
     found: list[torch.Tensor] = []
     for file in sorted((Path(folder) / "hidden_states").glob("hs_*.safetensors")):
@@ -153,7 +154,7 @@ def read_final_states(folder: str | Path, limit: int) -> torch.Tensor:
         if sum(map(len, found)) >= limit:
             break
     if not found:
-        raise ValueError(f"{folder}: no hidden_states/hs_*.safetensors; run `slimspec train states` first")
+        raise CheckpointError(f"{folder}: no hidden_states/hs_*.safetensors; run `slimspec train states` first")
     return torch.cat(found)[:limit]
 
 

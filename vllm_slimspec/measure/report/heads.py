@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vllm_slimspec.common.output import claim_file
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.measure.report.figures import reference
 from vllm_slimspec.measure.results import HeadResults, HeadRow
 
@@ -33,7 +34,7 @@ def plot_heads(results: HeadResults, output: Path, batch: int = 1) -> None:
         rows = {row.head: row for row in results.rows if row.shape == shape and row.batch == batch}
         dense = reference(list(rows.values()))
         if dense not in rows:
-            raise ValueError(
+            raise CheckpointError(
                 f"no row of head 'full' for {shape} at batch {batch}; measure it with `slimspec bench head`"
             )
         shown = [head for head in _SHOWN if head in rows and (head != "full" or dense == "full")]

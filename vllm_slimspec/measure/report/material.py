@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.measure import results as kinds
 
 _KINDS: dict[str, type[kinds.Results]] = {
@@ -72,13 +73,13 @@ def read(paths: Sequence[Path], *, mixed_devices: bool = False) -> tuple[list[Ma
         getattr(group, kind).append(Source(path, results))
         if len(groups) > 1 and not mixed_devices:
             one, other = (group.sources[0] for group in groups.values())
-            raise ValueError(
+            raise CheckpointError(
                 f"{one.path} is of {one.results.device!r} and {other.path} of {other.results.device!r}: not comparable;"
                 " give files of one device, or --allow-mixed-devices to report each for itself"
             )
     if not groups:
         names = ", ".join(f"{file.path} ({file.kind})" for file in left_out) or "no files"
-        raise ValueError(f"nothing to report in {names}; give files of kind {', '.join(_KINDS)}")
+        raise CheckpointError(f"nothing to report in {names}; give files of kind {', '.join(_KINDS)}")
     return sorted(groups.values(), key=lambda group: -len(group.sources)), left_out
 
 
@@ -89,5 +90,5 @@ def _kind(path: Path) -> str:
         reason = (
             "no such file" if isinstance(error, FileNotFoundError) else "not what a `slimspec bench` command writes"
         )
-        raise ValueError(f"{path}: {reason}; give files that were written with --json") from None
+        raise CheckpointError(f"{path}: {reason}; give files that were written with --json") from None
     return str(kind)

@@ -1,0 +1,86 @@
+"""Who may import whom in the package: the floors of docs/architecture.md."""
+
+import ast
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "vllm_slimspec"
+# A room may import those of the floors below its own, and nothing beside it on its floor.
+FLOORS = (
+    {"errors"},
+    {"common"},
+    {"head"},
+    {"target"},
+    {"drafters"},
+    {"engine"},
+    {"convert", "train", "measure"},
+    {"ops", "compat", "joint"},
+    {"doctor"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+)
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+OUTSIDE = {"__init__", "kernels"}  # what vLLM calls, and a folder that imports nothing of the package
+
+
+def imports(source: str) -> set[str]:
+    """Return the modules of the package that a file imports, anywhere in it, without the package's name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.partition(".")[2] for name in found if name.startswith("vllm_slimspec.")}
+
+
+def broken(room: str, imported: set[str]) -> list[str]:
+    """Return the rooms that this one must not import, and does."""
+    others = {name.partition(".")[0] for name in imported} - {room, *OUTSIDE}
+    return sorted(other for other in others if LEVEL.get(other, -1) >= LEVEL[room])
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if room_of(file) not in OUTSIDE)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_room_imports_one_beside_or_above_it(file):
+    """Catches: a wing that imports another wing, an import that runs back up, a circle between rooms."""
+    assert broken(room_of(file), imports(file.read_text())) == []
+
+
+def test_no_file_imports_itself_through_others_of_its_room():
+    """Catches: a circle inside of a room, which an import in a function hides."""
+    graph = {}
+    for file in FILES:
+        name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = imports(file.read_text())
+    graph = {name: {of_whom(target, graph) for target in targets} - {name, None} for name, targets in graph.items()}
+    while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert sorted(graph) == []
+
+
+def of_whom(name: str, modules: dict[str, set[str]]) -> str | None:
+    """Return the module that an imported name belongs to."""
+    return next((part for part in (name, name.rpartition(".")[0]) if part in modules), None)
+
+
+def test_every_room_has_a_floor():
+    """Catches: a new room that the contract does not know."""
+    assert {room_of(file) for file in FILES} == set(chain.from_iterable(FLOORS))
+
+
+def test_the_contract_sees_what_it_forbids():
+    """Catches: a contract that no import breaks."""
+    source = "def f():\n    from vllm_slimspec.train.launch import fit\nimport vllm_slimspec.cli\n"
+    assert broken("convert", imports(source)) == ["cli", "train"]
+    assert broken("head", imports("from vllm_slimspec.common import files")) == []

@@ -1,0 +1,338 @@
+"""A conversion in progress: what was opened and checked, the heads that are made of it, and what they measure."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import sha256 as hash_of
+from typing import Any
+
+import torch
+
+from vllm_slimspec.common.large_tensors import keep_freed_memory
+from vllm_slimspec.common.progress import progress
+from vllm_slimspec.convert.distill import Recipe, Samples, distill
+from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
+from vllm_slimspec.convert.options import JointTraining, Options, fitting_rank
+from vllm_slimspec.convert.scoring import converted, scoring_head
+from vllm_slimspec.convert.vocabulary import check_size, counts_from_file, counts_from_states, counts_from_text, kept
+from vllm_slimspec.drafters import Family
+from vllm_slimspec.drafters.config import known_family
+from vllm_slimspec.drafters.source import Drafter
+from vllm_slimspec.engine.head_states import HeadStates, Rows, common, concatenate, sha256
+from vllm_slimspec.errors import CheckpointError, OptionError
+from vllm_slimspec.head.factorize import factorize, second_moment, token_probabilities
+from vllm_slimspec.target import Target, fingerprint
+
+logger = logging.getLogger(__name__)
+
+_PROBABILITY_STATES = 8192  # each costs a softmax over V
+_DISTILL_STATES = 65_536
+_HELD_OUT_STATES = 8192  # at least, and what this many operations of the dense head allow
+_OPERATIONS = {"cpu": 1e13, "cuda": 2e15}  # about a minute
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one head costs and saves, against the drafter as it came."""
+
+    rank: int | None  # None: a dense head
+    rerank: int | None
+    quality: Quality | None  # None: there were no states to measure on
+    loss: float | None  # of expected acceptance length, or of top-1 agreement where the target's tokens are unknown
+    head_bytes: int  # that a draft step reads
+    dense_bytes: int  # that it read before
+    speedup: float | None  # predicted, of a cycle at batch 1
+
+    @property
+    def lost(self) -> str:
+        """The loss in words, with a 95% interval over documents where it is of acceptance length."""
+        assert self.loss is not None
+        of = self.quality.of_dense if self.quality else None
+        return f"{self.loss:.1%} ({1 - of.high:.1%} to {1 - of.low:.1%})" if of else f"{self.loss:.1%}"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A drafter, its target and its states, opened and checked; from here on heads can be made and measured."""
+
+    options: Options
+    target: Target | None
+    source: Drafter  # as it came
+    drafter: Drafter  # with the vocabulary that was asked for; trained on, after train_jointly
+    residual: float  # of the rows that --vocab full made
+    states: HeadStates | None
+    moved: Rows | None = None  # held-out states of a body that was trained on
+
+    @classmethod
+    def open(cls, options: Options, divisors: Sequence[int] = ()) -> "Conversion":
+        """Read the drafter and the target, and record head states where that was asked for, which may take hours.
+
+        Args:
+            options: checked by :func:`vllm_slimspec.convert.options.check`.
+            divisors: of D, the ranks of a sweep.
+
+        Raises:
+            CheckpointError: an input is bad.
+            OptionError: a rank, a vocabulary or a number of candidates does not fit the drafter.
+        """
+        target = None if options.target is None else Target.open(options.target)
+        source = Drafter.open(options.drafter, target)
+        _check_sizes(options, source, target, divisors)
+        drafter, residual = source, 0.0
+        if options.vocab == "full" and target is not None:
+            drafter, residual = source.full_vocabulary(target)
+        states = _open_states(options)
+        if states is not None:
+            states.check_head(source.head.shape[1], options.drafter)
+            _warn_of_another_drafter(states, options.drafter)
+        if options.vocab.isdecimal():
+            counts = _counts(options, source, states)
+            drafter = source.truncated(kept(source, target, counts, int(options.vocab)))
+        return cls(options, target, source, drafter, residual, states)
+
+    @cached_property
+    def dense(self) -> torch.Tensor:
+        """The dense head [V, D], on the device that computes."""
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        if device.type == "cpu":
+            keep_freed_memory()
+        return self.drafter.head.to(device)
+
+    def rank(self, rank: int | None, divisor: int | None) -> int:
+        """R from a rank or a divisor of D; without either, that of factors which are there already, or D // 8.
+
+        Raises:
+            OptionError: it does not fit the head.
+        """
+        if rank is None and divisor is None and self.drafter.factors is not None:
+            return len(self.drafter.factors[0])
+        return fitting_rank(rank, divisor, *self.drafter.head.shape)
+
+    def factors(self, rank: int) -> Factors:
+        """The factors of this rank: the drafter's own, if it has them, or the weighted factorization of its head."""
+        own = self.drafter.factors
+        if own is not None and len(own[0]) == rank:
+            return own[0].to(self.dense.device), own[1].to(self.dense.device)
+        if self.states is None:
+            logger.warning(
+                "no --calibration and no --hidden-states: this is plain SVD, which at D/8 keeps about a third of the "
+                "dense head's choices (weighted by states: over four fifths), and nothing is measured"
+            )
+            with progress("Factorizing the head", ends=False):
+                return factorize(self.dense, rank)
+        with progress("Factorizing the head for the recorded states", ends=False):
+            return factorize(self.dense, rank, second_moment=self._second_moment, probabilities=self._probabilities)
+
+    def distill(self, factors: Factors, recipe: Recipe) -> Factors:
+        """The factors after head-only distillation on the states that are not held out."""
+        assert self.states is not None
+        rows = self.states.sample(False, _DISTILL_STATES)
+        token = torch.full((len(rows),), -1)
+        if rows.next_token is not None:
+            vocab = self.drafter.config["vocab_size"]
+            if int(rows.next_token.max()) >= vocab:
+                raise CheckpointError(
+                    f"{self.states.path}: next_token has {int(rows.next_token.max())}, and the drafter's vocab_size is "
+                    f"{vocab}; give states of this drafter's target"
+                )
+            draft_ids = torch.full((vocab + 1,), -1)  # the last: of an unknown token, -1
+            ids = torch.arange(len(self.dense)) if self.drafter.ids is None else self.drafter.ids
+            draft_ids[ids] = torch.arange(len(ids))
+            token = draft_ids[rows.next_token]
+        # What is kept is chosen on the last tenth: the held-out states stay unseen until they measure the result.
+        cut = len(rows) * 9 // 10
+        learn, choose = Samples(rows.hidden[:cut], token[:cut]), Samples(rows.hidden[cut:], token[cut:])
+        checkpoint = self.options.run / f"distill-{self._key(factors, recipe)}.pt"
+        return distill(self._scoring, factors, learn, choose, recipe, checkpoint)
+
+    def train_jointly(self, factors: Factors, recipe: JointTraining) -> "Conversion":
+        """Return a conversion of the drafter that fc, layer and head were trained to, its factors in it.
+
+        The states of that drafter are recorded over the held-out documents, and heads are measured on those.
+        """
+        assert self.states is not None
+        assert self.options.target is not None
+        from vllm_slimspec.engine.recording import collect_again
+
+        folder = self.options.run / f"joint-{self._key(factors, recipe)}"
+        trained = recipe.train(self.drafter, factors, self.options.target, self.states, folder)
+        states = collect_again(
+            self.options.target,
+            trained.path,
+            self.states.documents(held_out=True),
+            folder / "states",
+            k=self.k,
+            engine=dict(self.options.engine),
+            dtype=self.options.dtype,
+        )
+        return replace(self, drafter=trained, moved=concatenate(list(states.read(held_out=True))))
+
+    def _key(self, factors: Factors, recipe: Recipe | JointTraining) -> str:
+        """One name for everything that a distillation follows from."""
+        head, d2t = self.options.distill, self.drafter.d2t
+        tokens = None if d2t is None else hash_of(d2t.numpy().tobytes()).hexdigest()
+        made_from = [self.origin, tokens, len(factors[0]), asdict(recipe), None if head is None else asdict(head)]
+        return hash_of(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+
+    def evaluate(self, heads: Mapping[str, Head], rerank: Sequence[int] = RERANK) -> Evaluation | None:
+        """Heads on the held-out states, against the dense one; None without states.
+
+        Which dense one: that of the drafter as it came, so that tokens which are left out count as lost; with
+        ``--vocab full`` the larger one, for choosing a token that was out of reach is no loss.
+        """
+        if self._held_out is None:
+            return None
+        cut = len(self.drafter.head) < len(self.source.head)
+        uncut = (self.source.head, self.source.ids) if cut else None
+        states, moved = self._held_out, None
+        if self.moved is not None:
+            states, rows = common(self._held_out, self.moved)
+            moved = rows.hidden
+        heads = {name: converted(head, self._scoring.dtype) for name, head in heads.items()}
+        with progress("Measuring the head on held-out states"):
+            return evaluate(self._scoring, heads, states, self.drafter.ids, rerank=rerank, uncut=uncut, moved=moved)
+
+    def outcome(
+        self, rank: int | None, head_bytes: int, evaluation: Evaluation | None, name: str, rerank: int | None
+    ) -> Outcome:
+        """What the head ``name`` of an evaluation costs and saves.
+
+        Args:
+            rank: its rank; None: it is dense.
+            head_bytes: as it is stored, without the rows of re-ranking.
+            evaluation: of it, if there are states.
+            name: its name there.
+            rerank: candidates that are scored again, if any.
+        """
+        dense_bytes = self.source.head.nbytes
+        head_bytes += (rerank or 0) * self.dense[0].nbytes
+        quality, rho, speedup = None, None, None
+        if evaluation is not None:
+            quality = evaluation.heads[name] if rerank is None else evaluation.heads[name].rerank[rerank]
+            rho = quality.of_dense.value if quality.of_dense else quality.top1
+        if rho is not None and self.target is not None:
+            speedup = predicted_speedup(
+                target_bytes=self.target.nbytes(self.k),
+                body_bytes=self.source.body_bytes,
+                dense_bytes=dense_bytes,
+                head_bytes=head_bytes,
+                k=self.k,
+                rho=rho,
+            )
+        return Outcome(rank, rerank, quality, None if rho is None else 1 - rho, head_bytes, dense_bytes, speedup)
+
+    @property
+    def family(self) -> Family:
+        """Whose body the drafter has."""
+        return known_family(self.drafter.config, str(self.drafter.path))
+
+    @property
+    def k(self) -> int:
+        """Draft steps of a cycle: those of the states, where they say."""
+        return (self.states and self.states.steps) or self.options.k
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What this conversion was made from."""
+        return {
+            "drafter": str(self.options.drafter),
+            "drafter_sha256s": {f.name: sha256(f) for f in sorted({i.file for i in self.source.body.values()})},
+            "target": self.options.target,
+            "vocab": self.options.vocab,
+            "states": None if self.states is None else self.states.index,
+        }
+
+    @cached_property
+    def _held_out(self) -> Rows | None:
+        """What is measured on: few documents make wide intervals, so all of them where that takes no time."""
+        if self.states is None:
+            return None
+        allowed = _OPERATIONS.get(self.dense.device.type, _OPERATIONS["cpu"]) / (2 * self.dense.numel())
+        return self.states.sample(True, max(_HELD_OUT_STATES, int(allowed)))
+
+    @cached_property
+    def _scoring(self) -> torch.Tensor:
+        return scoring_head(self.dense, self.options.dtype)
+
+    @cached_property
+    def _second_moment(self) -> torch.Tensor:
+        assert self.states is not None
+        size = self.states.hidden_size
+        total, count = torch.zeros(size, size, dtype=torch.float64, device=self.dense.device), 0
+        for rows in self.states.read(held_out=False):
+            if len(rows):
+                total += second_moment(rows.hidden.to(self.dense.device)) * len(rows)
+                count += len(rows)
+        return total / count
+
+    @cached_property
+    def _probabilities(self) -> torch.Tensor:
+        assert self.states is not None
+        hidden = self.states.sample(False, _PROBABILITY_STATES).hidden
+        return token_probabilities(self._scoring, hidden.to(self._scoring))
+
+
+def _check_sizes(options: Options, source: Drafter, target: Target | None, divisors: Sequence[int]) -> None:
+    """Refuse a rank, a vocabulary or candidates that will not fit, divisors of a sweep included."""
+    vocab, hidden = source.head.shape
+    if options.vocab == "full" and target is not None:
+        vocab = target.vocab_size
+    elif options.vocab.isdecimal():
+        vocab = int(options.vocab)
+        check_size(source, target, vocab)
+    if options.rerank is not None and options.rerank > vocab:
+        raise OptionError(f"--rerank {options.rerank}: there are {vocab} tokens to draft; choose 1 to {vocab}")
+    passed = options.rank is None and options.rank_divisor is None and source.factors is not None
+    if options.head == "low-rank" and not passed and not divisors:
+        fitting_rank(options.rank, options.rank_divisor, vocab, hidden)
+    for divisor in divisors:
+        fitting_rank(None, divisor, vocab, hidden)
+
+
+def _open_states(options: Options) -> HeadStates | None:
+    if options.hidden_states is not None:
+        states = HeadStates.open(options.hidden_states)
+        if options.joint is not None:
+            states.documents(held_out=False)  # to be told now, and not after the head was distilled
+        return states
+    if options.calibration is None:
+        return None
+    assert options.target is not None
+    from vllm_slimspec.engine.recording import collect
+
+    return collect(
+        options.target,
+        options.drafter,
+        options.calibration,
+        options.run / "states",
+        k=options.k,
+        max_tokens=options.max_tokens,
+        max_states=options.max_states,
+        engine=dict(options.engine),
+        dtype=options.dtype,
+    )
+
+
+def _warn_of_another_drafter(states: HeadStates, drafter: str) -> None:
+    recorded = states.index.get("drafter_fingerprint")
+    if recorded not in (None, fingerprint(drafter)):
+        logger.warning(
+            "%s: recorded with another drafter (%s); what is measured holds if the two have one body, else record them "
+            "again with --calibration",
+            states.path,
+            states.index.get("drafter"),
+        )
+
+
+def _counts(options: Options, source: Drafter, states: HeadStates | None) -> torch.Tensor:
+    """How often each of the target's tokens is wanted: by a file, by text, or by the target's answers."""
+    size = source.config["vocab_size"]
+    if options.frequencies is not None:
+        return counts_from_file(options.frequencies, size)
+    if options.prompts is not None:
+        assert options.target is not None
+        return counts_from_text(options.prompts, options.target, size)
+    assert states is not None
+    return counts_from_states(states, source, size, _PROBABILITY_STATES)

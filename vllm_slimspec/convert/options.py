@@ -1,0 +1,153 @@
+"""What `slimspec convert` is told, and which of its options contradict each other."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from vllm_slimspec.common.output import beside
+from vllm_slimspec.common.work_dtype import Asked
+from vllm_slimspec.convert.distill import Recipe
+from vllm_slimspec.convert.evaluate import Factors
+from vllm_slimspec.drafters.source import Drafter
+from vllm_slimspec.engine.head_states import HeadStates
+from vllm_slimspec.errors import OptionError
+from vllm_slimspec.head.spec import MAX_K
+
+
+class JointTraining(Protocol):
+    """What trains the body of a drafter with its head: a :class:`vllm_slimspec.joint.JointRecipe`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def train(self, drafter: Drafter, factors: Factors, target: str, states: HeadStates, folder: Path) -> Drafter:
+        """Return the drafter that was trained, with factors of the dtype of those given."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to convert, and how; the flags of the command line."""
+
+    drafter: str
+    output: Path
+    target: str | None = None
+    rank: int | None = None
+    rank_divisor: int | None = None  # where no rank is given; neither: that of low-rank factors, or D // 8
+    head: Literal["low-rank", "dense"] = "low-rank"
+    vocab: str = "keep"  # keep, full, or a number of tokens
+    frequencies: Path | None = None
+    prompts: Path | None = None
+    calibration: Path | None = None
+    hidden_states: Path | None = None
+    k: int = 5
+    max_tokens: int = 256
+    max_states: int = 100_000
+    distill: Recipe | None = None
+    joint: JointTraining | None = None  # after it
+    rerank: int | None = None
+    quantize: Literal["fp8", "int8", "int4"] | None = None
+    max_loss: float = 0.03
+    force: bool = False
+    layout: Literal["slimspec", "speculators"] = "slimspec"
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    dtype: Asked = "auto"  # of the engine that records states, and of scores over them
+
+    @property
+    def run(self) -> Path:
+        """Where calibration and distillation keep what they have done."""
+        return beside(self.output, ".run")
+
+    @property
+    def runs(self) -> Path | None:
+        """The same, where there is something to keep."""
+        return self.run if self.calibration or self.distill or self.joint else None
+
+
+def check(options: Options, *, sweeps: bool = False) -> None:
+    """Refuse options that contradict each other, before anything is read.
+
+    Args:
+        options: of the command line.
+        sweeps: whether ranks are to be measured, and no drafter is to be written.
+
+    Raises:
+        OptionError: names the options, and the one to change.
+    """
+    refusal = next(_contradictions(options, sweeps), None)
+    if refusal is not None:
+        raise OptionError(refusal)
+    if options.calibration is not None or options.joint is not None:
+        from vllm_slimspec.engine.recording import check_engine
+
+        check_engine(options.engine)
+
+
+def _contradictions(o: Options, sweeps: bool) -> Iterator[str]:
+    recorded = o.calibration is not None or o.hidden_states is not None
+    if sweeps and (o.distill or o.joint or o.rerank or o.quantize or o.head == "dense"):
+        yield (
+            "--sweep measures every rank with and without re-ranking, and nothing else; leave out --distill-steps, "
+            "--joint-steps, --rerank, --quantize and --head"
+        )
+    if sweeps and not recorded:
+        yield "--sweep measures on head states; give --calibration or --hidden-states"
+    if o.rerank is not None and o.rerank > MAX_K:
+        yield f"--rerank {o.rerank}: at most {MAX_K} candidates can be served; choose 1 to {MAX_K}"
+    if o.layout == "speculators" and o.target is None:
+        yield "--format speculators writes the name of the target into the drafter; give --target"
+    if o.head == "dense" and (o.rank or o.rank_divisor or o.distill or o.joint or o.rerank or o.quantize):
+        yield (
+            "--head dense has no factors; leave out --rank, --rank-divisor, --distill-steps, --joint-steps, --rerank "
+            "and --quantize"
+        )
+    yield from _about_vocabulary(o, recorded)
+    yield from _about_states(o, recorded)
+    if o.rerank and o.joint is not None:
+        yield "--rerank scores by dense rows that --joint-steps moves the body away from; leave one of the two out"
+    if o.joint is not None and o.dtype == "float16":
+        yield "--dtype float16 with --joint-steps: gradients would need scaling; choose auto, float32 or bfloat16"
+
+
+def _about_vocabulary(o: Options, recorded: bool) -> Iterator[str]:
+    if o.frequencies is not None and o.prompts is not None:
+        yield "--frequencies and --prompts both say which tokens --vocab N keeps; give one of them"
+    if o.vocab in ("keep", "full") and (o.frequencies or o.prompts):
+        yield f"--frequencies and --prompts belong to --vocab N, not to --vocab {o.vocab}"
+    if o.vocab == "full" and o.target is None:
+        yield "--vocab full takes the missing rows from the target's head; give --target"
+    if o.vocab in ("keep", "full"):
+        return
+    if not o.vocab.isdecimal():
+        yield f"--vocab {o.vocab}: must be keep, full or a number of tokens"
+    if o.prompts is not None and o.target is None:
+        yield f"--prompts {o.prompts} is read by the target's tokenizer; give --target"
+    if not (o.frequencies or o.prompts or recorded):
+        yield (
+            "--vocab N keeps the most frequent tokens; give --frequencies, --prompts, --calibration or --hidden-states "
+            "to count them by"
+        )
+
+
+def _about_states(o: Options, recorded: bool) -> Iterator[str]:
+    if o.hidden_states is not None and o.calibration is not None:
+        yield "--calibration records head states and --hidden-states reads recorded ones; give one of them"
+    if o.joint is not None and o.target is None:
+        yield "--joint-steps learns from the target; give --target"
+    if (o.distill is not None or o.joint is not None) and not recorded:
+        yield "--distill-steps and --joint-steps need states to learn from; give --calibration or --hidden-states"
+    if o.calibration is not None and o.target is None:
+        yield f"--calibration {o.calibration}: the target answers these prompts; give --target"
+
+
+def fitting_rank(rank: int | None, divisor: int | None, vocab: int, hidden: int) -> int:
+    """Return R from a rank or a divisor of D, which is 8 without either.
+
+    Raises:
+        OptionError: it does not fit the head.
+    """
+    chosen = hidden // (divisor or 8) if rank is None else rank
+    if not 1 <= chosen <= min(vocab, hidden):
+        raise OptionError(
+            f"rank {chosen} does not fit a head [V={vocab}, D={hidden}]; choose 1 to {min(vocab, hidden)}"
+        )
+    return chosen

@@ -1,0 +1,74 @@
+"""Times of calls with cold caches, on a CPU or a GPU."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """Times calls with cold caches, the arms taking turns, so that a slow minute of the machine is everyone's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # Larger than any L2 or L3 in use; read and not written, lest its dirty lines go back to memory in timed calls.
+        self._flush = torch.zeros(8 << 20 if device.type == "cpu" else 32 << 20, dtype=torch.int64, device=device)
+
+    def measure(self, calls: Sequence[Callable[[], Any]], repeats: int, tick: Callable[[], None]) -> list[list[float]]:
+        """Microseconds of every call, ``repeats`` times each."""
+        times: list[list[float]] = [[] for _ in calls]
+        ready = calls if self.device.type == "cpu" else [self._graph(call) for call in calls]
+        for turn in range(repeats + 2):
+            order = [(turn + i) % len(ready) for i in range(len(ready))]
+            for i, microseconds in zip(order, self._round([ready[i] for i in order]), strict=True):
+                if turn >= 2:  # the first turns warm up
+                    times[i].append(microseconds)
+            tick()
+        return times
+
+    def bandwidth(self) -> tuple[float, float]:
+        """GB/s of a copy (read plus written) and of a read, both of more than any cache holds."""
+        size = (128 << 20) if self.device.type == "cpu" else (1 << 30)
+        source = torch.ones(size // 2, dtype=torch.bfloat16, device=self.device)
+        target = torch.empty_like(source)
+        grid = source.view(1024, -1)
+        copy, read = self.measure([lambda: target.copy_(source), lambda: grid.amax(dim=1)], 11, lambda: None)
+        return 2 * size / statistics.median(copy) / 1e3, size / statistics.median(read) / 1e3
+
+    def _round(self, calls: list[Callable[[], Any]]) -> list[float]:
+        if self.device.type == "cpu":
+            times = []
+            for call in calls:
+                self._flush.amax()
+                start = time.perf_counter()
+                call()
+                times.append((time.perf_counter() - start) * 1e6)
+            return times
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
+        for call, (start, end) in zip(calls, events, strict=True):
+            self._flush.amax()  # and keeps the GPU busy while the host enqueues what follows
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+    def _graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    """The measured value nearest to the quantile ``q``."""
+    ordered = sorted(values)
+    return ordered[round(q * (len(ordered) - 1))]
