@@ -45,7 +45,7 @@ class LowRankHead(ParallelLMHead):
         self.down = torch.nn.Parameter(
             torch.empty(spec.rank, spec.hidden_size, dtype=self.weight.dtype), requires_grad=False
         )
-        self.down.weight_loader = self.weight_loader
+        self.down.weight_loader = self.weight_loader  # type: ignore[attr-defined]
         self.device = self.weight.device  # while an engine is updated, the parameters are on none
         shard = self.shard_indices
         self.first_id = shard.org_vocab_start_index
@@ -69,7 +69,7 @@ class LowRankHead(ParallelLMHead):
                 up = stored.dequantize()
             self.weight.weight_loader(self.weight, up)
         if DOWN in tensors:
-            self.down.weight_loader(self.down, tensors[DOWN])
+            self.down.weight_loader(self.down, tensors[DOWN])  # type: ignore[attr-defined]
 
     def prepare(
         self, max_batch: int, dense: torch.Tensor | None = None, dense_rows: torch.Tensor | None = None
@@ -84,10 +84,12 @@ class LowRankHead(ParallelLMHead):
 
     def lay_out(self) -> None:
         """Make ``factors`` of what was loaded; loaded again, they stay where captured graphs read them."""
-        up: torch.Tensor | ops.QuantizedUp = self.weight.data
-        if self.spec.quantization is not None:
-            up = self.quantized or ops.quantize_up(up, self.spec.quantization, self.spec.quantization_group)
-        factors = ops.pack(self.down.data, up)
+        up = self.weight.data
+        if self.spec.quantization is None:
+            factors = ops.pack(self.down.data, up)
+        else:
+            stored = self.quantized or ops.quantize_up(up, self.spec.quantization, self.spec.quantization_group)
+            factors = ops.pack(self.down.data, stored)
         self.quantized, self.fresh = None, set()
         if self.factors is not None:
             self.factors = in_place(self.factors, factors)

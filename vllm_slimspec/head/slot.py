@@ -8,6 +8,7 @@ Letters: B rows (tokens being drafted), D hidden size, V draft vocabulary.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -117,17 +118,18 @@ class HeadSlot:
         """What re-ranking scores by: rows [N, D], and the row of each draft id (int64 [V]; None: the same number)."""
         head, spec = self.head, self.spec
         if spec.rerank_rows == "own":
-            return lm_head.weight.data, None
+            return cast(torch.Tensor, lm_head.weight).data, None
         if (found := self._unfit_rows(lm_head)) is not None:
             raise CheckpointError(
                 f'{self.source}: lm_head_rerank_rows="target" needs the target\'s lm_head.weight as {head.down.dtype} '
                 f"[{spec.vocab_size}, {spec.hidden_size}], and it has {found}; convert again with rows of its own"
             )
+        rows = cast(torch.Tensor, lm_head.weight).data
         if d2t is None:
-            return lm_head.weight.data, None
+            return rows, None
         ids = torch.zeros(head.weight.shape[0], dtype=torch.int64, device=d2t.device)  # padding: never a candidate
         _fill_rows(ids, d2t)
-        return lm_head.weight.data, ids
+        return rows, ids
 
     def _unfit_rows(self, lm_head: torch.nn.Module) -> str | None:
         """What vLLM put into `lm_head` in the place of the target's rows; None where these are there."""

@@ -42,9 +42,9 @@ class Clock:
             times = []
             for call in calls:
                 self._flush.amax()
-                start = time.perf_counter()
+                began = time.perf_counter()
                 call()
-                times.append((time.perf_counter() - start) * 1e6)
+                times.append((time.perf_counter() - began) * 1e6)
             return times
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
         for call, (start, end) in zip(calls, events, strict=True):

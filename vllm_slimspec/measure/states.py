@@ -98,8 +98,8 @@ def measure(options: Options) -> StatesResults:
                 for name, entrant in entrants.items():
                     found = score(entrant.head, rows[entrant.body][document.number], document, p, options.ks)
                     scores[name].setdefault(prompt_set, []).append(found)
-    for found in scores.values():
-        found[ALL] = [one for part in list(found.values()) for one in part]
+    for by_set in scores.values():
+        by_set[ALL] = [one for part in list(by_set.values()) for one in part]
     return StatesResults(
         **provenance(),
         device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),

@@ -33,7 +33,8 @@ def watched(model: nn.Module) -> Iterator[list[np.ndarray]]:
         model: a :class:`vllm_slimspec.train.model.SlimSpecEagle3Model`, perhaps wrapped for several processes.
     """
     found: list[np.ndarray] = []
-    d2t = getattr(model, "module", model).d2t
+    trained: Any = getattr(model, "module", model)
+    d2t: torch.Tensor | None = trained.d2t
 
     def look(_: Any, args: Any, batch: Mapping[str, torch.Tensor], output: tuple[list[torch.Tensor], Any, Any]) -> None:
         drafts = torch.stack([step[0] for step in output[0]], dim=1)
@@ -80,7 +81,8 @@ def gathered(found: list[np.ndarray], k: int) -> np.ndarray:
 
 def loader_like(loader: DataLoader, folder: Path) -> DataLoader:
     """Return a loader of all documents of another folder, made as speculators made this one."""
-    like, collate = loader.dataset, loader.collate_fn
+    like: Any = loader.dataset  # speculators' own, as is what collates its documents
+    collate: Any = loader.collate_fn
     return _setup_dataloader(
         ArrowDataset(like.max_len, folder, on_missing="raise", hidden_states_dtype=like.hidden_states_dtype),
         collate.max_len,

@@ -38,7 +38,7 @@ class LowRankHead(nn.Module):
         for factor in (self.down, self.up):
             # As speculators does for its head: NaN until filled, and not to be filled at random by transformers.
             nn.init.constant_(factor.weight, torch.nan)
-            factor._is_hf_initialized = True
+            factor._is_hf_initialized = True  # type: ignore[assignment]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(hidden))
@@ -98,10 +98,11 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             data_path: a folder of :func:`vllm_slimspec.train.states.write_states`.
         """
         if how == "random":
-            for linear in self.lm_head.children() if self.config.lm_head_rank else [self.lm_head]:
+            head = self.lm_head
+            for linear in [head] if isinstance(head, nn.Linear) else [head.down, head.up]:
                 linear.reset_parameters()
             return
-        if not self.config.lm_head_rank:
+        if isinstance(self.lm_head, nn.Linear):
             self.lm_head.load_state_dict(self.verifier_lm_head.state_dict())
             return
         weight = self.verifier_lm_head.weight.detach().to(torch.accelerator.current_accelerator() or "cpu")

@@ -92,8 +92,8 @@ def _write_states(
     with progress("Hidden states", len(kept), "document", done=len(kept) - len(todo)) as shown:
         for indices in _batches(todo, [len(tokens[i]) for i in todo], tokens_per_batch):
             batch = [torch.tensor(tokens[i], dtype=torch.long) for i in indices]
-            for i, ids, states in zip(indices, batch, hidden_states(model, batch, layers), strict=True):
-                write_state(path, i, ids, states.to(stored))
+            for i, document, states in zip(indices, batch, hidden_states(model, batch, layers), strict=True):
+                write_state(path, i, document, states.to(stored))
             shown.update(len(indices))
     if (path / "dataset_info.json").exists():
         return
@@ -144,12 +144,12 @@ def _fingerprint(model: PreTrainedModel, layer_ids: list[int], documents: Sequen
     digest = hashlib.sha256(f"{model.config.to_json_string()} {layer_ids}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     for document in documents:
-        digest.update(torch.tensor([len(document.tokens), *document.tokens]).numpy())
+        digest.update(torch.tensor([len(document.tokens), *document.tokens]).numpy().data)
     prompts = [document.prompt for document in documents]
     if any(prompts):  # otherwise it is the hash that earlier versions wrote, which masked nothing
-        digest.update(torch.tensor(prompts).numpy())
+        digest.update(torch.tensor(prompts).numpy().data)
     return digest.hexdigest()
 
 

@@ -161,5 +161,5 @@ def read_final_states(folder: str | Path, limit: int) -> torch.Tensor:
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:
     checksum = 0
     for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(tensors[name].view(torch.uint8).numpy().data, checksum)
     return checksum
