@@ -121,7 +121,7 @@ gpu-cycle: install
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy vllm_slimspec kernels examples
+	$(PY) -m mypy vllm_slimspec kernels examples experiments tests
 
 clean:
 	rm -rf build dist *.egg-info

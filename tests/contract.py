@@ -163,8 +163,9 @@ def _symbol(read: Read, module: str, symbol: str) -> list[str] | None:
     if (found := _members(tree, symbol.split("."))) is not None:
         return found
     for node in tree.body:
-        star = isinstance(node, ast.ImportFrom) and node.level == 1 and node.names[0].name == "*"
-        if star and _symbol(read, f"{module}.{node.module}", symbol) is not None:
+        if not isinstance(node, ast.ImportFrom) or node.level != 1 or node.names[0].name != "*":
+            continue
+        if _symbol(read, f"{module}.{node.module}", symbol) is not None:
             return []
     return None
 

@@ -533,7 +533,7 @@ def test_the_plot_shows_what_was_measured(lossy, tmp_path, full_head):
     lines = {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axes.lines}
     assert {"low-rank", "re-rank 8", "re-rank 16", "re-rank 32"} <= lines.keys()
     for label, points in lines.items():
-        k = None if label == "low-rank" else int(label.removeprefix("re-rank "))
+        k = None if label == "low-rank" else int(str(label).removeprefix("re-rank "))
         expected = {o.rank: 100 * o.loss for o in outcomes if o.rerank == k}
         assert [rank for rank, _ in points] == [8, 16, 32]
         assert dict(points) == pytest.approx(expected)

@@ -9,6 +9,7 @@ import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -91,7 +92,7 @@ class Table:
 
 def _collect(watch: Watch | None, folder: Path) -> None:
     answer = Table.answer if watch is None else watch.around(Table.answer, "answer")
-    fakes = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": answer}
+    fakes: dict[str, Any] = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": answer}
     with patch.multiple(module, limits=lambda *_: (100, 64), **fakes):
         if watch:
             watch.over(states, "save_tensors")
@@ -109,7 +110,7 @@ def _distill(watch: Watch | None, checkpoint: Path) -> Factors:
         watch.over(os, "fsync")
     with patch.object(distill_module, "_EVERY", 2):
         samples = [Samples(part, torch.full((len(part),), -1)) for part in (hidden[:150], hidden[150:])]
-        return distill(dense, factorize(dense, 3), *samples, Recipe(4, batch=16), checkpoint)
+        return distill(dense, factorize(dense, 3), samples[0], samples[1], Recipe(4, batch=16), checkpoint)
 
 
 def _child(work, kill_at: int, log: str, *arguments) -> None:
@@ -186,7 +187,7 @@ def test_a_drafter_that_was_trained_anew_is_another_one(tmp_path):
     """Catches: the states of yesterday's drafter taken for those of today's, which has its name and its shapes."""
     (tmp_path / "p.jsonl").write_text('{"input_ids": [1, 2]}')
     weights = {"norm.weight": torch.zeros(4), "fc.weight": torch.zeros(2**20)}
-    fakes = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
+    fakes: dict[str, Any] = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
     names = ("target", tmp_path / "drafter", tmp_path / "p.jsonl", tmp_path / "s")
     (tmp_path / "drafter").mkdir()
     with patch.multiple(module, limits=lambda *_: (100, 64), **fakes):
@@ -203,7 +204,7 @@ def test_a_part_of_the_prompts_is_of_the_whole_file(tmp_path):
     """Catches: drafters calibrated and judged on the beginning of a sorted file; documents with another's number."""
     lines = [json.dumps({"input_ids": [i, i + 1]}) for i in range(90)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    fakes = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
+    fakes: dict[str, Any] = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
     with patch.multiple(module, limits=lambda *_: (100, 64), **fakes):
         found = module.collect(
             "target", "drafter", tmp_path / "p.jsonl", tmp_path / "s", k=3, max_tokens=8, max_states=64
@@ -241,7 +242,7 @@ def _on_a_full_disk(where: str, answer, folder: Path, source: Path, recorded: Pa
         arguments += ["--hidden-states", str(recorded), "--distill-steps", "3"]
     if where == "states":
         arguments += ["--target", "target", "--calibration", str(folder / "p.jsonl")]
-        fakes = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
+        fakes: dict[str, Any] = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
         faked = patch.multiple(module, limits=lambda *_: (100, 300), **fakes)
         opened = Drafter.open(str(source), None)
         with faked, patch.object(Target, "open"), patch.object(Drafter, "open", return_value=opened):

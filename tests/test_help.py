@@ -12,7 +12,7 @@ RIDDLES = ("of ", "for ", "of both", "with it", "then", "...", "k.")
 
 def commands():
     """Every command by its full name."""
-    found = dict(get_command(cli.app).commands)
+    found = dict(get_command(cli.app).commands)  # type: ignore[attr-defined]
     found["bench"] = get_command(bench)
     for name in ("bench", "train"):
         group = found.pop(name)

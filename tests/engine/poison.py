@@ -1,12 +1,15 @@
 """What `--worker-extension-cls poison.Poison` adds to a vLLM worker: a drafter that gets NaN, or that never returns."""
 
 import threading
+from typing import Any
 
 import torch
 
 
 class Poison:
     """Mixed into vLLM's worker; called over /collective_rpc, which VLLM_SERVER_DEV_MODE opens."""
+
+    model_runner: Any  # of the worker that this is mixed into
 
     def hang(self) -> None:
         """The drafter's tenth answer from now never comes, so that a request is in its middle for good."""

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
@@ -21,6 +22,8 @@ from vllm_slimspec.kernels import low_rank_topk
 
 class Watched:
     """Mixed into vLLM's worker: watches its proposer and the draft model in it."""
+
+    model_runner: Any  # of the worker that this is mixed into
 
     def watch(self, spoil: bool) -> None:
         """Record from now on. ``spoil``: hand vLLM what the head returns as it is."""

@@ -91,8 +91,9 @@ def test_predicted_is_what_the_engine_counts(way, material, alone, engine, tmp_p
             str(drafter), tmp_path / "out", str(p.target), hidden_states=states.path, force=True, **changes
         )
         written = convert(options).checkpoint
-        head = evaluate(tensors[DENSE], {"head": (written.load(DOWN), written.load(UP))}, rows, ids).heads["head"]
-        predicted = head.rerank[8].tau if "rerank" in way else head.tau
+        factors = (written.load(DOWN), written.load(UP))
+        measured = evaluate(tensors[DENSE], {"head": factors}, rows, ids).heads["head"]
+        predicted = measured.rerank[8].tau if "rerank" in way else measured.tau
         llm = engine(written.path) if "speculators" in way else engine(p.target, written.path, K)
     assert generate(llm, p.prompts, TOKENS) == alone
     assert from_engine(llm).length == pytest.approx(predicted.value, abs=1e-6)

@@ -16,7 +16,7 @@ import torch
 from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.common.walk import Tau, acceptance_length, walk
 from vllm_slimspec.engine.head_states import Rows
-from vllm_slimspec.head.ops import MAX_K
+from vllm_slimspec.head.spec import MAX_K
 
 RERANK = tuple(k for k in (8, 16, 32, 64) if k <= MAX_K)  # candidates that are tried
 _LOGITS = 2**25  # at once: 128 MiB in float32

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import maybe_prefix
 
@@ -173,7 +173,7 @@ def _base(model: type) -> type:
     return next(c for c in model.__mro__ if c.__module__.startswith("vllm."))
 
 
-def _headline(slot: HeadSlot, speculative) -> str:
+def _headline(slot: HeadSlot, speculative: SpeculativeConfig) -> str:
     spec, head = slot.spec, slot.head
     size = head.weight.element_size()
     if speculative.use_local_argmax_reduction:

@@ -12,6 +12,7 @@ import os
 import sys
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -37,7 +38,7 @@ def serve(target, batches, drafter=None, impl="auto", **speculative):
         disable_log_stats=False,
     )
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    result = {"runner": type(runner).__module__, "batches": []}
+    result: dict[str, Any] = {"runner": type(runner).__module__, "batches": []}
     watched = Watched(runner.speculator.model, drafter) if drafter else None
     for batch in batches:
         if batch.pop("lie", False):

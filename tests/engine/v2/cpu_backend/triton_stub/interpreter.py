@@ -11,6 +11,7 @@ import ast
 import functools
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import triton.language as tl
@@ -53,7 +54,8 @@ class Builder(InterpreterBuilder):
 
     def __init__(self):
         super().__init__()
-        self.options = replace(self.options, sanitize_overflow=False)  # as on a device: hashes overflow on purpose
+        options: Any = self.options
+        self.options = replace(options, sanitize_overflow=False)  # as on a device: hashes overflow on purpose
         self.grouped = False
         self.stores = []  # what they overwrote
 
