@@ -54,7 +54,7 @@ class Builder(InterpreterBuilder):
 
     def __init__(self):
         super().__init__()
-        options: Any = self.options
+        options: Any = self.options  # type: ignore[has-type]
         self.options = replace(options, sanitize_overflow=False)  # as on a device: hashes overflow on purpose
         self.grouped = False
         self.stores = []  # what they overwrote
