@@ -1,0 +1,26 @@
+"""The example of docs/api.md runs, and the page names what is public."""
+
+import re
+from pathlib import Path
+
+from vllm_slimspec import errors, ops
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "api.md").read_text()
+
+
+def test_the_example_of_the_page_runs():
+    """Catches: an example that a reader copies and that fails."""
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    exec(compile(example, "docs/api.md", "exec"), {})
+
+
+def test_the_page_names_every_public_operation_and_error():
+    """Catches: a public name that nobody can find."""
+    internal = {
+        "PackedFactor",
+        "reduce_pairs",
+        "resolve_impl",
+    }  # what `pack` returns, and two that only our layer calls
+    public = set(ops.__all__) - internal
+    public |= {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert [name for name in sorted(public) if name not in PAGE] == []
