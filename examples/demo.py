@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from vllm_slimspec.common.console import one_line_errors
+from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.output import claim_work
 from vllm_slimspec.common.progress import progress, steps
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
@@ -77,6 +79,7 @@ def main() -> None:
     result = {
         "kind": "demo",
         "target": NAME,
+        "device": device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
         "questions": len(questions),
         "requests": len(questions),
         "greedy_identical": not differing,
@@ -103,8 +106,6 @@ def read_questions() -> list[str]:
 @contextmanager
 def _serve(name: str, *arguments: str) -> Iterator[Server]:
     """Start `vllm serve` on a free port of the loopback interface, in float32 so that equality is exact."""
-    import torch
-
     # On a CPU: 1 GiB for the cache instead of most of the machine's memory.
     env = {} if torch.cuda.is_available() else {"VLLM_CPU_KVCACHE_SPACE": "1"}
     options = ["--dtype", "float32", "--max-model-len", "1024", "--served-model-name", NAME, "--enforce-eager"]

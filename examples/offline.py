@@ -10,8 +10,6 @@ import argparse
 
 from vllm import LLM, SamplingParams
 
-from vllm_slimspec.engine.acceptance import from_engine
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generate with a SlimSpec drafter.")
@@ -32,7 +30,9 @@ def main() -> None:
     )
     for output in llm.generate(args.prompts, SamplingParams(temperature=0, max_tokens=64)):
         print(f"\n{output.prompt}{output.outputs[0].text}")
-    print(f"\nacceptance length {from_engine(llm).length:.2f} at K={args.k}")
+    counted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    accepted = counted["vllm:spec_decode_num_accepted_tokens"] / counted["vllm:spec_decode_num_drafts"]
+    print(f"\nacceptance length {1 + accepted:.2f} at K={args.k}")
 
 
 if __name__ == "__main__":  # vLLM starts its engine in a process that imports this file again

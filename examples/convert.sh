@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Turn an EAGLE-3 drafter with a dense head into one with a low-rank head, and look at the result.
+#
+#   bash examples/convert.sh TARGET DENSE_DRAFTER PROMPTS.jsonl OUTPUT
+#
+# PROMPTS.jsonl holds prompts like those that you will serve, one {"messages": [...]} or {"prompt": "..."} a line. The target
+# answers them, the drafter's head states are recorded meanwhile, and the factors are fitted to these states.
+#
+# Expected output: a table with the acceptance length that the new head keeps, the line "written: OUTPUT", and what
+# `slimspec inspect` says of the folder. The command writes nothing if the head loses more than 3% of the acceptance length;
+# it then names the option that loses less.
+set -euo pipefail
+usage="usage: convert.sh TARGET DENSE_DRAFTER PROMPTS.jsonl OUTPUT"
+target=${1:?$usage} drafter=${2:?$usage} prompts=${3:?$usage} output=${4:?$usage}
+slimspec convert "$drafter" --target "$target" --calibration "$prompts" --distill-steps 400 --rerank 16 --output-path "$output"
+slimspec inspect "$output"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Train a drafter with a low-rank head for a chat model, from nothing but the model.
+#
+#   bash examples/train.sh TARGET OUTPUT [more options of `slimspec train`]
+#
+# The target writes its own prompts and answers them, then its hidden states are kept, then the drafter is trained. The first
+# command prints what that will cost and starts nothing. The second one goes on where it stopped when you run it again.
+#
+# Expected output: the plan; then a line for each stage and epoch, with the acceptance length on answers that were held out;
+# then what `slimspec inspect` says of the folder.
+set -euo pipefail
+target=${1:?usage: train.sh TARGET OUTPUT [options]}
+output=${2:?usage: train.sh TARGET OUTPUT [options]}
+shift 2
+slimspec train --target "$target" --output-path "$output" --plan "$@"
+slimspec train --target "$target" --output-path "$output" "$@"
+slimspec inspect "$output"
