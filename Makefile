@@ -15,6 +15,7 @@
 # make soak   ten minutes of load on a served drafter, every answer compared with the target's
 # make faults   what is broken on purpose, and how often
 # make documents   the figures of README.md and docs/, out of docs/results
+# make release   on a clean checkout: the wheel, the sdist and the notes of the version, and a git tag
 # make dist-check   wheel and sdist, built twice, installed into clean environments
 #
 # Everything runs in .venv, which is made on first use, with a vLLM for CPUs. To use a CUDA vLLM that is installed:
@@ -32,7 +33,7 @@ step = @echo "$(1)"; (while sleep 15 >&2; do echo "$(1), still under way"; done)
 	trap "kill $$ticks" EXIT;
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-engine test-compat soak faults documents dist-check lint clean report-check gpu gpu-cycle
+.PHONY: help install demo release test test-unit test-engine test-compat soak faults documents dist-check lint clean report-check gpu gpu-cycle
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -118,10 +119,13 @@ gpu-cycle: install
 	$(PY) -m vllm_slimspec bench serve --shape $(SERVED) --heads $(SERVED_HEADS) -k $(SERVED_K) --concurrency $(BATCHES) \
 		$(ACCEPTING) --json docs/results/serve-gpu.json
 
+release: install
+	$(PY) tools/release.py
+
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy vllm_slimspec kernels examples experiments tests
+	$(PY) -m mypy vllm_slimspec kernels examples experiments tests tools
 
 clean:
 	rm -rf build dist *.egg-info

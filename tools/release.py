@@ -1,0 +1,70 @@
+"""`make release`: build the wheel and the sdist of the version in the package, write its notes, and tag the commit.
+
+    python tools/release.py            # builds into dist/ and makes the tag v0.2.0
+    python tools/release.py --check    # only says whether a release could be made
+
+The notes are the section of CHANGELOG.md that is headed by the version and a date. Nothing is uploaded.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from vllm_slimspec import __version__
+from vllm_slimspec.common.console import one_line_errors
+from vllm_slimspec.errors import OptionError, SlimSpecError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def notes(changelog: str, version: str) -> str:
+    """Return the section of a version.
+
+    Raises:
+        OptionError: there is none, or it has no date.
+    """
+    found = re.search(rf"^## {re.escape(version)} \((.+?)\)\n(.*?)(?=^## |\Z)", changelog, re.M | re.S)
+    if found is None:
+        raise OptionError(f"CHANGELOG.md: has no section '## {version} (DATE)'; write it")
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", found[1]):
+        raise OptionError(f"CHANGELOG.md: version {version} is headed ({found[1]}); put its date there, as 2026-01-31")
+    return found[2].strip() + "\n"
+
+
+def check_clean() -> None:
+    """Refuse changes that are not committed, and a tag that is there already.
+
+    Raises:
+        SlimSpecError: names what is in the way.
+    """
+    if changed := _git("status", "--porcelain"):
+        raise SlimSpecError(f"{changed.splitlines()[0][3:]}: has changes that are not committed; commit them")
+    if _git("tag", "--list", f"v{__version__}"):
+        raise SlimSpecError(f"v{__version__}: the tag is there already; raise __version__ in vllm_slimspec/__init__.py")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.rstrip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build and tag a release.")
+    parser.add_argument("--check", action="store_true", help="build and tag nothing")
+    arguments = parser.parse_args()
+    text = notes((ROOT / "CHANGELOG.md").read_text(), __version__)
+    check_clean()
+    if arguments.check:
+        print(f"version {__version__} can be released")
+        return
+    dist = ROOT / "dist"
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(ROOT)], check=True)
+    (dist / f"NOTES-{__version__}.md").write_text(text)
+    _git("tag", "--annotate", f"v{__version__}", "--message", f"Version {__version__}")
+    print(f"written: {dist}; tagged: v{__version__}. Look at both, then push the tag and upload the files.")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
