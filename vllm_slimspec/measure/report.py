@@ -427,7 +427,7 @@ _SHOWN = {
 def plot_heads(path: Path, output: Path, batch: int = 1) -> None:
     """Draw how many times faster than the dense head each one drafts, a mark for each shape: PNG or SVG by the suffix.
 
-    CheckpointError: the file is not of head times, or holds no dense head of that batch to compare with.
+    CheckpointError is raised for a file of another kind, and for one without a dense head of that batch.
     """
     results: kinds.HeadResults = _checked(path, kinds.HeadResults)
     points: dict[tuple[str, str], tuple[float, float, float]] = {}
@@ -435,10 +435,11 @@ def plot_heads(path: Path, output: Path, batch: int = 1) -> None:
         faster = _faster([row for row in results.rows if row.shape == shape and row.batch == batch])
         if not faster:
             raise CheckpointError(f"no head 'full' for {shape} at batch {batch}; measure it with `slimspec bench head`")
-        shown = {head: x for (head, _), x in faster.items() if head in _SHOWN and (head != "full" or x == 1)}
-        points |= {(_SHOWN[head], shape): (x, x, x) for head, x in shown.items()}
+        shown = [(head, x) for (head, _), x in faster.items() if head in _SHOWN and (head != "full" or x == 1)]
+        points |= {(_SHOWN[head], shape): (x, x, x) for head, x in shown}
     with rc_context(_STYLE):
-        figure = _dots(points, f"times faster than the dense head at batch {batch} (log scale)", log=True)
-        figure.supxlabel(f"{_label(results.device)}; medians of {results.repeats} calls", fontsize="small")
+        figure = _dots(points, "times faster than the dense head (log scale)", log=True)
+        note = f"{_label(results.device)}; batch {batch}, medians of {results.repeats} calls, cold caches"
+        figure.supxlabel(note, fontsize="small")
         with claim_file(output) as claim:
             claim.write(lambda new: figure.savefig(new, dpi=160))
