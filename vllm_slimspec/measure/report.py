@@ -28,7 +28,7 @@ _COLORS = ("#0b63a8", "#b8650a", "#8b4bb3", "#2e7d4f", "#a3264b", "#59626c")  # 
 _MARKERS = "osD^vP"  # so that colors are never needed to tell series apart
 _WIDTH = 5.2  # inches
 LeftOut = tuple[Path, str]  # a file that the page does not show, and its kind
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "text.usetex": False,
     "text.parse_math": False,  # a name such as $x$ is no formula
     "svg.fonttype": "none",  # text stays text
@@ -400,7 +400,7 @@ def _throughput(rows: Sequence[kinds.ServeRow]) -> Figure:
     heads = list(dict.fromkeys(row.head for row in rows))
     for place, head in enumerate(heads):
         points = sorted((row.concurrency, row.tokens_per_s) for row in rows if row.head == head)
-        style = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
+        style: Any = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
         axes.plot(*zip(*points, strict=True), **style, markersize=5, linewidth=1.5, label=_label(head))
     loads = sorted({row.concurrency for row in rows})
     axes.set_xscale("log", base=2)
