@@ -1,4 +1,4 @@
-"""`make report-check`: the report in a real browser, wide and phone, light and dark.
+"""`make report-check`: the report in a real browser, wide and on a phone.
 
     python tests/report_check.py build/report-check docs/results/head-cpu.json ...
 
@@ -24,7 +24,6 @@ from vllm_slimspec.measure.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SCREENS = {"wide": (1280, 900, 1), "phone": (375, 780, 2)}  # CSS pixels, and device pixels for each
-SCHEMES = ("light", "dark")
 
 
 class Page:
@@ -78,13 +77,11 @@ def tab(browser: str) -> Iterator[Page]:
             process.wait()
 
 
-def look(page: Page, file: Path, screen: str, scheme: str, picture: Path) -> list[str]:
+def look(page: Page, file: Path, screen: str, picture: Path) -> list[str]:
     """Take a screenshot of the whole page, and say what is wrong with it."""
     width, height, scale = SCREENS[screen]
     for domain in ("Page", "Network", "Log", "Runtime"):
         page.call(f"{domain}.enable")
-    media = [{"name": "prefers-color-scheme", "value": scheme}]
-    page.call("Emulation.setEmulatedMedia", features=media)
     size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": screen == "phone"}
     page.call("Emulation.setDeviceMetricsOverride", **size)
     page.events.clear()
@@ -92,6 +89,8 @@ def look(page: Page, file: Path, screen: str, scheme: str, picture: Path) -> lis
     page.call("Page.navigate", url=url)
     page.wait_for("Page.loadEventFired")
     found = page.call("Runtime.evaluate", expression="document.documentElement.scrollWidth", returnByValue=True)
+    broken = "[...document.images].filter(image => !image.naturalWidth).length"
+    images = page.call("Runtime.evaluate", expression=broken, returnByValue=True)
     content = page.call("Page.getLayoutMetrics")["cssContentSize"]
     clip = {"x": 0, "y": 0, "width": width, "height": content["height"], "scale": 1}
     shot = page.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
@@ -99,13 +98,16 @@ def look(page: Page, file: Path, screen: str, scheme: str, picture: Path) -> lis
     problems = []
     if found["result"]["value"] > width:
         problems.append(f"the page is {found['result']['value']} pixels wide")
+    if images["result"]["value"]:
+        problems.append(f"{images['result']['value']} charts are not shown")
     for event in page.events:
         parameters = event.get("params", {})
-        if event["method"] == "Network.requestWillBeSent" and parameters["request"]["url"] != url:
-            problems.append(f"the page asks for {parameters['request']['url']}")
+        asked = parameters["request"]["url"] if event["method"] == "Network.requestWillBeSent" else url
+        if asked != url and not asked.startswith("data:"):  # whose bytes are in the page
+            problems.append(f"the page asks for {asked}")
         if event["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             problems.append(f"the console says {json.dumps(parameters)[:300]}")
-    return [f"{screen}, {scheme}: {problem}" for problem in problems]
+    return [f"{screen}: {problem}" for problem in problems]
 
 
 def main() -> None:
@@ -115,13 +117,13 @@ def main() -> None:
         print(f"report-check: no browser here ({', '.join(BROWSERS)}), so nothing was checked")
         return
     report = output / "report"
-    for file in write_report(results, report, mixed_devices=True):
-        print(f"left out: {file.path} ({file.kind})")
+    for path, kind in write_report(results, report, mixed_devices=True):
+        print(f"left out: {path} ({kind})")
     problems = []
     with tab(browser) as page:
-        for screen, scheme in itertools.product(SCREENS, SCHEMES):
-            picture = output / f"{screen}-{scheme}.png"
-            problems += look(page, report / "index.html", screen, scheme, picture)
+        for screen in SCREENS:
+            picture = output / f"{screen}.png"
+            problems += look(page, report / "index.html", screen, picture)
             print(f"screenshot: {picture}")
     if problems:
         sys.exit("report-check: " + "\n".join(problems))

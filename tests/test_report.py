@@ -1,24 +1,23 @@
 """``slimspec report``: whatever was measured becomes one page that needs nothing else and says what it lacks."""
 
+import base64
 import re
 import sys
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
 
 from vllm_slimspec import cli
 from vllm_slimspec.common.speedup import least_ratio, speedup
-from vllm_slimspec.measure.report import write_report
-from vllm_slimspec.measure.report.material import Material, Source, read
-from vllm_slimspec.measure.report.sections import acceptance_ratios, chapter
+from vllm_slimspec.errors import CheckpointError, OutputError
+from vllm_slimspec.measure.report import KINDS, read, write_report
 from vllm_slimspec.measure.results import (
     AcceptanceResults,
     AcceptanceRow,
-    CycleResults,
-    CycleRow,
     HeadResults,
     HeadRow,
     ServeResults,
@@ -49,41 +48,6 @@ def heads(device="one CPU"):
         for batch in (1, 8)
     ]
     return HeadResults(**COMMON, device=device, threads=2, repeats=3, copy_gb_s=1, read_gb_s=1, rows=rows)
-
-
-def cycles(device="one CPU", **changed):
-    """300 ms with the full head, of which K = 3 heads are 90 ms; the others as ``changed`` says, or as eq. 4 does."""
-    nu = {"full": 1.0, "trim-32k": 3.0, "low-rank": 9.0}
-    ms = {"null": 210.0} | {head: 210 + 90 / n for head, n in nu.items()} | changed
-    rows = [
-        CycleRow(
-            head=head,
-            shape=SHAPE,
-            rank=256 if head == "low-rank" else None,
-            num_speculative_tokens=3,
-            batch=1,
-            context=64,
-            dtype="bfloat16",
-            cycles=9,
-            cycle_ms_p20=time,
-            cycle_ms_p50=time,
-            cycle_ms_p80=time,
-            head_ms=time - 210,
-            head_alone_us_p50=1,
-            accepted=0,
-            kappa=0.3,
-            nu=nu.get(head),
-            ratio=time / 300,
-            ratio_low=time / 310,
-            ratio_high=time / 290,
-            predicted_ratio=0.7 + 0.3 / nu[head] if head in nu else None,
-            verify_ms=150,
-            body_ms=60,
-            wrapped_head_ms=time - 210,
-        )
-        for head, time in ms.items()
-    ]
-    return CycleResults(**COMMON, device=device, threads=2, rounds=5, rows=rows)
 
 
 def acceptances(device="one CPU", hidden_size=HIDDEN, **accepted):
@@ -216,108 +180,125 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
+MADE = {
+    "head": heads,
+    "acceptance": lambda: acceptances(full=[20] * 4, low_rank=[18] * 4),
+    "states": states,
+    "serve": serving,
+}
+
+
+def sections(kind, results):
+    return list(KINDS[kind][1](results))
+
+
+def charts(text):
+    """Return the charts of a page as SVG text."""
+    start = "data:image/svg+xml;base64,"
+    sources = [attrs["src"] for attrs in Page(text).all("img")]
+    assert all(source.startswith(start) for source in sources)
+    return [base64.b64decode(source.removeprefix(start)).decode() for source in sources]
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A report of every kind of file, and of one that has no figure."""
+    """A report of every kind of file, and of two kinds that it does not show."""
     folder = tmp_path_factory.mktemp("report")
-    made = {
-        "head": heads(),
-        "cycle": cycles(),
-        "acceptance": acceptances(full=[20] * 4, low_rank=[18] * 4),
-        "serve": serving(),
-    }
-    for name, results in made.items():
-        results.write(folder / f"{name}.json")
-    files = [folder / f"{name}.json" for name in made]
-    left_out = write_report([*files, ROOT / "docs/results/convert-8b.json"], folder / "report")
-    assert [file.path.name for file in left_out] == ["convert-8b.json"]
+    for name, make in MADE.items():
+        make().write(folder / f"{name}.json")
+    files = [folder / f"{name}.json" for name in MADE]
+    others = [ROOT / "docs/results/convert-8b.json", ROOT / "docs/results/cycle-cpu.json"]
+    left_out = write_report([*files, *others], folder / "report")
+    assert left_out == [(others[0], "convert-real-size"), (others[1], "cycle")]
     return folder / "report"
 
 
 def test_the_page_needs_nothing_else(written):
-    """Catches: an address to load from, a script, a picture or style outside the page, two elements of one id."""
+    """Catches: an address to load from, a script, a picture or style outside the page, a second file."""
+    assert [file.name for file in written.iterdir()] == ["index.html"]
     text = (written / "index.html").read_text()
     page = Page(text)
     assert page.open == []
-    assert not re.search(r"(https?:)?//|@import|url\((?!#)", text)
+    assert not re.search(r"(https?:)?//|@import|url\(", re.sub(r'src="data:[^"]*"', "", text))
     assert not page.all("script")
     assert not page.all("link")
-    assert not page.all("img")
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    used = {attrs[key] for _, attrs in page.tags for key in ("href", "xlink:href") if key in attrs}
-    used |= {f"#{name}" for name in re.findall(r"url\(#([^)]+)\)", text)}
-    assert used <= {f"#{name}" for name in ids}
+    for chart in charts(text):
+        assert "<script" not in chart
+        assert not re.search(r'href="(?!#)|@import|url\((?!#)', chart)
 
 
 def test_the_page_is_for_everyone(written):
-    """Catches: pictures without words, colors of one scheme, a page that a phone shows as a desk's."""
+    """Catches: charts without words, a page that a phone shows as a desk's, a dark page with dark charts."""
     text = (written / "index.html").read_text()
     page = Page(text)
-    pictures = page.all("svg")
-    assert len(pictures) == len(page.all("details")) == 6
-    for attrs in pictures:
-        assert attrs["role"] == "img"
-        assert len(attrs["aria-label"] or "") > 40
+    assert len(page.all("img")) == len(page.all("table")) == len(MADE)
+    assert all(len(attrs["alt"] or "") > 40 for attrs in page.all("img"))
+    assert all(attrs["tabindex"] == "0" for attrs in page.all("div"))  # tables are scrolled by keyboard
     assert page.all("html")[0]["lang"] == "en"
     metas = {attrs.get("name"): attrs.get("content") for attrs in page.all("meta")}
     assert metas["viewport"] == "width=device-width, initial-scale=1"
-    assert metas["color-scheme"] == "light dark"
-    light, dark = re.findall(r":root \{([^}]*)\}", text)
-    assert "@media (prefers-color-scheme: dark)" in text
-    names = [set(re.findall(r"--([\w-]+):", colors)) for colors in (light, dark)]
-    assert names[0] == names[1]
-    assert set(re.findall(r"var\(--([\w-]+)\)", text)) <= names[0]
-    drawn = text[text.index("<main") :]
-    assert not re.search(r":\s*#[0-9a-f]{3,8}\b", drawn), "a color that no scheme changes"
+    assert metas["color-scheme"] == "light"
 
 
-def test_markdown_has_its_pictures(written):
-    """Catches: a picture that is not there, or one that is and nobody shows."""
-    text = (written / "report.md").read_text()
-    shown = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", text)
-    assert {name for _, name in shown} == {file.name for file in written.glob("*.png")}
-    assert all(len(words) > 40 for words, _ in shown)
-    assert "convert-8b.json" in text
+def test_every_table_says_where_it_comes_from(written):
+    """Catches: numbers without the command, the versions and the device that they were measured with."""
+    text = (written / "index.html").read_text()
+    parts = re.findall(r"<section>.*?</section>", text, re.S)
+    assert len(parts) == len(MADE)
+    for part, name in zip(parts, MADE, strict=True):
+        assert f"{name}.json, written by <code>slimspec bench x</code> on one CPU, 2026-01-02 00:00, vllm 0." in part
+    assert "convert-8b.json (convert-real-size)" in text
+
+
+HOSTILE = "</td><script>alert('$x^$')</script>\n\x00&amp;"
+
+
+def test_nothing_in_a_file_becomes_markup(tmp_path):
+    """Catches: a name that ends its element, that is read as a formula, or that makes its chart no XML."""
+    made = {name: make() for name, make in MADE.items()}
+    for results in made.values():
+        results.device = results.command = HOSTILE
+        results.versions = {HOSTILE: HOSTILE}
+        results.rows[-1].head = HOSTILE
+    made["head"].rows[-1].shape = made["head"].rows[0].shape
+    for name in ("acceptance", "states", "serve"):
+        made[name].target = HOSTILE
+    for row in (*made["acceptance"].rows, *made["states"].rows):
+        row.prompt_set = HOSTILE
+    made["serve"].prompt_set = made["serve"].acceptance = HOSTILE
+    for name, results in made.items():
+        results.write(tmp_path / f"{name}.json")
+    (tmp_path / "odd.json").write_text('{"kind": "<script>\\ud800"}')
+    write_report([tmp_path / f"{name}.json" for name in (*made, "odd")], tmp_path / "report")
+    text = (tmp_path / "report/index.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert not page.all("script")
+    drawn = charts(text)
+    assert len(drawn) == len(MADE)
+    for chart in drawn:
+        assert "script" not in {node.tag.rpartition("}")[2] for node in ElementTree.fromstring(chart).iter()}
 
 
 def test_what_the_project_measured_can_be_reported():
     """Catches: a result in docs/results over which `slimspec report docs/results/*.json` stumbles."""
-    groups, left_out = read(sorted((ROOT / "docs/results").glob("*.json")), mixed_devices=True)
-    assert {"head", "cycle", "acceptance"} <= {s.results.kind for g in groups for s in g.sources}
-    assert "demo" in {file.kind for file in left_out}
+    devices, left_out = read(sorted((ROOT / "docs/results").glob("*.json")), mixed_devices=True)
+    assert {"head", "acceptance"} <= {source.results.kind for sources in devices.values() for source in sources}
+    assert {"demo", "cycle"} <= {kind for _, kind in left_out}
 
 
 def test_devices_are_not_mixed_by_accident(tmp_path):
-    """Catches: a GPU's head beside a CPU's cycle in one figure, without a word."""
+    """Catches: a GPU's head beside a CPU's server on one page, without a word."""
     heads().write(tmp_path / "one.json")
-    cycles(device="another GPU").write(tmp_path / "two.json")
+    heads(device="another GPU").write(tmp_path / "two.json")
     files = [tmp_path / "one.json", tmp_path / "two.json"]
-    with pytest.raises(ValueError, match=r"one\.json is of 'one CPU' and .*two\.json of 'another GPU'"):
+    with pytest.raises(CheckpointError, match=r"one\.json is of 'one CPU' and .*two\.json of 'another GPU'"):
         write_report(files, tmp_path / "report")
     assert not (tmp_path / "report").exists()
     write_report(files, tmp_path / "report", mixed_devices=True)
     page = (tmp_path / "report/index.html").read_text()
-    assert (
-        page.index("one CPU") < page.index("Head time") < page.index("another GPU") < page.index("A cycle taken apart")
-    )
-
-
-def _section(results, title):
-    material = Material("one CPU")
-    for kind, found in results.items():
-        getattr(material, kind).append(Source(Path(f"{kind}.json"), found))
-    return next(section for section in chapter(material, "").sections if section.title.startswith(title))
-
-
-def test_overhead_outside_the_head_is_named():
-    """Catches: a head that is slow in the engine and fast alone, and a report that keeps it to itself."""
-    fine = _section({"cycle": cycles()}, "Measured against predicted")
-    assert "no overhead to speak of" in fine.words[-1]
-    slow = _section({"cycle": cycles(**{"trim-32k": 270.0})}, "Measured against predicted")
-    assert "trim-32k at batch 1: 1.11x, predicted 1.25x" in slow.words[-1]
-    assert "verhead outside the head" in slow.words[-1]
-    assert "low-rank" not in slow.words[-1]
+    first, second = page.index("Measured on one CPU"), page.index("Measured on another GPU")
+    assert first < page.index("one.json") < second < page.index("two.json")
 
 
 def test_eq_4():
@@ -329,71 +310,105 @@ def test_eq_4():
     assert speedup(least_ratio(0.3, 7), 0.3, 7) == pytest.approx(1)
 
 
-def test_acceptance_is_not_borrowed_from_another_model():
-    """Catches: rho of a tiny pair on the plane of a large one."""
+def test_heads_are_compared_with_the_full_one():
+    """Catches: the ratio upside down, or of two batches; a missing head as a zero; no table without a full head."""
+    results = heads()
+    results.rows.pop()
+    (section,) = sections("head", results)
+    assert section.columns == ["head", "MB read", "ms at batch 1", "times faster", "ms at batch 8", "times faster"]
+    assert section.rows[-1] == ["low-rank", "0.0", "4.00", "7.50x", "", ""]
+    results.rows = [row for row in results.rows if row.head != "full"]
+    (section,) = sections("head", results)
+    assert section.picture is None
+    assert section.rows[0] == ["trim-32k", "0.0", "8.00", "", "64.00", ""]
+
+
+def test_acceptance_is_compared_on_the_same_prompts():
+    """Catches: an interval as wide as those of two separate sets of prompts, which cancel here; a ratio to the head
+    of other prompts, or of other counts."""
+    ours = acceptances(full=[0, 10, 20, 30], low_rank=[0, 10, 20, 30])
+    (section,) = sections("acceptance", ours)
+    assert section.columns[3] == "of full (95%)"
+    assert [cells[3] for cells in section.rows] == ["", "1.000 (1.00-1.00)"]
+    assert "Every greedy answer is the target's own" in section.words[-1]
+    ours.rows[1].equal = 3
+    (section,) = sections("acceptance", ours)
+    assert section.rows[1][-1] == "3 of 4"
+    assert len(section.words) == 1
+    ours.rows[1].cycles = [10] * 3
+    (section,) = sections("acceptance", ours)
+    assert "of full (95%)" not in section.columns
     ours = acceptances(full=[20] * 4, low_rank=[18] * 4)
-    material = Material("one CPU", acceptance=[Source(Path("a.json"), ours)])
-    ratios, target = acceptance_ratios(material, SHAPE, 3)
-    assert target == "the-target"
-    assert ratios == {"low-rank": (pytest.approx(2.8 / 3), pytest.approx(2.8 / 3), pytest.approx(2.8 / 3))}
-    assert acceptance_ratios(material, SHAPE, 5)[0] == {}
-    tiny = acceptances(hidden_size=128, full=[20] * 4, low_rank=[18] * 4)
-    assert acceptance_ratios(Material("", acceptance=[Source(Path("a.json"), tiny)]), SHAPE, 3)[0] == {}
-    hollow = _section({"cycle": cycles(), "acceptance": tiny}, "Faster head")
-    assert "No acceptance was measured" in hollow.words[1]
-    filled = _section({"cycle": cycles(), "acceptance": ours}, "Faster head")
-    assert ["low-rank", "9.00x", "0.933 (0.933-0.933)", "0.733", "1.27x"] in filled.table.rows
+    ours.rows[1].prompt_set = "others"
+    (section,) = sections("acceptance", ours)
+    assert "of full (95%)" not in section.columns
 
 
-def test_the_verdict_counts_acceptance():
-    """Catches: a head put first for its speed, whose drafts are refused."""
-    ours = acceptances(full=[20] * 4, low_rank=[18] * 4, **{"trim-32k": [2] * 4})
-    material = Material("one CPU", cycle=[Source(Path("c.json"), cycles())], acceptance=[Source(Path("a.json"), ours)])
-    (verdict,) = chapter(material, "").verdicts
-    assert verdict.table.rows == [
-        ["low-rank", "1.27x", "0.933", "1.36x", "1.36x", "9.0x", "220.0"],
-        ["full", "", "", "1.00x", "1.00x", "1.0x", "300.0"],
-        ["trim-32k", "0.50x", "0.400", "1.25x", "1.25x", "3.0x", "240.0"],
-    ]
-    assert "the-target" in verdict.words
-    material.acceptance.clear()
-    (verdict,) = chapter(material, "").verdicts
-    assert "at equal acceptance: none was measured" in verdict.words
-    assert len(verdict.table.columns) == len(verdict.table.rows[0]) == 5
+def test_states_show_all_sets_together():
+    """Catches: heads of one prompt set beside those of another in one chart."""
+    (section,) = sections("states", states())
+    assert "(prompts: all sets)" in section.words[0]
+    assert [cells[:2] for cells in section.rows] == [["full", "9"], ["low-rank", "1"]]
+    assert section.rows[1][3] == "90.0% (90.0%-90.0%)"
 
 
-def test_imitated_acceptance_is_named():
-    """Catches: tokens per second of acceptance that another model had, without a word; or columns of nothing."""
-    own = _section({"cycle": cycles()}, "A cycle taken apart")
-    assert "tokens/s" not in own.table.columns
-    imitated = cycles()
-    imitated.acceptance = "some-model"
-    for row in imitated.rows[1:]:
-        row.accepted, row.tokens_per_s = 1.5, 7.4
-    found = _section({"cycle": imitated}, "A cycle taken apart")
-    assert found.table.columns[-2:] == ["tokens a cycle", "tokens/s"]
-    assert [cells[-2:] for cells in found.table.rows] == [["1.00", ""], *[["2.50", "7"]] * 3]
-    assert "as was measured with some-model" in found.words[-1]
+def test_servers_that_failed_are_seen():
+    """Catches: throughput of a server that refused requests, or of acceptance that it did not have itself."""
     served = serving()
+    (section,) = sections("serve", served)
+    assert section.columns[-1] == "acceptance length"
+    served.rows[2].failed = 3
     served.acceptance = "some-model"
-    assert "as was measured with some-model" in _section({"serve": served}, "Served").words[-1]
+    (section,) = sections("serve", served)
+    assert [cells[-1] for cells in section.rows] == ["", "", "3", ""]
+    assert "as was measured with some-model" in section.words[-1]
 
 
-def test_the_same_prompts_for_both_heads():
-    """Catches: an interval of rho as wide as those of two separate sets of prompts, which cancel here."""
-    both = acceptances(full=[0, 10, 20, 30], low_rank=[0, 10, 20, 30])
-    material = Material("one CPU", acceptance=[Source(Path("a.json"), both)])
-    assert acceptance_ratios(material, SHAPE, 3)[0]["low-rank"] == (1, 1, 1)
+@pytest.mark.parametrize("kind", MADE)
+def test_every_kind_alone(kind, tmp_path):
+    """Catches: a page that needs two kinds of file."""
+    MADE[kind]().write(tmp_path / "a.json")
+    assert write_report([tmp_path / "a.json"], tmp_path / "report") == []
+    assert len(Page((tmp_path / "report/index.html").read_text()).all("table")) == 1
 
 
-def test_every_kind_alone(tmp_path):
-    """Catches: a page that needs two kinds of file; and missing figures of which nobody says what makes them."""
-    for kind, results in {"head": heads(), "cycle": cycles(), "serve": serving(), "states": states()}.items():
-        material = Material("one CPU")
-        getattr(material, kind).append(Source(Path("a.json"), results))
-        made = chapter(material, "")
-        assert made.sections
-        assert len(made.missing) == 4 - (kind != "states")
+def _nothing(results):
+    results.rows = []
+
+
+def _no_time(results):
+    results.rows[1].p50_us = 0
+
+
+def _endless(results):
+    results.rows[1].bytes = 10**400
+
+
+def _no_alpha(results):
+    results.rows[2].alpha = []
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "message"),
+    [
+        ("head", _nothing, "a.json: holds no rows; measure again"),
+        ("head", _no_time, "a.json: rows.1.p50_us is 0.0, which cannot be; measure again"),
+        ("head", _endless, "a.json: rows.1.bytes is 1000"),
+        ("states", _no_alpha, "a.json: its numbers cannot be shown (division by zero); measure again"),
+    ],
+)
+def test_numbers_that_nobody_measured(kind, spoil, message, tmp_path, monkeypatch):
+    """Catches: a traceback for a file that holds what its format allows and no measurement gives."""
+    monkeypatch.chdir(tmp_path)
+    results = MADE[kind]()
+    spoil(results)
+    results.write(Path("a.json"))
+    for output in ("report", "head.png")[: 2 if kind == "head" else 1]:
+        run = CliRunner().invoke(cli.app, ["report", "a.json", "--output-path", output])
+        assert run.exit_code == 1
+        assert f"error: {message}" in run.output
+        assert run.output.count("\n") == 1
+        assert not Path(output).exists()
 
 
 @pytest.mark.parametrize(
@@ -401,6 +416,7 @@ def test_every_kind_alone(tmp_path):
     [
         (["nowhere.json"], "nowhere.json: no such file"),
         (["text.json"], "text.json: not what a `slimspec bench` command writes"),
+        (["deep.json"], "deep.json: not what a `slimspec bench` command writes"),
         (["old.json"], "old.json: not what this version writes as 'head' (threads: Field required)"),
         (["other.json"], "nothing to report in other.json (convert)"),
     ],
@@ -410,6 +426,7 @@ def test_bad_files(files, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.json").write_text("hello")
     Path("old.json").write_text(heads().model_dump_json(by_alias=True, exclude={"threads"}))
+    Path("deep.json").write_text("[" * 100_000)
     Path("other.json").write_text('{"kind": "convert"}')
     run = CliRunner().invoke(cli.app, ["report", *files, "--output-path", "report"])
     assert run.exit_code == 1
@@ -418,21 +435,30 @@ def test_bad_files(files, message, tmp_path, monkeypatch):
 
 
 def test_nobody_elses_folder_is_replaced(tmp_path):
-    """Catches: --output-path . and the work in it is gone."""
+    """Catches: --output-path . and the work in it is gone, or somebody's web page is."""
     heads().write(tmp_path / "head.json")
-    with pytest.raises(ValueError, match=r"exists and holds other files, but no report\.md"):
+    with pytest.raises(OutputError, match=r"exists and holds other files, but no index\.html"):
         write_report([tmp_path / "head.json"], tmp_path)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/index.html").write_text("<h1>My cats</h1>")
+    with pytest.raises(OutputError, match=r"index\.html: is not a page that this `slimspec report` wrote"):
+        write_report([tmp_path / "head.json"], tmp_path / "site")
+    assert (tmp_path / "site/index.html").read_text() == "<h1>My cats</h1>"
     assert (tmp_path / "head.json").is_file()
     for _ in range(2):  # its own earlier one is
         write_report([tmp_path / "head.json"], tmp_path / "report")
 
 
-def test_head_times_as_one_picture(tmp_path):
+@pytest.mark.parametrize(("name", "start"), [("head.png", b"\x89PNG"), ("head.svg", b"<?xml")])
+def test_head_times_as_one_picture(name, start, tmp_path):
     """Catches: the command that makes the README's picture, broken."""
-    arguments = ["report", str(ROOT / "docs/results/head-cpu.json"), "--output-path", str(tmp_path / "head.png")]
+    arguments = ["report", str(ROOT / "docs/results/head-cpu.json"), "--output-path", str(tmp_path / name)]
     run = CliRunner().invoke(cli.app, arguments)
     assert run.exit_code == 0, run.output
-    assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / name).read_bytes().startswith(start)
+    run = CliRunner().invoke(cli.app, [*arguments, "--batch", "3"])
+    assert run.exit_code == 1
+    assert "no head 'full' for llama-3.2-1b at batch 3" in run.output
 
 
 def test_without_its_libraries(tmp_path, monkeypatch):

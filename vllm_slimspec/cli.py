@@ -139,21 +139,19 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: slimspec report docs/results/head-cpu.json cycle.json --output-path report")
+@app.command(epilog="Example: slimspec report docs/results/head-cpu.json acceptance.json --output-path report")
 def report(
     results: Annotated[list[Path], typer.Argument(help="Files that the `slimspec bench` commands wrote with --json.")],
     output_path: Annotated[
         Path,
-        typer.Option(help="Folder for index.html, report.md and PNGs; or a .png or .svg file for head times alone."),
+        typer.Option(help="Folder for index.html; or a .png or .svg file for a picture of head times alone."),
     ],
     batch: Annotated[int, typer.Option(help="Rows drafted at once, for a picture of head times alone.")] = 1,
     allow_mixed_devices: Annotated[
         bool, typer.Option("--allow-mixed-devices", help="Report each device by itself, where there are several.")
     ] = False,
 ) -> None:
-    """Draw what was measured: every head side by side, the paper's figures, and the numbers behind them."""
-    from vllm_slimspec.measure.results import HeadResults
-
+    """Put what was measured on one page: head times, acceptance, served throughput, a table and a chart of each."""
     with one_line_errors():
         try:
             import jinja2  # noqa: F401
@@ -168,10 +166,10 @@ def report(
                     f"{output_path}: a picture shows one file of `slimspec bench head`, and {len(results)} are given; "
                     "give one, or a folder as the output"
                 )
-            plot_heads(HeadResults.read(results[0]), output_path, batch)
+            plot_heads(results[0], output_path, batch)
         else:
-            for file in write_report(results, output_path, mixed_devices=allow_mixed_devices):
-                typer.echo(f"left out: {file.path} holds {file.kind!r}, which has no figure", err=True)
+            for path, kind in write_report(results, output_path, mixed_devices=allow_mixed_devices):
+                typer.echo(f"left out: {path} holds {kind!r}, which the report does not show", err=True)
             output_path /= "index.html"
     typer.echo(f"written: {output_path}")
 

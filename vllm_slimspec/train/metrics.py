@@ -120,37 +120,28 @@ def plot_metrics(file: Path, output: Path) -> None:
     """Draw the loss, and the held-out acceptance length with its interval, over the steps of a run."""
     from matplotlib.figure import Figure
 
-    from vllm_slimspec.common.theme import LIGHT, drawing, save_png
-
     lines = read_metrics(file)
     train, held_out = ([line for line in lines if line["split"] == split] for split in ("train", "held-out"))
     # Version 0.1.0 wrote a mean over places by the name of the length, without an interval.
     walked = [line for line in lines if "low" in line]
-    with drawing(LIGHT):
-        figure = Figure(figsize=(8.4, 3.2), layout="constrained")
-        loss, length = figure.subplots(1, 2)
-        loss.plot(*_series(train, "loss"), color=LIGHT["body"], linewidth=1, label="training")
-        loss.plot(*_series(held_out, "loss"), color=LIGHT["low-rank"], marker="o", markersize=4, label="held out")
-        loss.set_ylabel("loss")
-        loss.legend()
-        for split in dict.fromkeys(line["split"] for line in walked):
-            own = [line for line in walked if line["split"] == split]
-            steps, lengths = _series(own, "length")
-            (curve,) = length.plot(
-                steps,
-                lengths,
-                marker="o",
-                markersize=4,
-                label=split,
-                color=LIGHT["low-rank"] if own[0] in held_out else None,
-            )
-            interval = (_series(own, bound)[1] for bound in ("low", "high"))
-            length.fill_between(steps, *interval, color=curve.get_color(), alpha=0.2, linewidth=0)
-        length.set_ylabel("acceptance length")
-        length.legend()
-        for axes in (loss, length):
-            axes.set_xlabel("optimizer steps")
-        save_png(figure, output)
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    loss, length = figure.subplots(1, 2)
+    loss.plot(*_series(train, "loss"), color="0.7", linewidth=1, label="training")
+    loss.plot(*_series(held_out, "loss"), color="C0", marker="o", markersize=4, label="held out")
+    loss.set_ylabel("loss")
+    loss.legend(frameon=False)
+    for split in dict.fromkeys(line["split"] for line in walked):
+        own = [line for line in walked if line["split"] == split]
+        steps, lengths = _series(own, "length")
+        (curve,) = length.plot(steps, lengths, marker="o", markersize=4, label=split)
+        interval = (_series(own, bound)[1] for bound in ("low", "high"))
+        length.fill_between(steps, *interval, color=curve.get_color(), alpha=0.2, linewidth=0)
+    length.set_ylabel("acceptance length")
+    length.legend(frameon=False)
+    for axes in (loss, length):
+        axes.set_xlabel("optimizer steps")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=160)
 
 
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -1,0 +1,445 @@
+"""``slimspec report``: what the measuring commands wrote, as one HTML page that loads nothing, or as one picture.
+
+Files come from anywhere, so nothing in them is trusted: the template escapes all text, charts are images (in which no
+script runs) without mathematical markup, and numbers that no measurement can have are refused.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vllm_slimspec.common.bootstrap import interval
+from vllm_slimspec.common.output import claim_file, claim_folder
+from vllm_slimspec.errors import CheckpointError, OutputError
+from vllm_slimspec.measure import results as kinds
+
+GENERATOR = "slimspec report"  # the page's <meta name="generator">, by which a later report knows it
+_COLORS = ("#0b63a8", "#b8650a", "#8b4bb3", "#2e7d4f", "#a3264b", "#59626c")  # each at least 4:1 on white
+_MARKERS = "osD^vP"  # so that colors are never needed to tell series apart
+_WIDTH = 5.2  # inches
+LeftOut = tuple[Path, str]  # a file that the page does not show, and its kind
+_STYLE: Any = {
+    "text.usetex": False,
+    "text.parse_math": False,  # a name such as $x$ is no formula
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "slimspec",  # the same chart is the same file
+    "font.size": 9.5,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#dfe3e8",
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table, with what it says and a chart of it."""
+
+    title: str
+    words: Sequence[str]  # paragraphs
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    picture: str | None = None  # address that holds the whole chart
+    alternative: str = ""  # the chart in words
+    names: int = 1  # so many columns come first that hold names, not numbers
+
+
+@dataclass(frozen=True)
+class Source:
+    """A result file, and what the page shows of it."""
+
+    path: Path
+    results: kinds.Results
+    sections: Sequence[Section]
+
+
+def write_report(paths: Sequence[Path], output: Path, *, mixed_devices: bool = False) -> list[LeftOut]:
+    """Write ``index.html`` into a folder, and return the files that it does not show.
+
+    Raises:
+        CheckpointError: a file is not one of results, or two are of different devices without ``mixed_devices``.
+        OutputError: ``output`` holds something else than an earlier report, or cannot be written.
+    """
+    devices, left_out = read(paths, mixed_devices=mixed_devices)
+    loader = PackageLoader("vllm_slimspec.measure", ".")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    page = environment.get_template("report.html.jinja").render(generator=GENERATOR, devices=devices, left_out=left_out)
+    with claim_folder(output, earlier="index.html") as claim:
+        earlier = output / "index.html"
+        if earlier.exists() and f'content="{GENERATOR}"' not in earlier.read_text(encoding="utf-8", errors="replace"):
+            raise OutputError(f"{earlier}: is not a page that this `slimspec report` wrote; choose another output")
+        claim.write_folder(lambda new: (new / "index.html").write_text(page, "utf-8", "replace"), last="index.html")
+    return left_out
+
+
+def read(paths: Sequence[Path], *, mixed_devices: bool = False) -> tuple[dict[str, list[Source]], list[LeftOut]]:
+    """Return what there is to show of each device, the one with the most files first, and the files left out.
+
+    Raises:
+        CheckpointError: a file is not a result file, two are of different devices, or there is nothing to report.
+    """
+    devices: dict[str, list[Source]] = {}
+    left_out: list[LeftOut] = []
+    for path in paths:
+        kind = _kind(path)
+        if kind not in KINDS:
+            left_out.append((path, kind))
+            continue
+        model, render = KINDS[kind]
+        source = _read(path, model, render)
+        devices.setdefault(source.results.device, []).append(source)
+        if len(devices) > 1 and not mixed_devices:
+            one, other = (sources[0] for sources in devices.values())
+            raise CheckpointError(
+                f"{one.path} is of {one.results.device!r} and {other.path} of {other.results.device!r}: not comparable;"
+                " give files of one device, or --allow-mixed-devices to report each by itself"
+            )
+    if not devices:
+        names = ", ".join(f"{path} ({kind})" for path, kind in left_out) or "no files"
+        raise CheckpointError(f"nothing to report in {names}; give files of kind {', '.join(KINDS)}")
+    for sources in devices.values():
+        sources.sort(key=lambda source: list(KINDS).index(source.results.kind))
+    return dict(sorted(devices.items(), key=lambda item: -len(item[1]))), left_out
+
+
+def _kind(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        words = "no such file" if isinstance(error, FileNotFoundError) else "not what a `slimspec bench` command writes"
+        raise CheckpointError(f"{path}: {words}; give files that were written with --json") from None
+
+
+def _read(path: Path, model: type[kinds.Results], render: Callable[[Any], Iterator[Section]]) -> Source:
+    """Return a file with its sections, or raise an error that names it."""
+    results = _checked(path, model)
+    try:
+        with rc_context(_STYLE):
+            return Source(path, results, list(render(results)))
+    except (ArithmeticError, ValueError) as error:
+        raise CheckpointError(f"{path}: its numbers cannot be shown ({error}); measure again") from None
+
+
+def _checked(path: Path, model: type[kinds.Results]) -> Any:
+    """Return the results in a file, whose rows hold numbers that can have been measured."""
+    results: Any = model.read(path)
+    if not results.rows:
+        raise CheckpointError(f"{path}: holds no rows; measure again")
+    for number, row in enumerate(results.rows):
+        for name, value in row:
+            least = (
+                1e-6 if name in ("p50_us", "head_bytes", "concurrency") else 0
+            )  # these are divided by, or on log axes
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, int | float) and not least <= one < 1e15:
+                    raise CheckpointError(f"{path}: rows.{number}.{name} is {one}, which cannot be; measure again")
+    return results
+
+
+def head_sections(results: kinds.HeadResults) -> Iterator[Section]:
+    """Yield for each shape the time of every head, and how many times faster than the full head it is."""
+    for shape in dict.fromkeys(row.shape for row in results.rows):
+        rows = [row for row in results.rows if row.shape == shape]
+        faster, batches = _faster(rows), sorted({row.batch for row in rows})
+        columns = ["head", "MB read", *(c for batch in batches for c in (f"ms at batch {batch}", "times faster"))]
+        table = []
+        for head in dict.fromkeys(row.head for row in rows):
+            mine = {row.batch: row for row in rows if row.head == head}
+            cells = [head, f"{next(iter(mine.values())).bytes / 1e6:.1f}"]
+            for batch in batches:
+                cells.append(f"{mine[batch].p50_us / 1e3:.2f}" if batch in mine else "")
+                cells.append(_maybe(faster.get((head, batch)), ".2f", "x"))
+            table.append(cells)
+        points = {(head, f"batch {batch}"): (x, x, x) for (head, batch), x in faster.items()}
+        yield Section(
+            f"Head time, {shape}",
+            [
+                "The draft head alone. Times faster: than the full-vocabulary head in bfloat16"
+                + (", repacked, near what vLLM's CPU backend runs" if _reference(rows) == "full-packed" else "")
+                + f". Medians of {results.repeats} calls, taken in turns, with cold caches; a copy moves "
+                f"{results.copy_gb_s:.0f} GB/s here."
+            ],
+            columns,
+            table,
+            _address(_dots(points, "times faster than the full head (log scale)", log=True)) if points else None,
+            "Dots, one for each head and batch: how many times faster than the full head it is, as in the table below.",
+        )
+
+
+def _faster(rows: Sequence[kinds.HeadRow]) -> dict[tuple[str, int], float]:
+    """Return how many times faster than the full head each head of one shape is at each batch."""
+    full = {row.batch: row.p50_us for row in rows if row.head == _reference(rows)}
+    return {(row.head, row.batch): full[row.batch] / row.p50_us for row in rows if row.batch in full}
+
+
+def _reference(rows: Sequence[kinds.HeadRow]) -> str:
+    """Return the full head to compare with: repacked where a CPU does that, which is the harder one."""
+    return "full-packed" if any(row.head == "full-packed" for row in rows) else "full"
+
+
+def acceptance_sections(results: kinds.AcceptanceResults) -> Iterator[Section]:
+    """Yield for each K and temperature what every drafter accepts in the engine, by prompt set."""
+    for k, temperature in dict.fromkeys((r.num_speculative_tokens, r.temperature) for r in results.rows):
+        rows = [r for r in results.rows if (r.num_speculative_tokens, r.temperature) == (k, temperature)]
+        full = {row.prompt_set: row for row in rows if row.head == "full"}
+        table = []
+        for row in rows:
+            own = "" if row.equal is None else f"{row.equal} of {len(row.cycles)}"
+            own += f" ({row.near_ties} near ties)" if row.near_ties else ""
+            ratio = "" if row.head == "full" else _ratio(row, full.get(row.prompt_set))
+            rates, size = " ".join(f"{rate:.2f}" for rate in row.per_position), f"{row.head_bytes / 1e6:.3g}"
+            length = _interval(row.length, row.low, row.high)
+            table.append([row.head, row.prompt_set, length, ratio, rates, size, own])
+        words = [
+            f"Tokens that a cycle yields in the real engine with {results.target} (D={results.hidden_size}, "
+            f"V={results.vocab_size}) in {results.dtype}, at most {results.max_tokens} tokens an answer. Intervals: "
+            "95%, by drawing prompts anew, for the ratio to the full head the same ones for both heads."
+        ]
+        if all(row.equal == len(row.cycles) for row in rows):
+            words.append("Every greedy answer is the target's own, token for token, with every head.")
+        columns = ["head", "prompts", "length (95%)", "of full (95%)", f"accepted at 1..{k}", "head MB", "target's own"]
+        points = {(row.head, row.prompt_set): (row.length, row.low, row.high) for row in rows}
+        yield Section(
+            f"Acceptance, K={k}, temperature {temperature:g}",
+            words,
+            *_filled(columns, table),
+            _address(_dots(points, "acceptance length, tokens a cycle; bars: 95%")),
+            "Dots with intervals, one for each head and prompt set: the acceptance lengths of the table below.",
+            names=2,
+        )
+
+
+def _ratio(mine: kinds.AcceptanceRow, full: kinds.AcceptanceRow | None) -> str:
+    """Return the length over the full head's on the same prompts, with its interval by drawing prompts for both."""
+    if full is None or len({*map(len, (mine.cycles, mine.accepted, full.cycles, full.accepted))}) > 1:
+        return ""
+    counts = np.array([mine.accepted, mine.cycles, full.accepted, full.cycles])
+
+    def ratio(drawn: np.ndarray) -> np.ndarray:
+        accepted, cycles, full_accepted, full_cycles = counts[:, drawn].sum(-1)
+        return (1 + accepted / np.maximum(cycles, 1)) / (1 + full_accepted / np.maximum(full_cycles, 1))
+
+    low, high = interval(counts.shape[1], ratio)
+    return _interval(float(ratio(np.arange(counts.shape[1])[None])[0]), low, high)
+
+
+def states_sections(results: kinds.StatesResults) -> Iterator[Section]:
+    """Yield for each K what every head accepts on head states, and the bytes that it reads for that."""
+    last = results.rows[-1].prompt_set  # all sets together, where there are several
+    for k in dict.fromkeys(row.num_speculative_tokens for row in results.rows):
+        rows = [row for row in results.rows if (row.prompt_set, row.num_speculative_tokens) == (last, k)]
+        table = []
+        for row in rows:
+            length, alpha = _interval(row.length, row.low, row.high), f"{sum(row.alpha) / len(row.alpha):.3f}"
+            table.append([row.head, f"{row.head_bytes / 1e6:.3g}", length, _share(row), alpha])
+        words = (
+            f"What each head accepts of the drafts for {results.target} (D={results.hidden_size}, "
+            f"V={results.vocab_size}), from head states (prompts: {last}), at most {results.max_tokens} tokens an "
+            "answer, and the bytes that a draft step reads for it. Accepted drafts of a cycle do not count the "
+            "target's own token. Bars: 95%, the same prompts drawn for both heads."
+        )
+        yield Section(
+            f"Acceptance against bytes, K={k}",
+            [words],
+            ["head", "MB", "length (95%)", "accepted of full (95%)", "alpha"],
+            table,
+            _address(_against_bytes(rows)) if rows else None,
+            "Scatter, a labeled point for each head: accepted drafts a cycle against megabytes read, as in the table.",
+        )
+
+
+def _share(row: kinds.StatesRow) -> str:
+    if row.accepted_of_full is None:
+        return ""
+    return f"{row.accepted_of_full:.1%} ({row.accepted_of_full_low or 0:.1%}-{row.accepted_of_full_high or 0:.1%})"
+
+
+def serve_sections(results: kinds.ServeResults) -> Iterator[Section]:
+    """Yield for each data type what a server with every drafter yields under every load."""
+    for dtype in dict.fromkeys(row.dtype for row in results.rows):
+        rows = [row for row in results.rows if row.dtype == dtype]
+        table = []
+        for row in rows:
+            times = [f"{ms:.1f}" for ms in (row.ttft_ms_p50, row.itl_ms_p50, row.tpot_ms_p50)]
+            cells = [row.head, str(row.concurrency), f"{row.tokens_per_s:.1f}", *times]
+            table.append([*cells, _maybe(row.length, ".2f"), str(row.failed or "")])
+        words = [
+            f"vllm bench serve against a server of {results.target} (D={results.hidden_size}, V={results.vocab_size}) "
+            f"for each head (prompts: {results.prompt_set}), K={results.num_speculative_tokens}, "
+            f"{results.max_tokens} tokens an answer; medians of times. A cycle's tokens arrive together: ITL is the "
+            "time of a cycle, TPOT that of a token."
+        ]
+        columns = ["head", "at once", "tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "acceptance length", "failed"]
+        if results.acceptance:
+            words.append(f"vLLM accepted as often as was measured with {results.acceptance}.")
+        yield Section(
+            "Served throughput" + (f", {dtype}" if dtype else ""),
+            words,
+            *_filled(columns, table),
+            _address(_throughput(rows)),
+            "Lines, one for each head: tokens per second of the server against requests at once, as in the table.",
+        )
+
+
+KINDS: dict[str, tuple[type[kinds.Results], Callable[[Any], Iterator[Section]]]] = {
+    "head": (kinds.HeadResults, head_sections),
+    "acceptance": (kinds.AcceptanceResults, acceptance_sections),
+    "states": (kinds.StatesResults, states_sections),
+    "serve": (kinds.ServeResults, serve_sections),
+}
+
+
+def _filled(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Return a table without the columns in which no row holds anything."""
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} ({low:.2f}-{high:.2f})"
+
+
+def _maybe(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _label(text: str) -> str:
+    """Return text for a chart: printable, since an image with control characters is none, and of bounded length."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= 32 else f"{text[:31]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _address(figure: Figure) -> str:
+    """Return the figure as an SVG image in a data: address."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _dots(points: Mapping[tuple[str, str], tuple[float, float, float]], title: str, *, log: bool = False) -> Figure:
+    """Return a chart with a line for each head and a mark for each series, of value, low and high by (head, series)."""
+    values = {head: max(value for (own, _), (value, _, _) in points.items() if own == head) for head, _ in points}
+    heads = sorted(values, key=lambda head: -values[head])
+    series = list(dict.fromkeys(name for _, name in points))
+    figure = Figure(figsize=(_WIDTH, 1.0 + 0.27 * len(heads)), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(series):
+        shift = 0.6 * ((place + 0.5) / len(series) - 0.5)  # so that equal values do not hide one another
+        found = [(heads.index(head) + shift, *point) for (head, own), point in points.items() if own == name]
+        y, x, low, high = zip(*found, strict=True)
+        color = _COLORS[place % len(_COLORS)]
+        axes.hlines(y, low, high, color=color, alpha=0.5, linewidth=2)
+        axes.scatter(x, y, s=30, marker=_MARKERS[place % len(_MARKERS)], color=color, zorder=3, label=_label(name))
+    axes.set_yticks(range(len(heads)), [_label(head) for head in heads])
+    axes.set_ylim(len(heads) - 0.4, -0.6)
+    if log:
+        axes.axvline(1, color=_COLORS[-1], linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}x")
+    axes.set_xlabel(title)
+    _legend(figure, series)
+    return figure
+
+
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    """Write a legend above the axes, with as many columns as the names leave room for."""
+    columns = max(1, 80 // (6 + max(len(_label(name)) for name in names)))
+    figure.legend(loc="outside upper left", ncols=columns, handletextpad=0.3, columnspacing=1.2)
+
+
+def _against_bytes(rows: Sequence[kinds.StatesRow]) -> Figure:
+    """Return a chart of accepted drafts a cycle against the bytes that a head reads."""
+    figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.2)
+    for row in rows:
+        x, color = row.head_bytes / 1e6, _color(row.head)
+        axes.plot([x, x], [row.low - 1, row.high - 1], color=color, linewidth=2, alpha=0.35)
+        axes.scatter(x, row.length - 1, s=30, color=color, zorder=3)
+    axes.set(xlabel="MB that a draft step reads of the head (log scale)", ylabel="accepted drafts a cycle")
+    _names(figure, axes, sorted((row.head_bytes / 1e6, row.length - 1, row.head) for row in rows))
+    return figure
+
+
+def _color(head: str) -> str:
+    return _COLORS[0 if head.startswith("low-rank") else 1 if head.startswith("trim") else -1]
+
+
+def _names(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write names beside points, moved up or down where they would cover one another."""
+    figure.draw_without_rendering()
+    places = axes.transData.transform([(x, y) for x, y, _ in points]) * 72 / figure.dpi
+    taken = [(x - 4, x + 4, y) for x, y in places]  # left, right and middle of points and names, in points of type
+    for (x, y, name), (place, middle) in zip(points, places, strict=True):
+        left, right = place + 5, place + 12 + 4.9 * len(_label(name))
+        for step in (0, 11, -11, 22, -22, 33, -33, 44, -44):
+            if not any(left < r and a < right and abs(m - middle - step) < 10.5 for a, r, m in taken):
+                break
+        taken.append((left, right, middle + step))
+        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small", "color": _color(name)}
+        axes.annotate(_label(name), (x, y), xytext=(7, step), annotation_clip=False, **style)
+
+
+def _throughput(rows: Sequence[kinds.ServeRow]) -> Figure:
+    """Return a chart of tokens per second against requests at once, a line for each head."""
+    figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    heads = list(dict.fromkeys(row.head for row in rows))
+    for place, head in enumerate(heads):
+        points = sorted((row.concurrency, row.tokens_per_s) for row in rows if row.head == head)
+        style: Any = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
+        axes.plot(*zip(*points, strict=True), **style, markersize=5, linewidth=1.5, label=_label(head))
+    loads = sorted({row.concurrency for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(loads, map(str, loads))
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="requests at once (log scale)", ylabel="tokens per second of the server")
+    _legend(figure, heads)
+    return figure
+
+
+# The heads of the picture; everything else stays in the tables. Of two dense heads it shows the harder one to beat.
+_SHOWN = {
+    "full": "dense",
+    "full-packed": "dense",
+    "full-int8": "dense, int8",
+    "trim-32k": "dense, 32k of the vocabulary",
+    "low-rank": "low-rank",
+    "low-rank-int8": "low-rank, int8",
+    "low-rank-int8-rerank": "low-rank, int8, re-ranked",
+}
+
+
+def plot_heads(path: Path, output: Path, batch: int = 1) -> None:
+    """Draw how many times faster than the dense head each one drafts, a mark for each shape: PNG or SVG by the suffix.
+
+    CheckpointError is raised for a file of another kind, and for one without a dense head of that batch.
+    """
+    results: kinds.HeadResults = _checked(path, kinds.HeadResults)
+    points: dict[tuple[str, str], tuple[float, float, float]] = {}
+    for shape in dict.fromkeys(row.shape for row in results.rows):
+        faster = _faster([row for row in results.rows if row.shape == shape and row.batch == batch])
+        if not faster:
+            raise CheckpointError(f"no head 'full' for {shape} at batch {batch}; measure it with `slimspec bench head`")
+        shown = [(head, x) for (head, _), x in faster.items() if head in _SHOWN and (head != "full" or x == 1)]
+        points |= {(_SHOWN[head], shape): (x, x, x) for head, x in shown}
+    with rc_context(_STYLE):
+        figure = _dots(points, "times faster than the dense head (log scale)", log=True)
+        note = f"{_label(results.device)}; batch {batch}, medians of {results.repeats} calls, cold caches"
+        figure.supxlabel(note, fontsize="small")
+        with claim_file(output) as claim:
+            claim.write(lambda new: figure.savefig(new, dpi=160))
