@@ -3,9 +3,9 @@
     python experiments/smollm2/start_from_target.py RUN/checkpoints/0 TARGET_FOLDER OUTPUT
     slimspec train fit ... --from-pretrained OUTPUT
 
-RUN is any run of `slimspec train fit --max-steps 1` with a low-rank head. The state of the highest layer that the drafter
-reads goes through `fc` unchanged, and meets the attention, the MLP and the norms of the target's last layer. The half of
-the projections that reads embeddings stays random.
+RUN is any run of `slimspec train fit --max-steps 1` with a low-rank head. The state of the highest layer that the
+drafter reads goes through `fc` unchanged, and meets the attention, the MLP and the norms of the target's last layer.
+The half of the projections that reads embeddings stays random.
 """
 
 import argparse
