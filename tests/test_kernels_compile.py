@@ -158,16 +158,11 @@ def compiled():
     return {"usage": reports[0]["usage"] | reports[1]["usage"], "variants": reports[0]["variants"]}
 
 
-def test_table(compiled, capsys):
-    """Not a check: puts the table into the log of every run."""
-    with capsys.disabled():
-        print("\n" + table(compiled["usage"]))
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("target", TARGETS)
-def test_fits_the_target(compiled, target, case):
-    """A kernel that does not compile for a GPU nobody here has, spills, or needs more shared memory than there is."""
+def test_kernel_compiles_without_spills_and_within_shared_memory(compiled, target, case):
+    """Catches: a kernel that does not compile for a GPU that nobody here has, spills registers, or needs too much
+    shared memory."""
     for kernel, usage in compiled["usage"][name(target, case)].items():
         assert usage["spilled"] == 0, kernel
         assert usage["shared"] <= SHARED_LIMIT[TARGETS[target][0]], kernel
@@ -177,16 +172,16 @@ def test_fits_the_target(compiled, target, case):
     "case", [case for case in CASES if case[0] == "argmax"], ids=lambda case: "-".join(map(str, case))
 )
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm")])
-def test_reads_ahead(compiled, target, case):
-    """A pass over `up` that waits for each of its blocks, or that asks for z two bytes at a time."""
+def test_argmax_kernel_copies_blocks_asynchronously(compiled, target, case):
+    """Catches: a pass over `up` that waits for each of its blocks, or that loads z two bytes at a time."""
     found = set(compiled["usage"][name(target, case)]["tile_argmax_kernel"]["ptx"])
     scales = {"ld.global.b32"} if case[1] not in DENSE else set()
     assert found - {"wgmma"} == {"cp.async"} | scales
     assert ("wgmma" in found) == (target == "sm_90" and case[1] != "float32")
 
 
-def test_nothing_is_compiled_for_a_batch_size(compiled):
-    """A batch of 1 or of a multiple of 16 that becomes a variant of its own, compiled in a live request."""
+def test_no_kernel_is_specialized_on_an_integer(compiled):
+    """Catches: a kernel that is compiled again in a live request, because its batch is 1 or a multiple of 16."""
     assert compiled["variants"] == []
 
 
