@@ -298,7 +298,9 @@ def test_missing_method_to_wrap_only_warns(monkeypatch, warnings):
 
 
 @pytest.mark.parametrize(("version", "count"), [("0.25.1", 1), ("99.0", 1)])
-def test_stock_drafter_works_with_one_warning_on_an_unsupported_vllm(monkeypatch, warnings, speculative, tmp_path, version, count):
+def test_stock_drafter_works_with_one_warning_on_an_unsupported_vllm(
+    monkeypatch, warnings, speculative, tmp_path, version, count
+):
     """Catches: an unsupported vLLM on which installing this package does more than add one line to the log."""
     import vllm
     from vllm.engine.arg_utils import EngineArgs

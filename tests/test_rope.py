@@ -92,8 +92,8 @@ def _source(keys: dict[str, Any], family: str, layout: str) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", ["plain", "speculators"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("form", FORMS)
-def test_conversion_keeps_the_angles_that_vllm_makes(tmp_path, form, family, layout):
-    """Catches: a rope that is read under one of its spellings and written under another with a part of it lost."""
+def test_conversion_keeps_the_rotary_angles_that_vllm_computes(tmp_path, form, family, layout):
+    """Catches: a rope that is read in one of its spellings and written in another with a part of it lost."""
     config = _source(FORMS[form], family, layout)
     before = angles(config_of(config, tmp_path / "before"), family)
     tensors = drafters.dense(drafters.tensors())
@@ -109,7 +109,7 @@ def test_conversion_keeps_the_angles_that_vllm_makes(tmp_path, form, family, lay
 
 
 @pytest.mark.parametrize("layout", ["plain", "speculators"])
-def test_a_rope_that_is_no_object_is_refused_in_one_line(tmp_path, layout):
+def test_rope_block_that_is_no_object_is_refused_in_one_line(tmp_path, layout):
     """Catches: a traceback from a config.json whose rope block is a list."""
     from vllm_slimspec.errors import CheckpointError
 
@@ -128,8 +128,8 @@ def _trained(layer: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("form", FORMS)
-def test_training_exports_the_angles_that_it_trained_at(tmp_path, form, family):
-    """Catches: a rope that training computes with, of which only the type and theta are written."""
+def test_training_exports_the_rotary_angles_that_it_trained_at(tmp_path, form, family):
+    """Catches: a rope that training computes with, but of which only the type and theta are written."""
     from transformers import AutoConfig
     from vllm.transformers_utils.config import patch_legacy_rope_type
 
