@@ -107,8 +107,8 @@ print(is_kernels_available())
 
 
 def test_help_and_version_work_without_torch(wheel, tmp_path):
-    """Catches: `slimspec --version` or `--help` that fails, or a command that ends with a traceback, where only vLLM's
-    packages are missing."""
+    """Catches: `slimspec --version` or `--help` that fails without torch, or another command that then ends with a
+    traceback."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = "import sys; sys.modules['torch'] = None; from vllm_slimspec.cli import main; main()"

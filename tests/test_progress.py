@@ -58,7 +58,8 @@ def test_progress_line_states_the_count_and_the_expected_end():
 
 
 def test_progress_without_a_terminal_writes_lines_and_no_escape_codes():
-    """Catches: a bar's carriage returns in a log file, a silent start, a silent end."""
+    """Catches: a bar's carriage returns in a log file, or a log without a line at the start or at the end of the
+    work."""
     stream = Stream()
     assert list(steps(range(3), "Counting", 3, "number", stream=stream)) == [0, 1, 2]
     first, last = stream.getvalue().splitlines()
@@ -67,8 +68,8 @@ def test_progress_without_a_terminal_writes_lines_and_no_escape_codes():
     assert not ESCAPES.search(stream.getvalue())
 
 
-def test_progress_speaks_while_the_work_reports_nothing():
-    """Catches: one call that lasts for minutes, with a log that looks dead until it returns."""
+def test_progress_writes_lines_while_the_work_reports_nothing():
+    """Catches: a log that looks dead for minutes, because one call of the work does not return."""
     stream = Stream()
     shown = Progress("Starting vLLM", None, "", 0, stream, every=0.01, clock=Clock())
     for _ in range(8):  # the start and at least two lines more, each with its end of line

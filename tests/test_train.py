@@ -432,8 +432,9 @@ def test_tensorboard_gets_training_and_held_out_metrics_at_once(work, tmp_path):
         assert shown == pytest.approx(line["loss"])
 
 
-def test_training_from_a_dense_checkpoint_does_not_lose_its_head(work, tmp_path):
-    """Catches: a checkpoint whose dense head is dropped, with factors left as they were initialized."""
+def test_training_checkpoint_with_a_dense_head_is_refused(work, tmp_path):
+    """Catches: a checkpoint whose dense head is dropped without a word, with the factors left as they were
+    initialized."""
     fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
     (checkpoint,) = (p for p in (tmp_path / "d.run/checkpoints").iterdir() if p.name.isdigit())
     SlimSpecEagle3Model.from_pretrained(str(checkpoint))

@@ -86,7 +86,7 @@ def answers(served):
     return ids
 
 
-def test_nan_in_the_hidden_states(served, answers, injected):
+def test_nan_in_hidden_states_leaves_the_answers_the_targets(served, answers, injected):
     """Catches: a NaN that becomes an id out of range, reaches the target's output, or stays in the drafter."""
     prompts = served.pair.prompts
     served.call("poison")
@@ -104,8 +104,8 @@ def test_nan_in_the_hidden_states(served, answers, injected):
     injected("NaN in a hidden state that the drafter starts from", seen["nan_rows"], 3 * len(answers))
 
 
-def test_drafter_altered_and_deleted(served, answers, injected):
-    """Catches: files that are read again, or still mapped, while serving."""
+def test_drafter_files_altered_while_serving_change_no_answer(served, answers, injected):
+    """Catches: drafter files that are read again, or still mapped into memory, while serving."""
     weights = served.drafter / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
     ids, length = served.ask(served.pair.prompts[:6])
@@ -120,8 +120,8 @@ def test_drafter_altered_and_deleted(served, answers, injected):
     injected("the drafter's files overwritten, cut to nothing, deleted while serving", 3, 3 * len(answers))
 
 
-def test_engine_killed_in_the_middle(served, answers, injected):
-    """Catches: clients that wait forever, a server that stays up without an engine, one that cannot start again."""
+def test_killed_engine_ends_requests_with_errors_and_restarts(served, answers, injected):
+    """Catches: clients that wait forever, a server that stays up without an engine, or one that cannot start again."""
     served.call("hang")
     stream = served.client.completions.create(
         model="tiny",
@@ -166,8 +166,8 @@ with set_current_vllm_config(config):
 """
 
 
-def test_no_memory_for_the_head(tmp_path, injected):
-    """Catches: an allocator's message that does not say what did not fit, nor what to do."""
+def test_head_that_memory_cannot_hold_is_an_error_with_advice(tmp_path, injected):
+    """Catches: an allocator's message that does not say what did not fit, or what to do."""
     from transformers import LlamaConfig
 
     vocab = 1 << 20  # 256 MB each for the embeddings and for up

@@ -157,7 +157,8 @@ CASES = [(runner, name) for name, form in FORMS.items() for runner in form.runne
 
 @pytest.mark.parametrize(("runner", "name"), CASES, ids=[f"{name}, {runner}" for runner, name in CASES])
 def test_proposed_tokens_are_the_heads_choice(served, pair, runner, name):
-    """Catches: ids that reach the scheduler or the next draft step as other ids, or in another request's place."""
+    """Catches: drafted ids that reach the scheduler or the next draft step as other ids, or in another request's
+    place."""
     form = FORMS[name]
     ranks, drafter = served(runner, name)
     target_head = _target_head(pair("llama", form.vocabulary))
@@ -177,7 +178,8 @@ def test_proposed_tokens_are_the_heads_choice(served, pair, runner, name):
             assert (expected.amax(dim=2) - chosen <= allowed * (1e-5 if form.dtype == "float32" else 0.02)).all()
 
 
-def test_a_view_is_noticed(served):
-    """Catches: a test without power: requests that draft the same tokens, or a V2 that no longer needs the mend."""
+def test_strided_view_as_proposal_is_noticed(served):
+    """Catches: a test of proposals that would notice nothing, because all requests draft the same tokens, or a Model
+    Runner V2 that no longer needs contiguous ids."""
     mistakes, proposed = wrong(served("v2", "spoiled")[0][0]["calls"])
     assert mistakes > proposed / 4
