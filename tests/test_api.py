@@ -1,4 +1,4 @@
-"""The example of docs/api.md runs, and the page names what is public."""
+"""docs/api.md: its example runs, and it names everything that is public."""
 
 import re
 from pathlib import Path

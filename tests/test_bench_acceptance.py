@@ -99,7 +99,7 @@ QUESTION = Question(
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Processes that would have been started: what each one does is given."""
+    """The processes that would have been started; what each of them returns is prescribed."""
     started = []
 
     def run(arguments, log, tick):

@@ -1,4 +1,5 @@
-"""A drafter's body: every tensor that its config.json asks for, of its shape, and nothing else, or one line."""
+"""A drafter's body: it holds every tensor that its config.json asks for, in its shape, and no other, or is refused in
+one line."""
 
 from collections.abc import Callable
 from typing import Any

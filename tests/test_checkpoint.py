@@ -1,4 +1,4 @@
-"""What a drafter folder may be, and the one line that each wrong one gets."""
+"""Which drafter folders are accepted, and the one line of error for each wrong one."""
 
 import json
 import os

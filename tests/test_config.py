@@ -1,4 +1,4 @@
-"""What vLLM reads of a drafter's config.json is the same before and after a conversion, in both layouts."""
+"""vLLM reads the same from a drafter's config.json before and after a conversion, in both layouts."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ def _tensors(config: dict[str, Any], family: str) -> dict[str, torch.Tensor]:
 
 
 def _read(config: Any, family: str) -> dict[str, Any]:
-    """What vLLM's draft model takes from its config."""
+    """Return what vLLM's draft model takes from its config."""
     found = {key: getattr(config, key, silent) for key, silent in READ.items()}
     heads = config.num_attention_heads
     found["rope_parameters"] = {k: v for k, v in (found["rope_parameters"] or {}).items() if k != "type"}

@@ -1,4 +1,4 @@
-"""What ends a command ends it with one line that names the cure, whoever raised it."""
+"""Whatever error ends a command, the user sees one line that says what to do about it."""
 
 import errno
 import os

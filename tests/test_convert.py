@@ -1,4 +1,4 @@
-"""Conversion from end to end, without an engine: every public form in, a checked folder or one line out."""
+"""Conversion from end to end, without an engine: every public format gives a checked folder or one line of error."""
 
 import json
 from dataclasses import replace
@@ -43,12 +43,12 @@ def write_target(folder: Path, head: torch.Tensor, **config) -> Path:
 
 
 def _of_a_target(width: int) -> dict[str, torch.Tensor]:
-    """What a drafter has in another shape, or at all, whose target is of another width."""
+    """Return the tensors that a drafter needs, or needs in another shape, for a target of another width."""
     return {"fc.weight": torch.randn(D, 3 * width), "embed_tokens.weight": torch.randn(V, D)}
 
 
 def write_head_states(folder: Path, documents: int = 20, length: int = 12, hidden_size: int = D, **columns) -> Path:
-    """States of ``documents`` answers with a cycle from every place; by default with no column but ``hidden``."""
+    """Write states of ``documents`` answers with a cycle from every place; by default only the column ``hidden``."""
     folder.mkdir()
     n = documents * length * K
     hidden = torch.randn(n, hidden_size, generator=torch.Generator().manual_seed(5))
@@ -58,7 +58,7 @@ def write_head_states(folder: Path, documents: int = 20, length: int = 12, hidde
 
 
 def columns(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, documents: int = 20, length: int = 12):
-    """doc, step, pos, and a target that wants what the dense head drafts, but for every seventh token."""
+    """Return doc, step, pos, and next tokens of a target that follows the dense head except at every seventh token."""
     step = torch.arange(K).repeat(documents * length)
     start = torch.arange(length).repeat_interleave(K).repeat(documents)
     wanted = ids[(hidden @ head.T).argmax(-1)]
@@ -72,7 +72,7 @@ def columns(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, documen
 
 
 def form(name: str, folder: Path) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    """A drafter whose head has rank R, in one of the public forms -> (folder, head [V, D], target ids [V])."""
+    """Write a drafter with a head of rank R, in one of the public formats -> (folder, head [V, D], target ids [V])."""
     vocab = V if name in ("specforge-full", "no-head", "torchspec", "slimspec", "speculators-full") else TRUNCATED
     tensors = drafters.tensors(vocab)
     dense = drafters.dense(tensors)
@@ -106,7 +106,7 @@ FORMS = ("eagle", "specforge", "specforge-full", "speculators", "speculators-ful
 
 @pytest.fixture
 def full_head():
-    """A head of rank R for the target's whole vocabulary; the forms' own is a part of the first one's rows."""
+    """A head of rank R for the target's whole vocabulary; the heads that `form` writes are parts of it."""
     return drafters.dense(drafters.tensors())[DENSE]
 
 
@@ -460,7 +460,7 @@ def test_quantized_head_is_measured_as_it_is_written(kind, tmp_path):
 
 @pytest.fixture
 def lossy(tmp_path):
-    """A full-rank head, states with a target's tokens: at a low rank it cannot keep its promise."""
+    """A dense drafter with a head of full rank, and states of its target: a low rank loses much of its acceptance."""
     torch.manual_seed(0)
     tensors = drafters.dense(drafters.tensors(TRUNCATED)) | {DENSE: torch.randn(TRUNCATED, D)}
     ids = tensors["d2t"] + torch.arange(TRUNCATED)
@@ -641,7 +641,7 @@ def _nan(folder: Path) -> Path:
 
 
 def _bad(case: str, folder: Path) -> list[str]:
-    """The arguments of one mistake."""
+    """Return the arguments of a command with one mistake."""
     full = torch.randn(V, D)
     good, _, _ = form("specforge", folder / "good")
     target = str(write_target(folder / "target", full))

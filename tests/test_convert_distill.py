@@ -1,4 +1,4 @@
-"""Head-only distillation: better, the same every time, and the same when it was interrupted."""
+"""Distillation of the head alone: it improves the head, by the same numbers every time, interrupted or not."""
 
 from itertools import pairwise
 

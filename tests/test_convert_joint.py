@@ -1,4 +1,4 @@
-"""Joint distillation: the real trainer goes on from the converted drafter, and hands back the same drafter, trained."""
+"""Joint distillation: the real trainer starts from the converted drafter, and returns the same drafter, trained."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def answers() -> list[Document]:
 
 
 def states_of(folder, documents, hidden_seed=0) -> HeadStates:
-    """Random states of every place of these documents."""
+    """Write random states for every place of these documents."""
     writer = StatesWriter(folder, {"K": K})
     for group, document in enumerate(documents):
         starts = torch.arange(document.prompt + 1, len(document.tokens) - K + 1)
@@ -69,7 +69,7 @@ def states(tmp_path):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The weights that each training starts from."""
+    """The weights from which each training starts."""
     seen = []
     original = SlimSpecTrainer.setup_optimizer
 
@@ -137,7 +137,7 @@ def test_drafters_own_embeddings_are_kept(target, states, tmp_path, started):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """The first and the last step of each training, and how many an epoch has."""
+    """The first and the last step of each training, and how many steps an epoch has."""
     seen = []
     original = SlimSpecTrainer.run_training
 

@@ -1,4 +1,4 @@
-"""Whatever is killed at any point of its writing leaves the whole thing or none, and goes on when it is run again."""
+"""A command killed at any point of its writing leaves its whole output or none, and is resumed by a second run."""
 
 import json
 import multiprocessing
@@ -40,7 +40,7 @@ _PRELOAD += [f"vllm_slimspec.convert.{name}" for name in ("cli", "collect", "run
 
 
 class Watch:
-    """Dies at the n-th point, each of which is before or after a call of something that writes."""
+    """Kills the process at its n-th point; points lie before and after each call of something that writes."""
 
     def __init__(self, kill_at: int, log: str) -> None:
         self.kill_at, self.log, self.points = kill_at, log, 0
@@ -76,7 +76,7 @@ def _convert(watch: Watch, options: Options) -> None:
 
 
 class Table:
-    """In the place of a watched engine: its states and answers follow from the documents."""
+    """Stands in for a watched engine: its states and answers follow from the documents."""
 
     def __init__(self, llm=None, k=3) -> None:
         pass
@@ -235,7 +235,7 @@ def test_distillation_killed_at_any_step_is_resumed(run, tmp_path, injected):
 
 
 def _on_a_full_disk(where: str, answer, folder: Path, source: Path, recorded: Path) -> None:
-    """No file may grow beyond 2000 bytes, which is what a full disk looks like to those who write."""
+    """Let no file grow beyond 2000 bytes, which looks like a full disk to whoever writes."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     app = typer.Typer(pretty_exceptions_enable=False)

@@ -1,4 +1,5 @@
-"""Head states on disk, and what follows from them: splits, resuming, the walk of a head through an answer."""
+"""Head states on disk and what is computed from them: splits, resumed collections, and draft-and-verify cycles over an
+answer."""
 
 import json
 import sys
@@ -20,7 +21,7 @@ RECIPE = {"target": "t", "drafter": "d", "K": K}
 
 
 def rows(document: int, places: int = 10, seed: int = 0) -> Rows:
-    """One document with a cycle from each place."""
+    """Return one document with a cycle from each place."""
     torch.manual_seed(seed + document)
     step = torch.arange(K).repeat(places)
     pos = torch.arange(places).repeat_interleave(K) + step
@@ -215,7 +216,7 @@ def test_bad_prompt_line_is_refused_by_its_number(lines, message, tmp_path):
 
 
 def simulated_engine(wanted: list[list[int]], drafted: dict[tuple[int, int, int], int]) -> Acceptance:
-    """Counters of an engine that drafts ``drafted[document, start, step]`` while the target says ``wanted``."""
+    """Count as an engine does that drafts ``drafted[document, start, step]`` while the target says ``wanted``."""
     cycles, accepted = 0, 0
     for document, tokens in enumerate(wanted):
         place = 0

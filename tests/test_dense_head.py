@@ -1,4 +1,4 @@
-"""Which stored heads are read, and which are refused by the name of a tensor: of drafters and of targets."""
+"""Which stored heads of drafters and targets are read, and which are refused by the name of a tensor."""
 
 import json
 from pathlib import Path

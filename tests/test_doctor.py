@@ -1,4 +1,4 @@
-"""`slimspec doctor`: every mistake that a user can make is named, with a cure, before a server meets it."""
+"""`slimspec doctor` names every mistake that a user can make, with advice, before a server is started with it."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def drafter(tmp_path):
 
 
 def _examine(*arguments) -> dict[str, doctor.Finding]:
-    """What is not ok, by what was looked at."""
+    """Return the findings that are not "ok", by what was examined."""
     return {f.what: f for f in doctor.examine(*arguments) if f.level != "ok"}
 
 

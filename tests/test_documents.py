@@ -1,4 +1,4 @@
-"""README.md and docs/ say what was measured."""
+"""The figures in README.md and docs/ are those that were measured."""
 
 import documents
 import pytest

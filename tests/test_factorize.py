@@ -1,4 +1,4 @@
-"""The weighted factorization: exact where it can be, better than plain SVD where states are anisotropic."""
+"""The weighted factorization: exact for heads of that rank, and better than plain SVD on anisotropic states."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def _seed():
 
 
 def anisotropic_states(n: int) -> torch.Tensor:
-    """States that live mostly in a few directions, with a large mean: what a transformer's final norm gives."""
+    """Return states that vary mostly in a few directions around a large mean, as after a transformer's final norm."""
     return (torch.randn(n, D) * torch.logspace(0, -3, D)) @ torch.linalg.qr(torch.randn(D, D)).Q + 0.5
 
 

@@ -1,4 +1,4 @@
-"""The count of faults."""
+"""How ``faults_run.py`` counts the faults that tests inject."""
 
 import faults_run
 

@@ -1,4 +1,5 @@
-"""Whatever a draft model hands to vLLM is contiguous and of the dtype that vLLM reads. No engine starts here."""
+"""Every tensor that a draft model hands to vLLM is contiguous and of the dtype that vLLM reads. No engine starts
+here."""
 
 from functools import partial
 
@@ -36,7 +37,7 @@ def build(groups, tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    """This process is the first of two tensor-parallel ranks, and the second sends what the first does."""
+    """Makes this process the first of two tensor-parallel ranks; the second sends the same as the first."""
     from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -58,7 +59,7 @@ def _target_head(vocabulary, dtype):
 
 
 def _drafter(kind, vocabulary, rerank, dtype):
-    """Of a head form -> the tensors, config.json's changes, and the target's head where that is what re-ranks."""
+    """Return for a form of head: the tensors, config.json's changes, and the target's head if that re-ranks."""
     tensors = {name: tensor.to(dtype) for name, tensor in drafters.tensors(DRAFT_VOCAB, RANK).items() if name != "d2t"}
     size = DRAFT_VOCAB
     if vocabulary == "d2t":

@@ -1,4 +1,4 @@
-"""Who may import whom in the package: the floors of docs/architecture.md."""
+"""Which parts of the package may import which: the table of docs/architecture.md, whose rooms are files or folders."""
 
 import ast
 from itertools import chain
@@ -27,7 +27,7 @@ OUTSIDE = {"__init__", "kernels"}  # what vLLM calls, and a folder that imports 
 
 
 def imports(source: str) -> set[str]:
-    """Return the modules of the package that a file imports, anywhere in it, without the package's name."""
+    """Return the names of the package's modules that a file imports, anywhere in it, without the package's name."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -38,7 +38,7 @@ def imports(source: str) -> set[str]:
 
 
 def broken(room: str, imported: set[str]) -> list[str]:
-    """Return the rooms that this one must not import, and does."""
+    """Return the parts of the package that this one imports and must not import."""
     others = {name.partition(".")[0] for name in imported} - {room, *OUTSIDE}
     return sorted(other for other in others if LEVEL.get(other, -1) >= LEVEL[room])
 
@@ -71,7 +71,7 @@ def test_no_module_imports_itself_through_others_of_its_package():
 
 
 def of_whom(name: str, modules: dict[str, set[str]]) -> str | None:
-    """Return the module that an imported name belongs to."""
+    """Return the module that an imported name belongs to, or None if it is not one of ``modules``."""
     return next((part for part in (name, name.rpartition(".")[0]) if part in modules), None)
 
 

@@ -36,7 +36,7 @@ FLOAT32_SUM = 1e-6  # relative: what two orders of a float32 sum of 512 products
 
 @pytest.fixture(autouse=True, scope="module")
 def poison():
-    """What a kernel forgets to write is NaN, or an id far out of range."""
+    """Fills unwritten memory with NaN, or an id far out of range, so that a result that is never written shows."""
 
     def poisoned(make):
         def wrapper(*args, **kwargs):
@@ -58,7 +58,7 @@ def head(batch, vocab, rank, dtype=torch.float32, hidden_size=32):
 
 
 def integer_head(batch, vocab, rank, dtype=torch.float32, hidden_size=4, seed=0):
-    """Small integers: every score is exact in every dtype, and most rows have ties."""
+    """Return a head of small integers: every score is exact in every dtype, and most rows have ties."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((batch, hidden_size), (rank, hidden_size), (vocab, rank))
     return tuple(torch.randint(-1, 2, shape, generator=generator).to(dtype) for shape in shapes)
@@ -147,7 +147,7 @@ def test_argmax_breaks_ties_as_torch_does_on_any_shape(batch, vocab, rank, valid
 
 
 def scored(scores):
-    """A head of rank 2 with exactly these scores in two rows, of which the second is halved."""
+    """Return a head of rank 2 with exactly these scores in two rows, of which the second is halved."""
     up = torch.zeros(len(scores), 2)
     up[:, 0] = scores
     return torch.tensor([[1.0], [0.5]]), torch.tensor([[1.0], [2.0]]), up
@@ -207,7 +207,7 @@ def test_logits_are_those_of_the_factors(batch, vocab, rank, dtype):
 
 
 def check_quantized(hidden, down, up):
-    """The id is the best of the factor that ``up`` stands for, up to two orders of a float32 sum."""
+    """Check that the id is the best of the factor that ``up`` stands for, up to the rounding of a float32 sum."""
     values, ids = ops.low_rank_argmax(hidden, down, up, impl="triton")
     scores = F.linear(hidden, down).float() @ up.dequantize().T
     gap = scores.amax(dim=1) - scores.gather(1, ids[:, None]).squeeze(1)
@@ -260,7 +260,7 @@ def test_every_fp8_code_is_decoded_exactly():
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """The interpreter's time goes by sorting steps; and small vocabularies shall take several chunks."""
+    """Shortens chunks, so that small vocabularies take several and the interpreter has less to sort."""
     monkeypatch.setattr(topk_kernel, "CHUNK", 64)
 
 

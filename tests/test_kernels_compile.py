@@ -1,4 +1,4 @@
-"""Every kernel, compiled for real GPUs without one: registers, spills and shared memory of the default tilings.
+"""Kernels compiled for real GPUs on a machine without one: registers, spills and shared memory of default tilings.
 
 Run as a program it prints the table: ``python tests/test_kernels_compile.py``.
 """
@@ -40,7 +40,7 @@ CASES = [
 
 
 def launches(op, form, rank, batch, k):
-    """What the launcher of ``op`` launches -> [(kernel, its arguments by name, its options)]; nothing runs."""
+    """Record what the launcher of ``op`` launches -> [(kernel, its arguments by name, its options)]; nothing runs."""
     import triton
 
     from vllm_slimspec.head.quantized import QuantizedUp
@@ -85,7 +85,8 @@ def launches(op, form, rank, batch, k):
 
 
 def compile_kernel(target, kernel, arguments, options):
-    """-> dict of registers, spilled (registers or bytes of stack), shared (bytes) and what its PTX copies with."""
+    """Compile -> dict of registers, spilled (registers or bytes of stack), shared (bytes) and what its PTX copies
+    with."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -116,12 +117,12 @@ def compile_kernel(target, kernel, arguments, options):
 
 
 def compile_case(target, case):
-    """-> the usage of every kernel that the case launches, by name."""
+    """Compile every kernel that the case launches -> the usage of each by name."""
     return {kernel.__name__.strip("_"): compile_kernel(target, kernel, *rest) for kernel, *rest in launches(*case)}
 
 
 def variants():
-    """Runtime integers that Triton would specialize on: each would be a variant compiled while serving."""
+    """Return the runtime integers that Triton would specialize on: each would be a variant compiled while serving."""
     kernels = {kernel for case in CASES for kernel, *_ in launches(*case)}
     return [
         f"{kernel.__name__}: {p.name}"
@@ -137,7 +138,7 @@ def name(target, case):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The report of a process of its own: in this one, Triton interprets."""
+    """The report of a separate process, because Triton interprets kernels in this one."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     halves = [list(TARGETS)[0::2], list(TARGETS)[1::2]]  # two at a time: most of the seconds are ptxas
     runs = [

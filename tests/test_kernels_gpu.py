@@ -27,13 +27,13 @@ K = 16
 
 @pytest.fixture(autouse=not GPU)
 def short_chunks(monkeypatch):
-    """The interpreter's time goes by sorting steps."""
+    """Shortens chunks, so that the interpreter has less to sort."""
     monkeypatch.setattr(low_rank_topk, "CHUNK", 32)
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def weights(request):
-    """down [R, D], up [V, R] and dense [V, D] near their product, as of a head that was factorized."""
+    """Factors down [R, D] and up [V, R], and dense [V, D] near their product, as of a head that was factorized."""
     hidden, vocab, rank = request.param
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -51,7 +51,7 @@ def hidden_states(batch, weights):
 
 
 def exact_scores(hidden, down, up):
-    """float64 [B, V] of the same rounded z, and how far from it torch is in the same dtype."""
+    """Return float64 scores [B, V] of the same rounded z, and torch's largest error in the same dtype."""
     entries = up.dequantize() if isinstance(up, ops.QuantizedUp) else up
     z = torch.nn.functional.linear(hidden, down)
     truth = torch.cat([z.double() @ part.double().T for part in entries.split(16384)], dim=1)

@@ -1,4 +1,5 @@
-"""Memory that large tensors give back stays in the process, and what the environment says of malloc is left alone."""
+"""Freed memory of large tensors stays in the process for reuse, and malloc settings of the environment are left
+alone."""
 
 import ctypes
 import os

@@ -23,7 +23,7 @@ def head(batch, vocab, rank, hidden_size=32, dtype=torch.float32, seed=0):
 
 
 def positive_head(scores):
-    """A head whose logits are exactly ``scores`` [V] in one row: rank 1, z = 1."""
+    """Return a head whose logits are exactly ``scores`` [V] in one row: rank 1, z = 1."""
     return torch.ones(1, 1), torch.ones(1, 1), torch.tensor(scores)[:, None]
 
 

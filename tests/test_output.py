@@ -1,4 +1,4 @@
-"""Where commands write: refused before any work or written whole, never another run's, never half."""
+"""Outputs of commands: refused before any work or written whole, never over another run's output, and never half."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What is installed, and what it must leave alone."""
+"""What an installation contains, and that it changes nothing else in the environment."""
 
 import email
 import subprocess

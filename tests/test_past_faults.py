@@ -1,4 +1,4 @@
-"""What earlier versions wrote wrongly is recognized by doctor and the server, as far as a folder shows it."""
+"""Drafters that earlier versions wrote wrongly are recognized by doctor and the server, as far as a folder shows it."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ CONVERTED: dict[str, Any] = {"source": {"drafter": "d"}}
 
 
 def _folder(folder: Path, version: str | None, more: dict[str, Any], d2t: torch.Tensor | None = None, **changes: Any):
-    """A drafter that a version of this package wrote."""
+    """Write a drafter as a given version of this package wrote it."""
     tensors = drafters.tensors() if d2t is None else drafters.tensors(len(d2t)) | {"d2t": d2t}
     if d2t is not None:
         changes["draft_vocab_size"] = len(d2t)

@@ -1,4 +1,5 @@
-"""What the plugin does to vLLM's configuration, and what it leaves alone. No engine starts here."""
+"""How the plugin changes vLLM's configuration for SlimSpec drafters, and that it changes nothing else. No engine starts
+here."""
 
 import dataclasses
 import importlib
@@ -264,7 +265,7 @@ def test_installing_twice_wraps_once():
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """What the plugin warned of; vLLM's loggers do not propagate to pytest's."""
+    """The plugin's warnings; vLLM's loggers do not propagate to pytest's."""
     records = []
     monkeypatch.setattr(compat.logger, "warning", lambda message, *args: records.append(message % args))
     return records

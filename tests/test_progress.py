@@ -1,4 +1,4 @@
-"""What long work says of itself: lines where there is no terminal, a bar where there is one."""
+"""The progress of long work: log lines where there is no terminal, a bar where there is one."""
 
 import io
 import re
@@ -18,7 +18,7 @@ ESCAPES = re.compile(r"[\x1b\r\b]")
 
 
 class Clock:
-    """A clock that stands until it is set."""
+    """A clock that shows the time it was set to."""
 
     def __init__(self):
         self.now = 0.0
@@ -28,7 +28,7 @@ class Clock:
 
 
 class Stream(io.StringIO):
-    """Text that somebody can wait for, a terminal or not."""
+    """A text stream, a terminal or not, on whose content a test can wait."""
 
     def __init__(self, terminal=False):
         super().__init__()

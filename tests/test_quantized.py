@@ -1,4 +1,4 @@
-"""Quantized `up` factors and the layouts of the CPU: every form stands for the factor it was made from."""
+"""Quantized `up` factors and their layouts on a CPU: every form stands for the factor that it was made from."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a drafter rotates by is the same before and after every conversion, and after training."""
+"""The rotary angles of a drafter are the same before and after every conversion, and after training."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +73,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def _source(keys: dict[str, Any], family: str, layout: str) -> dict[str, Any]:
-    """config.json of a dense drafter with these keys in the place where the layout has them."""
+    """Return the config.json of a dense drafter with these keys in the place where the layout has them."""
     architecture = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}[family]
     config = drafters.config(architectures=[architecture], model_type=family, lm_head_rank=None, rope_theta=None)
     if layout == "plain":
@@ -120,7 +120,7 @@ def test_rope_block_that_is_no_object_is_refused_in_one_line(tmp_path, layout):
 
 
 def _trained(layer: Any) -> Any:
-    """As much of a trained model as its export looks at."""
+    """Return a stand-in for a trained model, with only what its export reads."""
     norms = dict.fromkeys(("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"), False)
     config = SimpleNamespace(lm_head_rank=R, draft_vocab_size=V, transformer_layer_config=layer, **norms)
     return SimpleNamespace(config=config, target_layer_ids=[1, 2, 3])

@@ -1,4 +1,4 @@
-"""What the soak counts as wrong; a comparison that lets everything pass would find nothing."""
+"""What the soak counts as wrong, since a comparison that accepts everything would find nothing."""
 
 import pytest
 import soak

@@ -1,4 +1,4 @@
-"""The sizes of a target's language model, wherever its config.json has them."""
+"""The sizes of a target's language model are found wherever its config.json has them."""
 
 import json
 from pathlib import Path

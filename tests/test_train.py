@@ -1,4 +1,4 @@
-"""A few steps through speculators' real trainer: what it is fed, what it changes, what it writes."""
+"""A few steps with speculators' real trainer: the data it gets, the weights it changes, and the files it writes."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def losses(monkeypatch):
-    """Training losses that speculators reports, step by step."""
+    """The training losses that speculators reports, step by step."""
     seen: list[float] = []
     monkeypatch.setattr(
         speculators_trainer.metric_logger,
@@ -100,7 +100,7 @@ def test_states_do_not_depend_on_the_batch(work):
 
 @pytest.fixture
 def run_again(monkeypatch):
-    """Documents that the target was run over."""
+    """The documents on which the target was run."""
     seen: list[list[int]] = []
     original = states_module.hidden_states
 

@@ -1,4 +1,5 @@
-"""The target's answers, with an engine that is played: every prompt once, whatever is killed, and one-line errors."""
+"""Recording the target's answers, with a simulated engine: every prompt once, whatever is killed, and one-line
+errors."""
 
 import json
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ def target(tmp_path_factory):
 
 
 class Engine:
-    """Answers [a, b, c] with [c, seed], and dies after some prompts."""
+    """A simulated engine that answers [a, b, c] with [c, seed], and dies after some prompts."""
 
     def __init__(self):
         self.asked, self.dies_after = [], None

@@ -1,4 +1,4 @@
-"""What ends a run early ends it with one line, and leaves the data as it was."""
+"""Every error that ends a training run early is one line, and leaves the data as it was."""
 
 import json
 import resource
@@ -26,7 +26,7 @@ def work(tmp_path_factory):
 
 
 def command(*arguments):
-    """Exit code and stderr of ``slimspec train``."""
+    """Return exit code and stderr of ``slimspec train``."""
     result = CliRunner().invoke(app, ["train", *map(str, arguments)])
     return result.exit_code, result.stderr
 
@@ -85,7 +85,7 @@ def test_target_without_the_wanted_layers_is_refused(work, tmp_path):
 
 @contextmanager
 def largest_file(size):
-    """Within it, the system refuses to write a larger one, as a full disk would."""
+    """Make the system refuse to write a larger file within this context, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -118,7 +118,7 @@ def test_full_disk_at_a_checkpoint_keeps_the_earlier_one(work, tmp_path, injecte
 
 @pytest.fixture
 def server(work):
-    """vLLM's side of online training: gives the states of ``work``, for so many requests."""
+    """A stand-in for vLLM's side of online training, which sends the states of ``work`` for so many requests."""
 
     class Handler(BaseHTTPRequestHandler):
         left = 0

@@ -1,4 +1,4 @@
-"""The acceptance length that training prints: the walk of cycles through the held-out answers, and nothing else."""
+"""The acceptance length that training prints comes from draft-and-verify cycles through the held-out answers only."""
 
 import json
 import logging
@@ -83,7 +83,7 @@ def test_held_out_cycles_stay_inside_of_an_answer():
 
 @torch.inference_mode()
 def drafts_of(model: SlimSpecEagle3Model, target: torch.nn.Module, ids: torch.Tensor) -> list[list[int]]:
-    """Draft behind each token but the first, one after another, as vLLM would on an accepted prefix."""
+    """Return the drafts behind each token but the first, one after another, as vLLM would on an accepted prefix."""
     (states,) = hidden_states(target, [ids], LAYERS)
     drafts = model(
         hidden_states=states[None, :-1, :-1].flatten(2),

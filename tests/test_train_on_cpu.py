@@ -1,4 +1,4 @@
-"""What training on a CPU computes in its own order equals what speculators computes."""
+"""Training on a CPU computes in an order of its own, and gives the same results as speculators."""
 
 from contextlib import nullcontext
 
@@ -62,7 +62,7 @@ def test_faster_operations_are_in_place_during_a_run_only():
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """States of documents whose answers begin at different places; one is all answer, and one nearly all prompt."""
+    """States of documents whose answers begin at different places: one is all answer, and one nearly all prompt."""
     folder = write_work(tmp_path_factory.mktemp("answers"))
     prompts = [0, 22, *range(3, 21)]
     documents = [Document(i, [(j * i + i) % V for j in range(24)], prompt) for i, prompt in enumerate(prompts, 1)]

@@ -1,4 +1,5 @@
-"""A plan's figures are those of the run: steps, parameters, bytes, and operations as torch counts them."""
+"""The figures of a training plan are those of the run: steps, parameters, bytes, and operations as torch counts
+them."""
 
 import pytest
 import torch

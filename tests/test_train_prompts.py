@@ -1,4 +1,4 @@
-"""Prompts that a target writes itself, with an engine that is played: what is kept and dropped, what a kill costs."""
+"""Prompts that a target writes itself, with a simulated engine: which are kept and dropped, and what a kill costs."""
 
 import json
 from contextlib import contextmanager
@@ -36,7 +36,8 @@ def target(tmp_path_factory):
 
 
 class Engine:
-    """Writes a question of its own for each seed; ``says`` changes that, and it dies after some samples."""
+    """A simulated engine that writes a question for each seed; ``says`` changes that, and it dies after some
+    samples."""
 
     def __init__(self):
         self.asked, self.params, self.dies_after = [], [], None

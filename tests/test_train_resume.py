@@ -1,4 +1,4 @@
-"""A run that is killed or stopped, anywhere, and repeated is the run that was never interrupted."""
+"""A training run that is killed or stopped anywhere, and repeated, gives the same as one that was never interrupted."""
 
 import json
 import multiprocessing
@@ -30,7 +30,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The optimizer steps that are taken, as (epoch, step of the epoch)."""
+    """The optimizer steps that were taken, as (epoch, step of the epoch)."""
     seen: list[tuple[int, int]] = []
     original = SlimSpecTrainer._stepped
 
@@ -45,7 +45,7 @@ def taken(monkeypatch):
 
 
 def _fit_and_die(folder: Path, moment: str, count: int) -> None:
-    """In a process of its own: fit, and be killed at the ``count``-th call of what ``moment`` names."""
+    """Train in a process of its own, and be killed at the ``count``-th call of what ``moment`` names."""
     torch.set_num_threads(1)
     owner, name = {
         "step": (SlimSpecTrainer, "_stepped"),
@@ -114,7 +114,7 @@ def test_training_killed_at_any_moment_ends_as_if_never_interrupted(work, fit_an
 
 
 def json_of(run: Path) -> int:
-    """Steps of the newest whole checkpoint of a run that was killed."""
+    """Return the number of steps in the newest whole checkpoint of a run that was killed."""
     found = [json.loads(file.read_text()) for file in run.glob("checkpoints/[0-9]*/training_state.json")]
     return max((state["global_step"] for state in found), default=0)
 

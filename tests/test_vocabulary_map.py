@@ -1,4 +1,4 @@
-"""d2t and t2d: a map that means something else to vLLM than to its trainer is refused, with the cure."""
+"""The maps d2t and t2d: one that means something else to vLLM than to its trainer is refused, with advice."""
 
 from pathlib import Path
 

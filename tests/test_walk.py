@@ -1,4 +1,4 @@
-"""The walk of draft-and-verify cycles, and the acceptance length of what it counts."""
+"""The simulated draft-and-verify cycles over an answer, and the acceptance length of what they count."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The dtype of work over many rows: chosen by the processor, by the user first, and never what is stored."""
+"""The dtype for work over many rows: the user's, else chosen by the processor, and never that of stored files."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def processor(monkeypatch):
-    """Play a processor without an accelerator beside it."""
+    """Simulates a processor without an accelerator beside it."""
 
     def play(*, bf16=False, amx=False, capability="AVX512", onednn=True, limit=None):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)

@@ -25,7 +25,7 @@ def prompts(pair, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spoiled(pair, tmp_path_factory):
-    """The drafter with its head upside down: it drafts what it finds unlikeliest."""
+    """The drafter with its head negated: it drafts the tokens that it finds least likely."""
     checkpoint = DraftCheckpoint.open(pair("llama").drafter)
     tensors = {name: checkpoint.load(name) for name in checkpoint.tensors}
     tensors["lm_head.up.weight"] = -tensors["lm_head.up.weight"]

@@ -1,4 +1,4 @@
-"""The table of a drafter's tensors is vLLM's own: what the models have for parameters, filled by what the table lists.
+"""Our table of a drafter's tensors: those that it lists fill exactly the parameters of vLLM's models.
 
 No engine starts: the models are built and loaded as vLLM's loaders do it.
 """
@@ -34,7 +34,7 @@ _OF_LLAMA = ("MLP bias", "no word of the keys")  # Qwen3's layers have no such b
 
 
 def _tensors(config: dict, family: str) -> dict[str, torch.Tensor]:
-    """What the table lists, with random numbers; and the head."""
+    """Return the tensors that the table lists, with random numbers, and those of the head."""
     table = Body(flatten(config), NAMES[family], "config.json").table()
     body = {name: torch.rand(shape.sizes) + 0.1 for name, shape in table}
     return body | {name: tensor for name, tensor in drafters.tensors().items() if "lm_head" in name}
@@ -48,7 +48,7 @@ def groups(tmp_path_factory):
 
 @pytest.fixture
 def build(groups, tmp_path):
-    """config.json of a drafter -> vLLM's draft model, not loaded yet."""
+    """build(config, tensors): vLLM's draft model of a config.json, not loaded yet."""
     from transformers import LlamaConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model

@@ -1,4 +1,4 @@
-"""Head states from a real engine, and conversions served by one: what is predicted is what happens."""
+"""Head states from a real engine, and converted drafters served by one: what a conversion predicts is what happens."""
 
 import json
 from dataclasses import replace
@@ -61,7 +61,7 @@ def test_states_are_recorded_once_for_every_place(material):
 
 @pytest.fixture(scope="module")
 def alone(material):
-    """What the target answers without a drafter."""
+    """The target's answers without a drafter."""
     from vllm import LLM
 
     p = material[0]

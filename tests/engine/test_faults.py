@@ -1,4 +1,5 @@
-"""A served SlimSpec drafter when things break: the answers stay the target's, or there is an error and no answer."""
+"""A served SlimSpec drafter while something fails: the answers stay the target's, or there is an error and no
+answer."""
 
 import json
 import os
@@ -52,7 +53,7 @@ class Served:
         shutil.copytree(self.pair.drafter, self.drafter)
 
     def ask(self, prompts, **options):
-        """Greedy token ids for each prompt; and the acceptance length meanwhile."""
+        """Return greedy token ids for each prompt, and the acceptance length meanwhile."""
         before = from_server(self.server.url)
         extra = {"ignore_eos": True, "return_token_ids": True}
         answer = self.client.completions.create(
@@ -61,12 +62,12 @@ class Served:
         return [choice.token_ids for choice in answer.choices], (from_server(self.server.url) - before).length
 
     def call(self, method: str):
-        """A method of the worker's extension."""
+        """Call a method of the worker's extension."""
         answer = httpx.post(f"{self.server.url}/collective_rpc", json={"method": method}, timeout=60)
         return answer.raise_for_status().json()["results"][0]
 
     def engine_process(self) -> psutil.Process:
-        """The process that holds the models."""
+        """Return the process that holds the models."""
         children = psutil.Process(self.server.process.pid).children(recursive=True)
         return next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
 
@@ -80,7 +81,7 @@ def served(pair, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(served):
-    """What is answered before anything breaks."""
+    """The answers before anything fails."""
     ids, length = served.ask(served.pair.prompts[:6])
     assert length > 1.5
     return ids

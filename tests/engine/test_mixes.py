@@ -17,20 +17,20 @@ from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
 
 @dataclass
 class Trained:
-    """A pair, and its drafter's parts to build variants from."""
+    """A pair of target and drafter, and the parts of the drafter to build variants from."""
 
     pair: object
     config: dict
     tensors: dict
 
     def variant(self, folder, config, tensors):
-        """The drafter with some keys and tensors replaced."""
+        """Write the drafter with some keys and tensors replaced."""
         return drafters.write(folder, self.config | config, self.tensors | tensors)
 
 
 @pytest.fixture(scope="module")
 def trained(request, pair):
-    """Of a truncated vocabulary, unless a test asks for the full one."""
+    """The pair with a truncated vocabulary, unless a test asks for the full one."""
     p = pair("llama", getattr(request, "param", "truncated"))
     checkpoint = DraftCheckpoint.open(p.drafter)
     return Trained(p, checkpoint.config, {name: checkpoint.load(name) for name in checkpoint.tensors})
@@ -43,7 +43,7 @@ def _target_head(trained):
 
 
 def _target_ids(trained):
-    """Target id of each draft id."""
+    """Return the target id of each draft id."""
     d2t = trained.tensors.get("d2t", torch.zeros(len(trained.tensors[UP]), dtype=torch.int64))
     return torch.arange(len(d2t)) + d2t
 
@@ -105,7 +105,7 @@ def test_quantized_engine_drafts_as_its_dequantized_head(pair, engine, tmp_path,
 
 
 def check_reload(model, tensors, ids):
-    """Catches: weights loaded into a running engine that keeps drafting by the factors it had quantized before."""
+    """Check that weights loaded into a running engine are drafted by, not the factors that were quantized before."""
     # the head alone: vLLM's CPU backend has packed the body's weights away
     model.load_weights(iter({DOWN: tensors[DOWN], UP: -tensors[UP], "d2t": tensors["d2t"]}.items()))
     hidden = torch.randn(4, drafters.D, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,8 @@ K = 3
 
 
 def expected_scores(checkpoint: DraftCheckpoint, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scores of every target id, float32 [B, vocab], from the files: z rounded to the model dtype, then exact."""
+    """Return scores of every target id, float32 [B, vocab], from the files: z rounded to the model dtype, then
+    exact."""
     down, up = (checkpoint.load(name).to(dtype) for name in (DOWN, UP))
     z = torch.nn.functional.linear(hidden, down).float()
     scores = z @ up.float().T

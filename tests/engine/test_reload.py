@@ -30,7 +30,7 @@ def build(groups, tmp_path):
 
 
 def _update(model, config, pieces) -> None:
-    """What vLLM's weight transfer does around its calls of load_weights, one for each piece."""
+    """Do what vLLM's weight transfer does around its calls of load_weights, one for each piece."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
@@ -48,13 +48,13 @@ def _hidden():
 
 
 def _expected(tensors, hidden, up=None):
-    """Target ids of the best entries, from a checkpoint's tensors."""
+    """Return the target ids of the best entries, computed from a checkpoint's tensors."""
     ids = (hidden @ tensors[DOWN].T @ (tensors[UP] if up is None else up).T).argmax(dim=1)
     return ids + tensors["d2t"][ids] if "d2t" in tensors else ids
 
 
 def _reversed(tensors):
-    """The same map with the draft ids in another order."""
+    """Return the tensors with the draft ids in reversed order and the same target ids."""
     ids = torch.arange(len(tensors["d2t"]))
     return tensors | {"d2t": (ids + tensors["d2t"]).flip(0) - ids}
 

@@ -14,7 +14,8 @@ K = 3
 
 @pytest.fixture(scope="module")
 def served(pair, tmp_path_factory):
-    """A truncated draft vocabulary of 300 rows, padded to 320: 160 for one rank, 140 and the padding for the other."""
+    """A server of a truncated vocabulary: 300 rows, padded to 320, of which rank 0 has 160 and rank 1 has 140 and the
+    padding."""
     import json
 
     p = pair("llama", "truncated")

@@ -1,4 +1,4 @@
-"""The soak of ``tests/soak.py``, for a minute."""
+"""A soak of one minute by ``tests/soak.py``."""
 
 import soak
 

@@ -1,4 +1,4 @@
-"""What training learns from and what it makes, against the real engine."""
+"""The states that training learns from and the drafters that it makes, compared with the real engine."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ K = 2
 
 @pytest.fixture(params=["llama-truncated", "qwen3-full"])
 def trained(request, pair):
-    """A pair, and its drafter as speculators has it."""
+    """A pair of target and drafter, and the drafter as speculators' model."""
     p = pair(*request.param.split("-"))
     checkpoint = max(p.drafter.with_name("drafter.run").glob("checkpoints/[0-9]*"), key=lambda epoch: int(epoch.name))
     config = SlimSpecEagle3Config.from_pretrained(str(checkpoint))
@@ -32,7 +32,7 @@ def trained(request, pair):
 
 @torch.inference_mode()
 def drafts_in_training(model, target, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each draft step: what enters the head [T - 1, D], and the target ids it drafts [T - 1], tokens given."""
+    """For each draft step, with the tokens given: the head's input [T - 1, D] and the target ids drafted [T - 1]."""
     (states,) = hidden_states(target, [ids], model.target_layer_ids)
     batch = shift_batch(
         {

@@ -64,12 +64,12 @@ def answers(pair, tmp_path_factory):
 
 
 def serve(target, *batches, **options):
-    """A call of run_v2.serve."""
+    """Return the job entry for a call of run_v2.serve."""
     return {"call": "serve", "target": target, "batches": batches, **options}
 
 
 def greedy(name, pair):
-    """The target alone and with its drafter: one prompt, then eight of different lengths."""
+    """Greedy answers of the target alone and with its drafter: one prompt, then eight of different lengths."""
     batches = [{"prompts": pair.prompts[:n], "tokens": 32} for n in (1, 8)]
     return {
         f"{name} alone": serve(pair.target, *batches),
@@ -78,7 +78,7 @@ def greedy(name, pair):
 
 
 def arm(seed, requests=2000, tokens=3):
-    """One prompt many times at temperature 1, each with its own seed."""
+    """One prompt many times at temperature 1, each time with its own seed."""
     return {"prompts": [[3, 4, 5, 6]] * requests, "tokens": tokens, "temperature": 1.0, "seed": seed}
 
 
@@ -118,7 +118,7 @@ def write_sampling_models(folder):
 
 
 def homogeneity(one, other):
-    """Chi-square test that two arms drew their token triples from one distribution -> p, cells."""
+    """Test by chi-square that two arms drew their token triples from one distribution -> p, cells."""
     counts = [Counter(map(tuple, arm["tokens"])) for arm in (one, other)]
     pooled = counts[0] + counts[1]
     cells = [triple for triple in pooled if pooled[triple] >= 10]  # expected: 5 an arm
