@@ -103,8 +103,8 @@ def states_of_an_answer():
 
 
 def test_walk_stops_each_cycle_at_the_first_refused_draft():
-    """Catches: a draft counted although an earlier one of its cycle was refused, or a cycle that starts at the wrong
-    place."""
+    """Catches: a draft counted although an earlier one of its cycle was refused, or cycles of one K that start where
+    those of another K do."""
     document, rows = states_of_an_answer()
     head = DraftHead((torch.eye(4) * 50,), torch.arange(4))
     p = torch.full((6, 10), 0.1)

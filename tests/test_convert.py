@@ -288,9 +288,9 @@ def test_truncation_by_frequencies_keeps_rows_and_map_together(tmp_path):
     torch.testing.assert_close(checkpoint.load(UP) @ checkpoint.load(DOWN), head[[3, 5, 60]], rtol=1e-3, atol=1e-4)
 
 
-def test_truncated_vocabulary_keeps_the_special_tokens(tmp_path, full_head):
-    """Catches: a drafter that can never draft the end of a text, a count of other files or places, or ties that go to
-    rare ids."""
+def test_truncated_vocabulary_keeps_begin_and_end_of_text(tmp_path, full_head):
+    """Catches: a drafter that can never draft the end of a text, tokens counted in other files or places, or ties that
+    go to rare ids."""
     target = write_target(tmp_path / "target", full_head, bos_token_id=100)
     (target / "generation_config.json").write_text('{"eos_token_id": [90, 9]}')  # 9 has no row in the drafter
     source, _, _ = form("specforge", tmp_path / "source")

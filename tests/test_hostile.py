@@ -112,8 +112,8 @@ def _with(**changes) -> bytes:
     ],
 )
 def test_hostile_config_is_refused_in_one_printable_line(tmp_path, text, words):
-    """Catches: a hostile config.json (found by the fuzzer, each once) that crashes the reader or floods or controls the
-    terminal."""
+    """Catches: a config.json made to crash its reader, or to flood or control the terminal by the error message; the
+    fuzzer found each of them."""
     with pytest.raises(CheckpointError) as error:
         DraftCheckpoint.open(_config(tmp_path, text))
     message = str(error.value)

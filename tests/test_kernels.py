@@ -243,7 +243,8 @@ def test_quantized_head_drafts_as_its_dequantized_factor(kind, dtype, batch, voc
     group_size=st.sampled_from([None, 32, 64]),
 )
 def test_quantized_head_drafts_as_its_dequantized_factor_on_any_shape(batch, vocab, groups, odd, kind, group_size):
-    """Catches: the faults of the test above on shapes that nobody thought of."""
+    """Catches: a code decoded wrongly, the scale of another row or group, or swapped columns of a nibble, on shapes
+    that nobody thought of."""
     hidden, down, up = head(batch, vocab, groups * group_size if group_size else 2 * odd + 2 * groups)
     check_quantized(hidden, down, quantize_up(up, kind, group_size))
 

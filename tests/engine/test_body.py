@@ -147,8 +147,8 @@ def _spoil(name, change, words):
     ],
 )
 def test_server_refuses_a_bad_drafter_that_came_from_a_hub(build, change, words):
-    """Catches: a drafter whose folder was not on the disk to be checked before the server started, loaded with a part
-    of it at random."""
+    """Catches: a bad drafter from a hub, whose folder could not be checked before the server started, loaded with a
+    part of it at random."""
     config, tensors = drafters.config(draft_vocab_size=32), drafters.tensors(32)
     model = build(config, tensors)
     change(tensors)

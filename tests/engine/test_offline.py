@@ -126,8 +126,8 @@ def stock(pair, tmp_path):
 
 
 def test_stock_drafter_is_served_by_vllms_own_class(stock, engine, monkeypatch):
-    """Catches: a plugin that changes drafters that are not SlimSpec ones, or wrong drafts compared with vLLM's dense
-    head."""
+    """Catches: a plugin that changes how a stock drafter is served, or our head drafting otherwise than vLLM's dense
+    head of the same weights."""
     from vllm_slimspec.drafters.draft import LowRankDraft
     from vllm_slimspec.head import ops
 
