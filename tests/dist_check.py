@@ -51,7 +51,7 @@ assert entry_points(group="vllm.general_plugins")["slimspec"].load() is vllm_sli
 
 
 class Dist(Results):
-    """What was built and what came with it."""
+    """What was built, and which dependencies came with it."""
 
     kind: str = "dist"
     wheel: str
@@ -60,7 +60,7 @@ class Dist(Results):
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
-    """A command's output; ends with what it said if it fails."""
+    """Return a command's output; exit with what it wrote if it fails."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=clean | env, capture_output=True, text=True)
     if done.returncode:
@@ -69,7 +69,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 
 def copy_source(source: Path) -> Path:
-    """What git knows and would know: a stale build/ or a trained model must not get into an sdist."""
+    """Copy the files that git tracks or would track: a stale build/ or a trained model must not get into an sdist."""
     for file in run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines():
         if (ROOT / file).is_file():
             (source / file).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def copy_source(source: Path) -> Path:
 
 
 def build(source: Path, place: Path) -> Path:
-    """sdist and wheel, the wheel from the sdist, of a copy of ``source`` at ``place`` -> folder of both."""
+    """Build the sdist, and from it the wheel, of a copy of ``source`` at ``place`` -> the folder of both."""
     shutil.copytree(source, place / "copy", copy_function=shutil.copyfile)  # with other times
     when = run("git", "log", "-1", "--format=%ct", cwd=ROOT).strip()
     command = (sys.executable, "-m", "build", "--no-isolation", "-o", place / "dist", place / "copy")
@@ -87,7 +87,7 @@ def build(source: Path, place: Path) -> Path:
 
 
 def environment(place: Path) -> Path:
-    """An empty environment -> its Python."""
+    """Make an empty environment -> its Python."""
     venv.create(place, with_pip=True)
     return place / "bin" / "python"
 
@@ -97,18 +97,18 @@ def pip_install(python: Path, *what: str | Path) -> None:
 
 
 def site(python: Path) -> Path:
-    """Where an environment's packages are."""
+    """Return the folder of an environment's packages."""
     return next((python.parent.parent / "lib").glob("python*/site-packages"))
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file below, but for bytecode."""
+    """Return the hash of every file below a folder, except for bytecode."""
     files = (f for f in folder.rglob("*") if f.is_file() and f.suffix != ".pyc")
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def other_vllm(place: Path) -> Path:
-    """A wheel named vllm of a version that nobody knows."""
+    """Make a wheel named vllm, of a version that this package does not know."""
     wheel = place / f"vllm-{OTHER_VLLM}-py3-none-any.whl"
     info = f"vllm-{OTHER_VLLM}.dist-info"
     files = {
@@ -124,7 +124,7 @@ def other_vllm(place: Path) -> Path:
 
 
 def requirements(wheel: Path) -> list[str]:
-    """What the wheel needs without extras."""
+    """Return what the wheel requires without its extras."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
     return [line for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.M) if "extra ==" not in line]

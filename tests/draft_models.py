@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def parallel_groups(folder: Path) -> Iterator[None]:
-    """Give vLLM its groups, of one rank, unless an engine of this process has left its own."""
+    """Give vLLM its process groups, of one rank, unless an engine of this process has left its own."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 

@@ -1,4 +1,4 @@
-"""Tiny EAGLE-3 drafter folders with random weights, right unless a test spoils them."""
+"""Write tiny EAGLE-3 drafter folders with random weights, which are right unless a test spoils them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ HEADS, KV_HEADS, HEAD_DIM, FF = 2, 1, 32, 96
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    """config.json of a SlimSpec drafter; a change to None removes the key."""
+    """Return the config.json of a SlimSpec drafter; a change to None removes the key."""
     base = {
         "architectures": ["SlimSpecLlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -36,7 +36,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def tensors(draft_vocab: int = V, rank: int = R, seed: int = 0, family: str = "llama") -> dict[str, torch.Tensor]:
-    """The body and the factors; with a map onto every other id when ``draft_vocab`` is below V."""
+    """Return the body and the factors; with a map onto every other id when ``draft_vocab`` is below V."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -67,14 +67,14 @@ def tensors(draft_vocab: int = V, rank: int = R, seed: int = 0, family: str = "l
 
 
 def dense(drafter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stock drafter with the same head, multiplied out."""
+    """Return the tensors of the stock drafter with the same head, as the product of the factors."""
     out = {name: t for name, t in drafter.items() if not name.startswith("lm_head.")}
     out["lm_head.weight"] = drafter["lm_head.up.weight"] @ drafter["lm_head.down.weight"]
     return out
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
-    """Write without any check, so that wrong folders can be made."""
+    """Write a drafter folder without any check, so that wrong folders can be made."""
     import json
 
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""vLLM engines: in the test's own process how they are started, asked and watched, and those in other processes."""
+"""Start, ask and watch vLLM engines in the test's own process, and run scripts with engines in other processes."""
 
 import os
 import subprocess
@@ -68,14 +68,14 @@ def run_scripts(scripts: list[Script]) -> None:
 
 @dataclass
 class Recorded:
-    """What the drafter was asked and answered while an engine ran."""
+    """The drafter's inputs and outputs while an engine ran."""
 
     fused: list[tuple[torch.Tensor, torch.Tensor]]  # hidden states [B, D] and target ids [B] of get_top_tokens
     dense: int  # calls of compute_logits
 
 
 def record(model) -> Recorded:
-    """Watch a live draft model; what it answers stays the same."""
+    """Record the inputs and outputs of a live draft model without changing its drafts."""
     seen = Recorded([], 0)
     get_top_tokens, compute_logits = model.get_top_tokens, model.compute_logits
 
@@ -93,13 +93,13 @@ def record(model) -> Recorded:
 
 
 def drafter_of(llm):
-    """The draft model inside an engine of this process."""
+    """Return the draft model inside an engine of this process."""
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     return runner.drafter.model
 
 
 def generate(llm, prompts, tokens=TOKENS, **sampling):
-    """Greedy token ids for each prompt, all prompts in one batch."""
+    """Return greedy token ids for each prompt, with all prompts in one batch."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **sampling)

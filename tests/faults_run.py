@@ -27,7 +27,7 @@ FILES = [
 
 
 class Fault(BaseModel):
-    """All injections of one kind."""
+    """All injected faults of one kind."""
 
     fault: str
     injected: int
@@ -36,7 +36,7 @@ class Fault(BaseModel):
 
 
 class Faults(Results):
-    """One run."""
+    """The results of one run."""
 
     kind: str = "faults"
     passed: int  # tests that broke something, and saw what should come of it
@@ -45,7 +45,7 @@ class Faults(Results):
 
 
 def read(report: Path) -> tuple[list[Fault], int, list[str]]:
-    """From pytest's JUnit report -> faults, tests that passed and reported one, names of tests that failed."""
+    """Read pytest's JUnit report -> faults, number of passed tests that reported one, names of failed tests."""
     faults: dict[str, Fault] = {}
     passed, failed = 0, []
     for case in ElementTree.parse(report).iter("testcase"):

@@ -92,7 +92,7 @@ TENSORS = [
 
 
 def bases() -> dict[str, Files]:
-    """Sound folders, one of each kind, as bytes by file name."""
+    """Return sound folders, one of each kind, as bytes by file name."""
     tensors, v, r, d = drafters.tensors(), drafters.V, drafters.R, drafters.D
 
     def folder(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Files:
@@ -127,7 +127,7 @@ def bases() -> dict[str, Files]:
 
 
 def mutate_values(rng: random.Random, files: Files, folder: Path) -> None:
-    """config.json with some keys changed, removed or moved."""
+    """Change, remove or move some keys of config.json."""
     config = json.loads(files["config.json"])
     for _ in range(rng.choice((1, 1, 2, 4))):
         target = config.get("transformer_layer_config") if rng.random() < 0.3 else config
@@ -141,7 +141,7 @@ def mutate_values(rng: random.Random, files: Files, folder: Path) -> None:
 
 
 def mutate_text(rng: random.Random, files: Files, folder: Path) -> None:
-    """JSON text, of config.json or the index, that is damaged, ambiguous, deep or of another encoding."""
+    """Make the JSON text of config.json or the index damaged, ambiguous, deep or of another encoding."""
     name = rng.choice([n for n in files if n.endswith(".json")])
     text = files[name]
     depth = rng.choice((10, 1_000, 100_000))
@@ -163,7 +163,7 @@ def mutate_text(rng: random.Random, files: Files, folder: Path) -> None:
 
 
 def mutate_header(rng: random.Random, files: Files, folder: Path) -> None:
-    """A safetensors header of well-formed JSON that lies: dtypes, shapes, offsets, names, duplicates."""
+    """Make a safetensors header of well-formed JSON with wrong dtypes, shapes, offsets, names or duplicates."""
     name = rng.choice([n for n in files if n.endswith(".safetensors")])
     header, body = split(files[name])
     entries = json.loads(header)
@@ -200,7 +200,7 @@ def mutate_header(rng: random.Random, files: Files, folder: Path) -> None:
 
 
 def mutate_binary(rng: random.Random, files: Files, folder: Path) -> None:
-    """Bit flips, cuts and false lengths of a safetensors file."""
+    """Flip bits of a safetensors file, cut it, or state false lengths."""
     name = rng.choice([n for n in files if n.endswith(".safetensors")])
     data = files[name]
     size = 8 + len(split(data)[0])
@@ -222,7 +222,7 @@ def mutate_binary(rng: random.Random, files: Files, folder: Path) -> None:
 
 
 def mutate_index(rng: random.Random, files: Files, folder: Path) -> None:
-    """An index whose names leave the folder, or are no names."""
+    """Write an index whose names leave the folder, or cannot be file names."""
     files.setdefault("model.safetensors.index.json", json.dumps({"weight_map": {"a": "model.safetensors"}}).encode())
     index = json.loads(files["model.safetensors.index.json"])
     for tensor in rng.sample(list(index["weight_map"]), k=rng.randint(1, len(index["weight_map"]))):
@@ -231,7 +231,7 @@ def mutate_index(rng: random.Random, files: Files, folder: Path) -> None:
 
 
 def mutate_folder(rng: random.Random, files: Files, folder: Path) -> None:
-    """Links that leave the folder, devices, pipes, folders and pickles in the place of files."""
+    """Put links that leave the folder, devices, pipes, folders or pickles in the place of files."""
     name = rng.choice([*files, "extra.safetensors", "model.safetensors.index.json", os.fsdecode(b"\xff.safetensors")])
     files.pop(name, None)
     outside = folder.parent / "outside"
@@ -270,18 +270,18 @@ MUTATIONS: dict[Callable[[random.Random, Files, Path], None], int] = {
 
 
 def scalar(rng: random.Random) -> Any:
-    """A value where another was; a copy, because a later mutation may write into it."""
+    """Return another value to put into a config; a copy, because a later mutation may write into it."""
     return copy.deepcopy(rng.choice(SCALARS))
 
 
 def split(data: bytes) -> tuple[bytes, bytes]:
-    """A safetensors file's header and body."""
+    """Split a safetensors file into its header and body."""
     size = struct.unpack("<Q", data[:8])[0]
     return data[8 : 8 + size], data[8 + size :]
 
 
 def flip(rng: random.Random, data: bytes, end: int, bits: int) -> bytes:
-    """Some bits flipped before ``end``."""
+    """Flip some bits before ``end``."""
     out = bytearray(data)
     for _ in range(bits):
         out[rng.randrange(end)] ^= 1 << rng.randrange(8)
@@ -289,14 +289,14 @@ def flip(rng: random.Random, data: bytes, end: int, bits: int) -> bytes:
 
 
 def splice(rng: random.Random, data: bytes, piece: bytes) -> bytes:
-    """A piece in the place of a stretch."""
+    """Overwrite or replace a stretch of bytes by a random piece."""
     begin, end = sorted(rng.randrange(len(data)) for _ in range(2))
     return data[:begin] + piece + data[end:]
 
 
 @functools.cache
 def header_of_zeros(count: int) -> bytes:
-    """Very many tensors of no bytes: a header far larger than what it describes."""
+    """Return a header of very many tensors without bytes, which is far larger than what it describes."""
     text = json.dumps({str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}).encode()
     return struct.pack("<Q", len(text)) + text
 
@@ -318,7 +318,7 @@ def write(case: int, sound: dict[str, Files], folder: Path) -> str:
 
 
 class Watch:
-    """What a case did besides its work: seen by an audit hook and, in a folder that nothing may touch, by inotify."""
+    """Records the side effects of a case, by an audit hook and, in a folder that nothing may touch, by inotify."""
 
     LOUD = (
         *("exec", "compile", "import", "pickle", "marshal", "code.", "ctypes", "subprocess", "socket", "shutil"),
@@ -397,7 +397,8 @@ def attempt(folder: Path, watch: Watch) -> tuple[str, str]:
 
 
 def peak_memory(reset: bool = False) -> int:
-    """Bytes of this process in memory at the most since the last reset; what it holds now right after one."""
+    """Return the most bytes of memory that this process held since the last reset, or those it holds right after
+    one."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -405,7 +406,7 @@ def peak_memory(reset: bool = False) -> int:
 
 
 class Hostile(Results):
-    """What one run did."""
+    """The results of one run."""
 
     kind: str = "hostile"
     seconds: float
@@ -441,12 +442,12 @@ def main() -> None:
 
 
 def outcomes(counts: collections.Counter[tuple[str, str]]) -> dict[str, int]:
-    """Counts by outcome alone."""
+    """Return counts by outcome alone."""
     return {o: sum(n for (_, other), n in counts.items() if other == o) for o in ("accepted", "refused")}
 
 
 def run(work: Path, first: int, cases: int | None, seconds: float | None) -> collections.Counter[tuple[str, str]]:
-    """Cases one after another -> counts by (mutations, outcome); exits with 1 at a finding."""
+    """Run cases one after another -> counts by (mutations, outcome); exits with 1 at a finding."""
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
     folder, outside = work / "case", work / "outside"

@@ -1,4 +1,4 @@
-"""Results of `slimspec bench acceptance` with the rates that a test wants, for what is computed from them."""
+"""Make results of `slimspec bench acceptance` with given rates, for tests of what is computed from them."""
 
 from vllm_slimspec.measure.results import AcceptanceResults, AcceptanceRow
 

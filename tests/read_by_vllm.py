@@ -1,4 +1,4 @@
-"""A drafter's config.json, read by the code with which vLLM reads it."""
+"""Read a drafter's config.json with vLLM's own code."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 
 def config_of(config: dict[str, Any], folder: Path) -> Any:
-    """The object that vLLM's draft model gets as its ``hf_config``."""
+    """Return the object that vLLM's draft model gets as its ``hf_config``."""
     from vllm.transformers_utils.config import get_config
     from vllm.transformers_utils.configs.eagle import EAGLEConfig
     from vllm.transformers_utils.configs.speculators import SpeculatorsConfig
@@ -23,7 +23,7 @@ def config_of(config: dict[str, Any], folder: Path) -> Any:
 
 
 def angles(config: Any, family: str) -> torch.Tensor:
-    """The cos/sin table of the drafter's layers, [positions, rotary dimension]."""
+    """Return the cos/sin table of the drafter's layers, [positions, rotary dimension]."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import get_rope
     from vllm.transformers_utils.config import set_default_rope_theta

@@ -61,7 +61,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What the target alone says: ids, text, and at each place the log-probabilities of its five best tokens."""
+    """The target's own answer: ids, text, and at each place the log-probabilities of its five best tokens."""
 
     ids: list[int]
     text: str
@@ -71,7 +71,7 @@ class Answer:
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """Counts of what the clients saw."""
 
     requests: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
@@ -81,7 +81,7 @@ class Tally:
 
 
 class Memory(BaseModel):
-    """Resident bytes of a process under load, in MB."""
+    """Resident memory of a process under load, in MB."""
 
     start: float
     end: float
@@ -89,7 +89,7 @@ class Memory(BaseModel):
 
 
 class Soak(Results):
-    """One run."""
+    """The results of one run."""
 
     kind: str = "soak"
     seconds: float
@@ -109,7 +109,7 @@ class Soak(Results):
 
 
 def make_prompts(seeds: list[list[int]], seed: int = 0) -> list[list[int]]:
-    """Prompts of 1 to LONGEST_PROMPT tokens out of pieces of the given ones; a third begin alike."""
+    """Make prompts of 1 to LONGEST_PROMPT tokens out of pieces of the given ones; a third begin alike."""
     rng = random.Random(seed)
 
     def text(length: int) -> list[int]:
@@ -154,7 +154,7 @@ async def reference(server: Server, prompts: list[list[int]]) -> list[Answer]:
 
 
 def compare(tally: Tally, kind: str, expected: Answer, ids: list[int], text: str | None, words: list[str]) -> None:
-    """Count an answer: the target's own, different at a near tie, or wrong."""
+    """Count an answer as the target's own, different at a near tie, or wrong."""
     tally.requests[kind] += 1
     tally.tokens += len(ids)
     place = next((i for i, (a, b) in enumerate(zip(expected.ids, ids, strict=False)) if a != b), None)
@@ -260,13 +260,13 @@ async def load(
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all that it started."""
+    """Return a process and all that it started."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
 
 
 def counters(server: Server) -> dict[str, float]:
-    """The server's own numbers, summed over their labels."""
+    """Return the server's own counters, summed over their labels."""
     text = httpx.get(f"{server.url}/metrics", timeout=30).raise_for_status().text
     totals: Counter[str] = Counter()
     for metric in text_string_to_metric_families(text):
@@ -276,7 +276,7 @@ def counters(server: Server) -> dict[str, float]:
 
 
 def drained(server: Server, patience: float = 30) -> int:
-    """Requests that the server still has, once those are gone that were hung up on."""
+    """Return how many requests the server still has, after waiting for it to drop those whose clients hung up."""
     deadline = time.monotonic() + patience
     while (
         left := int(counters(server)["vllm:num_requests_running"] + counters(server)["vllm:num_requests_waiting"])
@@ -288,14 +288,14 @@ def drained(server: Server, patience: float = 30) -> int:
 
 
 def line(samples: list[tuple[float, float]]) -> float:
-    """The slope of a straight line through the second half."""
+    """Return the slope of a straight line through the second half of the points."""
     late = torch.tensor(samples[len(samples) // 2 :], dtype=torch.float64)
     x, y = late.T - late.mean(0)[:, None]
     return float((x * y).sum() / (x * x).sum())
 
 
 def soak(target: Path, drafter: Path, seeds: list[list[int]], seconds: float, work: Path) -> Soak:
-    """Reference, load, comparison; see the head of this file."""
+    """Run the reference, the load and the comparison; see the top of this file."""
     prompts = make_prompts(seeds)
     with Server(target, OPTIONS, log=work / "alone.log", env=ENVIRONMENT) as server:
         answers = asyncio.run(reference(server, prompts))
@@ -336,13 +336,13 @@ def soak(target: Path, drafter: Path, seeds: list[list[int]], seconds: float, wo
 
 
 def growth(result: Soak, name: str) -> float:
-    """MB a minute that a process grows by, more than it does under the target alone."""
+    """Return the MB a minute that a process grows by, minus its growth under the target alone."""
     alone = result.memory_alone[name].slope_per_minute if name in result.memory_alone else 0.0
     return result.memory[name].slope_per_minute - max(alone, 0.0)
 
 
 def failures(result: Soak) -> list[str]:
-    """What must not be, in words."""
+    """Return in words every condition of a good run that this one breaks."""
     return [
         words
         for bad, words in (
@@ -368,7 +368,7 @@ def failures(result: Soak) -> list[str]:
 
 
 def pair_in(folder: Path) -> tuple[Path, Path, list[list[int]]]:
-    """The trained pair of the engine tests in a folder of its own; made if it is not there."""
+    """Return the trained pair of the engine tests in a folder of its own, which is made if it is not there."""
     prompts = folder / "prompts.pt"
     if not prompts.is_file():
         from pairs import make_pair

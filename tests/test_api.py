@@ -1,4 +1,4 @@
-"""The example of docs/api.md runs, and the page names what is public."""
+"""docs/api.md: its example runs, and it names everything that is public."""
 
 import re
 from pathlib import Path
@@ -8,14 +8,14 @@ from vllm_slimspec import errors, ops
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "api.md").read_text()
 
 
-def test_the_example_of_the_page_runs():
-    """Catches: an example that a reader copies and that fails."""
+def test_example_of_docs_api_runs():
+    """Catches: an example in docs/api.md that fails when a reader copies it."""
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     exec(compile(example, "docs/api.md", "exec"), {})
 
 
-def test_the_page_names_every_public_operation_and_error():
-    """Catches: a public name that nobody can find."""
+def test_docs_api_names_every_public_operation_and_error():
+    """Catches: a public operation or error that docs/api.md does not mention, so that nobody can find it."""
     internal = {
         "PackedFactor",
         "reduce_pairs",

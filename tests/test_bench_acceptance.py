@@ -41,8 +41,9 @@ def drafted(*tokens):
         ([7, 2, 3], (1, 0, 2.9)),
     ],
 )
-def test_first_differences_are_judged(first, expected):
-    """Catches: rounding taken for a fault, a fault taken for rounding, a text judged after it went another way."""
+def test_first_difference_is_judged_rounding_or_fault(first, expected):
+    """Catches: a rounding difference taken for a fault, a fault taken for rounding, or tokens judged after the first
+    difference."""
     found = compare.compare(ALONE, drafted(first, [4, 5, 6]))
     assert (found.equal, found.near_ties) == expected[:2]
     assert found.largest_gap == pytest.approx(expected[2])
@@ -54,8 +55,8 @@ def _row(equal, near_ties, cycles=2):
     )
 
 
-def test_a_changed_answer_ends_the_run():
-    """Catches: a table of acceptance lengths of drafts that changed what the target says."""
+def test_acceptance_run_fails_when_a_draft_changed_an_answer():
+    """Catches: acceptance lengths printed for drafts that changed what the target says."""
     compare._check(_row(1, 1), "float32")
     compare._check(_row(None, None), "float32")
     compare._check(_row(0, 0), "bfloat16")  # where rounding may pass any tie
@@ -65,15 +66,16 @@ def test_a_changed_answer_ends_the_run():
         compare._check(_row(1, 0), "float32")
 
 
-def test_histogram_is_what_the_counters_say():
-    """Catches: positions counted from the wrong end, cycles without an accepted draft forgotten."""
+def test_histogram_follows_from_vllms_counters():
+    """Catches: draft positions counted from the wrong end, or cycles without an accepted draft left out."""
     found = answers._of_histogram([4, 3, 2, 1])  # 10 cycles: 4 accepted none, 3 one, 2 two, 1 all three
     assert found == Acceptance(10, 10, (6, 3, 1))
     assert found.length == 2.0
 
 
-def test_interval_holds_the_truth():
-    """Catches: an interval of single prompts instead of means, of another level, or that moves from run to run."""
+def test_interval_covers_the_true_mean():
+    """Catches: an interval of single prompts instead of their mean, of another level, or that changes from run to
+    run."""
     import numpy as np
 
     values = np.random.default_rng(1).normal(3, 1, size=400)
@@ -97,7 +99,7 @@ QUESTION = Question(
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Processes that would have been started: what each one does is given."""
+    """The processes that would have been started; what each of them returns is prescribed."""
     started = []
 
     def run(arguments, log, tick):
@@ -116,7 +118,7 @@ def engines(monkeypatch):
 
 
 def test_an_answered_question_is_not_asked_again(engines, tmp_path):
-    """Catches: hours lost with a killed run; and answers of other prompts taken for these."""
+    """Catches: hours of answers lost when a run is killed, or answers to other prompts taken for these."""
     file = tmp_path / "a.json"
     assert ask(QUESTION, file) == ask(QUESTION, file)
     assert len(engines) == 1
@@ -127,8 +129,8 @@ def test_an_answered_question_is_not_asked_again(engines, tmp_path):
     assert not list(tmp_path.glob("*.question"))
 
 
-def test_a_drafter_that_changed_is_asked_again(engines, tmp_path):
-    """Catches: the acceptance length of yesterday's weights."""
+def test_question_is_asked_again_when_the_drafter_changed(engines, tmp_path):
+    """Catches: an acceptance length of a drafter's earlier weights reported for its new ones."""
     drafter = tmp_path / "drafter"
     drafter.mkdir()
     (drafter / "model.safetensors").write_bytes(b"1")
@@ -170,8 +172,9 @@ def test_a_drafter_that_changed_is_asked_again(engines, tmp_path):
         ),
     ],
 )
-def test_benchmarks_become_prompts(benchmark, line, question, tmp_path):
-    """Catches: the answer in the prompt, a gzipped file read as text, prompts that `bench acceptance` refuses."""
+def test_benchmark_files_become_prompt_files(benchmark, line, question, tmp_path):
+    """Catches: an answer left in its prompt, a gzipped file read as text, or prompts that `bench acceptance`
+    refuses."""
     from vllm_slimspec.engine.prompts import read_prompts
 
     source, made = tmp_path / "source", tmp_path / "made" / "prompts.jsonl"
@@ -193,8 +196,8 @@ def test_benchmarks_become_prompts(benchmark, line, question, tmp_path):
         ("{", "line 2 is not one of mt-bench's own file"),
     ],
 )
-def test_another_file_is_refused(line, message, tmp_path):
-    """Catches: a traceback, or a prompt file that ends where the mistake is."""
+def test_line_of_another_format_is_refused_and_nothing_is_written(line, message, tmp_path):
+    """Catches: a traceback, or a prompt file that silently stops at the line with the mistake."""
     (tmp_path / "f").write_text('{"turns": ["a"]}\n' + line)
     command = ["prompts", str(tmp_path / "f"), "--from", "mt-bench", "--output-path", str(tmp_path / "out.jsonl")]
     run = CliRunner().invoke(app, command)
@@ -214,8 +217,8 @@ def test_another_file_is_refused(line, message, tmp_path):
         (["--drafter", "a=nowhere"], 1, "error: t: no such folder"),
     ],
 )
-def test_wrong_usage(arguments, code, message, monkeypatch):
-    """Catches: an engine started, minutes spent, before a mistake in the command is found."""
+def test_wrong_option_is_refused_before_an_engine_starts(arguments, code, message, monkeypatch):
+    """Catches: an engine started, and minutes spent, before a mistake in the command line is found."""
     import torch
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)

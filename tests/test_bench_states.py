@@ -33,8 +33,8 @@ HIDDEN = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("vocab", [V, V // 2])
 @pytest.mark.parametrize("rows", [None, "own", "target"])
-def test_stored_head_drafts_what_the_served_operations_draft(vocab, rows, target, tmp_path):
-    """Catches: a table of heads that are not the heads that are served."""
+def test_stored_head_drafts_as_the_served_operations_do(vocab, rows, target, tmp_path):
+    """Catches: a table that scores other heads than those that are served."""
     tensors = drafters.tensors(vocab)
     down, up = tensors[DOWN], tensors[UP]
     ids = torch.arange(vocab) * (V // vocab)
@@ -56,7 +56,8 @@ def test_stored_head_drafts_what_the_served_operations_draft(vocab, rows, target
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantized_head_is_read_with_its_scales(kind, target, tmp_path):
-    """Catches: integers taken for weights, or the float factors measured under the name of the quantized ones."""
+    """Catches: stored integers taken for weights, or the float factors measured under the name of the quantized
+    ones."""
     drafter = drafters.write(tmp_path / "float", drafters.config(lm_head_rank=32), drafters.tensors(rank=32))
     quantized = convert(Options(str(drafter), tmp_path / kind, quantize=kind, force=True)).checkpoint.path
     stored = ops.quantize_up(drafters.tensors(rank=32)[UP], kind, 32 if kind == "int4" else None)
@@ -66,8 +67,8 @@ def test_quantized_head_is_read_with_its_scales(kind, target, tmp_path):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_dense_head_is_the_drafters_or_the_targets(own, target, tmp_path):
-    """Catches: the target's head measured in the place of a drafter's, or a drafter without a head refused."""
+def test_dense_head_is_the_drafters_own_or_else_the_targets(own, target, tmp_path):
+    """Catches: the target's head measured in the place of the drafter's own, or a drafter without a head refused."""
     tensors = drafters.dense(drafters.tensors())
     config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
     kept = tensors if own else {name: t for name, t in tensors.items() if name != DENSE}
@@ -76,8 +77,9 @@ def test_dense_head_is_the_drafters_or_the_targets(own, target, tmp_path):
     torch.testing.assert_close(head.logits(HIDDEN), HIDDEN @ rows.T)
 
 
-def test_bodies_are_told_by_everything_but_their_heads(target, tmp_path):
-    """Catches: states of another body under a head, and an engine for each conversion of one drafter."""
+def test_drafters_that_differ_only_in_their_head_share_a_body(target, tmp_path):
+    """Catches: a head scored on the states of another drafter's body, or one engine run for each conversion of one
+    drafter."""
     dense = drafters.dense(drafters.tensors())
     config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
     one = drafters.write(tmp_path / "dense", config, dense)
@@ -100,9 +102,9 @@ def states_of_an_answer():
     return Document(0, tokens, 2), rows
 
 
-def test_walk_is_that_of_the_cycles():
-    """Catches: a draft at one position counted though an earlier one was refused, or a K that starts its cycles where
-    another K does."""
+def test_walk_stops_each_cycle_at_the_first_refused_draft():
+    """Catches: a draft counted although an earlier one of its cycle was refused, or cycles of one K that start where
+    those of another K do."""
     document, rows = states_of_an_answer()
     head = DraftHead((torch.eye(4) * 50,), torch.arange(4))
     p = torch.full((6, 10), 0.1)
@@ -113,7 +115,7 @@ def test_walk_is_that_of_the_cycles():
 
 
 def test_overlap_is_of_the_targets_probabilities_at_the_same_place():
-    """Catches: an overlap with the distribution of the next place, and tokens without a row that count as drafted."""
+    """Catches: an overlap with the distribution of the next place, or tokens without a row that count as drafted."""
     document, rows = states_of_an_answer()
     p = torch.zeros(6, 10)
     p[torch.arange(6), torch.tensor(document.tokens[2:])] = 1.0  # the target is sure of its own tokens
@@ -124,15 +126,16 @@ def test_overlap_is_of_the_targets_probabilities_at_the_same_place():
     assert score(elsewhere, rows, document, p, [2]).overlap[:, 0] == pytest.approx([0, 0])
 
 
-def test_share_of_accepted_drafts_leaves_the_constant_token_out():
-    """Catches: a ratio of lengths, behind whose constant 1 a head that accepts half as much keeps three quarters."""
+def test_share_of_accepted_drafts_leaves_the_targets_own_token_out():
+    """Catches: heads compared by acceptance lengths, which hold one token of the target's own: a head with half of the
+    accepted drafts then looks three quarters as good."""
     full, half = np.array([[10, 10]] * 4), np.array([[10, 5]] * 4)
     share = accepted_share(half, full)
     assert (share.value, share.low, share.high) == (0.5, 0.5, 0.5)
 
 
-def test_scoring_again_needs_the_rows_of_a_dense_full_head(target, tmp_path):
-    """Catches: heads that are left out of the table without a word, or scored by rows of another vocabulary."""
+def test_rerank_without_a_dense_full_head_is_refused(target, tmp_path):
+    """Catches: re-ranking heads silently left out of the table, or scored by rows of another vocabulary."""
     slim = drafters.write(tmp_path / "slim", drafters.config(), drafters.tensors())
     config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
     dense = drafters.write(tmp_path / "dense", config, drafters.dense(drafters.tensors()))

@@ -1,4 +1,5 @@
-"""A drafter's body: every tensor that its config.json asks for, of its shape, and nothing else, or one line."""
+"""A drafter's body: it holds every tensor that its config.json asks for, in its shape, and no other, or is refused in
+one line."""
 
 from collections.abc import Callable
 from typing import Any
@@ -138,8 +139,9 @@ BAD = [
 
 @pytest.mark.parametrize("head", ["low-rank", "dense"])
 @pytest.mark.parametrize(("spoil", "config", "words"), BAD)
-def test_a_body_that_is_not_the_tables_is_refused(tmp_path, head, spoil, config, words):
-    """Catches: a layer served from whatever was in memory, a bias that vLLM drops, an AssertionError without a word."""
+def test_body_with_a_missing_extra_or_misshapen_tensor_is_refused(tmp_path, head, spoil, config, words):
+    """Catches: a layer served from whatever was in memory, a bias that vLLM drops, or an AssertionError without a
+    message."""
     tensors = drafters.tensors() if head == "low-rank" else drafters.dense(drafters.tensors())
     spoil(tensors)
     named = {} if head == "low-rank" else {"lm_head_rank": None, "architectures": ["LlamaForCausalLMEagle3"]}
@@ -160,8 +162,8 @@ def test_a_body_that_is_not_the_tables_is_refused(tmp_path, head, spoil, config,
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["doctor", "--drafter"], ["convert"]])
-def test_the_commands_refuse_it_in_one_line(tmp_path, command):
-    """Catches: one command that does not look, or says so in a traceback."""
+def test_every_command_refuses_a_bad_body_in_one_line(tmp_path, command):
+    """Catches: a command that does not check the drafter's body, or that reports it by a traceback."""
     tensors = drafters.dense(drafters.tensors())
     tensors["midlayer.mlp.up_proj.bias"] = torch.ones(FF)
     config = drafters.config(lm_head_rank=None, architectures=["LlamaForCausalLMEagle3"])
@@ -174,8 +176,8 @@ def test_the_commands_refuse_it_in_one_line(tmp_path, command):
     )
 
 
-def test_shapes_that_vllm_takes_whole(tmp_path):
-    """Catches: fused projections refused, which vLLM reads."""
+def test_fused_projections_are_accepted(tmp_path):
+    """Catches: a drafter refused because its projections are stored fused, which vLLM can read."""
     tensors = drafters.tensors()
     parts = [tensors.pop(f"midlayer.self_attn.{name}_proj.weight") for name in "qkv"]
     tensors["midlayer.self_attn.qkv_proj.weight"] = torch.cat(parts)
@@ -188,8 +190,9 @@ def test_shapes_that_vllm_takes_whole(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["midlayer.", "layers.0."])
-def test_what_public_folders_hold_beside_the_drafter(tmp_path, prefix):
-    """Catches: a sound drafter refused for a mask, a buffer or a copy of the target's weights; or these converted."""
+def test_extra_tensors_of_public_folders_are_ignored_and_not_converted(tmp_path, prefix):
+    """Catches: a sound drafter refused for a mask, a buffer or a copy of the target's weights in its folder, or these
+    converted too."""
     beside = {
         "t2d": torch.ones(V, dtype=torch.bool),
         f"{prefix}self_attn.rotary_emb.inv_freq": torch.full((HEAD_DIM // 2,), torch.inf),
@@ -203,8 +206,8 @@ def test_what_public_folders_hold_beside_the_drafter(tmp_path, prefix):
     assert not beside.keys() & drafter.body.keys()
 
 
-def test_layers_after_the_first(tmp_path):
-    """Catches: the first layer's width asked of the others, or a norm that they do not read."""
+def test_later_layers_have_the_plain_width_and_no_hidden_norm(tmp_path):
+    """Catches: the first layer's double width, or its additional norm, asked of the layers after it."""
     config = drafters.config(num_hidden_layers=2)
     body = {name: torch.rand(shape.sizes) for name, shape in Body(flatten(config), LLAMA, "c").table()}
     assert body["layers.1.self_attn.q_proj.weight"].shape == (Q, D)
@@ -214,8 +217,8 @@ def test_layers_after_the_first(tmp_path):
         DraftCheckpoint.open(drafters.write(tmp_path / name, config, body | head | more))
 
 
-def test_a_drafter_of_a_family_that_is_not_known_is_vllms(tmp_path):
-    """Catches: a drafter refused by a table that was not made for it, in a command that only describes it."""
+def test_body_of_an_unknown_family_is_not_checked(tmp_path):
+    """Catches: a drafter of a family that this package does not know, refused by a command that only describes it."""
     config = drafters.config(architectures=["Eagle3DeepseekV2ForCausalLM"], lm_head_rank=None)
     tensors = drafters.dense(drafters.tensors()) | {"midlayer.self_attn.kv_a_proj.weight": torch.ones(R)}
     folder = drafters.write(tmp_path / "d", config, tensors)

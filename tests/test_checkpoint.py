@@ -1,4 +1,4 @@
-"""What a drafter folder may be, and the one line that each wrong one gets."""
+"""Which drafter folders are accepted, and the one line of error for each wrong one."""
 
 import json
 import os
@@ -25,15 +25,16 @@ def _open(folder: Path) -> DraftCheckpoint:
 
 
 class TestAccepted:
-    def test_own_format(self, tmp_path):
-        """Catches: sizes read from the wrong key."""
+    def test_slimspec_folder_is_described_with_its_sizes(self, tmp_path):
+        """Catches: rank or vocabulary of our own format read from the wrong key."""
         spec = _open(drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())).spec
         assert (spec.hidden_size, spec.rank, spec.draft_vocab_size) == (D, R, V)
         assert not spec.truncated
         assert spec.parameters == R * (D + V)
 
-    def test_torchspec_unmodified(self, tmp_path):
-        """Catches: TorchSpec's folder (stock architecture, a divisor, no draft_vocab_size) taken for a dense one."""
+    def test_torchspec_folder_is_described_as_low_rank(self, tmp_path):
+        """Catches: TorchSpec's folder (stock architecture, a rank divisor, no draft_vocab_size) taken for a dense
+        drafter."""
         config = drafters.config(
             architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None, lm_head_rank_divisor=8, draft_vocab_size=None
         )
@@ -41,30 +42,30 @@ class TestAccepted:
         assert checkpoint.format == "torchspec"
         assert checkpoint.spec.rank == D // 8
 
-    def test_divisor_that_does_not_divide(self, tmp_path):
-        """Catches: rounding where TorchSpec floors (64 // 9 = 7)."""
+    def test_rank_divisor_that_does_not_divide_rounds_down(self, tmp_path):
+        """Catches: a rank that is rounded up where TorchSpec rounds down (64 // 9 = 7)."""
         config = drafters.config(lm_head_rank=None, lm_head_rank_divisor=9)
         assert _open(drafters.write(tmp_path / "d", config, drafters.tensors(rank=7))).spec.rank == 7
 
-    def test_truncated(self, tmp_path):
-        """Catches: the map left out of the checks."""
+    def test_truncated_drafter_is_described_and_its_map_is_checked(self, tmp_path):
+        """Catches: a truncated drafter opened without a look at its vocabulary map."""
         checkpoint = _open(drafters.write(tmp_path / "d", drafters.config(draft_vocab_size=32), drafters.tensors(32)))
         assert checkpoint.spec.truncated
 
-    def test_identity_map(self, tmp_path):
-        """Catches: SpecForge's all-zero d2t of a full vocabulary refused."""
+    def test_all_zero_map_of_a_full_vocabulary_is_accepted(self, tmp_path):
+        """Catches: SpecForge's all-zero d2t of a full vocabulary refused as a wrong map."""
         tensors = drafters.tensors() | {"d2t": torch.zeros(V, dtype=torch.int64), "t2d": torch.ones(V).bool()}
         assert not _open(drafters.write(tmp_path / "d", drafters.config(), tensors)).spec.truncated
 
-    def test_speculators(self):
-        """Catches: keys in transformer_layer_config not found."""
+    def test_speculators_folder_is_described_by_its_nested_keys(self):
+        """Catches: keys that speculators nests in transformer_layer_config not found."""
         layer = drafters.config(architectures=None)
         config = {"speculators_model_type": "eagle3", "speculators_config": {}, "transformer_layer_config": layer}
         assert is_low_rank(config)
         assert head_spec(flatten(config | {"draft_vocab_size": 32})).draft_vocab_size == 32
 
-    def test_dense_drafter_is_described_not_claimed(self, tmp_path):
-        """Catches: a stock drafter treated as ours."""
+    def test_dense_drafter_is_described_without_a_low_rank_head(self, tmp_path):
+        """Catches: a stock drafter treated as a SlimSpec one."""
         config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
         assert _open(drafters.write(tmp_path / "d", config, drafters.dense(drafters.tensors()))).spec is None
 
@@ -76,29 +77,30 @@ class TestAccepted:
             ("int4", torch.zeros(V, R // 2, dtype=torch.uint8)),
         ],
     )
-    def test_quantized(self, tmp_path, kind, stored):
-        """Catches: a stored form refused, or counted by the bytes of the model dtype."""
+    def test_stored_quantized_head_is_described_with_its_bytes(self, tmp_path, kind, stored):
+        """Catches: a quantized form on disk refused, or its bytes counted as if it were in the model's dtype."""
         tensors = drafters.tensors() | {UP: stored, "lm_head.up.scale": torch.ones(V, 1)}
         checkpoint = _open(drafters.write(tmp_path / "d", drafters.config(lm_head_quantization=kind), tensors))
         assert checkpoint.spec.quantization == kind
         assert checkpoint.head_bytes == 4 * R * D + stored.numel() + 4 * V
         assert checkpoint.dense_bytes == 4 * V * D
 
-    def test_quantized_at_load(self, tmp_path):
-        """Catches: an up in floats refused where config.json asks for quantization."""
+    def test_float_head_with_quantization_at_load_is_accepted(self, tmp_path):
+        """Catches: factors in floats refused where config.json asks for quantization at load."""
         config = drafters.config(lm_head_quantization="int8")
         assert _open(drafters.write(tmp_path / "d", config, drafters.tensors())).spec.quantization == "int8"
 
     @pytest.mark.parametrize("rows", [None, "target"])
-    def test_rerank(self, tmp_path, rows):
-        """Catches: the dense rows of a re-ranking head taken for a second head, or missed where the target has them."""
+    def test_dense_rows_of_a_reranking_head_are_described(self, tmp_path, rows):
+        """Catches: the dense rows of a re-ranking head taken for a second head, or called missing where the target has
+        them."""
         tensors = drafters.tensors() | ({} if rows else {"lm_head.weight": torch.zeros(V, D)})
         config = drafters.config(lm_head_rerank=16, lm_head_rerank_rows=rows)
         spec = _open(drafters.write(tmp_path / "d", config, tensors)).spec
         assert (spec.rerank, spec.rerank_rows) == (16, rows or "own")
 
-    def test_sharded(self, tmp_path):
-        """Catches: only the first file of an index read."""
+    def test_every_file_of_an_index_is_read(self, tmp_path):
+        """Catches: only the first weight file of a sharded drafter read."""
         folder = drafters.write(tmp_path / "d", drafters.config(), {})
         tensors = drafters.tensors()
         (folder / "model.safetensors").unlink()
@@ -221,7 +223,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("spoil", "words"), BAD)
-def test_refused(tmp_path, spoil, words):
+def test_bad_drafter_is_refused_with_its_file_and_key(tmp_path, spoil, words):
     """Catches: a bad drafter that loads, or an error that does not say which key of which file to mend."""
     config, tensors = spoil(drafters.config(), drafters.tensors())
     folder = drafters.write(tmp_path / "drafter", {k: v for k, v in config.items() if v is not None}, tensors)
@@ -240,8 +242,8 @@ def test_refused(tmp_path, spoil, words):
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 )
-def test_count_not_finite_counts_each_number(dtype):
-    """Catches: NaN or Inf that hides behind others, in a later piece, or in a type that has no arithmetic."""
+def test_count_not_finite_counts_every_nan_and_infinity(dtype):
+    """Catches: a NaN or infinity overlooked beside others, in a later piece, or in a type that has no arithmetic."""
     tensor = torch.ones(3, 1_000_001).to(dtype)
     assert count_not_finite(tensor) == 0
     tensor[0, 5] = tensor[2, 1_000_000] = torch.nan
@@ -254,8 +256,8 @@ def test_count_not_finite_counts_each_number(dtype):
 class TestSizes:
     @pytest.mark.parametrize("keys", [{}, {"num_aux_layers": 4}, {"num_aux_hidden_states": 4}])
     @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-    def test_four_aux_layers(self, tmp_path, family, keys):
-        """Catches: fc sized by other keys than those that vLLM's class of the family looks at."""
+    def test_width_of_fc_follows_the_number_of_aux_layers(self, tmp_path, family, keys):
+        """Catches: fc sized by other keys than those that vLLM's class of the family reads."""
         ids, tensors = [0, 1, 2, 3], drafters.tensors(family=family.lower()) | {"fc.weight": torch.zeros(D, 4 * D)}
         architectures = [f"SlimSpec{family}ForCausalLMEagle3"]
         config = drafters.config(architectures=architectures, eagle_aux_hidden_state_layer_ids=ids, **keys)
@@ -268,8 +270,8 @@ class TestSizes:
             with pytest.raises(CheckpointError, match=r"fc.weight has shape .*; add num_aux_hidden_states=4"):
                 _open(folder)
 
-    def test_aux_layers_of_eagle_config(self, tmp_path):
-        """Catches: layers named below eagle_config counted, and not looked at."""
+    def test_aux_layers_below_eagle_config_are_checked(self, tmp_path):
+        """Catches: aux layers named below eagle_config that are counted, but whose ids are not checked."""
         config = drafters.config(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 9]})
         del config["eagle_aux_hidden_state_layer_ids"]
         checkpoint = _open(drafters.write(tmp_path / "d", config, drafters.tensors()))
@@ -277,8 +279,9 @@ class TestSizes:
             checkpoint.check_sizes(D, 4, "t")
 
     @pytest.mark.parametrize(("width", "words"), [(2 * D, None), (None, f"add target_hidden_size={2 * D}")])
-    def test_wider_target(self, tmp_path, width, words):
-        """Catches: a drafter narrower than its target that vLLM cannot load, or such a one refused that it can."""
+    def test_drafter_narrower_than_its_target_is_accepted_where_vllm_loads_it(self, tmp_path, width, words):
+        """Catches: a drafter narrower than its target that is accepted although vLLM cannot load it, or refused
+        although it can."""
         tensors = {"fc.weight": torch.zeros(D, 6 * D), "embed_tokens.weight": torch.zeros(V, D)}
         config = drafters.config(target_hidden_size=width)
         folder = drafters.write(tmp_path / "d", config, drafters.tensors() | tensors)
@@ -296,24 +299,24 @@ class TestRefusedFiles:
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    def test_no_folder(self, tmp_path):
-        """Catches: a traceback, or a hub that is asked for a mistyped path."""
+    def test_missing_folder_is_refused_in_one_line(self, tmp_path):
+        """Catches: a traceback for a mistyped path, or a hub that is asked for it."""
         assert "no such folder" in self._error(tmp_path / "none")
 
-    def test_no_config(self, tmp_path):
-        """Catches: weights that are taken for a drafter of default sizes."""
+    def test_folder_without_a_config_is_refused(self, tmp_path):
+        """Catches: weights without a config.json taken for a drafter of default sizes."""
         folder = drafters.write(tmp_path / "d", {}, drafters.tensors())
         (folder / "config.json").unlink()
         assert "config.json" in self._error(folder)
 
-    def test_config_not_json(self, tmp_path):
-        """Catches: a traceback of the JSON parser, without the file it read."""
+    def test_config_that_is_not_json_is_refused_by_its_name(self, tmp_path):
+        """Catches: a traceback of the JSON parser that does not name the file."""
         folder = drafters.write(tmp_path / "d", {}, drafters.tensors())
         (folder / "config.json").write_text("{")
         assert "not valid JSON" in self._error(folder)
 
-    def test_pickle(self, tmp_path):
-        """Catches: a .bin opened, which can run code, instead of the command that converts it."""
+    def test_pickled_weights_are_refused_with_a_command_that_converts_them(self, tmp_path):
+        """Catches: a .bin file opened, which can run code, where an error should give the command that converts it."""
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         (folder / "model.safetensors").unlink()
         torch.save(drafters.tensors(), folder / "pytorch_model.bin")
@@ -321,8 +324,8 @@ class TestRefusedFiles:
         assert "pytorch_model.bin" in message
         assert "weights_only=True" in message
 
-    def test_the_command_for_a_pickle_works(self, tmp_path):
-        """Catches: a cure in an error message that was never run."""
+    def test_command_given_for_pickled_weights_works(self, tmp_path):
+        """Catches: an error message whose command does not convert the pickled weights."""
         import shlex
         import subprocess
         import sys
@@ -334,34 +337,34 @@ class TestRefusedFiles:
         subprocess.run([sys.executable, *command[1:]], cwd=folder, check=True)
         assert _open(folder).spec.rank == R
 
-    def test_no_weights(self, tmp_path):
-        """Catches: a drafter that is refused only when its first tensor is wanted."""
+    def test_folder_without_weights_is_refused_when_opened(self, tmp_path):
+        """Catches: a drafter without weights that is refused only when its first tensor is wanted."""
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         (folder / "model.safetensors").unlink()
         assert "no .safetensors" in self._error(folder)
 
     @pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
-    def test_truncated_file(self, tmp_path, keep):
-        """Catches: a half-copied file read as far as it goes."""
+    def test_truncated_weight_file_is_refused(self, tmp_path, keep):
+        """Catches: a half-copied weight file read as far as it goes."""
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         file = folder / "model.safetensors"
         os.truncate(file, keep)
         assert "model.safetensors" in self._error(folder)
 
-    def test_index_leaving_the_folder(self, tmp_path):
+    def test_index_that_names_a_file_outside_the_folder_is_refused(self, tmp_path):
         """Catches: path traversal through an index file."""
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         index = {"weight_map": {UP: "../other/model.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         assert "../other" in self._error(folder)
 
-    def test_target_given_for_drafter(self, tmp_path):
+    def test_target_given_as_a_drafter_is_refused(self, tmp_path):
         """Catches: a whole language model described as a drafter."""
         config = drafters.config(architectures=["LlamaForCausalLM"], lm_head_rank=None)
         tensors = {"model.layers.0.mlp.down_proj.weight": torch.zeros(4, 4), "lm_head.weight": torch.zeros(V, D)}
         assert "no EAGLE-3 drafter" in self._error(drafters.write(tmp_path / "d", config, tensors))
 
-    def test_other_target(self, tmp_path):
+    def test_drafter_of_another_vocabulary_than_the_targets_is_refused(self, tmp_path):
         """Catches: a drafter for another vocabulary, whose ids would mean other tokens."""
         checkpoint = _open(drafters.write(tmp_path / "d", drafters.config(), drafters.tensors()))
         with pytest.raises(CheckpointError, match=f"vocab_size={V} but the target big has 512"):
@@ -369,7 +372,7 @@ class TestRefusedFiles:
 
 
 class TestWrite:
-    def test_round_trip(self, tmp_path):
+    def test_written_drafter_is_read_back_unchanged(self, tmp_path):
         """Catches: a tensor changed, or provenance lost, on the way to disk."""
         tensors = drafters.tensors()
         written = write_checkpoint(tmp_path / "out", drafters.config(), tensors, {"command": "x"})
@@ -377,15 +380,15 @@ class TestWrite:
             assert torch.equal(written.load(name), tensor)
         assert json.loads((tmp_path / "out" / "slimspec.json").read_text()) == {"command": "x"}
 
-    def test_refused_checkpoint_leaves_nothing(self, tmp_path):
+    def test_refused_checkpoint_leaves_no_folder(self, tmp_path):
         """Catches: a half-written folder that a later run takes for a drafter."""
         bad = drafters.tensors() | {UP: torch.full((V, R), torch.nan)}
         with pytest.raises(CheckpointError, match="NaN"):
             write_checkpoint(tmp_path / "out", drafters.config(), bad, {})
         assert list(tmp_path.iterdir()) == []
 
-    def test_taken_folder(self, tmp_path):
-        """Catches: somebody's files overwritten."""
+    def test_existing_folder_is_not_overwritten(self, tmp_path):
+        """Catches: somebody's files overwritten by a new drafter."""
         (tmp_path / "file").write_text("mine")
         with pytest.raises(OutputError, match="not an empty folder"):
             write_checkpoint(tmp_path, drafters.config(), drafters.tensors(), {})
@@ -393,8 +396,8 @@ class TestWrite:
 
 
 class TestInspect:
-    def test_json(self, tmp_path):
-        """Catches: bytes that are not those of the files."""
+    def test_inspect_json_states_the_bytes_of_the_files(self, tmp_path):
+        """Catches: byte counts in `slimspec inspect --json` that are not those of the files."""
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         result = CliRunner().invoke(app, ["inspect", str(folder), "--json"])
         assert result.exit_code == 0
@@ -403,7 +406,7 @@ class TestInspect:
         assert report["head_bytes"] == 4 * R * (D + V)
         assert report["dense_bytes"] == 4 * V * D
 
-    def test_table_names_the_saving(self, tmp_path):
+    def test_inspect_table_states_the_saving_in_served_bytes(self, tmp_path):
         """Catches: a saving computed from other bytes than those that are served."""
         folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
         result = CliRunner().invoke(app, ["inspect", str(folder)])

@@ -1,4 +1,4 @@
-"""What vLLM reads of a drafter's config.json is the same before and after a conversion, in both layouts."""
+"""vLLM reads the same from a drafter's config.json before and after a conversion, in both layouts."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ def _tensors(config: dict[str, Any], family: str) -> dict[str, torch.Tensor]:
 
 
 def _read(config: Any, family: str) -> dict[str, Any]:
-    """What vLLM's draft model takes from its config."""
+    """Return what vLLM's draft model takes from its config."""
     found = {key: getattr(config, key, silent) for key, silent in READ.items()}
     heads = config.num_attention_heads
     found["rope_parameters"] = {k: v for k, v in (found["rope_parameters"] or {}).items() if k != "type"}
@@ -109,8 +109,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("keys", "family", "layout"), CASES)
-def test_conversion_keeps_what_vllm_reads(tmp_path, keys, family, layout):
-    """Catches: a key lost, moved to where nobody reads it, or left to a default that the other layout does not have."""
+def test_conversion_keeps_every_key_that_vllm_reads(tmp_path, keys, family, layout):
+    """Catches: a key lost in a conversion, moved to where nobody reads it, or left to a default that the other layout
+    does not have."""
     config = _source(KEYS[keys], family, layout)
     before = _read(config_of(config, tmp_path / "before"), family)
     drafter = Drafter.open(drafters.write(tmp_path / "drafter", config, _tensors(config, family)))
@@ -121,8 +122,9 @@ def test_conversion_keeps_what_vllm_reads(tmp_path, keys, family, layout):
         assert _read(config_of(written, tmp_path / name), family) == before, name
 
 
-def test_keys_of_the_layer_do_not_stand_in_for_those_of_the_top(tmp_path):
-    """Catches: a norm read from the layer of a speculators config, where vLLM reads its own default from the top."""
+def test_norm_key_of_the_nested_layer_is_not_read_for_the_top_level_one(tmp_path):
+    """Catches: a norm setting read from the nested layer of a speculators config, where vLLM uses its default for the
+    top level."""
     config = _source({}, "llama", "speculators")
     config["transformer_layer_config"] |= {"norm_before_residual": False, "draft_vocab_size": 32, "fc_norm": True}
     del config["draft_vocab_size"]
@@ -166,8 +168,8 @@ def _speculators(kind: str | None) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("head", ["dense", "low-rank"])
-def test_another_algorithm_is_refused_by_its_name(tmp_path, head, changes, words):
-    """Catches: a drafter of another kind that is described, converted or served as a step-by-step EAGLE-3 one."""
+def test_drafter_of_another_algorithm_is_refused_by_its_name(tmp_path, head, changes, words):
+    """Catches: a drafter of another algorithm that is described, converted or served as a step-by-step EAGLE-3 one."""
     config = drafters.config(lm_head_rank=8 if head == "low-rank" else None) | changes
     tensors = drafters.tensors() if head == "low-rank" else drafters.dense(drafters.tensors())
     folder = drafters.write(tmp_path / "d", config, tensors)
@@ -178,7 +180,7 @@ def test_another_algorithm_is_refused_by_its_name(tmp_path, head, changes, words
         assert "; " in str(error.value)
 
 
-def test_a_tensor_of_parallel_drafting_is_enough(tmp_path):
+def test_drafter_with_a_parallel_drafting_tensor_is_refused(tmp_path):
     """Catches: a P-EAGLE drafter whose config.json does not say so, made into a step-by-step one."""
     tensors = drafters.tensors() | {"mask_hidden": torch.zeros(1, 3 * D)}
     folder = drafters.write(tmp_path / "d", drafters.config(), tensors)
@@ -186,7 +188,8 @@ def test_a_tensor_of_parallel_drafting_is_enough(tmp_path):
         DraftCheckpoint.open(folder)
 
 
-def test_drafting_step_by_step_is_no_parallel_drafting(tmp_path):
-    """Catches: an EAGLE-3 drafter refused for a key that says false, or for the 3 in its name."""
+def test_step_by_step_drafter_is_not_taken_for_a_parallel_one(tmp_path):
+    """Catches: an EAGLE-3 drafter refused because a key for parallel drafting is there and false, or for the 3 in its
+    name."""
     config = drafters.config(parallel_drafting=False)
     assert DraftCheckpoint.open(drafters.write(tmp_path / "d", config, drafters.tensors())).spec is not None

@@ -1,4 +1,4 @@
-"""What ends a command ends it with one line that names the cure, whoever raised it."""
+"""Whatever error ends a command, the user sees one line that says what to do about it."""
 
 import errno
 import os
@@ -73,7 +73,7 @@ def chained(outer: Exception, inner: Exception) -> Exception:
     ids=lambda case: type(case).__name__ if isinstance(case, Exception) else "",
 )
 def test_any_error_is_one_line_with_its_cure(error, words):
-    """Catches: a traceback, a bare errno, an empty message, "copy it again" where memory ran out."""
+    """Catches: a traceback, a bare errno, an empty message, or the advice "copy it again" where memory ran out."""
     line = console.describe(raised(error))
     assert "\n" not in line
     for word in words:
@@ -84,8 +84,8 @@ def test_any_error_is_one_line_with_its_cure(error, words):
         file.unlink()
 
 
-def test_error_without_room_for_its_log_is_one_line(monkeypatch):
-    """Catches: a second error in the place of the first one, where the disk is full."""
+def test_error_on_a_full_disk_is_one_line(monkeypatch):
+    """Catches: a second error printed instead of the first one, because a full disk has no room for the log."""
     monkeypatch.setattr(
         console.tempfile, "NamedTemporaryFile", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full"))
     )
@@ -101,8 +101,8 @@ def inspect_with(monkeypatch, error: BaseException, *arguments: str):
 
 
 @pytest.mark.parametrize("arguments", [("--verbose", "inspect", "d"), ("inspect", "d", "--verbose"), ("inspect", "d")])
-def test_traceback_is_printed_on_verbose_only(arguments, monkeypatch):
-    """Catches: a traceback for everybody, or none for who asks for it before or behind the command."""
+def test_traceback_is_printed_with_verbose_only(arguments, monkeypatch):
+    """Catches: a traceback printed for everybody, or not printed with --verbose before or behind the command's name."""
     monkeypatch.setattr(console, "verbose", False)  # put back afterwards
     found = inspect_with(monkeypatch, TypeError("unsupported"), *arguments)
     assert found.exit_code == 1
@@ -113,13 +113,13 @@ def test_traceback_is_printed_on_verbose_only(arguments, monkeypatch):
 
 
 def test_interrupt_is_one_line(monkeypatch):
-    """Catches: a traceback or the exit code of an error for a command that the user stopped."""
+    """Catches: a traceback, or the exit code of an error, for a command that the user stopped."""
     found = inspect_with(monkeypatch, KeyboardInterrupt(), "inspect", "d")
     assert (found.exit_code, found.stderr) == (130, "interrupted\n")
 
 
 def test_termination_lets_a_command_shut_down_its_engine(tmp_path):
-    """Catches: SIGTERM that ends the command alone, and leaves an engine that computes on without it."""
+    """Catches: a SIGTERM that ends the command but leaves its engine process running."""
     code = """if True:
         import signal
         from vllm_slimspec.common.console import one_line_errors
@@ -137,15 +137,16 @@ def test_termination_lets_a_command_shut_down_its_engine(tmp_path):
     assert (process.returncode, output, errors) == (143, "engine shut down\n", "terminated\n")
 
 
-def test_wrong_usage_stays_wrong_usage(monkeypatch):
-    """Catches: exit code 1 for a command that was not understood."""
+def test_usage_error_keeps_exit_code_2(monkeypatch):
+    """Catches: exit code 1 for a command line that was not understood."""
     assert inspect_with(monkeypatch, typer.BadParameter("no"), "inspect", "d").exit_code == 2
     assert CliRunner().invoke(app, ["inspect"]).exit_code == 2
     assert CliRunner().invoke(app, ["no-such-command"]).exit_code == 2
 
 
 def test_bench_is_found_behind_verbose(monkeypatch, capsys):
-    """Catches: "no such command" because the option stands where the command was looked for."""
+    """Catches: "no such command" for `slimspec --verbose bench`, because the first argument was taken for the
+    command."""
     monkeypatch.setattr(console, "verbose", False)  # put back afterwards
     monkeypatch.setattr(sys, "argv", ["slimspec", "--verbose", "bench", "rivals"])
     with pytest.raises(SystemExit) as ended:
@@ -179,7 +180,7 @@ for command in (["inspect"], ["convert", "--output-path", f"{folder}.out"]):
 """
 
 
-def test_memory_limit_is_one_line(tmp_path, injected):
+def test_checkpoint_that_memory_cannot_hold_is_refused_in_one_line(tmp_path, injected):
     """Catches: a traceback, or a whole checkpoint called broken, because there is no memory to map it."""
     done = subprocess.run(
         [sys.executable, "-c", UNDER_A_LIMIT, str(tmp_path / "d")],
@@ -205,6 +206,6 @@ def test_memory_limit_is_one_line(tmp_path, injected):
         (-11, "was ended by SIGSEGV"),
     ],
 )
-def test_end_of_a_process_is_said_in_words(code, words):
-    """Catches: "code -9", which tells nobody that memory ran out."""
+def test_exit_code_of_a_process_is_put_into_words(code, words):
+    """Catches: a message such as "code -9", which tells nobody that memory ran out."""
     assert how_it_ended(code) == words

@@ -13,19 +13,19 @@ CONTRACTS = {file.stem: json.loads(file.read_text()) for file in contract.CONTRA
 
 
 @pytest.mark.parametrize("version", sorted(CONTRACTS))
-def test_interfaces(version):
+def test_supported_vllm_has_every_interface(version):
     """Catches: a symbol, parameter or field used here that a supported vLLM does not have."""
     assert contract.missing(CONTRACTS[version]) == []
     assert CONTRACTS[version]["vllm"] == version
 
 
-def test_ends_of_the_supported_range():
-    """Catches: OLDEST or NEWEST moved without a look at that version."""
+def test_oldest_and_newest_supported_vllm_have_a_contract():
+    """Catches: OLDEST or NEWEST moved to a version whose interfaces nobody has recorded."""
     assert {str(compat.OLDEST), str(compat.NEWEST)} <= set(CONTRACTS)
 
 
-def test_installed_version():
-    """Catches: a contract that the sources do not have; here they can be compared."""
+def test_contract_of_the_installed_vllm_matches_its_sources():
+    """Catches: a recorded contract that differs from the sources of that vLLM."""
     import vllm
 
     version = vllm.__version__.split("+")[0]
@@ -36,8 +36,8 @@ def test_installed_version():
 
 
 @pytest.mark.parametrize("name", contract.RELIED_ON)
-def test_what_is_missing_is_said(name):
-    """Catches: a check that would pass whatever a version has."""
+def test_missing_interface_is_reported(name):
+    """Catches: a check of interfaces that passes whatever a version has."""
     broken = copy.deepcopy(next(iter(CONTRACTS.values())))
     broken["symbols"][name] = None
     assert contract.missing(broken) == [f"{name} is missing"]
@@ -47,16 +47,16 @@ def test_what_is_missing_is_said(name):
 
 
 @pytest.mark.parametrize("what", contract.READ_WITHOUT_A_STRIDE)
-def test_a_kernel_line_that_is_gone_is_said(what):
-    """Catches: a version whose kernels read drafts in another way, taken for one that was looked at."""
+def test_missing_kernel_line_is_reported(what):
+    """Catches: a version whose kernels read drafts in another way, taken for one that was checked."""
     broken = copy.deepcopy(next(iter(CONTRACTS.values())))
     broken["read_without_a_stride"][what] = []
     line = contract.READ_WITHOUT_A_STRIDE[what]
     assert contract.missing(broken) == [f"V2 has no line {line}, which reads {what}"]
 
 
-def test_names_are_read_from_source():
-    """Catches: a symbol found by its name alone, wherever it stands."""
+def test_symbol_is_looked_up_in_its_own_scope():
+    """Catches: a symbol accepted because another one, somewhere else in the source, has its name."""
     files = {
         "vllm/m/__init__.py": "from .n import *\nif True:\n    from x import g\n",
         "vllm/m/n.py": "class A:\n    x: int = 1\n    def f(self, a, *, b): self.y = 1\n",

@@ -1,4 +1,4 @@
-"""Conversion from end to end, without an engine: every public form in, a checked folder or one line out."""
+"""Conversion from end to end, without an engine: every public format gives a checked folder or one line of error."""
 
 import json
 from dataclasses import replace
@@ -43,12 +43,12 @@ def write_target(folder: Path, head: torch.Tensor, **config) -> Path:
 
 
 def _of_a_target(width: int) -> dict[str, torch.Tensor]:
-    """What a drafter has in another shape, or at all, whose target is of another width."""
+    """Return the tensors that a drafter needs, or needs in another shape, for a target of another width."""
     return {"fc.weight": torch.randn(D, 3 * width), "embed_tokens.weight": torch.randn(V, D)}
 
 
 def write_head_states(folder: Path, documents: int = 20, length: int = 12, hidden_size: int = D, **columns) -> Path:
-    """States of ``documents`` answers with a cycle from every place; by default with no column but ``hidden``."""
+    """Write states of ``documents`` answers with a cycle from every place; by default only the column ``hidden``."""
     folder.mkdir()
     n = documents * length * K
     hidden = torch.randn(n, hidden_size, generator=torch.Generator().manual_seed(5))
@@ -58,7 +58,7 @@ def write_head_states(folder: Path, documents: int = 20, length: int = 12, hidde
 
 
 def columns(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, documents: int = 20, length: int = 12):
-    """doc, step, pos, and a target that wants what the dense head drafts, but for every seventh token."""
+    """Return doc, step, pos, and next tokens of a target that follows the dense head except at every seventh token."""
     step = torch.arange(K).repeat(documents * length)
     start = torch.arange(length).repeat_interleave(K).repeat(documents)
     wanted = ids[(hidden @ head.T).argmax(-1)]
@@ -72,7 +72,7 @@ def columns(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, documen
 
 
 def form(name: str, folder: Path) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    """A drafter whose head has rank R, in one of the public forms -> (folder, head [V, D], target ids [V])."""
+    """Write a drafter with a head of rank R, in one of the public formats -> (folder, head [V, D], target ids [V])."""
     vocab = V if name in ("specforge-full", "no-head", "torchspec", "slimspec", "speculators-full") else TRUNCATED
     tensors = drafters.tensors(vocab)
     dense = drafters.dense(tensors)
@@ -106,14 +106,14 @@ FORMS = ("eagle", "specforge", "specforge-full", "speculators", "speculators-ful
 
 @pytest.fixture
 def full_head():
-    """A head of rank R for the target's whole vocabulary; the forms' own is a part of the first one's rows."""
+    """A head of rank R for the target's whole vocabulary; the heads that `form` writes are parts of it."""
     return drafters.dense(drafters.tensors())[DENSE]
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("name", FORMS)
-def test_a_head_of_rank_r_stays_what_it_was(name, weighted, tmp_path, full_head):
-    """Catches: a form that is read wrongly in any way: the head, its map, or the body."""
+def test_head_that_has_rank_r_is_converted_without_loss(name, weighted, tmp_path, full_head):
+    """Catches: a public format that is read wrongly in any way: its head, its map, or its body."""
     source, head, ids = form(name, tmp_path / "source")
     target = write_target(tmp_path / "target", full_head)
     states = write_head_states(tmp_path / "states")
@@ -141,8 +141,8 @@ def test_a_head_of_rank_r_stays_what_it_was(name, weighted, tmp_path, full_head)
 
 
 @pytest.mark.parametrize("name", ["torchspec", "slimspec"])
-def test_low_rank_passes_through(name, tmp_path):
-    """Catches: factors that were trained, replaced by a factorization of their product."""
+def test_low_rank_drafter_keeps_its_trained_factors(name, tmp_path):
+    """Catches: trained factors replaced by a factorization of their product."""
     source, _, _ = form(name, tmp_path / "source")
     if name == "slimspec":  # at a rank that is not the default
         source = drafters.write(tmp_path / "other", drafters.config(lm_head_rank=5), drafters.tensors(rank=5))
@@ -151,8 +151,8 @@ def test_low_rank_passes_through(name, tmp_path):
         assert torch.equal(done.checkpoint.load(tensor), DraftCheckpoint.open(source).load(tensor))
 
 
-def test_speculators_config_is_what_vllm_makes_of_it(tmp_path):
-    """Catches: a norm that vLLM assumes, or a rope that it reads from a nested key, lost on the way."""
+def test_speculators_config_is_converted_as_vllm_reads_it(tmp_path):
+    """Catches: a norm that vLLM assumes, or a rope that it reads from a nested key, lost in the conversion."""
     source, _, _ = form("speculators", tmp_path / "source")
     config = convert(Options(str(source), tmp_path / "out", rank=R)).checkpoint.config
     assert config["norm_before_residual"] is True
@@ -162,8 +162,8 @@ def test_speculators_config_is_what_vllm_makes_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_full_vocabulary_from_the_targets_rows(tmp_path, full_head, tied):
-    """Catches: equality assumed instead of tested, or rows taken from the wrong ids."""
+def test_full_vocabulary_takes_equal_rows_from_the_target(tmp_path, full_head, tied):
+    """Catches: rows of drafter and target assumed to be equal instead of compared, or taken from the wrong ids."""
     source, _, ids = form("specforge", tmp_path / "source")
     checkpoint = DraftCheckpoint.open(source)
     tensors = {n: checkpoint.load(n) for n in checkpoint.tensors} | {DENSE: full_head[ids].contiguous()}
@@ -176,8 +176,9 @@ def test_full_vocabulary_from_the_targets_rows(tmp_path, full_head, tied):
     assert done.evaluation.heads["low-rank"].top1 == 1.0
 
 
-def test_a_silent_config_is_tied_where_there_is_no_head(tmp_path, full_head):
-    """Catches: targets refused whose class, and not whose config.json, says that embeddings and head are one."""
+def test_target_without_a_head_or_a_word_about_it_is_tied(tmp_path, full_head):
+    """Catches: a target refused because only its class, and not its config.json, says that embeddings and head are
+    one."""
     target = write_target(tmp_path / "target", full_head, tie_word_embeddings=True)
     config = json.loads((target / "config.json").read_text())
     del config["tie_word_embeddings"]
@@ -189,8 +190,9 @@ def test_a_silent_config_is_tied_where_there_is_no_head(tmp_path, full_head):
 
 
 @pytest.mark.parametrize("kind", ["quantized", "packed", "pickle", "torn", "index", "map"])
-def test_a_target_whose_head_cannot_be_read(kind, tmp_path, full_head, caplog):
-    """Catches: --target as an obstacle to a drafter with a head of its own; a traceback where the rows are needed."""
+def test_unreadable_head_of_a_target_matters_only_where_it_is_needed(kind, tmp_path, full_head, caplog):
+    """Catches: a target's unreadable head that stops a drafter with a head of its own, or a traceback where the
+    target's rows are needed."""
     target = write_target(tmp_path / "target", full_head)
     weights, index = target / "model.safetensors", target / "model.safetensors.index.json"
     match kind:
@@ -215,8 +217,9 @@ def test_a_target_whose_head_cannot_be_read(kind, tmp_path, full_head, caplog):
     assert "\n" not in str(error.value)
 
 
-def test_full_vocabulary_by_a_map(tmp_path):
-    """Catches: a map that is fitted wrongly, or rows of the drafter's own that it overwrites."""
+def test_full_vocabulary_from_a_target_of_another_width_is_fitted(tmp_path):
+    """Catches: a linear map from the target's rows that is fitted wrongly, or rows of the drafter's own that it
+    overwrites."""
     torch.manual_seed(0)
     target_head, linear = torch.randn(V, 12), torch.randn(12, D)
     source, _, ids = form("specforge", tmp_path / "source")
@@ -232,8 +235,9 @@ def test_full_vocabulary_by_a_map(tmp_path):
     assert torch.equal(drafter.head[ids], own)
 
 
-def test_a_map_is_not_judged_by_the_mean_of_all_rows(tmp_path, caplog):
-    """Catches: noise beside a large common row, which any map explains; a residual that nobody is told."""
+def test_residual_of_a_fitted_map_leaves_the_mean_row_out(tmp_path, caplog):
+    """Catches: a fitted map that looks good because it explains the mean of all rows, or whose residual is not
+    printed."""
     torch.manual_seed(0)
     source, _, _ = form("specforge", tmp_path / "source")
     checkpoint = DraftCheckpoint.open(source)
@@ -246,8 +250,9 @@ def test_a_map_is_not_judged_by_the_mean_of_all_rows(tmp_path, caplog):
     assert "least-squares map, residual" in caplog.text
 
 
-def test_bytes_of_a_mixture_are_those_of_the_experts_that_are_read(tmp_path, full_head):
-    """Catches: a mixture of experts taken for one of them, or for all, which predicts a speedup of another model."""
+def test_bytes_of_a_mixture_of_experts_count_the_experts_read(tmp_path, full_head):
+    """Catches: a mixture of experts counted as one expert or as all of them, which predicts the speedup of another
+    model."""
     dense = Target.open(write_target(tmp_path / "dense", full_head, intermediate_size=32))
     mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     moe = Target.open(write_target(tmp_path / "moe", full_head, **mixture))
@@ -256,7 +261,7 @@ def test_bytes_of_a_mixture_are_those_of_the_experts_that_are_read(tmp_path, ful
 
 
 @pytest.mark.parametrize("key", ["eagle_aux_hidden_state_layer_ids", "layer_ids"])  # of runner V1, of V2
-def test_layers_are_those_that_vllm_reads(key, tmp_path):
+def test_aux_layers_are_read_from_the_keys_that_vllm_reads(key, tmp_path):
     """Catches: joint training on other layers than the drafter is served with, where only eagle_config names them."""
     named = {"eagle_config": {key: [0, 2, 3]}, "eagle_aux_hidden_state_layer_ids": None}
     config = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None, **named)
@@ -264,8 +269,8 @@ def test_layers_are_those_that_vllm_reads(key, tmp_path):
     assert Drafter.open(source).config["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]
 
 
-def test_a_map_that_explains_nothing_is_refused(tmp_path):
-    """Catches: a full vocabulary made of noise, or refused after hours of calibration."""
+def test_fitted_map_that_explains_nothing_is_refused_early(tmp_path):
+    """Catches: a full vocabulary made of noise, or refused only after hours of calibration."""
     source, _, _ = form("specforge", tmp_path / "source")
     target = write_target(tmp_path / "target", torch.randn(V, D))
     options = Options(str(source), tmp_path / "out", str(target), vocab="full", calibration=tmp_path / "no such file")
@@ -273,8 +278,8 @@ def test_a_map_that_explains_nothing_is_refused(tmp_path):
         convert(options)
 
 
-def test_truncation_by_frequencies(tmp_path):
-    """Catches: rows and map that do not belong together."""
+def test_truncation_by_frequencies_keeps_rows_and_map_together(tmp_path):
+    """Catches: rows of a truncated head that do not belong to the ids in its map."""
     source, head, ids = form("specforge", tmp_path / "source")
     (tmp_path / "counts.json").write_text(json.dumps({str(int(ids[i])): 100 - i for i in (5, 3, 60)}))
     options = Options(str(source), tmp_path / "out", rank=3, vocab="3", frequencies=tmp_path / "counts.json")
@@ -283,9 +288,9 @@ def test_truncation_by_frequencies(tmp_path):
     torch.testing.assert_close(checkpoint.load(UP) @ checkpoint.load(DOWN), head[[3, 5, 60]], rtol=1e-3, atol=1e-4)
 
 
-def test_a_text_begins_and_ends_in_any_vocabulary(tmp_path, full_head):
-    """Catches: a drafter that can never draft the end of a text; a count of other files or other places; ties that go
-    to rare ids."""
+def test_truncated_vocabulary_keeps_begin_and_end_of_text(tmp_path, full_head):
+    """Catches: a drafter that can never draft the end of a text, tokens counted in other files or places, or ties that
+    go to rare ids."""
     target = write_target(tmp_path / "target", full_head, bos_token_id=100)
     (target / "generation_config.json").write_text('{"eos_token_id": [90, 9]}')  # 9 has no row in the drafter
     source, _, _ = form("specforge", tmp_path / "source")
@@ -296,8 +301,9 @@ def test_a_text_begins_and_ends_in_any_vocabulary(tmp_path, full_head):
     assert kept.tolist() == [0, 6, 40, 90, 100]  # 41 has no row either
 
 
-def test_text_is_counted_by_the_targets_tokenizer(tmp_path, full_head):
-    """Catches: a corpus counted in other ids than the target's; messages without their template; a long text cut."""
+def test_corpus_is_counted_with_the_targets_tokenizer_and_template(tmp_path, full_head):
+    """Catches: a corpus counted in other ids than the target's, messages without their chat template, or a long text
+    cut off."""
     target = write_target(tmp_path / "target", full_head)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -314,8 +320,9 @@ def test_text_is_counted_by_the_targets_tokenizer(tmp_path, full_head):
     assert {i: int(n) for i, n in enumerate(counts) if n} == {4: 5000, 6: 2, 7: 2, 9: 4}
 
 
-def test_the_targets_answers_say_which_tokens_stay(tmp_path):
-    """Catches: held-out answers that decide what they measure; a token counted once for each draft step."""
+def test_recorded_answers_outside_the_held_out_ones_choose_the_vocabulary(tmp_path):
+    """Catches: held-out answers that choose the vocabulary by which they are measured, or a token counted once for each
+    draft step."""
     source, _, ids = form("specforge", tmp_path / "source")
     hidden = torch.randn(20 * 12 * K, D, generator=torch.Generator().manual_seed(5))
     states = columns(hidden, torch.randn(TRUNCATED, D), ids)
@@ -329,8 +336,8 @@ def test_the_targets_answers_say_which_tokens_stay(tmp_path):
     assert (checkpoint.load("d2t") + torch.arange(3)).tolist() == [20, 22, 24]
 
 
-def test_distillation_knows_the_targets_tokens_by_their_draft_ids(tmp_path, monkeypatch):
-    """Catches: target ids taken for rows of a truncated head, and states of a larger vocabulary as a traceback."""
+def test_distillation_of_a_truncated_head_uses_draft_ids(tmp_path, monkeypatch):
+    """Catches: target ids taken for rows of a truncated head, or a traceback for states of a larger vocabulary."""
     source, head, ids = form("specforge", tmp_path / "source")
     hidden = torch.randn(20 * 12 * K, D, generator=torch.Generator().manual_seed(5))
     known = columns(hidden, head, ids)
@@ -356,8 +363,8 @@ def test_distillation_knows_the_targets_tokens_by_their_draft_ids(tmp_path, monk
         convert(replace(options, output=tmp_path / "out2", hidden_states=larger))
 
 
-def test_a_distillation_goes_on_for_the_same_tokens_only(tmp_path):
-    """Catches: rows of one vocabulary that are taken for those of another of the same size."""
+def test_distillation_is_not_resumed_for_another_vocabulary(tmp_path):
+    """Catches: half-distilled rows taken over for another vocabulary of the same size."""
     source, _, ids = form("specforge", tmp_path / "source")
     states = write_head_states(tmp_path / "states")
     for name in ("a", "b", "a"):
@@ -369,8 +376,8 @@ def test_a_distillation_goes_on_for_the_same_tokens_only(tmp_path):
     assert len(list(options.run.glob("distill-*.pt"))) == 2
 
 
-def test_a_dense_head_to_compare_with(tmp_path, full_head):
-    """Catches: a truncated drafter that EAGLE's tools or vLLM read otherwise than it was measured."""
+def test_truncated_dense_drafter_is_written_for_comparison(tmp_path, full_head):
+    """Catches: a truncated dense drafter that EAGLE's tools or vLLM read otherwise than it was measured."""
     source, head, ids = form("speculators", tmp_path / "source")
     (tmp_path / "counts.json").write_text(json.dumps({str(int(ids[i])): i for i in (5, 3, 60, 7)}))
     options = Options(
@@ -393,8 +400,8 @@ def test_a_dense_head_to_compare_with(tmp_path, full_head):
 
 
 @pytest.mark.parametrize("head", ["dense", "low-rank"])
-def test_what_truncation_loses_is_measured(head, tmp_path):
-    """Catches: a truncated head compared with itself, which it always agrees with."""
+def test_truncated_head_is_measured_against_the_full_head(head, tmp_path):
+    """Catches: a truncated head compared with itself, with which it always agrees."""
     source, dense, ids = form("specforge", tmp_path / "source")
     (tmp_path / "counts.json").write_text(json.dumps({str(int(i)): 1 for i in ids[:32]}))
     states = write_head_states(tmp_path / "states")
@@ -423,8 +430,9 @@ def test_what_truncation_loses_is_measured(head, tmp_path):
         convert(Options(**{**vars(options), "force": False, "output": tmp_path / "refused"}))
 
 
-def test_rerank_keeps_the_rows_or_says_whose_they_are(tmp_path, full_head):
-    """Catches: a gigabyte written for nothing, or the target's rows named where they are not the drafter's."""
+def test_rerank_stores_the_rows_unless_they_are_the_targets(tmp_path, full_head):
+    """Catches: a gigabyte of rows written for nothing, or the target's rows named where the drafter's differ from
+    them."""
     target = write_target(tmp_path / "target", full_head)
     own, head, _ = form("specforge", tmp_path / "own")
     shared, _, _ = form("no-head", tmp_path / "shared")
@@ -441,8 +449,8 @@ def test_rerank_keeps_the_rows_or_says_whose_they_are(tmp_path, full_head):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
-def test_quantized_up(kind, tmp_path):
-    """Catches: a quantized factor that is measured as another one than is written."""
+def test_quantized_head_is_measured_as_it_is_written(kind, tmp_path):
+    """Catches: a quantized factor that is measured in floats, and not as it is written."""
     source, _, _ = form("specforge", tmp_path / "source")
     states = write_head_states(tmp_path / "states")
     done = convert(Options(str(source), tmp_path / "out", rank=R, quantize=kind, hidden_states=states, force=True))
@@ -452,7 +460,7 @@ def test_quantized_up(kind, tmp_path):
 
 @pytest.fixture
 def lossy(tmp_path):
-    """A full-rank head, states with a target's tokens: at a low rank it cannot keep its promise."""
+    """A dense drafter with a head of full rank, and states of its target: a low rank loses much of its acceptance."""
     torch.manual_seed(0)
     tensors = drafters.dense(drafters.tensors(TRUNCATED)) | {DENSE: torch.randn(TRUNCATED, D)}
     ids = tensors["d2t"] + torch.arange(TRUNCATED)
@@ -462,8 +470,8 @@ def lossy(tmp_path):
     return drafters.write(tmp_path / "lossy", config, tensors), states
 
 
-def test_a_loss_is_refused_with_the_option_that_mends_it(lossy, tmp_path):
-    """Catches: a drafter written that nobody would want, or advice that does not work."""
+def test_conversion_that_loses_too_much_is_refused_with_a_cure(lossy, tmp_path):
+    """Catches: a drafter written that accepts too little to be of use, or an error whose advice does not work."""
     source, states = lossy
     options = Options(str(source), tmp_path / "out", rank=24, hidden_states=states)
     words = r"loses \d+.\d% \(\d+.\d% to \d+.\d%\) of acceptance length.*--rerank 8 loses \d"
@@ -477,8 +485,9 @@ def test_a_loss_is_refused_with_the_option_that_mends_it(lossy, tmp_path):
     assert forced.outcome.loss > 0.03
 
 
-def test_states_of_another_drafter_are_told(lossy, tmp_path, caplog):
-    """Catches: figures of one drafter printed for another of the same width; a warning about its own states."""
+def test_only_states_of_another_drafter_are_warned_of(lossy, tmp_path, caplog):
+    """Catches: figures measured on the states of another drafter of the same width without a warning, or a warning
+    about its own states."""
     source, states = lossy
     index = {"format": 1, "K": K, "drafter": "other", "drafter_fingerprint": fingerprint(source)}
     for mine in (True, False):
@@ -490,8 +499,9 @@ def test_states_of_another_drafter_are_told(lossy, tmp_path, caplog):
         index["drafter_fingerprint"] = "0"
 
 
-def test_all_held_out_documents_judge_a_head(lossy, tmp_path, monkeypatch):
-    """Catches: a few documents that decide where all could; hours of measuring where the head is large."""
+def test_held_out_documents_are_cut_only_where_measuring_is_costly(lossy, tmp_path, monkeypatch):
+    """Catches: a head judged by a few documents where all could be used, or hours of measuring where the head is
+    large."""
     source, states = lossy
     monkeypatch.setattr(conversion, "_HELD_OUT_STATES", 50)
     work = Conversion.open(Options(str(source), tmp_path / "out", hidden_states=states))
@@ -500,8 +510,8 @@ def test_all_held_out_documents_judge_a_head(lossy, tmp_path, monkeypatch):
     assert len(Conversion.open(work.options)._held_out.doc.unique()) == 1
 
 
-def test_sweep_names_the_fastest(lossy, tmp_path, full_head):
-    """Catches: a table in another order, or lower ranks that are not the best of their rank."""
+def test_sweep_is_sorted_and_names_the_fastest_head(lossy, tmp_path, full_head):
+    """Catches: a sweep table in another order than of speed, or a lower rank that is not the best of its rank."""
     source, states = lossy
     target = write_target(tmp_path / "target", full_head)
     evaluation, outcomes = sweep(Options(str(source), tmp_path / "out", str(target), hidden_states=states), [8, 2, 4])
@@ -512,8 +522,8 @@ def test_sweep_names_the_fastest(lossy, tmp_path, full_head):
     assert evaluation.heads["8"].top1 == pytest.approx(alone.outcome.quality.top1, abs=0.02)
 
 
-def test_sweep_of_trained_factors(tmp_path):
-    """Catches: the first rows of factors that have no order, taken for the best of their rank."""
+def test_sweep_of_trained_factors_factorizes_again_at_each_rank(tmp_path):
+    """Catches: the first rows of trained factors, which have no order, taken for the best ones of a lower rank."""
     torch.manual_seed(0)
     tensors, config = drafters.tensors(rank=16), drafters.config(lm_head_rank=16)
     tensors[DOWN] *= torch.logspace(-3, 0, 16)[:, None]  # the largest come last
@@ -524,8 +534,9 @@ def test_sweep_of_trained_factors(tmp_path):
     assert evaluation.heads["8"].top1 > 0.8
 
 
-def test_the_plot_shows_what_was_measured(lossy, tmp_path, full_head):
-    """Catches: a line through the wrong heads, ranks out of order, a share taken for percent; a file that is no PNG."""
+def test_plot_shows_the_measured_heads(lossy, tmp_path, full_head):
+    """Catches: a line drawn through the wrong heads, ranks out of order, a share drawn as percent, or a file that is no
+    PNG."""
     source, states = lossy
     options = Options(str(source), tmp_path / "out", hidden_states=states)
     _, outcomes = sweep(options, [8, 2, 4])
@@ -546,8 +557,9 @@ def test_the_plot_shows_what_was_measured(lossy, tmp_path, full_head):
     assert len(picture) > 10_000
 
 
-def test_a_target_of_another_width(tmp_path):
-    """Catches: D taken for the target's, anywhere between a drafter that is narrower than its target and its folder."""
+def test_conversion_keeps_the_width_of_a_wider_target(tmp_path):
+    """Catches: the target's width taken for the drafter's, in any step of converting a drafter that is narrower than
+    its target."""
     source, head, _ = form("specforge", tmp_path / "narrow")
     checkpoint = DraftCheckpoint.open(source)
     tensors = {n: checkpoint.load(n) for n in checkpoint.tensors} | _of_a_target(96)
@@ -561,9 +573,9 @@ def test_a_target_of_another_width(tmp_path):
     assert done.outcome.quality.top1 == 1.0
 
 
-def test_a_speculators_config_names_its_target_from_anywhere(tmp_path, full_head, monkeypatch):
-    """Catches: a server that looks for ./target where it was started; a card that links to a folder, or whose command
-    is another one when it is pasted."""
+def test_speculators_config_names_its_target_by_an_absolute_path(tmp_path, full_head, monkeypatch):
+    """Catches: a server that looks for ./target in its own working folder, or a model card whose link or command works
+    in one folder only."""
     source, _, _ = form("specforge", tmp_path / "source")
     target = write_target(tmp_path / "a folder", full_head)
     monkeypatch.chdir(tmp_path)
@@ -578,8 +590,8 @@ def test_a_speculators_config_names_its_target_from_anywhere(tmp_path, full_head
     assert "\nbase_model: org/t\n" in Path("hub", "README.md").read_text()
 
 
-def test_provenance_and_card(lossy, tmp_path, full_head):
-    """Catches: a card that says something else than the checkpoint."""
+def test_model_card_states_what_the_provenance_measured(lossy, tmp_path, full_head):
+    """Catches: a model card that says something else than the checkpoint it lies beside."""
     source, states = lossy
     target = write_target(tmp_path / "target", full_head)
     convert(Options(str(source), tmp_path / "out", str(target), rank=24, rerank=32, hidden_states=states))
@@ -594,8 +606,8 @@ def test_provenance_and_card(lossy, tmp_path, full_head):
     assert {"vllm-slimspec", "torch"} <= provenance["versions"].keys()
 
 
-def test_a_drafter_from_the_hub(tmp_path, monkeypatch):
-    """Catches: weights in pickles downloaded, or a traceback of the hub's client."""
+def test_drafter_from_the_hub_is_downloaded_without_pickles(tmp_path, monkeypatch):
+    """Catches: pickled weights downloaded from the hub, or a traceback of the hub's client."""
     source, head, _ = form("specforge", tmp_path / "source")
     asked = []
 
@@ -629,7 +641,7 @@ def _nan(folder: Path) -> Path:
 
 
 def _bad(case: str, folder: Path) -> list[str]:
-    """The arguments of one mistake."""
+    """Return the arguments of a command with one mistake."""
     full = torch.randn(V, D)
     good, _, _ = form("specforge", folder / "good")
     target = str(write_target(folder / "target", full))
@@ -785,8 +797,8 @@ def test_bad_input_is_one_line_and_writes_nothing(case, message, tmp_path, monke
     assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
-def test_the_command(lossy, tmp_path, full_head):
-    """Catches: flags that do not arrive, and tables that cannot be printed."""
+def test_convert_command_passes_its_flags_on_and_prints_the_sweep(lossy, tmp_path, full_head):
+    """Catches: flags of `slimspec convert` that do not arrive, or tables that cannot be printed."""
     source, states = lossy
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(command)

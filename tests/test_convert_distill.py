@@ -1,4 +1,4 @@
-"""Head-only distillation: better, the same every time, and the same when it was interrupted."""
+"""Distillation of the head alone: it improves the head, by the same numbers every time, interrupted or not."""
 
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ def mean_loss(problem, factors, name):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_it_lowers_its_loss(problem, loss):
+def test_distillation_lowers_its_loss(problem, loss):
     """Catches: a gradient of the wrong sign or size, in any of the losses."""
     dense, factors, train, held_out = problem
     better = distill(dense, factors, train, held_out, Recipe(50, loss, batch=128))
@@ -39,8 +39,8 @@ def test_it_lowers_its_loss(problem, loss):
     assert [f.dtype for f in better] == [f.dtype for f in factors]
 
 
-def test_losses_against_their_formulas():
-    """Catches: p and q swapped; a weight with a gradient of its own."""
+def test_each_loss_equals_its_formula():
+    """Catches: p and q swapped in a loss, or a weight computed otherwise than documented."""
     torch.manual_seed(0)
     exact, ours = torch.randn(2, 3, 11)
     token = torch.tensor([4, -1, 0])
@@ -57,8 +57,9 @@ def test_losses_against_their_formulas():
     torch.testing.assert_close(LOSSES["greedy"](exact, ours, token), (wanted * (wanted.log() - found)).sum(-1))
 
 
-def test_greedy_learns_the_targets_own_tokens(problem):
-    """Catches: tokens of other states or none, and a loss that preserves the dense head's distribution by that name."""
+def test_greedy_loss_learns_the_targets_own_tokens(problem):
+    """Catches: the greedy loss given tokens of other states or none, or learning the dense head's distribution
+    instead."""
     dense, factors, *parts = problem
     train, held_out = (Samples(part.hidden, (part.hidden[:, 0] > 0).long()) for part in parts)
     right = {}
@@ -70,15 +71,15 @@ def test_greedy_learns_the_targets_own_tokens(problem):
     assert right["greedy"] > 0.4
 
 
-def test_what_is_kept_was_never_worse(problem):
-    """Catches: the last factors returned instead of the best."""
+def test_distillation_never_returns_worse_factors_than_it_was_given(problem):
+    """Catches: the last factors of a distillation returned instead of the best."""
     dense, factors, train, held_out = problem
     spoiled = distill(dense, factors, train, held_out, Recipe(50, lr=30.0, batch=64))
     assert mean_loss(problem, spoiled, "greedy") <= mean_loss(problem, factors, "greedy")
 
 
-def test_chunks_change_nothing(problem, monkeypatch):
-    """Catches: a gradient that is a mean over chunks instead of states."""
+def test_chunks_do_not_change_the_distilled_factors(problem, monkeypatch):
+    """Catches: a gradient that is a mean over chunks instead of over states."""
     dense, factors, train, held_out = problem
     whole = distill(dense, factors, train, held_out, Recipe(20, batch=100))
     monkeypatch.setattr(module, "_LOGITS", 30 * V)
@@ -86,8 +87,9 @@ def test_chunks_change_nothing(problem, monkeypatch):
     torch.testing.assert_close(chunked[1] @ chunked[0], whole[1] @ whole[0], rtol=1e-3, atol=1e-3)
 
 
-def test_an_interrupted_run_ends_like_any_other(problem, tmp_path, monkeypatch):
-    """Catches: states drawn again, a schedule or an optimizer that starts anew; and a best that is forgotten."""
+def test_interrupted_distillation_ends_with_the_same_factors(problem, tmp_path, monkeypatch):
+    """Catches: a resumed distillation that draws other states, restarts its schedule or optimizer, or forgets the best
+    factors so far."""
     dense, factors, train, held_out = problem
     whole = distill(dense, factors, train, held_out, Recipe(100, batch=64))
     save, saved = module._save, []
@@ -108,16 +110,16 @@ def test_an_interrupted_run_ends_like_any_other(problem, tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_a_checkpoint_of_another_run_is_refused(problem, tmp_path):
-    """Catches: half of one recipe and half of another."""
+def test_distillation_of_another_recipe_is_not_resumed(problem, tmp_path):
+    """Catches: a distillation that runs half by one recipe and half by another."""
     dense, factors, train, held_out = problem
     distill(dense, factors, train, held_out, Recipe(25, batch=16), tmp_path / "distill.pt")
     with pytest.raises(ValueError, match="of a run with"):
         distill(dense, factors, train, held_out, Recipe(50, batch=16), tmp_path / "distill.pt")
 
 
-def test_a_run_that_breaks_down_says_so(problem):
-    """Catches: NaN factors that are written because nothing was better."""
+def test_distillation_that_reaches_nan_is_an_error(problem):
+    """Catches: NaN factors written because nothing better was found."""
     dense, factors, train, held_out = problem
     with pytest.raises(ValueError, match="broke down at step 25"):
         distill(dense, factors, train, held_out, Recipe(25, lr=1e30))

@@ -1,4 +1,4 @@
-"""Joint distillation: the real trainer goes on from the converted drafter, and hands back the same drafter, trained."""
+"""Joint distillation: the real trainer starts from the converted drafter, and returns the same drafter, trained."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def answers() -> list[Document]:
 
 
 def states_of(folder, documents, hidden_seed=0) -> HeadStates:
-    """Random states of every place of these documents."""
+    """Write random states for every place of these documents."""
     writer = StatesWriter(folder, {"K": K})
     for group, document in enumerate(documents):
         starts = torch.arange(document.prompt + 1, len(document.tokens) - K + 1)
@@ -69,7 +69,7 @@ def states(tmp_path):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The weights that each training starts from."""
+    """The weights from which each training starts."""
     seen = []
     original = SlimSpecTrainer.setup_optimizer
 
@@ -96,8 +96,8 @@ def renamed(name: str) -> str:
     return name.replace("midlayer.", "layers.0.")
 
 
-def test_training_goes_on_from_the_converted_drafter(target, states, tmp_path, started):
-    """Catches: a body, a head or a map that starts anew; one that does not learn; and a run without its last steps."""
+def test_joint_training_starts_from_the_converted_drafter(target, states, tmp_path, started):
+    """Catches: a body, a head or a map that is initialized anew or does not learn, or a run without its last steps."""
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     down, up = factors()
     trained = train_jointly(source, (down, up), str(target), states, RECIPE, tmp_path / "run")
@@ -124,8 +124,8 @@ def test_training_goes_on_from_the_converted_drafter(target, states, tmp_path, s
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["drafter"]
 
 
-def test_embeddings_of_its_own_stay(target, states, tmp_path, started):
-    """Catches: the target's embeddings in their place, in training or in what is written."""
+def test_drafters_own_embeddings_are_kept(target, states, tmp_path, started):
+    """Catches: the drafter's own embeddings replaced by the target's, in training or in the written folder."""
     folder, own = dense_drafter(tmp_path / "source"), torch.randn(V, D)
     checkpoint = DraftCheckpoint.open(folder)
     tensors = {name: checkpoint.load(name) for name in checkpoint.tensors} | {"embed_tokens.weight": own}
@@ -137,7 +137,7 @@ def test_embeddings_of_its_own_stay(target, states, tmp_path, started):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """The first and the last step of each training, and how many an epoch has."""
+    """The first and the last step of each training, and how many steps an epoch has."""
     seen = []
     original = SlimSpecTrainer.run_training
 
@@ -150,8 +150,8 @@ def steps(monkeypatch):
     return seen
 
 
-def test_it_takes_as_many_steps_as_it_is_told(target, states, tmp_path, steps):
-    """Catches: speculators ending an epoch at the last step, and taking one more in every other."""
+def test_joint_training_takes_exactly_the_given_steps(target, states, tmp_path, steps):
+    """Catches: speculators stopping an epoch at the last step and then taking one more step in every other epoch."""
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     for wanted in (2, 11):
         train_jointly(source, factors(), str(target), states, replace(RECIPE, steps=wanted), tmp_path / f"{wanted}")
@@ -159,8 +159,8 @@ def test_it_takes_as_many_steps_as_it_is_told(target, states, tmp_path, steps):
     assert 2 < steps[0][2] < 11  # less than an epoch, and more than one
 
 
-def test_held_out_answers_are_not_learned(target, states, tmp_path, monkeypatch):
-    """Catches: a drafter measured on what it was trained on."""
+def test_joint_training_does_not_learn_held_out_answers(target, states, tmp_path, monkeypatch):
+    """Catches: a drafter measured on answers that it was trained on."""
     from vllm_slimspec.train import states as module
 
     seen = []
@@ -172,9 +172,9 @@ def test_held_out_answers_are_not_learned(target, states, tmp_path, monkeypatch)
     assert seen == [d for d in answers() if d.number % 5]
 
 
-def test_other_documents_to_learn_from(target, states, tmp_path, steps):
-    """Catches: the recorded answers learned all the same; states of layers that the drafter does not look at; states of
-    somebody else put away with the run's own files."""
+def test_joint_training_learns_from_the_given_documents_only(target, states, tmp_path, steps):
+    """Catches: recorded answers learned although other documents were given, states of layers that the drafter does not
+    read, or a user's states removed with the run's own files."""
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     documents = answers() * 3
     for name, layers in (("data", [1, 2, 3]), ("others", [0, 1, 2])):
@@ -190,8 +190,8 @@ def test_other_documents_to_learn_from(target, states, tmp_path, steps):
     assert not (tmp_path / "again").exists()
 
 
-def test_it_goes_on_where_it_was(target, states, tmp_path, monkeypatch, steps):
-    """Catches: a body trained twice over, or from its beginning again; work that is done being done again."""
+def test_interrupted_joint_training_is_resumed(target, states, tmp_path, monkeypatch, steps):
+    """Catches: a body trained twice over or from the beginning again, or finished work that is done again."""
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     recipe = replace(RECIPE, steps=9, flags=FLAGS | {"checkpoint_freq": 0.5})
     whole = train_jointly(source, factors(), str(target), states, recipe, tmp_path / "whole")
@@ -215,8 +215,9 @@ def test_it_goes_on_where_it_was(target, states, tmp_path, monkeypatch, steps):
     assert len(steps) == 2
 
 
-def test_a_body_that_speculators_does_not_have_is_refused(target, states, tmp_path):
-    """Catches: a tensor that is left at random because it has another name or shape, and gigabytes written first."""
+def test_body_that_speculators_cannot_train_is_refused_early(target, states, tmp_path):
+    """Catches: a tensor left at random because speculators names or shapes it otherwise, or a refusal only after
+    gigabytes were written."""
     config, tensors = drafters.config(lm_head_rank=None, architectures=["LlamaForCausalLMEagle3"]), drafters.tensors()
     tensors = drafters.dense(tensors)
     fused = [tensors.pop(f"midlayer.self_attn.{name}_proj.weight") for name in "qkv"]
@@ -228,8 +229,8 @@ def test_a_body_that_speculators_does_not_have_is_refused(target, states, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_common_rows_are_those_of_one_place(tmp_path):
-    """Catches: a draft compared with that of another place, where one of the two was not recorded."""
+def test_drafts_of_two_recordings_are_compared_at_common_places_only(tmp_path):
+    """Catches: a draft compared with that of another place, because one of the two recordings lacks a place."""
     one, other = (torch.tensor(keys) for keys in ([3, 1, 2, 7], [7, 5, 3, 1]))
     rows = [Rows(k[:, None].float(), k // 4, k % 2, k, k) for k in (one, other)]
     a, b = common(*rows)
@@ -237,9 +238,9 @@ def test_common_rows_are_those_of_one_place(tmp_path):
     assert a.hidden[:, 0].tolist() == b.hidden[:, 0].tolist() == [1, 3, 7]
 
 
-def test_a_trained_drafter_is_measured_on_its_own_states(target, states, tmp_path, monkeypatch):
-    """Catches: a trained head measured on states of the old body; a body that is measured and not written; a card that
-    speaks of the old one."""
+def test_jointly_trained_drafter_is_measured_on_its_own_states(target, states, tmp_path, monkeypatch):
+    """Catches: a trained head measured on states of the old body, a body that is measured and not written, or a model
+    card about the old one."""
     recorded = []
 
     def collect_again(name, drafter, documents, folder, *, k, engine, dtype):
@@ -283,8 +284,8 @@ def test_a_trained_drafter_is_measured_on_its_own_states(target, states, tmp_pat
         ({"hidden_states": None}, "need states to learn from"),
     ],
 )
-def test_what_joint_distillation_needs(changes, message, target, states, tmp_path):
-    """Catches: hours of training before the first question."""
+def test_joint_training_without_what_it_needs_is_refused_first(changes, message, target, states, tmp_path):
+    """Catches: hours of training before the command finds that an input is missing."""
     options = Options(
         str(dense_drafter(tmp_path / "source")), tmp_path / "out", str(target), hidden_states=states.path, joint=RECIPE
     )
@@ -292,7 +293,7 @@ def test_what_joint_distillation_needs(changes, message, target, states, tmp_pat
         convert(replace(options, **changes))
 
 
-def test_states_from_elsewhere_have_no_answers(target, tmp_path):
+def test_joint_training_on_states_without_answers_is_refused(target, tmp_path):
     """Catches: a KeyError deep in the reader, after the head was distilled for an hour."""
     (tmp_path / "s").mkdir()
     save_file({"hidden": torch.randn(3000, D)}, tmp_path / "s" / "states-00000.safetensors")

@@ -1,4 +1,4 @@
-"""Whatever is killed at any point of its writing leaves the whole thing or none, and goes on when it is run again."""
+"""A command killed at any point of its writing leaves its whole output or none, and is resumed by a second run."""
 
 import json
 import multiprocessing
@@ -40,7 +40,7 @@ _PRELOAD += [f"vllm_slimspec.convert.{name}" for name in ("cli", "collect", "run
 
 
 class Watch:
-    """Dies at the n-th point, each of which is before or after a call of something that writes."""
+    """Kills the process at its n-th point; points lie before and after each call of something that writes."""
 
     def __init__(self, kill_at: int, log: str) -> None:
         self.kill_at, self.log, self.points = kill_at, log, 0
@@ -76,7 +76,7 @@ def _convert(watch: Watch, options: Options) -> None:
 
 
 class Table:
-    """In the place of a watched engine: its states and answers follow from the documents."""
+    """Stands in for a watched engine: its states and answers follow from the documents."""
 
     def __init__(self, llm=None, k=3) -> None:
         pass
@@ -134,8 +134,8 @@ def run():
     return start
 
 
-def test_killed_anywhere(run, tmp_path, injected):
-    """Catches: a folder that looks like a drafter and is not; a rerun that stumbles over what is left."""
+def test_conversion_killed_at_any_step_leaves_a_whole_drafter_or_none(run, tmp_path, injected):
+    """Catches: half a drafter in the output folder, or a second run that fails over what the killed one left."""
     source, _, _ = form("specforge", tmp_path / "source")
     options = Options(str(source), tmp_path / "out", rank=4, rerank=8)
     log = tmp_path / "log"
@@ -158,8 +158,9 @@ def test_killed_anywhere(run, tmp_path, injected):
     injected("conversion killed while it writes", point)
 
 
-def test_collection_killed_anywhere(run, tmp_path, injected):
-    """Catches: half a file counted as a group, a group that is asked again or left out, an index before its files."""
+def test_collection_killed_at_any_step_is_resumed(run, tmp_path, injected):
+    """Catches: half a file counted as a group, a group that is asked again or left out, or an index written before its
+    files."""
     lines = [json.dumps({"input_ids": [i, i + 1]}) for i in range(20)]  # two groups of at most 16
     for name in ("whole", "out"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -183,8 +184,9 @@ def test_collection_killed_anywhere(run, tmp_path, injected):
     injected("collecting hidden states killed", len(points))
 
 
-def test_a_drafter_that_was_trained_anew_is_another_one(tmp_path):
-    """Catches: the states of yesterday's drafter taken for those of today's, which has its name and its shapes."""
+def test_states_of_a_retrained_drafter_are_not_reused(tmp_path):
+    """Catches: states of a drafter's earlier weights taken for those of its new ones, which have the same name and
+    shapes."""
     (tmp_path / "p.jsonl").write_text('{"input_ids": [1, 2]}')
     weights = {"norm.weight": torch.zeros(4), "fc.weight": torch.zeros(2**20)}
     fakes: dict[str, Any] = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
@@ -200,8 +202,9 @@ def test_a_drafter_that_was_trained_anew_is_another_one(tmp_path):
             module.collect(*names, max_tokens=8)
 
 
-def test_a_part_of_the_prompts_is_of_the_whole_file(tmp_path):
-    """Catches: drafters calibrated and judged on the beginning of a sorted file; documents with another's number."""
+def test_limited_collection_takes_prompts_from_the_whole_file(tmp_path):
+    """Catches: drafters calibrated and judged on the beginning of a sorted file only, or documents recorded under
+    another's number."""
     lines = [json.dumps({"input_ids": [i, i + 1]}) for i in range(90)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     fakes: dict[str, Any] = {"_engine": lambda *_: nullcontext(), "_Watcher": Table, "_answer": Table.answer}
@@ -216,8 +219,8 @@ def test_a_part_of_the_prompts_is_of_the_whole_file(tmp_path):
     assert len({d.number // 16 for d in documents}) == 6
 
 
-def test_distillation_killed_anywhere(run, tmp_path, injected):
-    """Catches: half a checkpoint taken for one; steps done again from the wrong place, or not at all."""
+def test_distillation_killed_at_any_step_is_resumed(run, tmp_path, injected):
+    """Catches: half a checkpoint taken for a whole one, or steps repeated from the wrong place or not at all."""
     log = tmp_path / "log"
     expected = _distill(None, tmp_path / "whole.pt")
     assert run(_distill, -1, log, tmp_path / "child.pt") == 0
@@ -232,7 +235,7 @@ def test_distillation_killed_anywhere(run, tmp_path, injected):
 
 
 def _on_a_full_disk(where: str, answer, folder: Path, source: Path, recorded: Path) -> None:
-    """No file may grow beyond 2000 bytes, which is what a full disk looks like to those who write."""
+    """Let no file grow beyond 2000 bytes, which looks like a full disk to whoever writes."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     app = typer.Typer(pretty_exceptions_enable=False)
@@ -253,9 +256,9 @@ def _on_a_full_disk(where: str, answer, folder: Path, source: Path, recorded: Pa
 
 
 @pytest.mark.parametrize("where", ["drafter", "states", "distillation"])
-def test_a_full_disk_is_one_line(where, tmp_path, injected):
-    """Catches: half a file under the name of a whole one, or left on the full disk; errors of safetensors and torch,
-    which are no OSError, as a traceback."""
+def test_full_disk_is_one_line_and_leaves_no_half_file(where, tmp_path, injected):
+    """Catches: half a file under a whole one's name or left on the full disk, or a traceback for errors of safetensors
+    and torch that are no OSError."""
     source, _, _ = form("specforge", tmp_path / "source")
     recorded = write_head_states(tmp_path / "recorded")
     lines = [json.dumps({"input_ids": [i] * 30}) for i in range(16)]

@@ -1,4 +1,5 @@
-"""Head states on disk, and what follows from them: splits, resuming, the walk of a head through an answer."""
+"""Head states on disk and what is computed from them: splits, resumed collections, and draft-and-verify cycles over an
+answer."""
 
 import json
 import sys
@@ -20,7 +21,7 @@ RECIPE = {"target": "t", "drafter": "d", "K": K}
 
 
 def rows(document: int, places: int = 10, seed: int = 0) -> Rows:
-    """One document with a cycle from each place."""
+    """Return one document with a cycle from each place."""
     torch.manual_seed(seed + document)
     step = torch.arange(K).repeat(places)
     pos = torch.arange(places).repeat_interleave(K) + step
@@ -35,8 +36,8 @@ def collection(folder, documents=10) -> HeadStates:
     return writer.finish()
 
 
-def test_what_is_written_is_read(tmp_path):
-    """Catches: a column of another type, or a row that is in both splits or in none."""
+def test_written_states_are_read_back_unchanged(tmp_path):
+    """Catches: a column read back in another type, or a row that is in both splits or in none."""
     states = collection(tmp_path / "s")
     assert (states.rows, states.hidden_size, states.dtype, states.steps) == (10 * 10 * K, D, torch.float32, K)
     parts = [concatenate(list(states.read(held_out))) for held_out in (True, False)]
@@ -48,15 +49,15 @@ def test_what_is_written_is_read(tmp_path):
         assert torch.equal(getattr(read, column), getattr(expected, column))
 
 
-def test_a_sample_is_whole_documents(tmp_path):
-    """Catches: walks through answers with holes."""
+def test_sample_of_states_holds_whole_documents(tmp_path):
+    """Catches: a sample that leaves holes in the answers, over which draft-and-verify cycles are then walked."""
     sample = collection(tmp_path / "s").sample(False, limit=3 * 10 * K)
     assert len(sample.doc.unique()) == 3
     assert len(sample) == 3 * 10 * K
 
 
-def test_foreign_files_need_hidden_only(tmp_path):
-    """Catches: states of other tools refused for columns that they cannot know."""
+def test_states_of_another_tool_need_hidden_states_only(tmp_path):
+    """Catches: states of other tools refused for columns that those tools cannot know."""
     (tmp_path / "index.json").write_text('{"format": 1}')
     save_file({"hidden": torch.randn(3000, D)}, tmp_path / "states-00000.safetensors")
     states = HeadStates.open(tmp_path)
@@ -66,8 +67,9 @@ def test_foreign_files_need_hidden_only(tmp_path):
     assert held_out.step is None
 
 
-def test_foreign_files_are_known_by_what_they_hold(tmp_path):
-    """Catches: a distillation that goes on with the states of yesterday, for their folder and size are the same."""
+def test_states_of_another_tool_are_identified_by_their_content(tmp_path):
+    """Catches: a distillation resumed on other states than it began with, because their folder and size are the
+    same."""
     (tmp_path / "index.json").write_text('{"format": 1}')
     found = []
     for seed in (0, 0, 1):
@@ -77,8 +79,8 @@ def test_foreign_files_are_known_by_what_they_hold(tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_a_collection_goes_on_where_it_was(tmp_path):
-    """Catches: an unfinished folder taken for a whole one; work done twice; two recipes in one folder."""
+def test_interrupted_collection_is_resumed(tmp_path):
+    """Catches: an unfinished folder taken for a whole one, work done twice, or states of two recipes in one folder."""
     first = StatesWriter(tmp_path / "s", RECIPE)
     first.write(0, rows(0))
     with pytest.raises(CheckpointError, match="did not end"):
@@ -103,7 +105,7 @@ def test_a_collection_goes_on_where_it_was(tmp_path):
         (lambda f: [p.unlink() for p in f.glob("states-*")], "holds no states"),
     ],
 )
-def test_a_spoiled_collection_is_refused(spoil, message, tmp_path):
+def test_incomplete_or_damaged_collection_is_refused(spoil, message, tmp_path):
     """Catches: conversions calibrated on half a collection."""
     collection(tmp_path / "s")
     spoil(tmp_path / "s")
@@ -111,8 +113,8 @@ def test_a_spoiled_collection_is_refused(spoil, message, tmp_path):
         HeadStates.open(tmp_path / "s")
 
 
-def test_nan_is_refused_with_its_row(tmp_path):
-    """Catches: NaN that makes every statistic NaN, and is found much later."""
+def test_nan_in_states_is_refused_with_its_row(tmp_path):
+    """Catches: a NaN in the states that makes every statistic NaN and is found much later."""
     bad = rows(1)
     bad.hidden[7, 2] = torch.nan
     writer = StatesWriter(tmp_path / "s", RECIPE)
@@ -122,8 +124,9 @@ def test_nan_is_refused_with_its_row(tmp_path):
         concatenate(list(writer.finish().read(held_out=False)))
 
 
-def test_too_few_documents(tmp_path):
-    """Catches: a measurement on the states that were calibrated on."""
+def test_states_of_one_split_only_are_refused(tmp_path):
+    """Catches: a head measured on the same states on which it was calibrated, because there were too few documents for
+    two splits."""
     with pytest.raises(CheckpointError, match="of one split"):
         collection(tmp_path / "s", documents=1).sample(False, 10)
 
@@ -133,8 +136,8 @@ def dying(*_, **__):
 
 
 @pytest.mark.parametrize("when", ["at the start", "at work"])
-def test_an_engine_that_dies_is_one_line(when, monkeypatch):
-    """Catches: a traceback of vLLM's in the place of what to do."""
+def test_dying_engine_is_one_line_with_advice(when, monkeypatch):
+    """Catches: a traceback of vLLM's where the user needs to know what to do."""
     engine = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None)))
     engine.generate = dying
     started = dying if when == "at the start" else lambda **_: engine
@@ -150,8 +153,8 @@ def test_an_engine_that_dies_is_one_line(when, monkeypatch):
 @pytest.mark.parametrize(
     "options", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"distributed_executor_backend": "mp"}]
 )
-def test_engines_of_several_processes_are_refused(options):
-    """Catches: an AttributeError after a target was loaded on two GPUs; one device refused as if it were two."""
+def test_engine_of_several_processes_is_refused_before_it_starts(options):
+    """Catches: an AttributeError after a target was loaded on two GPUs, or one device refused as if it were two."""
     for start in (collect.collect, collect.collect_again):
         with pytest.raises(OptionError, match=f"{next(iter(options))}=.*recorded in one process"):
             start("target", "drafter", [], "states", k=K, engine=options)
@@ -174,8 +177,9 @@ def prompts(tmp_path, *lines, limit=8):
     return tokenize(read_prompts(file), Letters(), 256, limit, file)
 
 
-def test_every_form_of_prompt(tmp_path):
-    """Catches: a form that is read as another; the same prompt asked twice, which one walk would answer for both."""
+def test_every_form_of_prompt_is_read_and_repeated_ones_are_dropped(tmp_path):
+    """Catches: a form of prompt that is read as another, or the same prompt asked twice and recorded as one
+    document."""
     lines = (
         '{"prompt": "ab"}',
         "",
@@ -204,15 +208,15 @@ def test_every_form_of_prompt(tmp_path):
         ([""], "holds no prompt"),
     ],
 )
-def test_a_bad_line_is_named(lines, message, tmp_path):
-    """Catches: an error of a thousand lines that does not say which."""
+def test_bad_prompt_line_is_refused_by_its_number(lines, message, tmp_path):
+    """Catches: an error about a prompt file of a thousand lines that does not say which line is wrong."""
     with pytest.raises(CheckpointError, match=message) as error:
         prompts(tmp_path, *lines)
     assert "\n" not in str(error.value)
 
 
 def simulated_engine(wanted: list[list[int]], drafted: dict[tuple[int, int, int], int]) -> Acceptance:
-    """Counters of an engine that drafts ``drafted[document, start, step]`` while the target says ``wanted``."""
+    """Count as an engine does that drafts ``drafted[document, start, step]`` while the target says ``wanted``."""
     cycles, accepted = 0, 0
     for document, tokens in enumerate(wanted):
         place = 0
@@ -224,8 +228,9 @@ def simulated_engine(wanted: list[list[int]], drafted: dict[tuple[int, int, int]
     return Acceptance(cycles, accepted, ())
 
 
-def test_tau_is_what_an_engine_counts():
-    """Catches: places weighted alike, although an engine starts more cycles behind rejected drafts."""
+def test_tau_equals_the_acceptance_length_that_an_engine_counts():
+    """Catches: an acceptance length with all places weighted alike, although an engine starts more cycles behind
+    rejected drafts."""
     torch.manual_seed(0)
     vocab, length, documents = 6, 40, 8
     dense, head = torch.randn(vocab, D), (torch.randn(4, D), torch.randn(vocab, 4))
@@ -256,8 +261,8 @@ def test_tau_is_what_an_engine_counts():
     assert found.heads["low"].rerank[vocab].of_dense == Tau(1.0, 1.0, 1.0)
 
 
-def test_metrics_of_the_head_itself():
-    """Catches: p and q swapped, or means over the wrong thing."""
+def test_metrics_of_a_head_equal_their_definitions():
+    """Catches: p and q swapped in overlap or KL divergence, or a mean over the wrong thing."""
     torch.manual_seed(0)
     dense, hidden = torch.randn(7, D), torch.randn(50, D)
     states = Rows(hidden, torch.zeros(50, dtype=torch.long))
@@ -272,16 +277,16 @@ def test_metrics_of_the_head_itself():
     assert other.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
 
 
-def test_predicted_speedup_is_the_papers_equation():
-    """Catches: kappa or nu turned upside down."""
+def test_predicted_speedup_follows_the_papers_equation():
+    """Catches: kappa or nu turned upside down in the predicted speedup."""
     sizes = {"target_bytes": 100, "body_bytes": 5, "dense_bytes": 40, "k": 3}
     before, after = 100 + 3 * (5 + 40), 100 + 3 * (5 + 8)
     assert predicted_speedup(**sizes, head_bytes=8, rho=0.9) == pytest.approx(0.9 * before / after)
     assert predicted_speedup(**sizes, head_bytes=40, rho=1.0) == 1
 
 
-def test_index_is_the_documented_one(tmp_path):
-    """Catches: a format that moves away from its description."""
+def test_index_of_states_has_the_documented_keys(tmp_path):
+    """Catches: a format of recorded states that is no longer the one in the documentation."""
     collection(tmp_path / "s")
     index = json.loads((tmp_path / "s" / "index.json").read_text())
     assert index.keys() == {"format", "D", "dtype", "K", "target", "drafter", "rows", "sha256s"}

@@ -1,4 +1,4 @@
-"""Which stored heads are read, and which are refused by the name of a tensor: of drafters and of targets."""
+"""Which stored heads of drafters and targets are read, and which are refused by the name of a tensor."""
 
 import json
 from pathlib import Path
@@ -111,8 +111,8 @@ def _target(folder: Path, head: Tensors, **changes: Any) -> Target:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_head_in_float8_is_multiplied_by_its_scale(tmp_path, name):
-    """Catches: float8 numbers taken for weights, or a scale along the wrong side."""
+def test_float8_head_is_multiplied_by_its_scale(tmp_path, name):
+    """Catches: float8 numbers taken for weights without their scale, or a scale applied along the wrong side."""
     stored = READ[name]
     expected = stored[DENSE].float() * stored["lm_head.weight_scale"].float().reshape(-1, 1)
     assert (expected - _head()).abs().max() < 0.5  # the scale belongs to the numbers
@@ -122,8 +122,8 @@ def test_a_head_in_float8_is_multiplied_by_its_scale(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_any_other_head_is_refused_by_name(tmp_path, name):
-    """Catches: a head that is quantized, or has a bias, replaced by the target's or read as something else."""
+def test_quantized_or_biased_head_is_refused_by_the_name_of_its_tensor(tmp_path, name):
+    """Catches: a head that is quantized or has a bias replaced by the target's, or read as something else."""
     tensors, words = REFUSED[name]
     folder = _write(tmp_path / "d", tensors)
     sound = _target(tmp_path / "sound", {DENSE: torch.rand(V, D)})
@@ -140,28 +140,28 @@ def test_any_other_head_is_refused_by_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("prefix", ["model.", "draft_model.", "module."])
-def test_a_head_behind_a_prefix_is_refused(tmp_path, prefix):
-    """Catches: a drafter's head that vLLM does not find, and the target's in its place."""
+def test_drafters_head_under_a_prefixed_name_is_refused(tmp_path, prefix):
+    """Catches: a drafter's head that vLLM does not find under its name, and in whose place it serves the target's."""
     with pytest.raises(CheckpointError, match=f"take {prefix} off its name"):
         DraftCheckpoint.open(_write(tmp_path / "d", {f"{prefix}lm_head.weight": _head()}))
 
 
-def test_the_head_of_a_target_is_the_one_of_its_sizes(tmp_path):
-    """Catches: the head of a part that talks, taken for that of the part that thinks."""
+def test_head_of_a_multimodal_target_is_chosen_by_its_sizes(tmp_path):
+    """Catches: the head of the speech part of a multimodal target taken for the head of its language model."""
     heads = {"talker.lm_head.weight": torch.rand(7, D), "thinker.lm_head.weight": _head()}
     assert torch.equal(_target(tmp_path / "t", heads).head(), _head())
 
 
-def test_a_bias_of_the_target_stops_nobody_who_has_a_head(tmp_path, caplog):
-    """Catches: a drafter with rows of its own refused for its target's head."""
+def test_bias_of_the_targets_head_does_not_stop_a_drafter_with_its_own(tmp_path, caplog):
+    """Catches: a drafter with a head of its own refused because its target's head has a bias."""
     target = _target(tmp_path / "t", {DENSE: _head(), "lm_head.bias": torch.rand(V)})
     drafter = Drafter.open(_write(tmp_path / "d", {DENSE: _head()}), target)
     assert not drafter.target_rows
     assert "lm_head.bias" in caplog.text
 
 
-def test_rows_of_a_target_in_float8_are_stored(tmp_path):
-    """Catches: re-ranking by a served head in float8, which no drafter can read."""
+def test_rerank_stores_the_rows_of_a_float8_target(tmp_path):
+    """Catches: re-ranking by the target's served head in float8, whose rows no drafter can read."""
     target = _target(tmp_path / "t", READ["a row"])
     source = _write(tmp_path / "d", {})
     done = convert(Options(str(source), tmp_path / "out", str(target.path), rank=8, rerank=4))
@@ -170,7 +170,7 @@ def test_rows_of_a_target_in_float8_are_stored(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, None])
-def test_a_tied_target_has_its_embeddings_for_a_head(tmp_path, tied):
-    """Catches: a silent config taken for one whose head is missing."""
+def test_tied_target_uses_its_embeddings_as_its_head(tmp_path, tied):
+    """Catches: a config.json that does not mention tied embeddings taken for that of a target whose head is missing."""
     target = _target(tmp_path / "t", {"model.embed_tokens.weight": _head()}, tie_word_embeddings=tied)
     assert torch.equal(target.head(), _head())

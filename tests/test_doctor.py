@@ -1,4 +1,4 @@
-"""`slimspec doctor`: every mistake that a user can make is named, with a cure, before a server meets it."""
+"""`slimspec doctor` names every mistake that a user can make, with advice, before a server is started with it."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def drafter(tmp_path):
 
 
 def _examine(*arguments) -> dict[str, doctor.Finding]:
-    """What is not ok, by what was looked at."""
+    """Return the findings that are not "ok", by what was examined."""
     return {f.what: f for f in doctor.examine(*arguments) if f.level != "ok"}
 
 
@@ -62,8 +62,8 @@ def _tokenizer(folder: Path, offset: int = 0) -> None:
     Tokenizer(models.WordLevel(vocab, unk_token="t0")).save(str(folder / "tokenizer.json"))
 
 
-def test_sound_pair(target, drafter):
-    """Catches: an alarm over nothing; and a table without the words that a user looks for."""
+def test_sound_pair_has_no_problems_and_is_described(target, drafter):
+    """Catches: an alarm over a sound pair, or a table without the words that a user looks for."""
     _tokenizer(target)
     _tokenizer(drafter)
     result = CliRunner().invoke(app, ["doctor", "--target", str(target), "--drafter", str(drafter)])
@@ -80,23 +80,23 @@ def test_sound_pair(target, drafter):
     assert _examine(drafter, target) == {}
 
 
-def test_wrong_method(target, drafter):
-    """Catches: a method that vLLM would take for another kind of drafter."""
+def test_method_of_another_drafter_is_a_problem(target, drafter):
+    """Catches: a method in the speculative config for which vLLM takes the drafter for one of another kind."""
     found = _examine(drafter, target, {"method": "eagle"})["serving"]
     assert found.level == "problem"
     assert "method 'eagle3', not 'eagle'" in found.detail
     assert "leave it out" in found.cure
 
 
-def test_vocabulary_of_another_target(tmp_path, drafter):
-    """Catches: ids that would mean other tokens."""
+def test_vocabulary_of_another_target_is_a_problem(tmp_path, drafter):
+    """Catches: a drafter for a target of another vocabulary, whose ids would mean other tokens."""
     found = _examine(drafter, _target(tmp_path / "other", vocab_size=512))["target"]
     assert "vocab_size=128 but the target" in found.detail
     assert found.cure == "use the drafter that was made for this target"
 
 
-def test_sizes_of_another_target(tmp_path, drafter):
-    """Catches: a target of the same family and vocabulary, of which only the width or the depth differs."""
+def test_sizes_of_another_target_are_a_problem(tmp_path, drafter):
+    """Catches: a target of the same family and vocabulary that differs only in width or depth from the drafter's."""
     wide = _target(tmp_path / "wide", hidden_size=128)
     found = _examine(drafter, wide)["target"]
     assert "made for a target of hidden size 64" in found.detail
@@ -108,14 +108,15 @@ def test_sizes_of_another_target(tmp_path, drafter):
     assert "[1, 2, 3] must be 3 different ids from 0 to 2" in shallow.detail
 
 
-def test_default_aux_layers_of_a_shallow_target(target, drafter):
+def test_coinciding_default_aux_layers_of_a_shallow_target_are_a_problem(target, drafter):
     """Catches: vLLM's default layers (2, L//2, L-3), of which two are the same in a target of 4."""
     _change_config(drafter, eagle_aux_hidden_state_layer_ids=[])
     assert "2, 2, 1 of the target's 4, by default" in _examine(drafter, target)["aux layers"].detail
 
 
-def test_tokenizer_mismatch(target, drafter):
-    """Catches: a vocabulary of the same size with the tokens in another order; a file from elsewhere read."""
+def test_tokenizer_of_another_order_is_a_problem(target, drafter):
+    """Catches: a vocabulary of the same size with the tokens in another order, or a tokenizer file from elsewhere that
+    is read."""
     _tokenizer(target)
     _tokenizer(drafter, offset=1)
     assert "128 of 128 tokens have another id" in _examine(drafter, target)["tokenizer"].detail
@@ -127,8 +128,8 @@ def test_tokenizer_mismatch(target, drafter):
     assert "eos_token_id is 7, the target's is 2" in _examine(drafter, target)["tokenizer"].detail
 
 
-def test_drafter_names_another_target(target, drafter):
-    """Catches: a drafter of another model with the same sizes, which says so itself."""
+def test_drafter_that_names_another_target_is_noticed(target, drafter):
+    """Catches: a drafter of another model with the same sizes, although its own files name that model."""
     (drafter / "slimspec.json").write_text(json.dumps({"source": {"target": "meta-llama/Llama-3.1-8B"}}))
     found = _examine(drafter, target)["made for"]
     assert found.level == "warning"
@@ -143,13 +144,13 @@ def test_drafter_names_another_target(target, drafter):
         (lambda d: _change_config(d, lm_head_bias=True), "lm_head_bias, unknown to this version"),
     ],
 )
-def test_checkpoint_of_another_version(target, drafter, change, words):
-    """Catches: a newer format served as if it were this one's, without a word."""
+def test_checkpoint_of_another_version_is_noticed(target, drafter, change, words):
+    """Catches: a folder in a newer format served without a warning as if it were in this version's."""
     change(drafter)
     assert any(words in f.detail for f in _examine(drafter, target).values())
 
 
-def test_old_eagle(target, drafter):
+def test_eagle_2_drafter_is_named_as_such(target, drafter):
     """Catches: an EAGLE-2 drafter called a target."""
     _change_config(drafter, architectures=["LlamaForCausalLM"], lm_head_rank=None)
     config = json.loads((drafter / "config.json").read_text())
@@ -163,16 +164,16 @@ def test_old_eagle(target, drafter):
     assert '"method": "eagle"' in found.cure
 
 
-def test_plugin_not_installed(monkeypatch):
-    """Catches: an image that has the package's files and no entry point, or none of it."""
+def test_missing_entry_point_is_a_problem(monkeypatch):
+    """Catches: an image that has the package's files but not its entry point, or none of the package."""
     monkeypatch.setattr(doctor, "entry_points", lambda group: [])
     found = _examine()["plugin"]
     assert "no entry point slimspec" in found.detail
     assert "image" in found.cure
 
 
-def test_plugin_left_out(monkeypatch):
-    """Catches: VLLM_PLUGINS overlooked; an allow-list that has us raising an alarm."""
+def test_plugin_left_out_by_vllm_plugins_is_a_problem(monkeypatch):
+    """Catches: a VLLM_PLUGINS that excludes the plugin overlooked, or an alarm about one that includes it."""
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert "VLLM_PLUGINS='other' leaves out slimspec" in _examine()["plugin"].detail
     monkeypatch.setenv("VLLM_PLUGINS", "other,slimspec")
@@ -187,8 +188,8 @@ def test_plugin_left_out(monkeypatch):
         ("dev", "warning", "no version"),
     ],
 )
-def test_other_vllm(monkeypatch, version, level, words):
-    """Catches: no word on a version that was never looked at."""
+def test_untested_version_of_vllm_is_noticed(monkeypatch, version, level, words):
+    """Catches: no word about a vLLM version that was never tested."""
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", version)
@@ -196,8 +197,8 @@ def test_other_vllm(monkeypatch, version, level, words):
     assert (found.level, words in found.detail) == (level, True)
 
 
-def test_missing_internal(monkeypatch):
-    """Catches: an interface that moved, found out only by a drafter that is slow or refused."""
+def test_missing_vllm_internal_is_warned_of(monkeypatch):
+    """Catches: a vLLM interface that moved, and that users discover only by a drafter that is slow or refused."""
     gone = compat.Touch("EngineArgs.gone", "vllm.engine.arg_utils", "drafting is slow", "never")
     monkeypatch.setattr(compat, "TOUCHES", (gone,))
     found = _examine()["vLLM internal"]
@@ -205,37 +206,39 @@ def test_missing_internal(monkeypatch):
     assert "EngineArgs.gone is missing: drafting is slow" in found.detail
 
 
-def test_without_vllm(monkeypatch, drafter):
-    """Catches: a traceback where there is no vLLM, or no look at the drafter, which needs none."""
+def test_drafter_is_examined_without_vllm(monkeypatch, drafter):
+    """Catches: a traceback where vLLM is not installed, or a drafter that is not examined there although that needs no
+    vLLM."""
     monkeypatch.setitem(sys.modules, "vllm", None)
     found = list(doctor.examine(drafter))
     assert [f.what for f in found if f.level == "problem"] == ["vLLM"]
     assert any(f.what == "drafter" and "rank 8" in f.detail for f in found)
 
 
-def test_bad_implementation(monkeypatch):
+def test_misspelt_slimspec_impl_is_a_problem(monkeypatch):
     """Catches: a misspelt SLIMSPEC_IMPL that stops the server at its first draft."""
     monkeypatch.setenv("SLIMSPEC_IMPL", "cuda")
     assert "SLIMSPEC_IMPL must be one of" in _examine()["kernels"].detail
 
 
-def test_vllm_itself_refuses(target, drafter):
-    """Catches: vLLM's own refusal left for the server to find, or put down to an option whatever it is about."""
+def test_refusal_of_vllm_itself_is_a_problem(target, drafter):
+    """Catches: vLLM's own refusal of the options discovered only by the server, or blamed on another option."""
     found = _examine(drafter, target, {"num_speculative_tokens": 0})["serving"]
     assert found.level == "problem"
     assert found.detail.startswith("vLLM refuses this configuration: ")
     assert "num_speculative_tokens" in found.detail
 
 
-def test_dense_path_is_said(target, drafter):
-    """Catches: an option that costs the fused path, found out by a stopwatch."""
+def test_option_that_turns_the_fused_path_off_is_warned_of(target, drafter):
+    """Catches: an option that turns the fused path off, which users would discover only by measuring the speed."""
     found = _examine(drafter, target, {"draft_sample_method": "probabilistic"})["serving"]
     assert found.level == "warning"
     assert "draft_sample_method=probabilistic" in found.detail
 
 
-def test_command(target, drafter):
-    """Catches: a problem that scripts cannot see; a traceback for words that are no JSON."""
+def test_doctor_command_exits_1_on_a_problem_and_2_on_wrong_usage(target, drafter):
+    """Catches: a problem that scripts cannot see in the exit code or the JSON, or a traceback for a
+    --speculative-config that is no JSON."""
     _change_config(drafter, lm_head_rank=4)
     result = CliRunner().invoke(app, ["doctor", "--target", str(target), "--drafter", str(drafter), "--json"])
     assert result.exit_code == 1
@@ -255,8 +258,8 @@ EngineArgs(model=sys.argv[1], skip_tokenizer_init=True,
 """
 
 
-def test_what_vllm_says_without_the_plugin(target, drafter):
-    """Catches: a line of Troubleshooting whose symptom no vLLM prints (any more)."""
+def test_symptom_of_a_missing_plugin_in_the_readme_is_what_vllm_prints(target, drafter):
+    """Catches: a symptom under Troubleshooting in README.md that vLLM does not print, or no longer prints."""
     command = [sys.executable, "-c", WITHOUT, str(target), str(drafter)]
     done = subprocess.run(
         command, env=os.environ | {"VLLM_PLUGINS": "other"}, capture_output=True, text=True, timeout=240

@@ -1,4 +1,4 @@
-"""The weighted factorization: exact where it can be, better than plain SVD where states are anisotropic."""
+"""The weighted factorization: exact for heads of that rank, and better than plain SVD on anisotropic states."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def _seed():
 
 
 def anisotropic_states(n: int) -> torch.Tensor:
-    """States that live mostly in a few directions, with a large mean: what a transformer's final norm gives."""
+    """Return states that vary mostly in a few directions around a large mean, as after a transformer's final norm."""
     return (torch.randn(n, D) * torch.logspace(0, -3, D)) @ torch.linalg.qr(torch.randn(D, D)).Q + 0.5
 
 
@@ -22,14 +22,14 @@ def statistics(weight, states):
     return {"second_moment": second_moment(states), "probabilities": token_probabilities(weight, states)}
 
 
-def test_exact_rank_is_reproduced_by_plain_svd():
+def test_plain_svd_reproduces_a_head_of_exact_rank():
     """Catches: factors swapped, transposed or scaled, or a Gram matrix whose squares lose the small directions."""
     weight = torch.randn(V, R) @ torch.randn(R, D)
     down, up = factorize(weight, R)
     torch.testing.assert_close(up @ down, weight, rtol=1e-5, atol=1e-5)
 
 
-def test_exact_rank_is_reproduced_up_to_one_row_when_weighted():
+def test_weighted_svd_reproduces_a_head_of_exact_rank_up_to_one_row():
     """Catches: a weighting that is not taken out of the factors again. A row that all logits share changes no
     choice."""
     weight, states = torch.randn(V, R) @ torch.randn(R, D), anisotropic_states(400)
@@ -39,7 +39,7 @@ def test_exact_rank_is_reproduced_up_to_one_row_when_weighted():
     torch.testing.assert_close((states @ down.T @ up.T).softmax(-1), (states @ weight.T).softmax(-1))
 
 
-def test_plain_svd_is_the_optimum_of_eckart_and_young():
+def test_plain_svd_has_the_optimal_error_of_eckart_and_young():
     """Catches: directions kept other than the largest, one too few or too many."""
     weight = torch.randn(V, D)
     down, up = factorize(weight, R)
@@ -47,8 +47,8 @@ def test_plain_svd_is_the_optimum_of_eckart_and_young():
     torch.testing.assert_close((weight - up @ down).norm(), left_out, rtol=1e-5, atol=0)
 
 
-def test_weighted_beats_plain_on_anisotropic_states():
-    """Catches: weights applied on the wrong side, or squared: agreement then falls below the plain factors'."""
+def test_weighted_svd_agrees_more_than_plain_on_anisotropic_states():
+    """Catches: weights applied on the wrong side, or squared: agreement then falls below that of the plain factors."""
     weight, states = torch.randn(V, D), anisotropic_states(2000)
     calibration, held_out = states[:1000], states[1000:]
     dense = (held_out @ weight.T).argmax(-1)
@@ -62,8 +62,8 @@ def test_weighted_beats_plain_on_anisotropic_states():
     assert agreement(**statistics(weight, calibration)) > weighted - 0.02
 
 
-def test_chunks_change_nothing(monkeypatch):
-    """Catches: rows of a vocabulary left out or counted twice where it is streamed."""
+def test_chunks_do_not_change_the_factors(monkeypatch):
+    """Catches: rows of a vocabulary left out or counted twice where it is read in chunks."""
     weight, states = torch.randn(V, D), anisotropic_states(300)
     whole = factorize(weight, R, **statistics(weight, states))
     monkeypatch.setattr("vllm_slimspec.head.factorize._CHUNK", 100)
@@ -71,8 +71,8 @@ def test_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(chunked[1] @ chunked[0], whole[1] @ whole[0])
 
 
-def test_too_few_states_to_span_the_space():
-    """Catches: a singular covariance, divided by: NaN, or noise where no state was seen."""
+def test_too_few_states_to_span_the_space_give_finite_factors():
+    """Catches: a division by a singular covariance: NaN, or noise in directions where no state was seen."""
     weight, states = torch.randn(V, D), anisotropic_states(R)
     down, up = factorize(weight, R, second_moment=second_moment(states))
     assert torch.isfinite(down).all()
@@ -101,14 +101,14 @@ def test_factors_are_balanced_and_keep_the_dtype():
         (torch.ones(V, D), R, {"probabilities": torch.zeros(V)}, "all zero"),
     ],
 )
-def test_bad_input_is_one_line(weight, rank, kwargs, message):
-    """Catches: NaN that spreads into every factor, or an error of LAPACK that names nothing."""
+def test_bad_head_rank_or_states_are_refused_in_one_line(weight, rank, kwargs, message):
+    """Catches: a NaN that spreads into every factor, or an error of LAPACK that names nothing."""
     with pytest.raises(ValueError, match=message) as error:
         factorize(weight, rank, **kwargs)
     assert "\n" not in str(error.value)
 
 
-def test_no_states_is_refused():
-    """Catches: a covariance of nothing: 0 / 0."""
+def test_covariance_of_no_states_is_refused():
+    """Catches: a covariance of no states at all, which is 0 / 0."""
     with pytest.raises(ValueError, match="N >= 1"):
         second_moment(torch.zeros(0, D))

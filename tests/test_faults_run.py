@@ -1,4 +1,4 @@
-"""The count of faults."""
+"""How ``faults_run.py`` counts the faults that tests inject."""
 
 import faults_run
 
@@ -13,8 +13,8 @@ REPORT = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def test_what_failed_is_not_counted_as_held(tmp_path):
-    """Catches: faults of a failed test among those that were withstood; one kind in two rows."""
+def test_faults_of_a_failed_test_are_not_counted(tmp_path):
+    """Catches: faults of a failed test counted among those that were withstood, or one kind of fault in two rows."""
     (tmp_path / "report.xml").write_text(REPORT)
     (fault,), passed, failed = faults_run.read(tmp_path / "report.xml")
     assert (fault.fault, fault.injected, fault.answers) == ("killed", 8, 6)

@@ -1,4 +1,5 @@
-"""Whatever a draft model hands to vLLM is contiguous and of the dtype that vLLM reads. No engine starts here."""
+"""Every tensor that a draft model hands to vLLM is contiguous and of the dtype that vLLM reads. No engine starts
+here."""
 
 from functools import partial
 
@@ -36,7 +37,7 @@ def build(groups, tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    """This process is the first of two tensor-parallel ranks, and the second sends what the first does."""
+    """Makes this process the first of two tensor-parallel ranks; the second sends the same as the first."""
     from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -58,7 +59,7 @@ def _target_head(vocabulary, dtype):
 
 
 def _drafter(kind, vocabulary, rerank, dtype):
-    """Of a head form -> the tensors, config.json's changes, and the target's head where that is what re-ranks."""
+    """Return for a form of head: the tensors, config.json's changes, and the target's head if that re-ranks."""
     tensors = {name: tensor.to(dtype) for name, tensor in drafters.tensors(DRAFT_VOCAB, RANK).items() if name != "d2t"}
     size = DRAFT_VOCAB
     if vocabulary == "d2t":
@@ -94,7 +95,7 @@ def _check(model, impl, size, dtype):
 @pytest.mark.parametrize("vocabulary", ["full", "d2t"])
 @pytest.mark.parametrize("kind", ["plain", "int8", "int4", "fp8"])
 def test_ids_and_logits_of_every_head_are_contiguous(build, monkeypatch, kind, vocabulary, rerank, impl, dtype):
-    """Catches: a view handed to a kernel of vLLM that is given no stride, which drafts the wrong tokens for all
+    """Catches: a strided view handed to a kernel of vLLM that is given no stride, which drafts wrong tokens for all
     requests of a batch but the first."""
     monkeypatch.setenv("SLIMSPEC_IMPL", impl)
     tensors, changes, head = _drafter(kind, vocabulary, rerank, dtype)
@@ -109,7 +110,8 @@ def test_ids_and_logits_of_every_head_are_contiguous(build, monkeypatch, kind, v
 )
 @pytest.mark.parametrize("kind", ["plain", "int8"])
 def test_ids_and_logits_of_two_ranks_are_contiguous(build, two_ranks, monkeypatch, kind, vocabulary, rerank, impl):
-    """Catches: the halves of gathered (value, id) pairs, which are views, or the padding of a rank in the logits."""
+    """Catches: views into the gathered (value, id) pairs of two ranks handed to vLLM, or the padding of a rank in the
+    logits."""
     monkeypatch.setenv("SLIMSPEC_IMPL", impl)
     tensors, changes, head = _drafter(kind, vocabulary, rerank, torch.float32)
     model, _ = build(tensors, head=head, **changes)
@@ -118,7 +120,7 @@ def test_ids_and_logits_of_two_ranks_are_contiguous(build, two_ranks, monkeypatc
 
 
 def test_hidden_states_are_contiguous_and_of_the_models_dtype(build, monkeypatch):
-    """Catches: states of a vLLM body that gives a view, or another dtype, passed on to vLLM's kernels."""
+    """Catches: strided hidden states, or states of another dtype, passed on from a vLLM body to vLLM's kernels."""
     from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 
     model, _ = build(drafters.tensors())
@@ -130,8 +132,8 @@ def test_hidden_states_are_contiguous_and_of_the_models_dtype(build, monkeypatch
         assert (states.shape, states.dtype, states.stride()) == ((3, D), torch.float32, (D, 1))
 
 
-def test_hand_over_copies_nothing_that_has_the_form():
-    """Catches: a copy at every draft step, which a GPU pays with a kernel."""
+def test_handing_over_a_contiguous_tensor_copies_nothing():
+    """Catches: a needless copy at every draft step, which costs a GPU one more kernel."""
     ids = torch.arange(6)
     assert hand_over(ids, torch.int64) is ids
     column = ids.view(3, 2)[:, 1]

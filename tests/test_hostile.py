@@ -28,8 +28,9 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True, timeout=600)
 
 
-def test_mutated_folders(tmp_path):
-    """Catches: any way of a folder to crash, hang or fill its reader, or to make it open or write anything else."""
+def test_mutated_folder_is_accepted_or_refused_without_harm(tmp_path):
+    """Catches: a folder that crashes its reader, makes it hang or fills its memory, or makes it open or write anything
+    else."""
     done = _python(
         "fuzz_checkpoint.py", "--cases", str(CASES), "--work", str(tmp_path / "w"), "--json", str(tmp_path / "j")
     )
@@ -54,8 +55,9 @@ def test_mutated_folders(tmp_path):
         ("checkpoint._format = lambda c: exec('')", "compile"),
     ],
 )
-def test_the_watch_sees(tmp_path, sabotage, finding):
-    """Catches: a fuzzer that would not notice."""
+def test_fuzzer_notices_each_kind_of_harm(tmp_path, sabotage, finding):
+    """Catches: a fuzzer that would not notice a file opened outside, too much memory, a traceback, or code that
+    runs."""
     code = f"""
 import pathlib, fuzz_checkpoint
 from vllm_slimspec import errors
@@ -109,8 +111,9 @@ def _with(**changes) -> bytes:
         pytest.param(b"\xff\xfe" + _with(), "not valid JSON", id="not UTF-8"),
     ],
 )
-def test_hostile_config(tmp_path, text, words):
-    """Catches: what the mutations found, one by one."""
+def test_hostile_config_is_refused_in_one_printable_line(tmp_path, text, words):
+    """Catches: a config.json made to crash its reader, or to flood or control the terminal by the error message; the
+    fuzzer found each of them."""
     with pytest.raises(CheckpointError) as error:
         DraftCheckpoint.open(_config(tmp_path, text))
     message = str(error.value)
@@ -130,8 +133,8 @@ def test_hostile_config(tmp_path, text, words):
         "a\n.safetensors",
     ],
 )
-def test_hostile_index(tmp_path, name):
-    """Catches: a path that leaves the folder; an OSError for a name that no file can have."""
+def test_index_with_a_path_or_an_impossible_name_is_refused(tmp_path, name):
+    """Catches: an index that leads out of the folder, or an OSError for a name that no file can have."""
     folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="weight_map names"):
@@ -139,8 +142,8 @@ def test_hostile_index(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
-def test_link_out_of_the_folder(tmp_path, name):
-    """Catches: a file of someone else read through a link in an unpacked archive."""
+def test_link_out_of_the_folder_is_refused(tmp_path, name):
+    """Catches: a file of somebody else read through a link in an unpacked archive."""
     folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
     other = drafters.write(tmp_path / "other", drafters.config(), drafters.tensors())
     (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
@@ -150,8 +153,8 @@ def test_link_out_of_the_folder(tmp_path, name):
         DraftCheckpoint.open(folder)
 
 
-def test_links_of_the_hub_cache(tmp_path):
-    """Catches: a drafter in the hub's cache refused, where every file is a link into the blobs."""
+def test_links_of_the_hub_cache_are_followed(tmp_path):
+    """Catches: a drafter refused in the hub's cache, where every file is a link into the blobs."""
     stored = drafters.write(tmp_path / "models--a--b" / "blobs", drafters.config(), drafters.tensors())
     snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -162,8 +165,8 @@ def test_links_of_the_hub_cache(tmp_path):
     assert DraftCheckpoint.open(snapshot).spec == DraftCheckpoint.open(tmp_path / "link").spec
 
 
-def test_pipe_in_the_place_of_weights(tmp_path):
-    """Catches: a reader that waits forever."""
+def test_pipe_in_the_place_of_weights_is_refused(tmp_path):
+    """Catches: a reader that waits forever for a named pipe."""
     folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
@@ -200,8 +203,8 @@ print(peak_memory() - before, (folder / "model.safetensors").stat().st_size)
 """
 
 
-def test_memory_of_a_large_head(tmp_path):
-    """Catches: copies of the factors made to look at them, while the target fills the memory."""
+def test_checking_a_large_head_copies_no_factor(tmp_path):
+    """Catches: copies of the factors made just to check them, while the target fills the memory."""
     done = _python("-c", LARGE, str(tmp_path / "d"))
     assert done.returncode == 0, done.stderr
     grown, size = map(int, done.stdout.split())
@@ -218,8 +221,8 @@ json_values = st.recursive(
 
 @settings(max_examples=500, deadline=None)
 @given(changes=st.dictionaries(st.sampled_from([*fuzz_checkpoint.KEYS, "model_type"]), json_values, max_size=4))
-def test_any_config(changes):
-    """Catches: a config that is neither refused nor possible."""
+def test_any_config_is_refused_or_gives_possible_sizes(changes):
+    """Catches: a config.json that is accepted with a rank, a vocabulary or a number of candidates that cannot be."""
     config = drafters.config() | changes
     if not is_low_rank(config):
         return

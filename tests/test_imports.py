@@ -1,4 +1,4 @@
-"""Who may import whom in the package: the floors of docs/architecture.md."""
+"""Which parts of the package may import which: the table of docs/architecture.md, whose rooms are files or folders."""
 
 import ast
 from itertools import chain
@@ -27,7 +27,7 @@ OUTSIDE = {"__init__", "kernels"}  # what vLLM calls, and a folder that imports 
 
 
 def imports(source: str) -> set[str]:
-    """Return the modules of the package that a file imports, anywhere in it, without the package's name."""
+    """Return the names of the package's modules that a file imports, anywhere in it, without the package's name."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -38,7 +38,7 @@ def imports(source: str) -> set[str]:
 
 
 def broken(room: str, imported: set[str]) -> list[str]:
-    """Return the rooms that this one must not import, and does."""
+    """Return the parts of the package that this one imports and must not import."""
     others = {name.partition(".")[0] for name in imported} - {room, *OUTSIDE}
     return sorted(other for other in others if LEVEL.get(other, -1) >= LEVEL[room])
 
@@ -51,13 +51,14 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if room_of(file) not in OU
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_no_room_imports_one_beside_or_above_it(file):
-    """Catches: a wing that imports another wing, an import that runs back up, a circle between rooms."""
+def test_no_package_imports_one_beside_or_above_it(file):
+    """Catches: a sub-package that imports one beside or above it in docs/architecture.md, or a circle of
+    sub-packages."""
     assert broken(room_of(file), imports(file.read_text())) == []
 
 
-def test_no_file_imports_itself_through_others_of_its_room():
-    """Catches: a circle inside of a room, which an import in a function hides."""
+def test_no_module_imports_itself_through_others_of_its_package():
+    """Catches: a circle of imports inside of a sub-package, which an import within a function hides."""
     graph = {}
     for file in FILES:
         name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
@@ -70,17 +71,17 @@ def test_no_file_imports_itself_through_others_of_its_room():
 
 
 def of_whom(name: str, modules: dict[str, set[str]]) -> str | None:
-    """Return the module that an imported name belongs to."""
+    """Return the module that an imported name belongs to, or None if it is not one of ``modules``."""
     return next((part for part in (name, name.rpartition(".")[0]) if part in modules), None)
 
 
-def test_every_room_has_a_floor():
-    """Catches: a new room that the contract does not know."""
+def test_every_package_has_a_level_in_the_contract():
+    """Catches: a new sub-package for which the contract of imports says nothing."""
     assert {room_of(file) for file in FILES} == set(chain.from_iterable(FLOORS))
 
 
-def test_the_contract_sees_what_it_forbids():
-    """Catches: a contract that no import breaks."""
+def test_contract_of_imports_notices_a_forbidden_import():
+    """Catches: a contract of imports that no import would ever break."""
     source = "def f():\n    from vllm_slimspec.train.launch import fit\nimport vllm_slimspec.cli\n"
     assert broken("convert", imports(source)) == ["cli", "train"]
     assert broken("head", imports("from vllm_slimspec.common import files")) == []

@@ -36,7 +36,7 @@ FLOAT32_SUM = 1e-6  # relative: what two orders of a float32 sum of 512 products
 
 @pytest.fixture(autouse=True, scope="module")
 def poison():
-    """What a kernel forgets to write is NaN, or an id far out of range."""
+    """Fills unwritten memory with NaN, or an id far out of range, so that a result that is never written shows."""
 
     def poisoned(make):
         def wrapper(*args, **kwargs):
@@ -58,7 +58,7 @@ def head(batch, vocab, rank, dtype=torch.float32, hidden_size=32):
 
 
 def integer_head(batch, vocab, rank, dtype=torch.float32, hidden_size=4, seed=0):
-    """Small integers: every score is exact in every dtype, and most rows have ties."""
+    """Return a head of small integers: every score is exact in every dtype, and most rows have ties."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((batch, hidden_size), (rank, hidden_size), (vocab, rank))
     return tuple(torch.randint(-1, 2, shape, generator=generator).to(dtype) for shape in shapes)
@@ -89,8 +89,8 @@ def check_argmax(hidden, down, up, block_v=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [64, 123, 360, 512])
 @pytest.mark.parametrize("batch", [1, 3, 17])
-def test_argmax(batch, rank, dtype):
-    """A wrong mask at the tail of R, V or B, a lost block of R, scores rounded before the comparison."""
+def test_argmax_drafts_the_best_score_on_any_tail(batch, rank, dtype):
+    """Catches: a wrong mask at the tail of R, V or B, a lost block of R, or scores rounded before they are compared."""
     check_argmax(*head(batch, 507, rank, dtype))
 
 
@@ -104,20 +104,20 @@ def test_argmax(batch, rank, dtype):
         (17, 151936, 64, torch.float16, 16384),
     ],
 )
-def test_argmax_on_real_vocabularies(batch, vocab, rank, dtype, block_v):
-    """Tile numbers and offsets that only go wrong at size: many tiles, a last tile that is partly empty."""
+def test_argmax_is_right_on_vocabularies_of_real_models(batch, vocab, rank, dtype, block_v):
+    """Catches: tile numbers and offsets that go wrong only at size: many tiles, and a last one that is partly empty."""
     hidden, down, up = head(batch, vocab, rank, dtype)
     check_argmax(hidden, down, up, block_v)
 
 
 @pytest.mark.parametrize("batch", [16, 32, 33, 64, 70, 130])
-def test_every_batch_bucket(batch):
-    """Rows of a second block of programs, and the edges of each bucket."""
+def test_argmax_is_right_at_the_edges_of_every_batch_bucket(batch):
+    """Catches: wrong rows in a second block of programs, or at the edge of a batch bucket."""
     check_argmax(*head(batch, 200, 24, torch.float16))
 
 
-def test_strided_hidden():
-    """Hidden states sliced out of a larger buffer."""
+def test_argmax_reads_strided_hidden_states():
+    """Catches: a kernel that ignores the stride of hidden states sliced out of a larger buffer."""
     hidden, down, up = head(12, 130, 16)
     check_argmax(hidden[::3], down, up)
 
@@ -131,8 +131,9 @@ def test_strided_hidden():
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-def test_ties_on_any_shape(batch, vocab, rank, valid, dtype, seed):
-    """A tie given to a later tile or lane, padding that wins: exact equality, since integer scores have no error."""
+def test_argmax_breaks_ties_as_torch_does_on_any_shape(batch, vocab, rank, valid, dtype, seed):
+    """Catches: a tie given to a later tile or lane, or padding that wins. Exact equality, since integer scores have no
+    error."""
     hidden, down, up = integer_head(batch, vocab, rank, dtype, seed=seed)
     valid = min(valid, vocab)
     values, ids = ops.low_rank_argmax(hidden, down, up, valid_vocab=valid, impl="triton")
@@ -146,7 +147,7 @@ def test_ties_on_any_shape(batch, vocab, rank, valid, dtype, seed):
 
 
 def scored(scores):
-    """A head of rank 2 with exactly these scores in two rows, of which the second is halved."""
+    """Return a head of rank 2 with exactly these scores in two rows, of which the second is halved."""
     up = torch.zeros(len(scores), 2)
     up[:, 0] = scores
     return torch.tensor([[1.0], [0.5]]), torch.tensor([[1.0], [2.0]]), up
@@ -167,8 +168,8 @@ def scored(scores):
         ({150: -NAN, 20: INF}, 1.0, NAN, 0),
     ],
 )
-def test_edges(marks, fill, value, best):
-    """All-equal rows, -inf, infinities, NaN of either sign in any tile, the two zeros."""
+def test_argmax_handles_special_values_as_defined(marks, fill, value, best):
+    """Catches: a wrong id for equal scores, -inf, infinities, a NaN of either sign in any tile, or the two zeros."""
     scores = torch.full((200,), fill)
     for index, mark in marks.items():
         scores[index] = mark
@@ -177,8 +178,8 @@ def test_edges(marks, fill, value, best):
     assert values.tolist() == pytest.approx([value, value / 2], nan_ok=True, abs=0)
 
 
-def test_nan_stays_in_its_row():
-    """One request's NaN must not touch its neighbors in the batch."""
+def test_nan_of_one_request_leaves_the_others_unchanged():
+    """Catches: one request's NaN that changes the drafts of its neighbors in the batch."""
     hidden, down, up = head(5, 200, 16)
     expected = ops.low_rank_argmax(hidden, down, up, impl="triton")
     hidden[2, 7] = NAN
@@ -192,8 +193,8 @@ def test_nan_stays_in_its_row():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("batch", "vocab", "rank"), [(1, 507, 123), (3, 64, 512), (17, 507, 64), (70, 130, 16)])
-def test_logits(batch, vocab, rank, dtype):
-    """A logit of another row or entry, or one never written."""
+def test_logits_are_those_of_the_factors(batch, vocab, rank, dtype):
+    """Catches: a logit of another row or entry, or one that is never written."""
     hidden, down, up = head(batch, vocab, rank, dtype)
     logits = ops.low_rank_logits(hidden, down, up, impl="triton")
     assert logits.dtype == dtype
@@ -206,7 +207,7 @@ def test_logits(batch, vocab, rank, dtype):
 
 
 def check_quantized(hidden, down, up):
-    """The id is the best of the factor that ``up`` stands for, up to two orders of a float32 sum."""
+    """Check that the id is the best of the factor that ``up`` stands for, up to the rounding of a float32 sum."""
     values, ids = ops.low_rank_argmax(hidden, down, up, impl="triton")
     scores = F.linear(hidden, down).float() @ up.dequantize().T
     gap = scores.amax(dim=1) - scores.gather(1, ids[:, None]).squeeze(1)
@@ -225,8 +226,9 @@ def check_quantized(hidden, down, up):
     ("batch", "vocab", "rank", "group_size"),
     [(1, 507, 122, None), (17, 200, 64, 32), (3, 64, 360, None), (70, 100, 256, 128)],
 )
-def test_quantized(kind, dtype, batch, vocab, rank, group_size):
-    """A code decoded wrongly, the scale of another row or group, columns of a nibble swapped, a tail of R read."""
+def test_quantized_head_drafts_as_its_dequantized_factor(kind, dtype, batch, vocab, rank, group_size):
+    """Catches: a code decoded wrongly, the scale of another row or group, swapped columns of a nibble, or a read beyond
+    the tail of R."""
     hidden, down, up = head(batch, vocab, rank, dtype)
     check_quantized(hidden, down, quantize_up(up, kind, group_size))
 
@@ -240,14 +242,16 @@ def test_quantized(kind, dtype, batch, vocab, rank, group_size):
     kind=st.sampled_from(KINDS),
     group_size=st.sampled_from([None, 32, 64]),
 )
-def test_quantized_on_any_shape(batch, vocab, groups, odd, kind, group_size):
-    """The same, on shapes nobody thought of."""
+def test_quantized_head_drafts_as_its_dequantized_factor_on_any_shape(batch, vocab, groups, odd, kind, group_size):
+    """Catches: a code decoded wrongly, the scale of another row or group, or swapped columns of a nibble, on shapes
+    that nobody thought of."""
     hidden, down, up = head(batch, vocab, groups * group_size if group_size else 2 * odd + 2 * groups)
     check_quantized(hidden, down, quantize_up(up, kind, group_size))
 
 
-def test_every_fp8_code():
-    """Subnormal codes, zeros of two signs and the largest: decoded without the hardware's type."""
+def test_every_fp8_code_is_decoded_exactly():
+    """Catches: subnormal codes, signed zeros or the largest codes decoded wrongly where the hardware has no such
+    type."""
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[(codes & 127) != 127].view(torch.float8_e4m3fn)
     up = QuantizedUp(codes[:, None].clone(), torch.ones(len(codes), 1))
@@ -257,7 +261,7 @@ def test_every_fp8_code():
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """The interpreter's time goes by sorting steps; and small vocabularies shall take several chunks."""
+    """Shortens chunks, so that small vocabularies take several and the interpreter has less to sort."""
     monkeypatch.setattr(topk_kernel, "CHUNK", 64)
 
 
@@ -265,8 +269,9 @@ def short_chunks(monkeypatch):
 @pytest.mark.parametrize(
     ("batch", "vocab", "rank", "k"), [(2, 300, 64, 16), (1, 1100, 122, 5), (1, 40, 16, 32), (1, 1300, 32, 64)]
 )
-def test_topk(short_chunks, kind, batch, vocab, rank, k):
-    """A candidate of a later chunk or a crowded group that is lost, or one that is not sorted in."""
+def test_topk_finds_and_sorts_the_best_candidates(short_chunks, kind, batch, vocab, rank, k):
+    """Catches: a candidate of a later chunk or a crowded group that is lost, or one that is not in its place of the
+    order."""
     hidden, down, up = head(batch, vocab, rank, torch.float16)
     up[10:14] = up[11] * torch.tensor([1.0, 1.1, 1.2, 1.05])[:, None].half()  # neighbors, as frequent tokens are
     up = quantize_up(up, kind) if kind else up
@@ -284,8 +289,9 @@ def test_topk(short_chunks, kind, batch, vocab, rank, k):
     valid=st.integers(0, 1200),
     seed=st.integers(0, 99),
 )
-def test_topk_ties_on_any_shape(batch, vocab, k, valid, seed):
-    """Ties across groups, fewer valid entries than k: exact, since integer scores have no error."""
+def test_topk_breaks_ties_as_torch_does_on_any_shape(batch, vocab, k, valid, seed):
+    """Catches: a wrong order of ties across groups, or of fewer valid entries than k. Exact, since integer scores have
+    no error."""
     hidden, down, up = integer_head(batch, vocab, 3, seed=seed)
     k, valid = min(k, vocab), min(valid, vocab)
     with pytest.MonkeyPatch.context() as patch:
@@ -308,8 +314,9 @@ def test_topk_ties_on_any_shape(batch, vocab, k, valid, seed):
         {},
     ],
 )
-def test_wherever_the_best_are(short_chunks, marks, fill):
-    """A place that is written twice or never: neighbors that share a program, ties, -inf, a NaN in the last list."""
+def test_topk_and_rerank_find_the_best_wherever_they_are(short_chunks, marks, fill):
+    """Catches: a place written twice or never: neighbors that share a program, ties, -inf, or a NaN in the last
+    list."""
     scores = torch.full((300,), fill)
     for index, mark in marks.items():
         scores[index] = mark
@@ -324,8 +331,8 @@ def test_wherever_the_best_are(short_chunks, marks, fill):
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("k", [1, 6])
-def test_rerank(short_chunks, k, mapped):
-    """Candidates beyond k that are rescored too, a score of another dense row, a tail of D."""
+def test_rerank_scores_k_candidates_by_their_dense_rows(short_chunks, k, mapped):
+    """Catches: candidates beyond k that are scored again too, a score of another dense row, or a lost tail of D."""
     hidden, down, up = head(2, 300, 32, hidden_size=600)
     dense = torch.randn(400, 600, generator=torch.Generator().manual_seed(1))
     rows = torch.randperm(400, generator=torch.Generator().manual_seed(2))[:300] if mapped else None
@@ -336,8 +343,9 @@ def test_rerank(short_chunks, k, mapped):
     torch.testing.assert_close(values, expected[0], rtol=1e-5, atol=1e-4)
 
 
-def test_rerank_edges(short_chunks):
-    """A NaN that is reranked away or leaks into another row; padding that comes back through its dense row."""
+def test_rerank_keeps_nan_in_its_row_and_padding_out(short_chunks):
+    """Catches: a NaN that disappears by re-ranking or leaks into another row, or padding that comes back through its
+    dense row."""
     hidden, down, up = head(3, 90, 8)
     dense = torch.randn(90, 32, generator=torch.Generator().manual_seed(1))
     hidden[1, 0] = NAN
@@ -349,8 +357,8 @@ def test_rerank_edges(short_chunks):
 
 
 @pytest.mark.parametrize("kind", [None, "int4"])
-def test_pack_pads_the_rank(kind):
-    """A rank that needs a mask at every step, or padding that changes a score."""
+def test_pack_pads_the_rank_without_changing_drafts(kind):
+    """Catches: a packed rank that still needs a mask at every step, or padding that changes a score."""
     hidden, down, up = head(2, 70, 360, torch.float16)
     up = quantize_up(up, kind) if kind else up
     packed = ops.pack(down, up, impl="triton")
@@ -362,8 +370,9 @@ def test_pack_pads_the_rank(kind):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), batch=st.integers(0, 3), count=st.one_of(st.integers(1, 40), st.just(1500)))
-def test_reduce_pairs(data, batch, count):
-    """Ids in any order, more pairs than one block, every special value: torch, kernel and definition agree."""
+def test_reduce_pairs_equals_its_definition_on_any_pairs(data, batch, count):
+    """Catches: torch or the kernel choosing another pair than defined: ids in any order, more pairs than one block,
+    special values."""
     scores = st.sampled_from([-INF, -3.5, -0.0, 0.0, 1.0, INF, NAN])
     some = data.draw(st.lists(scores, min_size=1, max_size=20))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -386,14 +395,14 @@ def test_reduce_pairs(data, batch, count):
     ],
 )
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_reduce_pairs_edges(values, ids, best, impl):
-    """Zeros of two signs that do not tie; the ids that only just fit beside a score."""
+def test_reduce_pairs_breaks_ties_by_the_lower_id(values, ids, best, impl):
+    """Catches: zeros of two signs that do not tie, or a wrong result for the largest ids that fit beside a score."""
     assert ops.reduce_pairs(torch.tensor([values]), torch.tensor([ids]), impl=impl)[1].tolist() == [best]
 
 
 @pytest.mark.parametrize(("max_batch", "batches"), [(1, [1]), (16, [16]), (20, [16, 20]), (200, [16, 32, 64])])
-def test_prepare_runs_every_bucket(monkeypatch, max_batch, batches):
-    """A variant that is first compiled in a live request, or inside a CUDA-graph capture."""
+def test_prepare_runs_every_batch_bucket(monkeypatch, max_batch, batches):
+    """Catches: a kernel variant that is first compiled in a live request, or while a CUDA graph is captured."""
     seen = []
     monkeypatch.setattr(argmax_kernel, "low_rank_argmax", lambda hidden, *rest: seen.append(len(hidden)))
     _, down, up = head(1, 10, 4)
@@ -408,8 +417,9 @@ def test_prepare_runs_every_bucket(monkeypatch, max_batch, batches):
     assert {tiling.block_b for tiling in served} <= set(BATCH_BUCKETS)
 
 
-def test_prepare_runs_the_gemm(monkeypatch):
-    """Kernels of a GEMM that are first loaded in a live request or a capture, since only small batches were run."""
+def test_prepare_runs_the_matrix_product_of_large_batches(monkeypatch):
+    """Catches: kernels of a matrix product first loaded in a live request or a graph capture, since only small batches
+    were prepared."""
     monkeypatch.setattr(_tiles, "gemm_wins", lambda device, batch, up: batch >= 128)
     seen = []
     monkeypatch.setattr(ops, "best_of", lambda scores: seen.append(len(scores)) or best_of(scores))

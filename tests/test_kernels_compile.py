@@ -1,4 +1,4 @@
-"""Every kernel, compiled for real GPUs without one: registers, spills and shared memory of the default tilings.
+"""Kernels compiled for real GPUs on a machine without one: registers, spills and shared memory of default tilings.
 
 Run as a program it prints the table: ``python tests/test_kernels_compile.py``.
 """
@@ -40,7 +40,7 @@ CASES = [
 
 
 def launches(op, form, rank, batch, k):
-    """What the launcher of ``op`` launches -> [(kernel, its arguments by name, its options)]; nothing runs."""
+    """Record what the launcher of ``op`` launches -> [(kernel, its arguments by name, its options)]; nothing runs."""
     import triton
 
     from vllm_slimspec.head.quantized import QuantizedUp
@@ -85,7 +85,8 @@ def launches(op, form, rank, batch, k):
 
 
 def compile_kernel(target, kernel, arguments, options):
-    """-> dict of registers, spilled (registers or bytes of stack), shared (bytes) and what its PTX copies with."""
+    """Compile -> dict of registers, spilled (registers or bytes of stack), shared (bytes) and what its PTX copies
+    with."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -116,12 +117,12 @@ def compile_kernel(target, kernel, arguments, options):
 
 
 def compile_case(target, case):
-    """-> the usage of every kernel that the case launches, by name."""
+    """Compile every kernel that the case launches -> the usage of each by name."""
     return {kernel.__name__.strip("_"): compile_kernel(target, kernel, *rest) for kernel, *rest in launches(*case)}
 
 
 def variants():
-    """Runtime integers that Triton would specialize on: each would be a variant compiled while serving."""
+    """Return the runtime integers that Triton would specialize on: each would be a variant compiled while serving."""
     kernels = {kernel for case in CASES for kernel, *_ in launches(*case)}
     return [
         f"{kernel.__name__}: {p.name}"
@@ -137,7 +138,7 @@ def name(target, case):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The report of a process of its own: in this one, Triton interprets."""
+    """The report of a separate process, because Triton interprets kernels in this one."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     halves = [list(TARGETS)[0::2], list(TARGETS)[1::2]]  # two at a time: most of the seconds are ptxas
     runs = [
@@ -158,16 +159,11 @@ def compiled():
     return {"usage": reports[0]["usage"] | reports[1]["usage"], "variants": reports[0]["variants"]}
 
 
-def test_table(compiled, capsys):
-    """Not a check: puts the table into the log of every run."""
-    with capsys.disabled():
-        print("\n" + table(compiled["usage"]))
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("target", TARGETS)
-def test_fits_the_target(compiled, target, case):
-    """A kernel that does not compile for a GPU nobody here has, spills, or needs more shared memory than there is."""
+def test_kernel_compiles_without_spills_and_within_shared_memory(compiled, target, case):
+    """Catches: a kernel that does not compile for a GPU that nobody here has, spills registers, or needs too much
+    shared memory."""
     for kernel, usage in compiled["usage"][name(target, case)].items():
         assert usage["spilled"] == 0, kernel
         assert usage["shared"] <= SHARED_LIMIT[TARGETS[target][0]], kernel
@@ -177,16 +173,16 @@ def test_fits_the_target(compiled, target, case):
     "case", [case for case in CASES if case[0] == "argmax"], ids=lambda case: "-".join(map(str, case))
 )
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm")])
-def test_reads_ahead(compiled, target, case):
-    """A pass over `up` that waits for each of its blocks, or that asks for z two bytes at a time."""
+def test_argmax_kernel_copies_blocks_asynchronously(compiled, target, case):
+    """Catches: a pass over `up` that waits for each of its blocks, or that loads z two bytes at a time."""
     found = set(compiled["usage"][name(target, case)]["tile_argmax_kernel"]["ptx"])
     scales = {"ld.global.b32"} if case[1] not in DENSE else set()
     assert found - {"wgmma"} == {"cp.async"} | scales
     assert ("wgmma" in found) == (target == "sm_90" and case[1] != "float32")
 
 
-def test_nothing_is_compiled_for_a_batch_size(compiled):
-    """A batch of 1 or of a multiple of 16 that becomes a variant of its own, compiled in a live request."""
+def test_no_kernel_is_specialized_on_an_integer(compiled):
+    """Catches: a kernel that is compiled again in a live request, because its batch is 1 or a multiple of 16."""
     assert compiled["variants"] == []
 
 

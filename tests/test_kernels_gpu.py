@@ -27,13 +27,13 @@ K = 16
 
 @pytest.fixture(autouse=not GPU)
 def short_chunks(monkeypatch):
-    """The interpreter's time goes by sorting steps."""
+    """Shortens chunks, so that the interpreter has less to sort."""
     monkeypatch.setattr(low_rank_topk, "CHUNK", 32)
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def weights(request):
-    """down [R, D], up [V, R] and dense [V, D] near their product, as of a head that was factorized."""
+    """Factors down [R, D] and up [V, R], and dense [V, D] near their product, as of a head that was factorized."""
     hidden, vocab, rank = request.param
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -51,7 +51,7 @@ def hidden_states(batch, weights):
 
 
 def exact_scores(hidden, down, up):
-    """float64 [B, V] of the same rounded z, and how far from it torch is in the same dtype."""
+    """Return float64 scores [B, V] of the same rounded z, and torch's largest error in the same dtype."""
     entries = up.dequantize() if isinstance(up, ops.QuantizedUp) else up
     z = torch.nn.functional.linear(hidden, down)
     truth = torch.cat([z.double() @ part.double().T for part in entries.split(16384)], dim=1)
@@ -60,8 +60,8 @@ def exact_scores(hidden, down, up):
 
 
 @pytest.mark.parametrize(("kind", "group"), FORMS, ids=str)
-def test_every_op_is_right(weights, kind, group):
-    """Wrong ids or scores on a real tensor core, whose products and fp8 bits no interpreter has."""
+def test_every_operation_is_right_within_its_rounding(weights, kind, group):
+    """Catches: wrong ids or scores on a GPU's tensor cores, whose products and fp8 bits no interpreter has."""
     down, up, dense = weights
     if group and up.shape[1] % group:
         pytest.skip(f"groups of {group} do not divide rank {up.shape[1]}: refused by quantize_up, tested there")
@@ -87,8 +87,8 @@ def test_every_op_is_right(weights, kind, group):
 
 
 @pytest.mark.parametrize("kind", [None, "int8"])
-def test_nothing_compiles_after_prepare(weights, kind):
-    """A kernel compiled in a live request: a second of silence for everyone."""
+def test_no_kernel_is_compiled_after_prepare(weights, kind):
+    """Catches: a kernel compiled in a live request, which delays everyone by a second."""
     down, up, dense = weights
     factors = ops.pack(down, quantize_up(up, kind) if kind else up, impl="triton")
     ops.prepare(*factors, max(BATCHES), k=K, dense=dense, impl="triton")
@@ -109,8 +109,9 @@ def test_nothing_compiles_after_prepare(weights, kind):
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("kind", [None, "fp8", "int4"])
-def test_graphs_replay(weights, kind):
-    """A launch that a graph bakes a pointer, a batch or a synchronization into: right once, wrong ever after."""
+def test_replayed_cuda_graph_gives_the_results_of_new_inputs(weights, kind):
+    """Catches: a launch that keeps a pointer, a batch or a synchronization in its CUDA graph: right once, and wrong in
+    every replay."""
     down, up, dense = weights
     factors = ops.pack(down, quantize_up(up, kind) if kind else up)
     ops.prepare(*factors, 64, k=K, dense=dense)

@@ -1,4 +1,5 @@
-"""Memory that large tensors give back stays in the process, and what the environment says of malloc is left alone."""
+"""Freed memory of large tensors stays in the process for reuse, and malloc settings of the environment are left
+alone."""
 
 import ctypes
 import os
@@ -34,8 +35,9 @@ print(first, second, page_faults())
 """
 
 
-def test_the_pages_of_a_large_block_are_used_again_until_they_are_returned():
-    """Catches: a third of a training step spent on clearing the same pages; memory that is never given back."""
+def test_pages_of_a_large_block_are_reused_until_they_are_returned():
+    """Catches: a third of each training step spent on clearing the same memory pages, or memory that is never given
+    back."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run([sys.executable, "-c", CODE], env=clean, capture_output=True, text=True, check=True)
     first, second, third = map(int, done.stdout.split())
@@ -44,8 +46,8 @@ def test_the_pages_of_a_large_block_are_used_again_until_they_are_returned():
 
 
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
-def test_the_environments_own_tuning_of_malloc_is_left_alone(monkeypatch, name):
-    """Catches: a limit that the user has set on purpose, and that is overridden."""
+def test_malloc_settings_of_the_environment_are_left_alone(monkeypatch, name):
+    """Catches: a malloc limit that the user has set on purpose and that this package overrides."""
     monkeypatch.setenv(name, "1")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("malloc is tuned"))
     keep_freed_memory()

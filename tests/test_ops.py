@@ -23,13 +23,13 @@ def head(batch, vocab, rank, hidden_size=32, dtype=torch.float32, seed=0):
 
 
 def positive_head(scores):
-    """A head whose logits are exactly ``scores`` [V] in one row: rank 1, z = 1."""
+    """Return a head whose logits are exactly ``scores`` [V] in one row: rank 1, z = 1."""
     return torch.ones(1, 1), torch.ones(1, 1), torch.tensor(scores)[:, None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_are_the_product_of_the_factors(dtype):
-    """A transposed or skipped factor, or a z that is not rounded to the model dtype."""
+    """Catches: a transposed or skipped factor, or a z that is not rounded to the model dtype."""
     hidden, down, up = head(5, 77, 12, dtype=dtype)
     logits = ops.low_rank_logits(hidden, down, up)
     z = (hidden.double() @ down.double().T).to(dtype)
@@ -41,7 +41,7 @@ def test_logits_are_the_product_of_the_factors(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_argmax_is_that_of_the_logits(dtype):
-    """An id or value from another row, or a value that is not the score of its id."""
+    """Catches: an id or value from another row, or a value that is not the score of its id."""
     hidden, down, up = head(17, 507, 16, dtype=dtype)
     values, ids = ops.low_rank_argmax(hidden, down, up)
     logits = ops.low_rank_logits(hidden, down, up).float()
@@ -69,8 +69,8 @@ INF, NAN = float("inf"), float("nan")
         ([1.0, 2.0], 0, -INF, 0),
     ],
 )
-def test_edges(scores, valid_vocab, value, best):
-    """Ties that go to a higher id, NaN that is skipped or keeps its own id, padding that wins."""
+def test_argmax_handles_ties_nan_and_padding_as_defined(scores, valid_vocab, value, best):
+    """Catches: ties that go to a higher id, a NaN that is skipped or keeps its own id, or padding that wins."""
     values, ids = ops.low_rank_argmax(*positive_head(scores), valid_vocab=valid_vocab)
     assert ids.tolist() == [best]
     assert values.tolist() == pytest.approx([value], nan_ok=True, abs=0)
@@ -85,8 +85,9 @@ def test_edges(scores, valid_vocab, value, best):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_topk_is_the_sorted_head(batch, vocab, k, valid, dtype, seed):
-    """A candidate lost to neighbors that are better, a tie in the wrong order: equal, since integers are exact."""
+def test_topk_is_the_beginning_of_the_sorted_logits(batch, vocab, k, valid, dtype, seed):
+    """Catches: a candidate lost to neighbors that are better, or ties in the wrong order. Equal, since integers are
+    exact."""
     generator = torch.Generator().manual_seed(seed)
     hidden, down, up = (
         torch.randint(-3, 4, shape, generator=generator).to(dtype) for shape in ((batch, 4), (3, 4), (vocab, 3))
@@ -103,8 +104,8 @@ def test_topk_is_the_sorted_head(batch, vocab, k, valid, dtype, seed):
     assert torch.equal(ids[:, 0], ops.low_rank_argmax(hidden, down, up, valid_vocab=valid)[1])
 
 
-def test_rerank_drafts_what_the_dense_head_would():
-    """Candidates scored by another row or entry: with every entry a candidate, it is the dense head."""
+def test_rerank_of_all_entries_drafts_as_the_dense_head():
+    """Catches: candidates scored by another row or entry: with every entry a candidate, it is the dense head."""
     hidden, down, up = head(5, 30, 8)
     dense = torch.randn(60, 32, generator=torch.Generator().manual_seed(1))
     rows = torch.randperm(60, generator=torch.Generator().manual_seed(2))[:30]
@@ -118,8 +119,9 @@ def test_rerank_drafts_what_the_dense_head_would():
     torch.testing.assert_close(values, (hidden @ dense.T).gather(1, ids))
 
 
-def test_rerank_edges():
-    """A NaN that is reranked away, padding that comes back through its dense row, a row touched by its neighbor."""
+def test_rerank_keeps_nan_in_its_row_and_padding_out():
+    """Catches: a NaN that disappears by re-ranking, padding that comes back through its dense row, or a row changed by
+    its neighbor."""
     hidden, down, up = head(3, 20, 8)
     dense = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
     expected = ops.low_rank_rerank(hidden, down, up, dense, 4)
@@ -138,8 +140,8 @@ def test_rerank_edges():
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_results_are_contiguous(impl, kind, dtype):
-    """Catches: a view as a result, such as of what a CPU's int4 layout pads V to; kernels of a caller that are given no
-    stride would read what lies between its entries."""
+    """Catches: a strided view as a result, as of an int4 layout that pads V on a CPU, from which a caller's kernel
+    without strides would read what lies between the entries."""
     hidden, down, up = head(2, 77, 32, dtype=dtype)
     dense = head(2, 77, 32, dtype=dtype, seed=1)[2]
     factors = ops.pack(down, up if kind is None else ops.quantize_up(up, kind), impl=impl)
@@ -156,8 +158,9 @@ def test_results_are_contiguous(impl, kind, dtype):
 
 
 @pytest.mark.parametrize("tail", [0, 1, 500])
-def test_best_of_groups(tail):
-    """The first of equal scores across groups, and the last group, which is shorter than the rest."""
+def test_best_of_finds_the_first_best_across_groups(tail):
+    """Catches: a later one of equal scores across groups, or a mistake in the last group, which is shorter than the
+    rest."""
     scores = torch.zeros(4, 3 * 1024 + tail)
     places = [1030, 0, 3 * 1024 - 1, 3 * 1024 + tail - 1]
     for row, place in enumerate(places):
@@ -168,8 +171,8 @@ def test_best_of_groups(tail):
     assert values.isnan().tolist() == [False, True, False, False]
 
 
-def test_no_rows():
-    """An idle step of a data-parallel rank has no rows."""
+def test_operations_accept_a_batch_of_no_rows():
+    """Catches: a crash on an idle step of a data-parallel rank, which has no rows."""
     hidden, down, up = head(0, 9, 4)
     assert ops.low_rank_logits(hidden, down, up).shape == (0, 9)
     assert [tuple(x.shape) for x in ops.low_rank_argmax(hidden, down, up)] == [(0,), (0,)]
@@ -180,8 +183,8 @@ def test_no_rows():
     shards=st.integers(1, 5),
     scores=st.lists(st.sampled_from([-INF, -1.0, -0.0, 0.0, 2.5, INF, NAN]), min_size=1, max_size=24),
 )
-def test_sharded_equals_whole(shards, scores):
-    """Tensor parallelism that changes a draft: for any split, empty shards included, pairs reduce to the whole's."""
+def test_pairs_of_any_shards_reduce_to_the_whole_heads_draft(shards, scores):
+    """Catches: tensor parallelism that changes a draft, for any split of the vocabulary, empty shards included."""
     whole = ops.low_rank_argmax(*positive_head(scores))
     size = -(-len(scores) // shards)
     pairs = []
@@ -215,8 +218,8 @@ def test_sharded_equals_whole(shards, scores):
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, torch, triton, got 'cuda'"),
     ],
 )
-def test_wrong_calls(change, error, message):
-    """A wrong argument that runs, or an error that does not name it, its value and what is allowed."""
+def test_wrong_argument_is_refused_by_name_and_value(change, error, message):
+    """Catches: a wrong argument that runs, or an error that does not name it, its value and what is allowed."""
     arguments = {"hidden": torch.ones(2, 4), "down": torch.ones(3, 4), "up": torch.ones(9, 3)} | change
     with pytest.raises(error, match=re.escape(message)) as raised:
         ops.low_rank_argmax(**arguments)
@@ -243,8 +246,8 @@ def test_wrong_calls(change, error, message):
         ({"dense_rows": torch.ones(8).long()}, ValueError, "dense_rows must be [V=9], got (8,)"),
     ],
 )
-def test_wrong_reranks(change, error, message):
-    """A candidate count or a dense head that does not fit the factors."""
+def test_wrong_rerank_argument_is_refused(change, error, message):
+    """Catches: a number of candidates or a dense head that is accepted although it does not fit the factors."""
     arguments = {
         "hidden": torch.ones(2, 4),
         "down": torch.ones(3, 4),
@@ -272,14 +275,14 @@ def test_wrong_reranks(change, error, message):
         ),
     ],
 )
-def test_wrong_pairs(values, ids, error, message):
-    """Pairs that do not belong together."""
+def test_values_and_ids_that_do_not_match_are_refused(values, ids, error, message):
+    """Catches: (value, id) pairs that are reduced although their shapes, dtypes or devices do not belong together."""
     with pytest.raises(error, match=re.escape(message)):
         ops.reduce_pairs(values, ids)
 
 
-def test_resolve_impl(monkeypatch):
-    """The environment variable must decide for "auto" only, and Triton must be refused where it cannot run."""
+def test_slimspec_impl_decides_for_auto_only(monkeypatch):
+    """Catches: SLIMSPEC_IMPL that overrides an explicit choice, or Triton accepted where it cannot run."""
     monkeypatch.delenv("SLIMSPEC_IMPL", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.resolve_impl("cuda") == ops.resolve_impl(torch.device("cuda", 1)) == "triton"
@@ -296,8 +299,9 @@ def test_resolve_impl(monkeypatch):
         ops.resolve_impl("cuda")
 
 
-def test_prepare():
-    """Torch has nothing to compile; a batch of zero is a mistake of the caller."""
+def test_prepare_accepts_torch_and_refuses_a_batch_of_zero():
+    """Catches: `prepare` failing for torch, which has nothing to compile, or accepting a batch of zero, which is the
+    caller's mistake."""
     _, down, up = head(1, 9, 4)
     ops.prepare(down, up, 8, impl="torch")
     with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
@@ -305,7 +309,7 @@ def test_prepare():
 
 
 def test_torch_path_does_not_import_triton():
-    """A CPU server without Triton, or vLLM's stub in its place, must be able to serve."""
+    """Catches: a server on a CPU that fails because it has no Triton, or only vLLM's stub in its place."""
     code = (
         "import sys, torch; sys.modules['triton'] = None; from vllm_slimspec import ops;"
         "x = torch.ones(2, 2); y = ops.pack(x, x); ops.low_rank_rerank(x, *y, x, 1);"

@@ -1,4 +1,4 @@
-"""Where commands write: refused before any work or written whole, never another run's, never half."""
+"""Outputs of commands: refused before any work or written whole, never over another run's output, and never half."""
 
 import errno
 import os
@@ -82,8 +82,8 @@ WORK = [dot, dot_slash, empty_name, dots, new, deep, empty, link, through_a_link
 
 
 @pytest.mark.parametrize("place", WORK, ids=lambda place: place.__name__)
-def test_folder_is_written_whole(place, tmp_path, monkeypatch):
-    """Catches: a bare errno after hours, an output somewhere else, anything left beside it or in it."""
+def test_output_folder_is_written_whole(place, tmp_path, monkeypatch):
+    """Catches: a bare errno after hours of work, an output somewhere else, or anything left beside it or in it."""
     monkeypatch.chdir(tmp_path)
     path = place(tmp_path)
     real = Path(os.path.realpath(path))
@@ -97,7 +97,7 @@ def test_folder_is_written_whole(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", WORK, ids=lambda place: place.__name__)
-def test_claim_without_output_leaves_nothing(place, tmp_path, monkeypatch):
+def test_claimed_output_that_is_never_written_leaves_nothing(place, tmp_path, monkeypatch):
     """Catches: folders left behind by a run that was refused for another reason."""
     monkeypatch.chdir(tmp_path)
     path = place(tmp_path)
@@ -179,7 +179,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("place", "message"), REFUSED, ids=lambda case: getattr(case, "__name__", ""))
 def test_folder_that_cannot_be_written_is_refused_before_any_work(place, message, tmp_path):
-    """Catches: a place that turns out to be no place after hours of work; files of somebody else touched."""
+    """Catches: hours of work for an output folder that cannot be written, or somebody else's files touched by the
+    check."""
     path = place(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OutputError) as error, claim_folder(path, run=beside(Path(path), ".run")):
@@ -202,14 +203,14 @@ def test_folder_that_cannot_be_written_is_refused_before_any_work(place, message
     ids=lambda case: getattr(case, "__name__", ""),
 )
 def test_file_that_cannot_be_written_is_refused_before_any_work(place, message, tmp_path):
-    """Catches: results of hours that have no place; a device replaced by a file."""
+    """Catches: hours of work for an output file that cannot be written, or a device replaced by a file."""
     path = place(tmp_path)
     with pytest.raises(OutputError, match=message), claim_file(path):
         pytest.fail("the work began")
 
 
 @pytest.mark.parametrize("place", [new, deep, a_file, through_a_link, long_name], ids=lambda place: place.__name__)
-def test_file_is_written_whole(place, tmp_path):
+def test_output_file_is_replaced_whole(place, tmp_path):
     """Catches: a file that is half the old one, or a folder left beside it."""
     path = Path(place(tmp_path))
     with claim_file(path) as claim:
@@ -223,8 +224,8 @@ def test_file_is_written_whole(place, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_file_behind_a_link_stays_behind_it(tmp_path):
-    """Catches: the link replaced by a file, so that its owner looks at the old one for ever."""
+def test_output_behind_a_link_is_written_through_the_link(tmp_path):
+    """Catches: the link replaced by a file, so that its owner goes on reading the old results."""
     (tmp_path / "real.json").write_text("old")
     (tmp_path / "link.json").symlink_to("real.json")
     with claim_file(tmp_path / "link.json") as claim:
@@ -243,8 +244,8 @@ def test_mounted_file_is_written_in_place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO])
-def test_file_system_that_refuses_is_one_line(number, tmp_path, monkeypatch):
-    """Catches: a disk that is full, or may only be read, found out after the work; a bare errno."""
+def test_full_or_read_only_disk_is_refused_in_one_line_before_the_work(number, tmp_path, monkeypatch):
+    """Catches: a full or read-only disk discovered only after the work, or reported as a bare errno."""
 
     def refuse(path, *_, **__):
         raise OSError(number, os.strerror(number), str(path))
@@ -257,8 +258,8 @@ def test_file_system_that_refuses_is_one_line(number, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["d", "d/new", "d/a/new"])
-def test_folder_of_somebody_else_is_refused(name, tmp_path):
-    """Catches: a folder that may not be written, found out after the work."""
+def test_folder_without_write_permission_is_refused(name, tmp_path):
+    """Catches: a folder that may not be written, discovered only after the work."""
     (tmp_path / "d").mkdir(mode=0o555)
     child = os.fork()
     if child == 0:
@@ -275,7 +276,7 @@ def test_folder_of_somebody_else_is_refused(name, tmp_path):
 
 
 def test_folder_that_cannot_be_synced_is_written(tmp_path, monkeypatch):
-    """Catches: a finished output called lost on a network file system that syncs files only."""
+    """Catches: a finished output called lost on a network file system that cannot sync folders."""
     original = os.fsync
 
     def fsync(descriptor):
@@ -290,7 +291,7 @@ def test_folder_that_cannot_be_synced_is_written(tmp_path, monkeypatch):
 
 
 def test_disk_without_room_for_a_byte_is_refused(tmp_path, monkeypatch):
-    """Catches: a disk that has room for names but not for bytes, found out after the work."""
+    """Catches: a disk that has room for names but not for bytes, discovered only after the work."""
 
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -301,8 +302,8 @@ def test_disk_without_room_for_a_byte_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_output_that_was_filled_meanwhile_is_kept_apart(tmp_path):
-    """Catches: hours of work gone, or somebody's files overwritten, because the output came to be while they lasted."""
+def test_result_is_kept_apart_when_the_output_was_filled_meanwhile(tmp_path):
+    """Catches: hours of work lost, or somebody's files overwritten, because the output was created during the run."""
     with claim_folder(tmp_path / "d") as claim:
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "config.json").write_text("mine")
@@ -342,8 +343,8 @@ def other(tmp_path):
         process.communicate()
 
 
-def test_kept_output_outlives_another_try(tmp_path):
-    """Catches: the finished output of hours removed by the next run, which is refused as well."""
+def test_result_kept_apart_survives_the_next_run(tmp_path):
+    """Catches: a finished result that was kept apart, removed by the next run although that is refused as well."""
     with claim_folder(tmp_path / "d") as claim:
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "mine").write_text("mine")
@@ -354,8 +355,8 @@ def test_kept_output_outlives_another_try(tmp_path):
     assert contents(next((tmp_path / ".d.partial").glob("new*"))) == FILES
 
 
-def test_output_that_fails_while_it_is_moved_stays_whole(tmp_path, monkeypatch):
-    """Catches: half of the files in the output and half elsewhere; a next run that removes both."""
+def test_result_stays_whole_when_moving_it_fails(tmp_path, monkeypatch):
+    """Catches: half of the files in the output and half elsewhere, or a next run that removes both."""
     replace = Path.replace
 
     def fail(file, target):
@@ -372,8 +373,8 @@ def test_output_that_fails_while_it_is_moved_stays_whole(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == [".slimspec.partial"]
 
 
-def test_folder_of_somebody_else_under_the_name_of_a_claim_is_left_alone(tmp_path):
-    """Catches: files removed as the leftovers of a dead run because of the name of their folder."""
+def test_foreign_folder_with_the_name_of_a_claim_is_left_alone(tmp_path):
+    """Catches: somebody's folder removed as the leftovers of a dead run, because of its name."""
     (tmp_path / ".d.partial").mkdir()
     (tmp_path / ".d.partial" / "thesis.tex").write_text("mine")
     with (
@@ -384,7 +385,7 @@ def test_folder_of_somebody_else_under_the_name_of_a_claim_is_left_alone(tmp_pat
     assert contents(tmp_path / ".d.partial") == {"thesis.tex": "mine"}
 
 
-def test_leftovers_give_their_room_back_before_the_disk_is_judged(other, tmp_path, monkeypatch):
+def test_leftovers_of_a_dead_run_are_removed_before_the_disk_is_checked(other, tmp_path, monkeypatch):
     """Catches: a disk that a dead run filled, which the next run calls full instead of clearing it."""
     process = other("claim_folder", "out")
     process.kill()
@@ -419,8 +420,8 @@ def test_second_run_of_one_output_is_refused(kind, other, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["claim_folder", "claim_file", "claim_work"])
-def test_dead_owner_leaves_nothing_in_the_way(kind, other, tmp_path, injected):
-    """Catches: an output that nobody can write any more after a kill; gigabytes of a dead run left on the disk."""
+def test_output_of_a_killed_run_can_be_claimed_again(kind, other, tmp_path, injected):
+    """Catches: an output that nobody can write any more after a kill, or gigabytes of a dead run left on the disk."""
     process = other(kind, "out")
     process.kill()
     process.wait()
@@ -430,8 +431,8 @@ def test_dead_owner_leaves_nothing_in_the_way(kind, other, tmp_path, injected):
     injected("the owner of an output killed", 1)
 
 
-def test_claim_of_a_longer_name_is_left_alone(other, tmp_path):
-    """Catches: a run that removes the unfinished work of another one, whose name begins like its own."""
+def test_unfinished_output_of_a_longer_name_is_left_alone(other, tmp_path):
+    """Catches: a run that removes the unfinished work of another one whose name begins like its own."""
     other("claim_folder", "llama-3.1-8b-slim")
     for name in ("llama-3", "llama-3.1-8b-slim.safetensors", "lama-3.1-8b-slim", ".llama-3.1-8b-slim"):
         with claim_folder(tmp_path / name) as claim:
@@ -440,8 +441,8 @@ def test_claim_of_a_longer_name_is_left_alone(other, tmp_path):
     assert found.read_text() == "of the living"
 
 
-def test_claim_in_another_thread_is_refused(tmp_path):
-    """Catches: two threads that write one output, where locks belong to the whole process."""
+def test_output_claimed_by_another_thread_is_refused(tmp_path):
+    """Catches: two threads that write one output, because a file lock belongs to the whole process."""
     seen = []
 
     def work():
@@ -458,8 +459,9 @@ def test_claim_in_another_thread_is_refused(tmp_path):
     assert f"pid {os.getpid()} on" in seen[0]
 
 
-def test_forked_child_keeps_no_claim(tmp_path):
-    """Catches: a data loader's worker that outlives its parent and keeps the output locked, or removes the parent's."""
+def test_forked_child_does_not_keep_the_output_claimed(tmp_path):
+    """Catches: a data loader's worker that outlives its parent and keeps the output locked, or removes the parent's
+    work."""
     with claim_folder(tmp_path / "d") as claim:
         child = os.fork()
         if child == 0:
@@ -470,7 +472,7 @@ def test_forked_child_keeps_no_claim(tmp_path):
 
 
 def test_file_system_without_locks_only_warns(tmp_path, monkeypatch, caplog):
-    """Catches: no output at all on a network file system that cannot lock."""
+    """Catches: an output refused on a network file system only because that cannot lock files."""
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -507,8 +509,8 @@ with output.claim_folder(".") as claim:
 """
 
 
-def test_folder_in_place_killed_anywhere_is_no_drafter_until_it_is_whole(tmp_path, injected):
-    """Catches: half a drafter in a folder that no rename can replace; a rerun that stumbles over that half."""
+def test_mounted_folder_of_a_killed_run_is_no_drafter_until_it_is_whole(tmp_path, injected):
+    """Catches: half a drafter in a folder that no rename can replace, or a second run that fails over that half."""
     point, code = 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
         point += 1
@@ -527,7 +529,7 @@ def test_folder_in_place_killed_anywhere_is_no_drafter_until_it_is_whole(tmp_pat
     injected("writing into a mounted folder killed", point)
 
 
-def test_earlier_report_may_be_replaced(tmp_path):
+def test_earlier_report_is_replaced_and_other_files_are_not(tmp_path):
     """Catches: a report that cannot be made twice in one folder, or one that is written over other files."""
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(OutputError, match=r"holds other files, but no report\.md"):
@@ -538,8 +540,8 @@ def test_earlier_report_may_be_replaced(tmp_path):
     assert contents(tmp_path) == {"config.json": "mine", "report.md": "new"}
 
 
-def test_work_folder_keeps_what_is_in_it(tmp_path):
-    """Catches: the work of an earlier run removed, or called taken."""
+def test_work_folder_of_an_earlier_run_is_kept(tmp_path):
+    """Catches: the work folder of an earlier run emptied, or refused because it is not empty."""
     (tmp_path / "states").write_text("kept")
     with claim_work(tmp_path) as claim:
         claim.write_folder(lambda new: (new / "more").write_text("new"), last="more")
@@ -547,8 +549,8 @@ def test_work_folder_keeps_what_is_in_it(tmp_path):
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_write_whole_gives_the_room_back(durable, tmp_path):
-    """Catches: half a file under its name, or left on the full disk."""
+def test_failed_write_removes_its_temporary_file(durable, tmp_path):
+    """Catches: half a file under its final name, or one that still fills the full disk."""
     write_whole(tmp_path / "f", lambda part: part.write_text("one"), durable=durable)
     with pytest.raises(ZeroDivisionError):
         write_whole(tmp_path / "f", lambda part: (part.write_text("half"), 1 / 0), durable=durable)

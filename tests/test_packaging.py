@@ -1,4 +1,4 @@
-"""What is installed, and what it must leave alone."""
+"""What an installation contains, and that it changes nothing else in the environment."""
 
 import email
 import subprocess
@@ -38,13 +38,13 @@ def wheel(tmp_path_factory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_no_kernels_init():
-    """Catches: the file that makes ./kernels importable as the Hugging Face package of that name."""
+def test_kernels_folder_has_no_init():
+    """Catches: an __init__.py that makes ./kernels importable as the Hugging Face package of that name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_wheel_contents(wheel):
-    """Catches: a top-level `kernels`, tests in the wheel, a module or an entry point that was forgotten."""
+def test_wheel_holds_every_module_and_nothing_else(wheel):
+    """Catches: a top-level `kernels` or tests in the wheel, or a module or an entry point that was forgotten."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         info = next(n.split("/")[0] for n in names if n.endswith(".dist-info/METADATA"))
@@ -57,8 +57,8 @@ def test_wheel_contents(wheel):
     assert "slimspec = vllm_slimspec.cli:main" in points
 
 
-def test_install_replaces_nothing(wheel):
-    """Catches: torch, vLLM or transformers in the requirements, where pip would replace a user's own build."""
+def test_requirements_do_not_name_torch_vllm_or_transformers(wheel):
+    """Catches: a requirement on torch, vLLM or transformers, for which pip would replace a user's own build."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         requires = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist")
@@ -73,8 +73,8 @@ print(vllm_slimspec.__file__, kernel.__file__)
 """
 
 
-def test_wheel_imports(wheel, tmp_path):
-    """Catches: kernels that only the checkout has."""
+def test_installed_wheel_imports_its_own_kernels(wheel, tmp_path):
+    """Catches: kernels that can be imported from a checkout but not from the installed wheel."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     files = _run(sys.executable, "-c", IMPORTS, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
@@ -82,15 +82,15 @@ def test_wheel_imports(wheel, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["checkout", "elsewhere"])
-def test_editable_imports(where, tmp_path):
+def test_editable_install_imports_its_kernels_from_anywhere(where, tmp_path):
     """Catches: an editable install that finds its kernels only from the checkout's root, or everywhere but there."""
     files = _run(sys.executable, "-c", IMPORTS, cwd=ROOT if where == "checkout" else tmp_path).split()
     assert Path(files[1]).parent == ROOT / "kernels"
 
 
 @pytest.mark.parametrize("hugging_face", [False, True])
-def test_neighbors_import_from_the_checkout_root(hugging_face, tmp_path):
-    """Catches: ./kernels taken for the Hugging Face package, with which `import transformers` breaks."""
+def test_transformers_and_vllm_import_from_the_checkout_root(hugging_face, tmp_path):
+    """Catches: ./kernels taken for the Hugging Face package of that name, which breaks `import transformers`."""
     if hugging_face:
         with zipfile.ZipFile(next((ROOT / "build" / "wheels").glob("kernels-*.whl"))) as archive:  # by `make install`
             archive.extractall(tmp_path)
@@ -106,8 +106,9 @@ print(is_kernels_available())
     assert _run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(tmp_path)).split()[-1] == str(hugging_face)
 
 
-def test_command_without_torch(wheel, tmp_path):
-    """Catches: `slimspec --version`, `--help` or a traceback for want of what only vLLM brings."""
+def test_help_and_version_work_without_torch(wheel, tmp_path):
+    """Catches: `slimspec --version` or `--help` that fails without torch, or another command that then ends with a
+    traceback."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = "import sys; sys.modules['torch'] = None; from vllm_slimspec.cli import main; main()"

@@ -1,4 +1,4 @@
-"""What earlier versions wrote wrongly is recognized by doctor and the server, as far as a folder shows it."""
+"""Drafters that earlier versions wrote wrongly are recognized by doctor and the server, as far as a folder shows it."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ CONVERTED: dict[str, Any] = {"source": {"drafter": "d"}}
 
 
 def _folder(folder: Path, version: str | None, more: dict[str, Any], d2t: torch.Tensor | None = None, **changes: Any):
-    """A drafter that a version of this package wrote."""
+    """Write a drafter as a given version of this package wrote it."""
     tensors = drafters.tensors() if d2t is None else drafters.tensors(len(d2t)) | {"d2t": d2t}
     if d2t is not None:
         changes["draft_vocab_size"] = len(d2t)
@@ -39,8 +39,9 @@ def _said(folder: Path, target_rope: dict[str, Any] | None = None) -> str:
     return " ".join(f"{what}; {cure}" for what, cure in past_faults(DraftCheckpoint.open(folder), target_rope))
 
 
-def test_theta_that_was_beside_the_block(tmp_path):
-    """Catches: a drafter of 0.1.0 that rotates by 10,000 in the place of its own theta, served without a word."""
+def test_drafter_of_0_1_0_that_lost_its_theta_is_recognized(tmp_path):
+    """Catches: a drafter of 0.1.0 that rotates by 10,000 in the place of its own rope_theta, served without a
+    warning."""
     said = _said(_folder(tmp_path / "d", "0.1.0", CONVERTED, rope_scaling=LLAMA3))
     assert "vllm-slimspec 0.1.0 lost rope parameters of some drafters" in said
     assert "rope_theta is 10000 here beside a block of type llama3" in said
@@ -59,8 +60,9 @@ def test_theta_that_was_beside_the_block(tmp_path):
         (None, ""),
     ],
 )
-def test_rope_that_is_not_the_targets(tmp_path, target, words):
-    """Catches: a block that 0.1.0 dropped, which only the target shows; an alarm where nothing was lost."""
+def test_drafter_of_0_1_0_whose_rope_differs_from_the_targets_is_recognized(tmp_path, target, words):
+    """Catches: a rope block that 0.1.0 dropped, which only the target's config shows, or an alarm where nothing was
+    lost."""
     said = _said(_folder(tmp_path / "d", "0.1.0", CONVERTED), target)
     assert words in said
     assert bool(said) == bool(words)
@@ -74,22 +76,23 @@ def test_rope_that_is_not_the_targets(tmp_path, target, words):
         (torch.arange(32) // 2, ""),
     ],
 )
-def test_maps_that_0_1_0_took_over(tmp_path, d2t, words):
-    """Catches: ids in the place of offsets, which 0.1.0 did not compare with the mask that it dropped."""
+def test_drafter_of_0_1_0_with_ids_instead_of_offsets_is_recognized(tmp_path, d2t, words):
+    """Catches: a d2t that holds ids instead of offsets, which 0.1.0 took over unchecked and which drafts wrong
+    tokens."""
     said = _said(_folder(tmp_path / "d", "0.1.0", CONVERTED, d2t))
     assert words in said
     assert bool(said) == bool(words)
 
 
-def test_the_length_that_training_stated(tmp_path):
-    """Catches: an acceptance over prompts and answers taken for the one that is served."""
+def test_acceptance_length_that_0_1_0_overstated_is_recognized(tmp_path):
+    """Catches: an acceptance length over prompts and answers, as 0.1.0 stated it, taken for the one that is served."""
     said = _said(_folder(tmp_path / "d", "0.1.0", {"held_out": {"length": 2.14}}))
     assert "over all places of the texts, which is more than is served" in said
     assert "slimspec bench acceptance" in said
 
 
 @pytest.mark.parametrize("version", ["0.2.0", "1.0", None, "x", ["0.1.0"]])
-def test_other_versions_are_not_suspected(tmp_path, version):
+def test_drafters_of_other_versions_are_not_suspected(tmp_path, version):
     """Catches: an alarm about a folder of today's version, or of another tool."""
     more = CONVERTED | {"held_out": {"length": 2.0}}
     assert _said(_folder(tmp_path / "d", version, more, torch.arange(0, 96, 3), rope_scaling=LLAMA3)) == ""
@@ -104,8 +107,8 @@ def target(tmp_path):
     return tmp_path / "target"
 
 
-def test_doctor_and_the_server_say_it(tmp_path, target, caplog):
-    """Catches: one of the two that does not look, or a drafter refused on a suspicion."""
+def test_doctor_and_the_server_warn_of_a_fault_of_0_1_0(tmp_path, target, caplog):
+    """Catches: a doctor or a server that does not check for past faults, or a drafter refused on a mere suspicion."""
     from vllm.engine.arg_utils import EngineArgs
 
     folder = _folder(tmp_path / "d", "0.1.0", CONVERTED, rope_scaling=LLAMA3)

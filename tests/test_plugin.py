@@ -1,7 +1,9 @@
-"""What the plugin does to vLLM's configuration, and what it leaves alone. No engine starts here."""
+"""How the plugin changes vLLM's configuration for SlimSpec drafters, and that it changes nothing else. No engine starts
+here."""
 
 import dataclasses
-import logging
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -24,8 +26,8 @@ def _python(code: str, **env: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def test_import_is_light():
-    """Catches: torch, vLLM or Triton pulled in by the import that every vLLM process pays."""
+def test_importing_the_package_imports_nothing_heavy():
+    """Catches: torch, vLLM or Triton imported by the package's own import, for which every vLLM process would pay."""
     heavy = "{'torch', 'vllm', 'triton', 'transformers', 'numpy', 'typer'}"
     assert _python(f"import sys, vllm_slimspec; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
@@ -43,8 +45,8 @@ print("SlimSpecLlamaForCausalLMEagle3" in archs, hasattr(EngineArgs.create_specu
 @pytest.mark.parametrize(
     ("plugins", "seen"), [(None, "True True"), ("slimspec", "True True"), ("other", "False False")]
 )
-def test_vllm_plugins(plugins, seen):
-    """Catches: an entry point that vLLM does not find, or a plugin that acts although it was excluded."""
+def test_plugin_registers_unless_vllm_plugins_excludes_it(plugins, seen):
+    """Catches: an entry point that vLLM does not find, or a plugin that acts although VLLM_PLUGINS excludes it."""
     env = {} if plugins is None else {"VLLM_PLUGINS": plugins}
     assert _python(PROBE, **env) == seen
 
@@ -93,16 +95,17 @@ def slim(tmp_path):
     return str(drafters.write(tmp_path / "drafter", drafters.config(), drafters.tensors()))
 
 
-def test_method_may_be_left_out(speculative, slim):
-    """Catches: a SlimSpec drafter taken for a full draft model, because no "eagle3" is in its path."""
+def test_drafter_without_a_method_is_served_as_eagle3(speculative, slim):
+    """Catches: a SlimSpec drafter taken for a full draft model because its path does not contain "eagle3"."""
     config = speculative(model=slim)
     assert config.method == "eagle3"
     assert config.use_local_argmax_reduction
     assert config.draft_model_config.architecture == "SlimSpecLlamaForCausalLMEagle3"
 
 
-def test_flags_in_place_of_the_json(target, slim):
-    """Catches: --spec-model without --spec-method overlooked."""
+def test_spec_model_flag_without_a_method_is_served_as_eagle3(target, slim):
+    """Catches: a plugin that chooses the method for the JSON option only, and not for the flags --spec-model and
+    --spec-tokens."""
     from vllm.engine.arg_utils import EngineArgs
 
     args = EngineArgs(model=str(target), skip_tokenizer_init=True, max_model_len=128, spec_model=slim, spec_tokens=3)
@@ -110,8 +113,8 @@ def test_flags_in_place_of_the_json(target, slim):
     assert (config.method, config.use_local_argmax_reduction) == ("eagle3", True)
 
 
-def test_torchspec(speculative, tmp_path):
-    """Catches: TorchSpec's stock architecture name served by vLLM's dense class."""
+def test_torchspec_folder_is_served_by_our_class(speculative, tmp_path):
+    """Catches: a TorchSpec drafter served by vLLM's dense class, because it names a stock architecture."""
     written = drafters.config(
         architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None, lm_head_rank_divisor=8, draft_vocab_size=None
     )
@@ -122,8 +125,9 @@ def test_torchspec(speculative, tmp_path):
 
 @pytest.mark.parametrize("place", ["layer", "top"])
 @pytest.mark.parametrize("method", [None, "eagle3"])
-def test_speculators_export(speculative, tmp_path, method, place):
-    """Catches: vLLM's speculators reader putting its own architecture in the place of ours, or dropping our keys."""
+def test_speculators_folder_is_served_by_our_class(speculative, tmp_path, method, place):
+    """Catches: vLLM's reader of speculators configs putting its own architecture in the place of ours, or dropping our
+    keys."""
     layer = drafters.config(architectures=None, draft_vocab_size=None)
     written = {
         "architectures": ["Eagle3Speculator"],
@@ -147,19 +151,19 @@ def test_speculators_export(speculative, tmp_path, method, place):
     assert config.use_local_argmax_reduction
 
 
-def test_probabilistic_keeps_the_logits(speculative, slim):
-    """Catches: the fused path turned on where vLLM samples from the draft logits."""
+def test_fused_path_is_off_with_probabilistic_drafts(speculative, slim):
+    """Catches: the fused path turned on where vLLM has to sample from the draft logits."""
     assert not speculative(model=slim, draft_sample_method="probabilistic").use_local_argmax_reduction
 
 
 @pytest.mark.parametrize("key", ["use_local_argmax_reduction", "use-local-argmax-reduction"])
-def test_the_users_word_stands(speculative, slim, key):
-    """Catches: an explicit false overruled."""
+def test_fused_path_stays_off_where_the_user_turned_it_off(speculative, slim, key):
+    """Catches: a plugin that overrules the user's use_local_argmax_reduction=false."""
     assert not speculative(model=slim, **{key: False}).use_local_argmax_reduction
 
 
-def test_stock_drafter_untouched(speculative, tmp_path):
-    """Catches: any difference in the configuration of a dense drafter."""
+def test_configuration_of_a_dense_drafter_is_unchanged(speculative, tmp_path):
+    """Catches: a plugin that changes any field of the configuration of a dense drafter."""
     from vllm.engine.arg_utils import EngineArgs
 
     written = drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None)
@@ -180,8 +184,8 @@ def test_stock_drafter_untouched(speculative, tmp_path):
         EngineArgs.create_speculative_config = wrapped
 
 
-def test_wrong_method(speculative, slim):
-    """Catches: a silent full draft model where the user wrote another method."""
+def test_another_method_for_our_drafter_is_refused(speculative, slim):
+    """Catches: a SlimSpec drafter silently served as a full draft model because the user gave another method."""
     with pytest.raises(CheckpointError, match="served with method 'eagle3', not 'eagle'"):
         speculative(model=slim, method="eagle")
 
@@ -196,8 +200,9 @@ def test_wrong_method(speculative, slim):
         ({"model": "someone/a-drafter"}, "1"),
     ],
 )
-def test_a_hub_is_not_asked(monkeypatch, given, modelscope):
-    """Catches: a request of a server that has nothing to do with us, maybe with the name of a private module in it."""
+def test_hub_is_not_asked_about_models_that_cannot_be_ours(monkeypatch, given, modelscope):
+    """Catches: a request to the hub from a server that does not use this package, which may leak the name of a private
+    module."""
     from vllm.transformers_utils import repo_utils
 
     monkeypatch.setattr(repo_utils, "get_hf_file_to_dict", lambda *args: pytest.fail(f"a hub was asked for {args}"))
@@ -208,8 +213,9 @@ def test_a_hub_is_not_asked(monkeypatch, given, modelscope):
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_pipeline_parallelism(slim, tmp_path, stages):
-    """Catches: drafts from embeddings that were never loaded, because only the first stage has the target's."""
+def test_pipeline_parallelism_needs_a_drafter_with_its_own_embeddings(slim, tmp_path, stages):
+    """Catches: drafts from embeddings that were never loaded, because only the first pipeline stage has the
+    target's."""
     args = SimpleNamespace(load_format="auto", pipeline_parallel_size=stages)
     owned = drafters.tensors() | {"embed_tokens.weight": torch.zeros(drafters.V, drafters.D)}
     own = str(drafters.write(tmp_path / "own", drafters.config(), owned))
@@ -222,8 +228,8 @@ def test_pipeline_parallelism(slim, tmp_path, stages):
             compat._check_on_disk(args, config, head_spec(drafters.config()))
 
 
-def test_an_upgrade_is_seen():
-    """Catches: vLLM serving by what it found out of the class of an earlier release."""
+def test_served_class_carries_the_release_of_the_package():
+    """Catches: vLLM serving a new release by what it cached about the model class of an earlier one."""
     import vllm_slimspec
     from vllm_slimspec.drafters import served
 
@@ -239,14 +245,14 @@ def test_an_upgrade_is_seen():
         ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, "3 different ids from 0 to 4"),
     ],
 )
-def test_bad_drafter_stops_the_front_process(speculative, tmp_path, change, words):
-    """Catches: an error that only shows in the engine process, after the target was loaded."""
+def test_bad_drafter_is_refused_while_the_configuration_is_made(speculative, tmp_path, change, words):
+    """Catches: a bad drafter that is reported only by the engine process, after the target was loaded."""
     folder = drafters.write(tmp_path / "d", drafters.config(**change), drafters.tensors())
     with pytest.raises(CheckpointError, match=words):
         speculative(model=str(folder))
 
 
-def test_install_twice_wraps_once():
+def test_installing_twice_wraps_once():
     """Catches: one more layer of wrapping for each process that loads plugins again."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -259,14 +265,14 @@ def test_install_twice_wraps_once():
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """What the plugin warned of; vLLM's loggers do not propagate to pytest's."""
+    """The plugin's warnings; vLLM's loggers do not propagate to pytest's."""
     records = []
     monkeypatch.setattr(compat.logger, "warning", lambda message, *args: records.append(message % args))
     return records
 
 
-def test_old_vllm_is_refused_with_a_word(monkeypatch, warnings):
-    """Catches: a crash, or silence, on a vLLM from before the interfaces used here."""
+def test_vllm_older_than_supported_gets_one_warning_and_no_models(monkeypatch, warnings):
+    """Catches: a crash, or silence, on a vLLM that is older than the interfaces used here."""
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", "0.25.1")
@@ -277,14 +283,14 @@ def test_old_vllm_is_refused_with_a_word(monkeypatch, warnings):
 
 
 @pytest.mark.parametrize(("version", "count"), [("0.32.0+cpu", 0), ("0.34.1", 1), ("0.1.dev99+g1234", 0), ("dev", 0)])
-def test_untested_vllm_is_said(warnings, version, count):
-    """Catches: no word on an untested release, or a warning on every tested one."""
+def test_only_a_vllm_newer_than_tested_gets_a_warning(warnings, version, count):
+    """Catches: no warning on a release that was never tested, or a warning on a tested one."""
     assert compat._supported(version)
     assert len(warnings) == count
 
 
-def test_missing_patch_target_is_survived(monkeypatch, warnings):
-    """Catches: a server that dies because vLLM renamed the method."""
+def test_missing_method_to_wrap_only_warns(monkeypatch, warnings):
+    """Catches: a server that dies because vLLM renamed the method that the plugin wraps."""
     from vllm.engine.arg_utils import EngineArgs
 
     monkeypatch.delattr(EngineArgs, "create_speculative_config")
@@ -293,8 +299,10 @@ def test_missing_patch_target_is_survived(monkeypatch, warnings):
 
 
 @pytest.mark.parametrize(("version", "count"), [("0.25.1", 1), ("99.0", 1)])
-def test_stock_drafter_under_any_vllm(monkeypatch, warnings, speculative, tmp_path, version, count):
-    """Catches: an unsupported vLLM on which installing this package changes more than one line of the log."""
+def test_stock_drafter_works_with_one_warning_on_an_unsupported_vllm(
+    monkeypatch, warnings, speculative, tmp_path, version, count
+):
+    """Catches: an unsupported vLLM on which installing this package does more than add one line to the log."""
     import vllm
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
@@ -310,7 +318,7 @@ def test_stock_drafter_under_any_vllm(monkeypatch, warnings, speculative, tmp_pa
     assert len(warnings) == count
 
 
-def test_no_model_registry(monkeypatch, warnings):
+def test_model_registry_that_refuses_only_warns(monkeypatch, warnings):
     """Catches: a server that dies in the plugin hook because vLLM registers models in another way."""
     import vllm
 
@@ -324,8 +332,8 @@ def test_no_model_registry(monkeypatch, warnings):
 
 
 @pytest.mark.parametrize("moved", ["_choose_method", "_adopt"])
-def test_unknown_configuration_is_left_to_vllm(monkeypatch, warnings, speculative, tmp_path, moved):
-    """Catches: a stock drafter refused because a field that only SlimSpec ones need has another name."""
+def test_error_in_our_code_leaves_a_stock_drafter_to_vllm(monkeypatch, warnings, speculative, tmp_path, moved):
+    """Catches: a stock drafter refused because vLLM renamed a field that only SlimSpec drafters need."""
 
     def missing(*args):
         raise AttributeError("no such field")
@@ -338,7 +346,7 @@ def test_unknown_configuration_is_left_to_vllm(monkeypatch, warnings, speculativ
     assert "leaves it alone" in warnings[0]
 
 
-def test_one_warning_and_not_one_a_process(monkeypatch, warnings):
+def test_child_process_does_not_repeat_the_warning(monkeypatch, warnings):
     """Catches: the same warning again from every engine and worker process."""
     monkeypatch.setattr(compat.multiprocessing, "parent_process", lambda: object())
     assert compat._supported("99.0")
@@ -346,23 +354,22 @@ def test_one_warning_and_not_one_a_process(monkeypatch, warnings):
 
 
 @pytest.mark.parametrize("touch", compat.TOUCHES, ids=lambda touch: touch.name)
-def test_touches(touch):
-    """Catches: an entry without what it takes to drop it one day, or one that is not there to be found."""
+def test_listed_vllm_internal_is_found_and_its_absence_is_noticed(touch):
+    """Catches: an entry of TOUCHES that vLLM no longer has or whose link leads nowhere, or a look-up that finds
+    anything."""
     assert touch.found()
-    assert touch.upstream.startswith("https://github.com/vllm-project/vllm/")
-    assert touch.symptom
-    assert touch.drop
+    place = touch.upstream.partition("/blob/")[2].partition("/")[2]
+    assert inspect.getfile(importlib.import_module(touch.module)).endswith(f"/{place}")
     gone = dataclasses.replace(touch, name=f"{touch.name}_gone")
     assert not gone.found()
     assert not dataclasses.replace(touch, module="vllm.no_such_module").found()
 
 
-def test_log_reaches_the_user():
-    """Catches: our lines under a logger name that vLLM does not configure."""
-    import vllm  # noqa: F401 - configures logging
-
-    assert compat.logger.getEffectiveLevel() <= logging.INFO or "VLLM_LOGGING_LEVEL" in os.environ
-    assert compat.logger.parent.name == "vllm"
+def test_info_line_of_ours_reaches_the_output():
+    """Catches: our lines under a logger name that vLLM does not configure, so that nobody sees them."""
+    code = "import vllm.logger; from vllm_slimspec import compat; compat.logger.info('a line of ours')"
+    settings = {"CONFIGURE_LOGGING": "1", "LOGGING_LEVEL": "INFO", "LOGGING_STREAM": "ext://sys.stdout"}
+    assert _python(code, **{f"VLLM_{name}": value for name, value in settings.items()}).endswith("a line of ours")
 
 
 HUB = """
@@ -377,8 +384,8 @@ print(config.method, config.use_local_argmax_reduction, config.draft_model_confi
 """
 
 
-def test_hub_id(target, tmp_path):
-    """Catches: a drafter recognized only as a folder; a .bin taken from the hub where there are no safetensors."""
+def test_drafter_named_by_its_hub_id_is_recognized_and_loads_safetensors(target, tmp_path):
+    """Catches: a drafter that is recognized only as a folder, or whose .bin weights are taken from the hub."""
     cached = tmp_path / "models--someone--a-drafter"
     drafters.write(cached / "snapshots" / ("0" * 40), drafters.config(), drafters.tensors())
     (cached / "refs").mkdir()

@@ -1,4 +1,4 @@
-"""What long work says of itself: lines where there is no terminal, a bar where there is one."""
+"""The progress of long work: log lines where there is no terminal, a bar where there is one."""
 
 import io
 import re
@@ -18,7 +18,7 @@ ESCAPES = re.compile(r"[\x1b\r\b]")
 
 
 class Clock:
-    """A clock that stands until it is set."""
+    """A clock that shows the time it was set to."""
 
     def __init__(self):
         self.now = 0.0
@@ -28,7 +28,7 @@ class Clock:
 
 
 class Stream(io.StringIO):
-    """Text that somebody can wait for, a terminal or not."""
+    """A text stream, a terminal or not, on whose content a test can wait."""
 
     def __init__(self, terminal=False):
         super().__init__()
@@ -43,8 +43,8 @@ class Stream(io.StringIO):
         return count
 
 
-def test_line_tells_how_far_since_when_and_how_long():
-    """Catches: a line without the count, and an expected end that counts what an earlier run has done."""
+def test_progress_line_states_the_count_and_the_expected_end():
+    """Catches: a progress line without the count, or an expected end that also counts what an earlier run has done."""
     clock = Clock()
     shown = Progress("Answers", 1000, "prompt", 500, None, clock=clock)
     assert shown.line() == "Answers: 500 of 1000 prompts (50%), 0 s so far"
@@ -58,7 +58,8 @@ def test_line_tells_how_far_since_when_and_how_long():
 
 
 def test_progress_without_a_terminal_writes_lines_and_no_escape_codes():
-    """Catches: a bar's carriage returns in a log file, a silent start, a silent end."""
+    """Catches: a bar's carriage returns in a log file, or a log without a line at the start or at the end of the
+    work."""
     stream = Stream()
     assert list(steps(range(3), "Counting", 3, "number", stream=stream)) == [0, 1, 2]
     first, last = stream.getvalue().splitlines()
@@ -67,8 +68,8 @@ def test_progress_without_a_terminal_writes_lines_and_no_escape_codes():
     assert not ESCAPES.search(stream.getvalue())
 
 
-def test_progress_speaks_while_the_work_reports_nothing():
-    """Catches: one call that lasts for minutes, with a log that looks dead until it returns."""
+def test_progress_writes_lines_while_the_work_reports_nothing():
+    """Catches: a log that looks dead for minutes, because one call of the work does not return."""
     stream = Stream()
     shown = Progress("Starting vLLM", None, "", 0, stream, every=0.01, clock=Clock())
     for _ in range(8):  # the start and at least two lines more, each with its end of line
@@ -95,15 +96,15 @@ def test_progress_says_that_the_work_has_failed():
 
 
 def test_progress_at_a_terminal_is_a_bar():
-    """Catches: a terminal that scrolls away under lines."""
+    """Catches: a terminal that fills up with progress lines instead of showing one bar."""
     stream = Stream(terminal=True)
     list(steps(range(3), "Counting", 3, "number", stream=stream))
     assert "100%" in stream.getvalue()
     assert "started" not in stream.getvalue()
 
 
-def test_progress_of_a_further_process_is_silent():
-    """Catches: every process of torchrun with the same lines in one log."""
+def test_progress_of_other_torchrun_processes_is_silent():
+    """Catches: every process of torchrun writing the same progress lines into one log."""
     stream = Stream()
     list(steps(range(3), "Counting", 3, "number", stream=stream, silent=True))
     assert stream.getvalue() == ""
@@ -117,7 +118,7 @@ def test_progress_survives_a_closed_stream():
         shown.update(2)
 
 
-def test_answers_are_counted_where_an_engine_finishes_them_and_not_where_it_takes_prompts_in():
+def test_progress_counts_answers_when_the_engine_finishes_them():
     """Catches: a count that moves only when a thousand prompts are answered, or that jumps to its end at the start."""
     assert counting() is False  # and vLLM shows nothing
     with progress("Answers", 4, "prompt", silent=True) as shown:
@@ -135,8 +136,8 @@ def test_answers_are_counted_where_an_engine_finishes_them_and_not_where_it_take
         assert shown.line().endswith(", 3 of 5 samples")
 
 
-def test_work_made_of_other_work_speaks_only_where_that_is_silent():
-    """Catches: two lines for one piece of work, and minutes without a line between two of them."""
+def test_outer_progress_is_silent_while_an_inner_one_writes():
+    """Catches: two progress lines for one piece of work, or minutes without a line between two of them."""
     outer, inner = Stream(), Stream()
     whole = Progress("convert", None, "", 0, outer, ends=False, every=0.01, clock=Clock())
     module._under_way.append(whole)
@@ -154,23 +155,23 @@ def test_work_made_of_other_work_speaks_only_where_that_is_silent():
     assert inner.getvalue().splitlines()[0] == "Distilling started"
 
 
-def test_work_made_of_other_work_has_no_bar():
-    """Catches: a bar of the whole command that stands between those of its parts."""
+def test_outer_progress_has_no_bar():
+    """Catches: a bar of the whole command drawn between the bars of its parts."""
     stream = Stream(terminal=True)
     with progress("convert", ends=False, stream=stream):
         pass
     assert stream.getvalue() == ""
 
 
-def test_package_draws_no_bar_of_its_own():
-    """Catches: a new loop with a bare bar, which is silent where there is no terminal."""
+def test_package_draws_bars_by_its_progress_module_only():
+    """Catches: a new loop with a bare progress bar, which is silent where there is no terminal."""
     files = [*ROOT.glob("vllm_slimspec/**/*.py"), *ROOT.glob("examples/*.py")]
     own = [str(f.relative_to(ROOT)) for f in files if re.search(r"\btqdm\(|console\.status\(", f.read_text())]
     assert own == ["vllm_slimspec/common/progress.py"]
 
 
-def test_a_command_without_a_terminal_tells_its_progress(tmp_path):
-    """Catches: a command that says nothing in a CI log."""
+def test_command_without_a_terminal_writes_progress_lines(tmp_path):
+    """Catches: a command that writes nothing into a CI log while it works."""
     target = write_work(tmp_path) / "llama"
     (tmp_path / "documents.jsonl").write_text('{"input_ids": [1, 2, 3, 4], "prompt_tokens": 1}\n')
     command = [sys.executable, "-m", "vllm_slimspec", "train", "states", "--target", str(target)]

@@ -1,4 +1,4 @@
-"""Quantized `up` factors and the layouts of the CPU: every form stands for the factor it was made from."""
+"""Quantized `up` factors and their layouts on a CPU: every form stands for the factor that it was made from."""
 
 import re
 
@@ -24,8 +24,8 @@ def head(batch, vocab, rank, dtype=torch.bfloat16, hidden_size=48):
 
 @pytest.mark.parametrize("group_size", [None, *GROUPS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rounding(kind, group_size):
-    """A wrong scale, nibble order or sign: an entry further from the original than half a step."""
+def test_quantization_rounds_each_entry_within_half_a_step(kind, group_size):
+    """Catches: a wrong scale, nibble order or sign, by which an entry is further from the original than half a step."""
     up = head(1, 70, 256)[2].float()
     up[3] = 0
     up[5, 7] = 100.0  # an outlier costs its own row or group only
@@ -38,8 +38,9 @@ def test_rounding(kind, group_size):
     assert (quantized.dequantize()[3] == 0).all()
 
 
-def test_formats():
-    """The bytes of a checkpoint: which column is in which nibble, what a nibble is worth, which scale is whose."""
+def test_stored_bytes_mean_the_documented_values():
+    """Catches: another meaning of a checkpoint's bytes: which column is in which nibble, what a nibble is worth, which
+    scale is whose."""
     weight = torch.tensor([[0x80, 0x1F]], dtype=torch.uint8).repeat(1, 16)
     scale = torch.tensor([[2.0, 0.5]])
     values = QuantizedUp(weight, scale, 32).dequantize()
@@ -51,8 +52,8 @@ def test_formats():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rank", "group_size"), [(30, None), (64, None), (96, 32)])
-def test_pad_rank(kind, rank, group_size):
-    """Padding that is not zero: the nibble of zero is 8."""
+def test_padding_of_a_quantized_rank_is_zero(kind, rank, group_size):
+    """Catches: padding of int4 that is not zero, because the nibble that stands for zero is 8."""
     quantized = quantize_up(head(1, 20, rank)[2], kind, group_size)
     padded = pad_rank(quantized, 128).dequantize()
     assert torch.equal(padded[:, :rank], quantized.dequantize())
@@ -68,8 +69,8 @@ def test_pad_rank(kind, rank, group_size):
     group_size=st.sampled_from([None, 32]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
-def test_packed_head(batch, vocab, rank, kind, group_size, dtype):
-    """A backend that reads past a tail, crashes on an odd rank or loses a scale: for all, the logits are the same."""
+def test_packed_head_gives_the_logits_of_its_factors(batch, vocab, rank, kind, group_size, dtype):
+    """Catches: a backend that reads beyond a tail, crashes on an odd rank or loses a scale."""
     hidden, down, up = head(batch, vocab, rank, dtype)
     if kind:
         up = quantize_up(up, kind, group_size if rank % 32 == 0 else None)
@@ -84,8 +85,9 @@ def test_packed_head(batch, vocab, rank, kind, group_size, dtype):
 
 @pytest.mark.parametrize("batch", [1, INTEGER_ROWS, 9])
 @pytest.mark.parametrize("kind", KINDS)
-def test_top_1_agrees_with_the_dequantized_factor(kind, batch):
-    """A quantized head that drafts another token than its factor does, by more than the rounding of a score."""
+def test_top_1_of_a_packed_quantized_head_agrees_with_its_factor(kind, batch):
+    """Catches: a quantized head that drafts another token than its factor does, by more than the rounding of a
+    score."""
     hidden, down, up = head(batch, 5000, 128)
     quantized = quantize_up(up, kind)
     values, ids = ops.low_rank_argmax(hidden, *ops.pack(down, quantized))
@@ -96,8 +98,9 @@ def test_top_1_agrees_with_the_dequantized_factor(kind, batch):
     assert ((values - scores.amax(dim=1)).abs() <= 2 * ulp).all()
 
 
-def test_both_forms_of_a_quantized_factor_are_used():
-    """A crossover that is never taken: the integer kernel and bfloat16 round differently, so they can be told apart."""
+def test_batch_size_chooses_between_both_forms_of_a_quantized_factor():
+    """Catches: a quantized head that uses one of its two products for every batch; they round differently, so they can
+    be told apart."""
     _, _, up = head(1, 4000, 128)
     packed = PackedFactor(quantize_up(up, "int8"), torch.bfloat16)
     z = torch.randn(INTEGER_ROWS + 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -125,8 +128,8 @@ def test_both_forms_of_a_quantized_factor_are_used():
         ),
     ],
 )
-def test_wrong_calls(make, error, message, monkeypatch):
-    """A wrong argument that is quantized all the same."""
+def test_factor_that_cannot_be_quantized_is_refused(make, error, message, monkeypatch):
+    """Catches: a wrong argument that is quantized or packed all the same."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(error, match=re.escape(message)):
         make(torch.ones(9, 96))

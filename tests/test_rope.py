@@ -1,4 +1,4 @@
-"""What a drafter rotates by is the same before and after every conversion, and after training."""
+"""The rotary angles of a drafter are the same before and after every conversion, and after training."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +73,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def _source(keys: dict[str, Any], family: str, layout: str) -> dict[str, Any]:
-    """config.json of a dense drafter with these keys in the place where the layout has them."""
+    """Return the config.json of a dense drafter with these keys in the place where the layout has them."""
     architecture = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}[family]
     config = drafters.config(architectures=[architecture], model_type=family, lm_head_rank=None, rope_theta=None)
     if layout == "plain":
@@ -92,8 +92,8 @@ def _source(keys: dict[str, Any], family: str, layout: str) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", ["plain", "speculators"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("form", FORMS)
-def test_conversion_keeps_the_angles_that_vllm_makes(tmp_path, form, family, layout):
-    """Catches: a rope that is read under one of its spellings and written under another with a part of it lost."""
+def test_conversion_keeps_the_rotary_angles_that_vllm_computes(tmp_path, form, family, layout):
+    """Catches: a rope that is read in one of its spellings and written in another with a part of it lost."""
     config = _source(FORMS[form], family, layout)
     before = angles(config_of(config, tmp_path / "before"), family)
     tensors = drafters.dense(drafters.tensors())
@@ -109,7 +109,7 @@ def test_conversion_keeps_the_angles_that_vllm_makes(tmp_path, form, family, lay
 
 
 @pytest.mark.parametrize("layout", ["plain", "speculators"])
-def test_a_rope_that_is_no_object_is_refused_in_one_line(tmp_path, layout):
+def test_rope_block_that_is_no_object_is_refused_in_one_line(tmp_path, layout):
     """Catches: a traceback from a config.json whose rope block is a list."""
     from vllm_slimspec.errors import CheckpointError
 
@@ -120,7 +120,7 @@ def test_a_rope_that_is_no_object_is_refused_in_one_line(tmp_path, layout):
 
 
 def _trained(layer: Any) -> Any:
-    """As much of a trained model as its export looks at."""
+    """Return a stand-in for a trained model, with only what its export reads."""
     norms = dict.fromkeys(("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"), False)
     config = SimpleNamespace(lm_head_rank=R, draft_vocab_size=V, transformer_layer_config=layer, **norms)
     return SimpleNamespace(config=config, target_layer_ids=[1, 2, 3])
@@ -128,8 +128,8 @@ def _trained(layer: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("form", FORMS)
-def test_training_exports_the_angles_that_it_trained_at(tmp_path, form, family):
-    """Catches: a rope that training computes with, of which only the type and theta are written."""
+def test_training_exports_the_rotary_angles_that_it_trained_at(tmp_path, form, family):
+    """Catches: a rope that training computes with, but of which only the type and theta are written."""
     from transformers import AutoConfig
     from vllm.transformers_utils.config import patch_legacy_rope_type
 

@@ -1,4 +1,4 @@
-"""What the soak counts as wrong; a comparison that lets everything pass would find nothing."""
+"""What the soak counts as wrong, since a comparison that accepts everything would find nothing."""
 
 import pytest
 import soak
@@ -24,8 +24,8 @@ EXPECTED = soak.Answer(
         pytest.param([5, 9], "", [], 0, 1, id="no log-probabilities to tell"),
     ],
 )
-def test_compare(ids, text, words, near, wrong):
-    """Catches: a wrong answer that is counted as a near tie, or as right."""
+def test_compare_tells_equal_near_tie_and_wrong_answers_apart(ids, text, words, near, wrong):
+    """Catches: a wrong answer that the soak counts as a near tie, or as right."""
     tally = soak.Tally()
     soak.compare(tally, "plain", EXPECTED, ids, text, words)
     assert (tally.near_ties, len(tally.wrong), tally.tokens) == (near, wrong, len(ids))
@@ -70,14 +70,14 @@ def _result(**changes):
         {"left_processes": 1},
     ],
 )
-def test_failures(change):
-    """Catches: a count that nobody looks at."""
+def test_each_bad_count_fails_the_soak(change):
+    """Catches: a bad count, such as a wrong answer or a process left behind, with which the soak still passes."""
     assert soak.failures(_result()) == []
     assert len(soak.failures(_result(**change))) == 1
 
 
-def test_memory_that_the_target_alone_takes():
-    """Catches: vLLM's own growth blamed on the drafter, or the drafter's excused by it."""
+def test_memory_growth_is_judged_against_that_of_the_target_alone():
+    """Catches: vLLM's own growth of memory blamed on the drafter, or the drafter's excused by it."""
     grows = {"engine": {"start": 1, "end": 9, "slope_per_minute": soak.FLAT + 5}}
     less = {"engine": {"start": 1, "end": 9, "slope_per_minute": 4}}
     more = {"engine": {"start": 1, "end": 9, "slope_per_minute": 6}}
@@ -85,8 +85,8 @@ def test_memory_that_the_target_alone_takes():
     assert soak.failures(_result(memory=grows, memory_alone=more)) == []
 
 
-def test_prompts():
-    """Catches: prompts of one length, or none that share a beginning."""
+def test_soak_prompts_vary_in_length_and_share_beginnings():
+    """Catches: soak prompts of one length, or none with a common beginning, so that prefix caching is not exercised."""
     prompts = soak.make_prompts([[1, 2, 3], [4, 5]])
     lengths = {len(p) for p in prompts}
     assert min(lengths) < 10
@@ -95,6 +95,6 @@ def test_prompts():
     assert sum(p[:96] == prompts[-1][:96] for p in prompts) >= soak.PROMPTS // 3
 
 
-def test_line():
-    """Catches: a slope of the wrong half or in the wrong unit."""
+def test_memory_slope_is_that_of_the_second_half():
+    """Catches: a slope of memory taken over the wrong half of the run, or in the wrong unit."""
     assert soak.line([(t, 100.0) for t in range(10)] + [(t, 3.0 * t) for t in range(10, 20)]) == pytest.approx(3.0)

@@ -1,4 +1,4 @@
-"""The sizes of a target's language model, wherever its config.json has them."""
+"""The sizes of a target's language model are found wherever its config.json has them."""
 
 import json
 from pathlib import Path
@@ -29,14 +29,16 @@ OTHER = {"hidden_size": 7, "vocab_size": 9}
     ],
     ids=lambda config: "+".join(config),
 )
-def test_sizes_are_found_where_vllm_finds_them(tmp_path, config):
-    """Catches: a target refused because it sees or hears, or the sizes of its eyes taken for those of its text."""
+def test_text_sizes_are_found_where_vllm_finds_them(tmp_path, config):
+    """Catches: a target refused because it sees or hears, or the sizes of its vision part taken for those of its
+    language model."""
     found = text_config(config, tmp_path)
     assert {key: found[key] for key in TEXT} == TEXT
 
 
-def test_what_only_the_outside_says_is_kept(tmp_path):
-    """Catches: a key of the whole model, such as whether its head is tied, lost with the descent."""
+def test_key_outside_of_the_text_config_is_kept(tmp_path):
+    """Catches: a key of the whole model, such as tie_word_embeddings, lost because only the nested text config is
+    read."""
     assert text_config({"text_config": TEXT, "tie_word_embeddings": True}, tmp_path)["tie_word_embeddings"] is True
 
 
@@ -46,8 +48,9 @@ def _write(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def test_sizes_that_are_the_defaults_of_a_class(tmp_path):
-    """Catches: a target of several modalities that says only what differs from Llama's defaults."""
+def test_text_sizes_that_the_config_omits_are_the_defaults_of_its_class(tmp_path):
+    """Catches: a target of several modalities refused because its config.json lists only what differs from Llama's
+    defaults."""
     config = {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
@@ -61,7 +64,7 @@ def test_sizes_that_are_the_defaults_of_a_class(tmp_path):
 @pytest.mark.parametrize(
     "config", [{}, {"vocab_size": 128}, {"text_config": {"hidden_size": 64}}, {"hidden_size": "64"}]
 )
-def test_a_config_of_no_language_model_is_refused(tmp_path, config):
+def test_config_of_no_language_model_is_refused_in_one_line(tmp_path, config):
     """Catches: a traceback of transformers for a folder that is no target's."""
     with pytest.raises(CheckpointError, match=r"config.json: (hidden_size|vocab_size) is missing; give"):
         Target.open(_write(tmp_path / "t", config))

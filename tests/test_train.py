@@ -1,4 +1,4 @@
-"""A few steps through speculators' real trainer: what it is fed, what it changes, what it writes."""
+"""A few steps with speculators' real trainer: the data it gets, the weights it changes, and the files it writes."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def losses(monkeypatch):
-    """Training losses that speculators reports, step by step."""
+    """The training losses that speculators reports, step by step."""
     seen: list[float] = []
     monkeypatch.setattr(
         speculators_trainer.metric_logger,
@@ -77,8 +77,8 @@ def trainers(monkeypatch):
     return seen
 
 
-def test_states_are_what_enters_the_layers(work):
-    """Catches: states of the layer after, or a last one that is normed twice."""
+def test_states_are_the_inputs_of_the_named_layers(work):
+    """Catches: states of the layer after the named one, or last states that are normed twice."""
     model = AutoModelForCausalLM.from_pretrained(work / "llama", dtype=torch.float32).eval()
     ids = torch.arange(10, 30)
     (states,) = hidden_states(model, [ids], LAYERS)
@@ -91,7 +91,7 @@ def test_states_are_what_enters_the_layers(work):
 
 
 def test_states_do_not_depend_on_the_batch(work):
-    """Catches: padding that is attended to."""
+    """Catches: padding that is attended to, so that a document's states depend on the others in its batch."""
     model = AutoModelForCausalLM.from_pretrained(work / "llama", dtype=torch.float32).eval()
     batch = [torch.arange(3, 8), torch.arange(40, 60)]
     for ids, states in zip(batch, hidden_states(model, batch, LAYERS), strict=True):
@@ -100,7 +100,7 @@ def test_states_do_not_depend_on_the_batch(work):
 
 @pytest.fixture
 def run_again(monkeypatch):
-    """Documents that the target was run over."""
+    """The documents on which the target was run."""
     seen: list[list[int]] = []
     original = states_module.hidden_states
 
@@ -112,8 +112,8 @@ def run_again(monkeypatch):
     return seen
 
 
-def test_states_are_resumed(work, tmp_path, monkeypatch, run_again):
-    """Catches: work done twice after a kill, or a folder that is complete only in name."""
+def test_interrupted_writing_of_states_is_resumed(work, tmp_path, monkeypatch, run_again):
+    """Catches: states computed twice after a kill, or an incomplete folder taken for a complete one."""
     original = states_module.write_state
 
     def killed(folder, i, ids, states):
@@ -134,7 +134,7 @@ def test_states_are_resumed(work, tmp_path, monkeypatch, run_again):
         assert state_file(tmp_path, i).read_bytes() == state_file(work / "states", i).read_bytes()
 
 
-def test_broken_states_are_named_and_mended(work, tmp_path, run_again, injected):
+def test_damaged_states_are_refused_by_name_and_computed_again(work, tmp_path, run_again, injected):
     """Catches: training on half a file, or on one whose bytes have changed."""
     write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS, dtype="float32")
     truncated, changed, lost = (state_file(tmp_path / "s", i) for i in (3, 5, 20))
@@ -152,8 +152,8 @@ def test_broken_states_are_named_and_mended(work, tmp_path, run_again, injected)
     injected("hidden states cut, changed and lost", 3)
 
 
-def test_whole_states_are_not_read_again(work, tmp_path, monkeypatch):
-    """Catches: terabytes read at every resume; a file that is changed after the check and trained on."""
+def test_checked_states_are_not_read_again_unless_they_changed(work, tmp_path, monkeypatch):
+    """Catches: terabytes read at every resume, or a file that was changed after the check and is trained on."""
     write_states(work / "llama", DOCUMENTS, tmp_path, layer_ids=LAYERS)
     check_states(tmp_path)
     with monkeypatch.context() as patched:
@@ -170,8 +170,8 @@ def test_whole_states_are_not_read_again(work, tmp_path, monkeypatch):
         check_states(tmp_path)
 
 
-def test_a_data_set_is_whole_or_not_there(work, tmp_path, monkeypatch):
-    """Catches: a kill while the data set is written, and half of it taken for the whole from then on."""
+def test_data_set_of_a_killed_run_is_whole_or_absent(work, tmp_path, monkeypatch):
+    """Catches: half a data set, left by a kill while it was written, taken for the whole from then on."""
     original = Dataset.save_to_disk
 
     def killed(self, folder):
@@ -188,8 +188,8 @@ def test_a_data_set_is_whole_or_not_there(work, tmp_path, monkeypatch):
     assert not (tmp_path / ".slimspec.partial").exists()
 
 
-def test_documents_by_line(work, tmp_path, caplog):
-    """Catches: a line that ends at U+2028, an empty one that is an error, documents that are cut and nobody told."""
+def test_documents_are_read_line_by_line_and_cuts_are_reported(work, tmp_path, caplog):
+    """Catches: a line that ends at U+2028, an empty line that is an error, or documents that are cut without a word."""
     file = tmp_path / "documents.jsonl"
     file.write_text('{"input_ids": [1, 2], "from": "a\u2028b"}\n\n{"input_ids": [3, 4, 5, 6]}\n', encoding="utf-8")
     assert read_documents(file, work / "llama", max_length=3) == [Document(1, [1, 2], 0), Document(3, [3, 4, 5], 0)]
@@ -213,9 +213,9 @@ def write_lines(file: Path, *lines: dict[str, Any]) -> Path:
     return file
 
 
-def test_prompts_are_known_or_said_to_be_unknown(work, tmp_path, caplog):
-    """Catches: a prompt that is trained on; a document that is cut before its answer and still counted; silence about
-    documents that are trained on whole."""
+def test_prompts_of_documents_are_known_or_reported_as_unknown(work, tmp_path, caplog):
+    """Catches: a prompt that is trained on, a document counted although it is cut before its answer, or no word that
+    whole documents are trained on."""
     file = write_lines(
         tmp_path / "documents.jsonl",
         {"input_ids": [1, 2, 3, 4, 5], "prompt_tokens": 2},
@@ -243,8 +243,8 @@ def test_prompts_are_known_or_said_to_be_unknown(work, tmp_path, caplog):
         read_documents(write_lines(file, {"input_ids": [1, 2, 3, 4], "prompt_tokens": 2}), work / "llama", 2)
 
 
-def test_states_of_answers_mask_their_prompts(work, tmp_path):
-    """Catches: a loss on prompts, tokens of prompts in the choice of a draft vocabulary, or data of one mask taken for
+def test_prompts_are_masked_in_states_of_answers(work, tmp_path):
+    """Catches: a loss on tokens of prompts, prompts that choose the draft vocabulary, or data of one mask taken for
     that of another."""
     file = write_lines(
         tmp_path / "answers.jsonl",
@@ -270,9 +270,9 @@ def test_states_of_answers_mask_their_prompts(work, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "draft_vocab"), [("llama", V), ("qwen3", DRAFT_V)])
-def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, family, draft_vocab):
-    """Catches: a head that is not trained, betas of torch's own, keys or dtypes that vLLM does not read, code in the
-    folder."""
+def test_training_run_trains_the_head_and_writes_our_format(work, tmp_path, losses, trainers, family, draft_vocab):
+    """Catches: a head that is not trained, torch's betas instead of ours, keys or dtypes that vLLM does not read, or
+    code in the folder."""
     target = work / "llama"  # the drafter's layer need not be of the target's family
     fit(target, work / "states", tmp_path / "d", draft_arch=family, draft_vocab_size=draft_vocab, **FLAGS)
     (trainer,) = trainers
@@ -307,8 +307,9 @@ def test_a_run_trains_and_writes_our_format(work, tmp_path, losses, trainers, fa
     assert SpeculatorModel.registry["eagle3"] is Eagle3DraftModel  # put back
 
 
-def test_a_dense_head_to_compare_with(work, tmp_path, trainers):
-    """Catches: a rival of another start or format than the stock drafters."""
+def test_dense_training_starts_at_the_targets_head_and_writes_a_stock_drafter(work, tmp_path, trainers):
+    """Catches: a dense drafter, trained for comparison, that starts otherwise than stock drafters or is written in
+    another format."""
     fit(work / "llama", work / "states", tmp_path / "d", head="dense", **FLAGS)
     written = DraftCheckpoint.open(tmp_path / "d")
     assert written.spec is None
@@ -320,7 +321,8 @@ def test_a_dense_head_to_compare_with(work, tmp_path, trainers):
 
 
 def test_fit_with_the_targets_head_trains_and_stores_no_head(work, tmp_path, trainers):
-    """Catches: a copy of the target's head that is trained or written, which vLLM would serve instead of lending."""
+    """Catches: a copy of the target's head that is trained or written, which vLLM would serve instead of sharing the
+    target's."""
     drafter = fit(work / "llama", work / "states", tmp_path / "d", head="target", **FLAGS)
     assert not any("lm_head" in name for name in drafter.tensors)
     assert drafter.spec is None
@@ -332,8 +334,8 @@ def test_fit_with_the_targets_head_trains_and_stores_no_head(work, tmp_path, tra
             fit(work / "llama", work / "states", tmp_path / "e", head="target", **FLAGS, **flag)
 
 
-def test_tokens_and_states_are_one_place_apart(work, tmp_path, monkeypatch):
-    """Without shift_batch, training runs on happily and learns nothing of use."""
+def test_training_pairs_each_state_with_the_next_token(work, tmp_path, monkeypatch):
+    """Catches: training without shift_batch, which runs without an error and learns nothing of use."""
     batches = []
     original = SlimSpecEagle3Model.forward
 
@@ -356,8 +358,8 @@ def test_tokens_and_states_are_one_place_apart(work, tmp_path, monkeypatch):
     pytest.fail("no document x with input_ids = x[1:] beside the states of x[:-1]")
 
 
-def test_the_head_starts_from_the_targets(work, tmp_path, trainers):
-    """Catches: a flag that changes nothing, factors of another matrix."""
+def test_low_rank_head_starts_from_the_targets_head(work, tmp_path, trainers):
+    """Catches: an initialization flag that changes nothing, or factors of another matrix than the target's head."""
     dense = AutoModelForCausalLM.from_pretrained(work / "llama").lm_head.weight.detach()
     for how in ("svd", "weighted-svd", "random"):
         fit(work / "llama", work / "states", tmp_path / how, head_init=how, **ONE_STEP)
@@ -368,8 +370,8 @@ def test_the_head_starts_from_the_targets(work, tmp_path, trainers):
     assert torch.isfinite(weighted).all()
 
 
-def test_a_run_resumes_without_rounding(work, tmp_path, trainers):
-    """Catches: weights that pass through bfloat16 between two runs (as in speculators)."""
+def test_resumed_run_keeps_its_weights_in_float32(work, tmp_path, trainers):
+    """Catches: weights rounded to bfloat16 between two runs (as in speculators)."""
     fit(work / "llama", work / "states", tmp_path / "a", **FLAGS)
     (tmp_path / "a").rename(tmp_path / "first")
     fit(work / "llama", work / "states", tmp_path / "a", **FLAGS)  # nothing left to do but to write
@@ -378,8 +380,8 @@ def test_a_run_resumes_without_rounding(work, tmp_path, trainers):
     torch.testing.assert_close(again, first, rtol=0, atol=0)
 
 
-def test_the_config_gives_vllm_the_same_rotary_embedding(work, tmp_path, trainers):
-    """Catches: a drafter that is served at other angles than it was trained at."""
+def test_written_config_gives_vllm_the_rotary_embedding_of_training(work, tmp_path, trainers):
+    """Catches: a drafter that is served at other rotary angles than it was trained at."""
     fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
     config = draft_config(trainers[0].model, torch.float32)
     layer = trainers[0].model.config.transformer_layer_config
@@ -388,8 +390,8 @@ def test_the_config_gives_vllm_the_same_rotary_embedding(work, tmp_path, trainer
     assert read.head_dim == layer.head_dim
 
 
-def test_a_run_is_quiet(work, tmp_path, capfd, caplog, recwarn):
-    """Catches: a line a step in everybody's logs, and progress bars in files."""
+def test_training_run_writes_only_its_start_and_end(work, tmp_path, capfd, caplog, recwarn):
+    """Catches: one log line for each step, warnings of libraries, or progress bars in a file."""
     check_states(work / "states")
     capfd.readouterr()
     fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
@@ -405,8 +407,8 @@ def test_a_run_is_quiet(work, tmp_path, capfd, caplog, recwarn):
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_losses_by_name(work, tmp_path, losses):
-    """Catches: a name that is passed on and not used; four losses that are fewer."""
+def test_each_loss_name_computes_another_loss(work, tmp_path, losses):
+    """Catches: a --loss that is accepted but not used, or two names for the same loss."""
     for name in LOSSES:
         arguments = ["fit", "--target", work / "llama", "--data-path", work / "states"]
         flags = ["--loss", name, "--max-steps", "1", "--total-seq-len", "96", "--hidden-states-dtype", "float32"]
@@ -415,8 +417,9 @@ def test_losses_by_name(work, tmp_path, losses):
     assert len(set(losses)) == len(losses) == len(LOSSES) == 4
 
 
-def test_tensorboard_shows_the_run(work, tmp_path):
-    """Catches: a flag that is accepted and writes nothing, only the training, or only once the process ends."""
+def test_tensorboard_gets_training_and_held_out_metrics_at_once(work, tmp_path):
+    """Catches: a TensorBoard flag that is accepted and writes nothing, only the training loss, or only once the process
+    ends."""
     arguments = ["fit", "--target", work / "llama", "--data-path", work / "states", "--output-path", tmp_path / "d"]
     flags = ["--logger", "tensorboard", "--epochs", "1", "--total-seq-len", "96", "--hidden-states-dtype", "float32"]
     result = CliRunner().invoke(app, [*map(str, arguments), *flags])
@@ -429,8 +432,9 @@ def test_tensorboard_shows_the_run(work, tmp_path):
         assert shown == pytest.approx(line["loss"])
 
 
-def test_a_dense_head_is_not_lost_silently(work, tmp_path):
-    """Catches: a checkpoint whose dense head is dropped, and factors left as they were initialized."""
+def test_training_checkpoint_with_a_dense_head_is_refused(work, tmp_path):
+    """Catches: a checkpoint whose dense head is dropped without a word, with the factors left as they were
+    initialized."""
     fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
     (checkpoint,) = (p for p in (tmp_path / "d.run/checkpoints").iterdir() if p.name.isdigit())
     SlimSpecEagle3Model.from_pretrained(str(checkpoint))
@@ -442,8 +446,8 @@ def test_a_dense_head_is_not_lost_silently(work, tmp_path):
         SlimSpecEagle3Model.from_pretrained(str(checkpoint))
 
 
-def test_what_training_starts_from(work, tmp_path):
-    """Catches: a traceback for a drafter in the format that is served, a rank that is asked for and not trained."""
+def test_from_pretrained_takes_checkpoints_of_runs_with_their_rank_only(work, tmp_path):
+    """Catches: a traceback for a drafter in the served format, or a --rank that is asked for and not trained."""
     fit(work / "llama", work / "states", tmp_path / "d", **ONE_STEP)
     (tmp_path / "d").rename(tmp_path / "served")
     layout = speculators_config(DraftCheckpoint.open(tmp_path / "served").config, str(work / "llama"), k=3)
@@ -469,16 +473,16 @@ def test_what_training_starts_from(work, tmp_path):
         ({"head_init": "zeros"}, "head_init='zeros'"),
     ],
 )
-def test_bad_flags_are_one_line(work, tmp_path, flags, message):
-    """Catches: a run that starts, or a folder that is made, before a flag is looked at."""
+def test_bad_training_flag_is_refused_before_anything_starts(work, tmp_path, flags, message):
+    """Catches: a run that starts, or a folder that is made, before a flag is checked."""
     with pytest.raises(ValueError, match=message) as error:
         fit(work / "llama", work / "states", tmp_path / "d", **flags)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_places_are_one_line(work, tmp_path):
-    """Catches: states of other layers or tokens trained on; a folder of something else written into."""
+def test_wrong_data_or_output_folder_is_refused_in_one_line(work, tmp_path):
+    """Catches: states of other layers or tokens trained on, or a folder with other things in it written into."""
     with pytest.raises(ValueError, match="holds no training data"):
         fit(work / "llama", tmp_path, tmp_path / "d")
     with pytest.raises(ValueError, match="not an empty folder"):
@@ -492,8 +496,8 @@ def test_bad_places_are_one_line(work, tmp_path):
         write_states(work / "llama", documents, tmp_path / "s", layer_ids=LAYERS)
 
 
-def test_the_command_line_reports_one_line(work, tmp_path):
-    """Catches: a traceback where a person made a typing mistake."""
+def test_train_command_reports_a_mistake_in_one_line(work, tmp_path):
+    """Catches: a traceback where the user made a typing mistake."""
     documents = tmp_path / "docs.jsonl"
     documents.write_text('{"input_ids": [1, 2, 3]}\n{"inputs": []}\n')
     arguments = ["states", "--target", str(work / "llama"), "--documents", str(documents)]

@@ -1,4 +1,5 @@
-"""The target's answers, with an engine that is played: every prompt once, whatever is killed, and one-line errors."""
+"""Recording the target's answers, with a simulated engine: every prompt once, whatever is killed, and one-line
+errors."""
 
 import json
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ def target(tmp_path_factory):
 
 
 class Engine:
-    """Answers [a, b, c] with [c, seed], and dies after some prompts."""
+    """A simulated engine that answers [a, b, c] with [c, seed], and dies after some prompts."""
 
     def __init__(self):
         self.asked, self.dies_after = [], None
@@ -64,8 +65,8 @@ def prompts(tmp_path):
     return file
 
 
-def test_answers_are_documents(target, engine, prompts, tmp_path):
-    """Catches: an answer without its prompt, prompts asked twice, another temperature than asked for."""
+def test_each_answer_becomes_a_document_with_its_prompt(target, engine, prompts, tmp_path):
+    """Catches: an answer without its prompt, prompts asked twice, or another temperature than asked for."""
     assert write_answers(target, prompts, tmp_path / "a.jsonl", temperatures=[0.0], max_tokens=2) == len(PROMPTS)
     expected = [Document(seed + 1, [*prompt, prompt[-1], seed], len(prompt)) for seed, prompt in enumerate(PROMPTS)]
     assert read_documents(tmp_path / "a.jsonl", target, max_length=64) == expected
@@ -77,8 +78,8 @@ def test_answers_are_documents(target, engine, prompts, tmp_path):
     assert (tmp_path / "a.jsonl.json").stat().st_ino == written  # a kill while it is rewritten would orphan the answers
 
 
-def test_nothing_is_lost_and_nothing_asked_twice(target, engine, prompts, tmp_path):
-    """Catches: a line torn by a kill that stays, or an answer that is left out or doubled behind it."""
+def test_killed_answering_is_resumed_without_loss_or_repetition(target, engine, prompts, tmp_path):
+    """Catches: a line torn by a kill that stays in the file, or an answer after it that is left out or doubled."""
     write_answers(target, prompts, tmp_path / "whole.jsonl", max_tokens=2)
     assert engine.params[0].temperature == 0.7  # the target's own, where none is given
     engine.asked, engine.dies_after = [], 7
@@ -93,8 +94,9 @@ def test_nothing_is_lost_and_nothing_asked_twice(target, engine, prompts, tmp_pa
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_killed_engine_names_memory():
-    """Catches: "see above", where Linux killed the engine because memory ran out and nothing stands above."""
+def test_engine_killed_for_memory_is_reported_as_such():
+    """Catches: the advice "see above", where Linux killed the engine because memory ran out and nothing stands
+    above."""
 
     class EngineDeadError(Exception):
         pass
@@ -103,7 +105,7 @@ def test_killed_engine_names_memory():
     assert "it was killed because memory ran out: close other programs; repeat the command" in message
 
 
-def test_other_answers_are_not_continued(target, engine, prompts, tmp_path):
+def test_answers_of_another_target_or_temperature_are_not_resumed(target, engine, prompts, tmp_path):
     """Catches: greedy and sampled answers, or those of two targets, in one file."""
     write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
     with pytest.raises(ValueError, match="holds what another target, other prompts or other sampling gave"):
@@ -114,16 +116,16 @@ def test_other_answers_are_not_continued(target, engine, prompts, tmp_path):
     assert (tmp_path / "mine.jsonl").read_text() == "{}"
 
 
-def test_a_target_is_the_same_by_another_path(target, engine, prompts, tmp_path, monkeypatch):
-    """Catches: hours of answers refused because the target's folder is named from elsewhere."""
+def test_answers_are_resumed_when_the_target_is_named_by_another_path(target, engine, prompts, tmp_path, monkeypatch):
+    """Catches: hours of answers refused because the target's folder is named from another place."""
     write_answers(target, prompts, tmp_path / "a.jsonl", max_tokens=2)
     monkeypatch.chdir(target.parent)
     write_answers(target.name, prompts, tmp_path / "a.jsonl", max_tokens=2)
     assert engine.asked == PROMPTS
 
 
-def test_bad_prompts_are_named_before_an_engine_starts(target, engine, prompts, tmp_path):
-    """Catches: an engine started, and files left, for prompts that do not fit."""
+def test_bad_prompt_is_refused_before_an_engine_starts(target, engine, prompts, tmp_path):
+    """Catches: an engine started, and files left behind, for prompts that do not fit."""
     with prompts.open("a") as file:
         file.write(json.dumps({"input_ids": [1] * 63}) + "\n")
     with pytest.raises(CheckpointError, match=r"prompts\.jsonl:12: the prompt has 63 tokens, 1 to 62 fit"):
@@ -132,7 +134,7 @@ def test_bad_prompts_are_named_before_an_engine_starts(target, engine, prompts, 
     assert not list(tmp_path.glob("a.jsonl*"))
 
 
-def test_no_chat_template_is_one_line(target, engine, tmp_path):
+def test_missing_chat_template_is_refused_in_one_line(target, engine, tmp_path):
     """Catches: transformers' advice over many lines, or a conversation that is read without its roles."""
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -149,7 +151,8 @@ def test_no_chat_template_is_one_line(target, engine, tmp_path):
 
 
 def test_bad_engine_arguments_are_a_usage_error(target, engine, prompts, tmp_path):
-    """Catches: an engine that is started without them; another exit code than that of the other commands."""
+    """Catches: an engine started without the malformed arguments, or another exit code than that of the other
+    commands."""
     arguments = ["train", "answers", "--target", str(target), "--prompts", str(prompts), "--engine-args"]
     for wrong in ("[1", "[1]"):
         result = CliRunner().invoke(app, [*arguments, wrong, "--output-path", str(tmp_path / "a.jsonl")])

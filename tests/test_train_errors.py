@@ -1,4 +1,4 @@
-"""What ends a run early ends it with one line, and leaves the data as it was."""
+"""Every error that ends a training run early is one line, and leaves the data as it was."""
 
 import json
 import resource
@@ -26,7 +26,7 @@ def work(tmp_path_factory):
 
 
 def command(*arguments):
-    """Exit code and stderr of ``slimspec train``."""
+    """Return exit code and stderr of ``slimspec train``."""
     result = CliRunner().invoke(app, ["train", *map(str, arguments)])
     return result.exit_code, result.stderr
 
@@ -43,7 +43,7 @@ def fit_command(work, output, *flags):
         (("--loss-fn", "mse"), "Unknown loss function 'mse'"),
     ],
 )
-def test_bad_flags(work, tmp_path, flags, message):
+def test_bad_training_flag_is_one_line_and_leaves_no_folder(work, tmp_path, flags, message):
     """Catches: a traceback, or a folder left behind by a run that never began."""
     code, text = fit_command(work, tmp_path / "d", *flags)
     assert (code, text.count("\n")) == (1, 1)
@@ -51,8 +51,8 @@ def test_bad_flags(work, tmp_path, flags, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_drafter_that_vllm_would_not_load_is_refused_before_it_is_trained(work, tmp_path):
-    """Catches: hours of training for an activation that no vLLM drafter has, told by the last step."""
+def test_drafter_that_vllm_would_not_load_is_refused_before_training(work, tmp_path):
+    """Catches: hours of training for an activation that no vLLM drafter has, reported only by the last step."""
     code, text = fit_command(work, tmp_path / "d", "--draft-hidden-act", "gelu")
     assert (code, "Traceback" in text) == (1, False)
     assert "error: the drafter to be trained: hidden_act='gelu', and vLLM's drafters know only silu" in text
@@ -60,8 +60,8 @@ def test_a_drafter_that_vllm_would_not_load_is_refused_before_it_is_trained(work
     assert not (tmp_path / "d").exists()
 
 
-def test_all_stages_refuse_before_the_first(work, tmp_path):
-    """Catches: a rank that is refused after the target has answered for hours."""
+def test_run_with_a_bad_later_stage_is_refused_before_its_first(work, tmp_path):
+    """Catches: a rank that is refused only after the target has answered for hours."""
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"input_ids": [1, 2]}) + "\n")
     code, text = command(
         "--target", work / "llama", "--prompts", tmp_path / "prompts.jsonl", "--output-path", tmp_path / "d",
@@ -72,8 +72,8 @@ def test_all_stages_refuse_before_the_first(work, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-def test_targets_without_the_states(work, tmp_path):
-    """Catches: a traceback from a hook, or a folder that is claimed for states that never come."""
+def test_target_without_the_wanted_layers_is_refused(work, tmp_path):
+    """Catches: a traceback from a hook, or a folder that is claimed for states that can never come."""
     small = GPT2Config(vocab_size=96, n_embd=32, n_layer=4, n_head=2, n_positions=64)
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="GPT2LMHeadModel keeps no decoder layers"):
@@ -85,7 +85,7 @@ def test_targets_without_the_states(work, tmp_path):
 
 @contextmanager
 def largest_file(size):
-    """Within it, the system refuses to write a larger one, as a full disk would."""
+    """Make the system refuse to write a larger file within this context, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -94,7 +94,7 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_no_room_for_states(work, tmp_path, injected):
+def test_full_disk_while_states_are_written_is_one_line(work, tmp_path, injected):
     """Catches: a traceback of safetensors, or half a file that is taken for a whole one."""
     with largest_file(4000), pytest.raises(OSError, match=r"hs_0\.safetensors: not written .*; what is there is kept"):
         write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS)
@@ -104,8 +104,8 @@ def test_no_room_for_states(work, tmp_path, injected):
     injected("no room on the disk: training")
 
 
-def test_no_room_for_a_checkpoint(work, tmp_path, injected):
-    """Catches: a run that cannot go on because half a checkpoint took the place of a whole one."""
+def test_full_disk_at_a_checkpoint_keeps_the_earlier_one(work, tmp_path, injected):
+    """Catches: a run that cannot be resumed because half a checkpoint took the place of a whole one."""
     fit(work / "llama", work / "states", tmp_path / "whole", **FLAGS)
     with largest_file(20_000), pytest.raises(OSError, match=r"a checkpoint was not written .*; the last one is whole"):
         fit(work / "llama", work / "states", tmp_path / "d", **FLAGS)
@@ -118,7 +118,7 @@ def test_no_room_for_a_checkpoint(work, tmp_path, injected):
 
 @pytest.fixture
 def server(work):
-    """vLLM's side of online training: gives the states of ``work``, for so many requests."""
+    """A stand-in for vLLM's side of online training, which sends the states of ``work`` for so many requests."""
 
     class Handler(BaseHTTPRequestHandler):
         left = 0
@@ -163,8 +163,8 @@ def server(work):
         running.shutdown()
 
 
-def test_a_server_that_goes_away(work, tmp_path, server, injected):
-    """Catches: documents that are left out in silence, a traceback, or steps that are lost with the server."""
+def test_training_is_resumed_after_its_states_server_went_away(work, tmp_path, server, injected):
+    """Catches: documents silently left out, a traceback, or steps lost when the server of hidden states goes away."""
     handler, url = server
     online = tmp_path / "online"
     write_states(work / "llama", DOCUMENTS, online, layer_ids=LAYERS, keep=3)  # for the head to start from

@@ -1,4 +1,4 @@
-"""The acceptance length that training prints: the walk of cycles through the held-out answers, and nothing else."""
+"""The acceptance length that training prints comes from draft-and-verify cycles through the held-out answers only."""
 
 import json
 import logging
@@ -60,7 +60,7 @@ def walk_by_hand(drafts: list[list[int]], tokens: list[int], mask: list[int]) ->
     return counts
 
 
-def test_cycles_stay_inside_of_an_answer():
+def test_held_out_cycles_stay_inside_of_an_answer():
     """Catches: a cycle that starts in a prompt, goes on into the next turn or the next document of a batch, or is
     judged by tokens behind the end."""
     rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def test_cycles_stay_inside_of_an_answer():
 
 @torch.inference_mode()
 def drafts_of(model: SlimSpecEagle3Model, target: torch.nn.Module, ids: torch.Tensor) -> list[list[int]]:
-    """Draft behind each token but the first, one after another, as vLLM would on an accepted prefix."""
+    """Return the drafts behind each token but the first, one after another, as vLLM would on an accepted prefix."""
     (states,) = hidden_states(target, [ids], LAYERS)
     drafts = model(
         hidden_states=states[None, :-1, :-1].flatten(2),
@@ -97,9 +97,9 @@ def drafts_of(model: SlimSpecEagle3Model, target: torch.nn.Module, ids: torch.Te
 
 
 @pytest.mark.parametrize("vocab", [V, DRAFT_V])
-def test_the_length_is_that_of_the_cycles_through_the_answers(work, tmp_path, caplog, vocab):
-    """Catches: prompts that are counted, a mean over places, draft ids taken for target ids, another K; a line, a file
-    and a drafter that say different lengths."""
+def test_held_out_length_is_that_of_the_cycles_through_the_answers(work, tmp_path, caplog, vocab):
+    """Catches: prompts that are counted, a mean over places, draft ids taken for target ids, another K, or an output, a
+    file and a drafter that state different lengths."""
     caplog.set_level(logging.INFO, "vllm_slimspec")
     flags = {**FLAGS, "epochs": 10, "total_seq_len": 512}
     fit(work / "llama", work / "answers", tmp_path / "d", draft_vocab_size=vocab, **flags)
@@ -126,7 +126,7 @@ def test_the_length_is_that_of_the_cycles_through_the_answers(work, tmp_path, ca
 
 
 def test_held_out_documents_without_an_answer_are_refused(work, tmp_path):
-    """Catches: hours of training towards a length of nothing, NaN or a division by zero."""
+    """Catches: hours of training to an acceptance length of nothing, which is NaN or a division by zero."""
     documents = [*DOCUMENTS[:18], Document(19, list(range(24)), 21), Document(20, [1, 2, 3], 0)]
     write_states(work / "llama", documents, tmp_path / "s", layer_ids=LAYERS)
     message = r"documents to measure on \(the last 2 of 20\) have no answer of more than 3 tokens, so there is nothing"
@@ -137,9 +137,9 @@ def test_held_out_documents_without_an_answer_are_refused(work, tmp_path):
     fit(work / "llama", tmp_path / "s", tmp_path / "d", **{**FLAGS, "max_steps": 1, "ttt_steps": 2})  # 3 tokens will do
 
 
-def test_other_documents_are_measured_too(work, tmp_path):
-    """Catches: documents of another folder that are measured by another walk, that change the run, or are left out of
-    what is written; a name or a folder that cannot be."""
+def test_also_evaluate_measures_other_documents_in_the_same_way(work, tmp_path):
+    """Catches: documents of another folder that are measured otherwise, change the run or are not written down, or a
+    bad name or folder that is accepted."""
     write_states(work / "llama", answered(work / "llama")[27:], tmp_path / "same", layer_ids=LAYERS)
     write_states(work / "llama", DOCUMENTS, tmp_path / "layers", layer_ids=[1, 2, 3])
     arguments = [
@@ -181,8 +181,8 @@ def test_other_documents_are_measured_too(work, tmp_path):
     assert not (tmp_path / "bad.run").exists()
 
 
-def test_a_run_on_prompts_says_so(work, tmp_path, caplog):
-    """Catches: data of version 0.1.0, whose prompts are trained on and measured, and nobody told."""
+def test_training_on_data_with_unmasked_prompts_is_warned_of(work, tmp_path, caplog):
+    """Catches: data of version 0.1.0, whose prompts are trained on and measured, used without a warning."""
     said = "no prompt is known there, so every token is trained on and measured"
     flags = {**FLAGS, "epochs": 1, "max_steps": 1}
     fit(work / "llama", work / "answers", tmp_path / "a", **flags)

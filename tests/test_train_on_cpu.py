@@ -1,4 +1,4 @@
-"""What training on a CPU computes in its own order equals what speculators computes."""
+"""Training on a CPU computes in an order of its own, and gives the same results as speculators."""
 
 from contextlib import nullcontext
 
@@ -15,8 +15,8 @@ from vllm_slimspec.train.states import write_states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_divergence_and_its_gradient_are_those_of_speculators(dtype):
-    """Catches: a block of rows that is left out, a gradient of the wrong sign or without the incoming one."""
+def test_divergence_and_its_gradient_equal_those_of_speculators(dtype):
+    """Catches: a block of rows that is left out, or a gradient of the wrong sign or without the incoming one."""
     torch.manual_seed(0)
     logits, targets = (torch.randn(1, 45, 300).mul(3).to(dtype) for _ in range(2))  # 45 rows: no whole blocks
     weights = torch.rand(1, 45)
@@ -33,8 +33,8 @@ def test_divergence_and_its_gradient_are_those_of_speculators(dtype):
     torch.testing.assert_close(gradient, wanted_gradient, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
-def test_logits_that_are_a_part_of_others_give_the_same_divergence():
-    """Catches: a draft step behind the first, whose logits and targets are views with the stride of the whole."""
+def test_divergence_of_strided_logits_is_that_of_contiguous_ones():
+    """Catches: a wrong loss at later draft steps, whose logits and targets are views with the stride of the whole."""
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 20, 50).unbind()
     cut, shifted = logits[None, :-2], targets[None, 2:]
@@ -51,8 +51,8 @@ def test_argmax_finds_the_first_of_equal_values_as_pytorch_does(dtype):
     assert on_cpu.argmax(values) == torch.argmax(values)
 
 
-def test_only_a_run_has_the_faster_operations():
-    """Catches: operations that stay replaced behind a run, for everybody else in the process."""
+def test_faster_operations_are_in_place_during_a_run_only():
+    """Catches: replaced operations that stay after a run, for everybody else in the process."""
     before = torch.argmax, utils.resolve_loss_config("kl_div", "eager")
     with slimspec_in_speculators():
         assert utils.resolve_loss_config("kl_div", "eager")["kl_div"][0] is on_cpu.kl_div_loss
@@ -62,7 +62,7 @@ def test_only_a_run_has_the_faster_operations():
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """States of documents whose answers begin at different places; one is all answer, and one nearly all prompt."""
+    """States of documents whose answers begin at different places: one is all answer, and one nearly all prompt."""
     folder = write_work(tmp_path_factory.mktemp("answers"))
     prompts = [0, 22, *range(3, 21)]
     documents = [Document(i, [(j * i + i) % V for j in range(24)], prompt) for i, prompt in enumerate(prompts, 1)]
@@ -71,8 +71,8 @@ def answers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", [{}, {"draft_vocab_size": DRAFT_V}, {"head": "target", "rank": None}])
-def test_places_that_are_left_out_change_nothing(answers, tmp_path, monkeypatch, flags):
-    """Catches: logits compared with those of another place, a place of an answer forgotten, or one of a prompt that is
+def test_leaving_masked_places_out_does_not_change_the_loss(answers, tmp_path, monkeypatch, flags):
+    """Catches: logits compared with those of another place, a place of an answer left out, or one of a prompt that is
     learned."""
     found = []
     for name in ("all places", "answers only"):

@@ -1,4 +1,5 @@
-"""A plan's figures are those of the run: steps, parameters, bytes, and operations as torch counts them."""
+"""The figures of a training plan are those of the run: steps, parameters, bytes, and operations as torch counts
+them."""
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ def size(*files) -> int:
 
 
 @pytest.mark.parametrize("flags", [FLAGS, {**FLAGS, "draft_arch": "qwen3", "draft_vocab_size": DRAFT_V}])
-def test_a_plan_is_what_is_done(work, tmp_path, monkeypatch, flags):
-    """Catches: parameters that are counted twice, or operations of a step that training does not take."""
+def test_plan_states_the_steps_parameters_bytes_and_operations_of_the_run(work, tmp_path, monkeypatch, flags):
+    """Catches: parameters that a plan counts twice, or operations of a step that training does not take."""
     flags = {**flags, "draft_attn_impl": "eager"}  # torch does not count the operations of its CPU flash attention
     trainers, operations = [], []
     train_epoch = SlimSpecTrainer.train_epoch
@@ -53,8 +54,8 @@ def test_a_plan_is_what_is_done(work, tmp_path, monkeypatch, flags):
     assert run.operations == pytest.approx(sum(operations), rel=0.05)
 
 
-def test_operations_of_the_target(work):
-    """Catches: FLOPs of a formula that forgets a layer, the head or attention: torch counts them."""
+def test_planned_operations_of_the_target_are_those_that_torch_counts(work):
+    """Catches: a formula of FLOPs that forgets a layer, the head or attention."""
     model = AutoModelForCausalLM.from_pretrained(work / "llama", attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(24)[None], use_cache=False)
@@ -64,8 +65,8 @@ def test_operations_of_the_target(work):
     assert target_operations(model, [24], head=False) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_a_rank_costs_what_it_says(work, tmp_path):
-    """Catches: a plan in which the head costs nothing, or the whole vocabulary at full width."""
+def test_planned_operations_grow_with_the_rank_of_the_head(work, tmp_path):
+    """Catches: a plan in which the head costs nothing, or as much as a dense one over the whole vocabulary."""
     empty = {
         rank: build_empty(resolve(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "rank": rank}))
         for rank in (4, 8)
@@ -74,8 +75,8 @@ def test_a_rank_costs_what_it_says(work, tmp_path):
     assert more == 3 * 3 * 2 * 4 * (32 + 96)  # three draft steps, forward and twice that backward, 4 ranks of D + V
 
 
-def test_the_plan_starts_nothing(work, tmp_path):
-    """Catches: --plan that trains or writes."""
+def test_plan_option_neither_trains_nor_writes(work, tmp_path):
+    """Catches: a `--plan` that trains or writes."""
     arguments = ["train", "fit", "--target", str(work / "llama"), "--data-path", str(work / "states"), "--plan"]
     result = CliRunner().invoke(app, [*arguments, "--output-path", str(tmp_path / "d"), "--rank", "4", "--epochs", "3"])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""Prompts that a target writes itself, with an engine that is played: what is kept and dropped, what a kill costs."""
+"""Prompts that a target writes itself, with a simulated engine: which are kept and dropped, and what a kill costs."""
 
 import json
 from contextlib import contextmanager
@@ -36,7 +36,8 @@ def target(tmp_path_factory):
 
 
 class Engine:
-    """Writes a question of its own for each seed; ``says`` changes that, and it dies after some samples."""
+    """A simulated engine that writes a question for each seed; ``says`` changes that, and it dies after some
+    samples."""
 
     def __init__(self):
         self.asked, self.params, self.dies_after = [], [], None
@@ -77,7 +78,7 @@ def read(file):
 
 
 def test_write_prompts_takes_openings_and_temperatures_in_turn(target, engine, openings, tmp_path):
-    """Catches: a system prompt or first words that are lost on the way, and questions that are all sampled alike."""
+    """Catches: a system prompt or first words that are lost on the way, or questions that are all sampled alike."""
     sampling = Sampling(temperatures=(1.0, 1.3), second_turns=0.0)
     write_prompts(target, tmp_path / "p.jsonl", 6, sampling=sampling, openings=openings)
     assert read(tmp_path / "p.jsonl")[:3] == [
@@ -91,7 +92,7 @@ def test_write_prompts_takes_openings_and_temperatures_in_turn(target, engine, o
 
 
 def test_write_prompts_drops_unfinished_short_and_repeated_questions(target, engine, openings, tmp_path):
-    """Catches: questions that stop in the middle, and one question that is asked a thousand times."""
+    """Catches: questions that stop in the middle, or one question that is asked a thousand times."""
     said = {0: ("is this the  END", "length"), 1: ("too short", "stop"), 2: ("the same one", "stop")}
     engine.says = lambda seed: said.get(seed, ("The  same ONE", "stop") if seed == 4 else (f"is it {seed}", "stop"))
     write_prompts(target, tmp_path / "p.jsonl", 4, sampling=ALONE, openings=openings)
@@ -108,7 +109,7 @@ def test_write_prompts_asks_second_turns_after_an_answer(target, engine, opening
 
 
 def test_write_prompts_resumes_after_a_kill_with_the_same_questions(target, engine, openings, tmp_path):
-    """Catches: a kill after which questions are lost, written twice, or other ones than without the kill."""
+    """Catches: a kill after which questions are lost, written twice, or differ from those of a run without a kill."""
     write_prompts(target, tmp_path / "whole.jsonl", 30, sampling=ALONE, openings=openings)
     engine.asked, engine.dies_after = [], 20
     with pytest.raises(EngineError, match="repeat the command"):
@@ -124,7 +125,7 @@ def test_write_prompts_resumes_after_a_kill_with_the_same_questions(target, engi
 
 
 def test_write_prompts_ends_when_the_target_writes_no_questions(target, engine, openings, tmp_path):
-    """Catches: a run without end over a target that says the same thing for ever."""
+    """Catches: an endless run with a target that says the same thing for ever."""
     engine.says = lambda seed: ("always the same", "stop")
     with pytest.raises(EngineError, match=r"gave 2 usable questions.*--count asks for 5"):
         write_prompts(target, tmp_path / "p.jsonl", 5, sampling=ALONE, openings=openings)
@@ -133,8 +134,8 @@ def test_write_prompts_ends_when_the_target_writes_no_questions(target, engine, 
 @pytest.mark.parametrize(
     "line", ['{"opening": 3}', '["How"]', '{"openings": "How"}', "How"], ids=["number", "list", "other key", "no JSON"]
 )
-def test_write_prompts_refuses_what_is_no_opening(target, engine, tmp_path, line):
-    """Catches: a misspelt key that silently leaves the questions narrow."""
+def test_write_prompts_refuses_a_malformed_opening(target, engine, tmp_path, line):
+    """Catches: a misspelt key in a file of openings, which silently leaves the questions narrow."""
     file = tmp_path / "openings.jsonl"
     file.write_text(f"{{}}\n{line}\n")
     with pytest.raises(CheckpointError, match=r"openings.jsonl:2: is not an opening"):
@@ -156,7 +157,7 @@ def test_prompts_command_names_the_missing_chat_template(tmp_path_factory, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_openings_that_ship_are_read_and_wide():
+def test_openings_in_the_package_are_read_and_varied():
     """Catches: a wheel whose own list of openings is missing, broken, or holds nothing but one kind."""
     starts = module._read_openings(module.OPENINGS)
     assert len({opening for _, opening in starts}) > 50

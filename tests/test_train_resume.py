@@ -1,4 +1,4 @@
-"""A run that is killed or stopped, anywhere, and repeated is the run that was never interrupted."""
+"""A training run that is killed or stopped anywhere, and repeated, gives the same as one that was never interrupted."""
 
 import json
 import multiprocessing
@@ -30,7 +30,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The optimizer steps that are taken, as (epoch, step of the epoch)."""
+    """The optimizer steps that were taken, as (epoch, step of the epoch)."""
     seen: list[tuple[int, int]] = []
     original = SlimSpecTrainer._stepped
 
@@ -45,7 +45,7 @@ def taken(monkeypatch):
 
 
 def _fit_and_die(folder: Path, moment: str, count: int) -> None:
-    """In a process of its own: fit, and be killed at the ``count``-th call of what ``moment`` names."""
+    """Train in a process of its own, and be killed at the ``count``-th call of what ``moment`` names."""
     torch.set_num_threads(1)
     owner, name = {
         "step": (SlimSpecTrainer, "_stepped"),
@@ -90,8 +90,9 @@ def same_drafter(one: Path, other: Path) -> None:
     ("moment", "count"),
     [("step", 1), ("step", 4), ("optimizer", 3), ("checkpoint", 5), ("rename", 4), ("rename", 5), ("validation", 2)],
 )
-def test_killed_anywhere(work, fit_and_die, taken, injected, moment, count):
-    """Catches: half a checkpoint, one of weights and moments of different steps, an epoch that is trained again."""
+def test_training_killed_at_any_moment_ends_as_if_never_interrupted(work, fit_and_die, taken, injected, moment, count):
+    """Catches: half a checkpoint, weights and optimizer moments of different steps, or an epoch that is trained
+    again."""
     whole, output = work / "whole", work / f"{moment}-{count}"
     assert fit_and_die(work, moment, count) == -signal.SIGKILL
     done = json_of(work / f"{moment}-{count}.run")
@@ -113,15 +114,15 @@ def test_killed_anywhere(work, fit_and_die, taken, injected, moment, count):
 
 
 def json_of(run: Path) -> int:
-    """Steps of the newest whole checkpoint of a run that was killed."""
+    """Return the number of steps in the newest whole checkpoint of a run that was killed."""
     found = [json.loads(file.read_text()) for file in run.glob("checkpoints/[0-9]*/training_state.json")]
     return max((state["global_step"] for state in found), default=0)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_between_two_steps(work, tmp_path, taken, injected, monkeypatch, capfd, sign):
-    """Catches: a checkpoint from the middle of a step, or one that is kept and never resumed (as in speculators); a run
-    that says that it is done where it was stopped."""
+def test_training_stopped_between_two_steps_is_resumed_there(work, tmp_path, taken, injected, monkeypatch, capfd, sign):
+    """Catches: a checkpoint from the middle of a step, one that is kept and never resumed (as in speculators), or a
+    stopped run that says that it is done."""
     original = SlimSpecTrainer._stepped
 
     def stepped(self):
@@ -142,8 +143,9 @@ def test_stopped_between_two_steps(work, tmp_path, taken, injected, monkeypatch,
     injected("training stopped by SIGINT or SIGTERM")
 
 
-def test_checkpoints_do_not_fill_the_disk(work, tmp_path, taken, monkeypatch):
-    """Catches: gigabytes at every step where epochs are short, a folder for each epoch, a place lost with one."""
+def test_training_keeps_few_checkpoints_on_the_disk(work, tmp_path, taken, monkeypatch):
+    """Catches: gigabytes written at every step where epochs are short, a folder for each epoch, or a checkpoint removed
+    with the only place to resume from."""
     flags = {**FLAGS, "epochs": 40, "max_steps": 40}
     kept: list[list[str]] = []
     publish, stepped = trainer_module._publish, SlimSpecTrainer._stepped
@@ -172,28 +174,30 @@ def test_checkpoints_do_not_fill_the_disk(work, tmp_path, taken, monkeypatch):
     assert (work / "whole.run/checkpoints/checkpoint_best/model.safetensors").exists()
 
 
-def test_the_last_epoch_is_what_is_written(work, tmp_path):
-    """Catches: --checkpoint-freq 3 of 2 epochs, and a drafter of the first (as in speculators)."""
+def test_drafter_of_the_last_epoch_is_written(work, tmp_path):
+    """Catches: a drafter of an earlier epoch written because --checkpoint-freq does not divide the epochs (as in
+    speculators)."""
     fit(work / "llama", work / "states", tmp_path / "d", **FLAGS, checkpoint_freq=3.0)
     same_drafter(tmp_path / "d", work / "whole")
 
 
-def test_max_steps_is_the_end(work, tmp_path, taken):
-    """Catches: speculators' one more step in each epoch that is left."""
+def test_training_ends_after_max_steps(work, tmp_path, taken):
+    """Catches: one more step taken in each epoch that is left (as in speculators)."""
     fit(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "epochs": 5, "max_steps": 9})
     assert len(taken) == 9
 
 
-def test_another_run_is_not_resumed(work, tmp_path):
-    """Catches: weights of one rank, vocabulary or schedule continued as if they were of another."""
+def test_training_with_other_settings_is_not_resumed(work, tmp_path):
+    """Catches: weights of one rank, vocabulary or schedule trained on as if they were of another."""
     fit(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "max_steps": 1})
     (tmp_path / "d").rename(tmp_path / "kept")
     with pytest.raises(ValueError, match=r"d\.run: holds another run \(lm_head_rank=4 there, 8 now\)"):
         fit(work / "llama", work / "states", tmp_path / "d", **{**FLAGS, "max_steps": 1, "rank": 8})
 
 
-def test_two_processes(work, tmp_path):
-    """Catches: two processes that write one drafter, one that writes the wrapped model's names, or does every step."""
+def test_two_processes_share_the_steps_and_write_one_drafter(work, tmp_path):
+    """Catches: two processes that both write the drafter, write the names of the wrapped model, or each take every
+    step."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in FLAGS.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "vllm_slimspec", "train", "fit", f"--target={work / 'llama'}", f"--data-path={work / 'states'}"]
@@ -208,8 +212,9 @@ def test_two_processes(work, tmp_path):
     assert found["held_out"]["documents"] == 3  # those of both processes
 
 
-def test_metrics_and_picture(work):
-    """Catches: alpha of another position, steps that are missing, a run without a picture."""
+def test_run_writes_metrics_of_every_step_and_a_picture(work):
+    """Catches: acceptance rates of another position, steps that are missing from the metrics, or a run without a
+    picture."""
     lines = read_metrics(work / "whole.run/metrics.jsonl")
     held_out = [line for line in lines if line["split"] == "held-out"]
     assert [line["epoch"] for line in held_out] == [0, 1]

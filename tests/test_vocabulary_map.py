@@ -1,4 +1,4 @@
-"""d2t and t2d: a map that means something else to vLLM than to its trainer is refused, with the cure."""
+"""The maps d2t and t2d: one that means something else to vLLM than to its trainer is refused, with advice."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ BAD = {
 
 @pytest.mark.parametrize("head", ["low-rank", "dense"])
 @pytest.mark.parametrize("name", SOUND)
-def test_a_sound_map_is_kept_as_vllm_reads_it(tmp_path, name, head):
+def test_sound_map_is_kept_as_vllm_reads_it(tmp_path, name, head):
     """Catches: a sound map refused, put into another order, or written in the type that it came in."""
     d2t, t2d = SOUND[name]
     done = convert(Options(str(_folder(tmp_path / "d", head, d2t, t2d)), tmp_path / "out", rank=8))
@@ -78,8 +78,8 @@ def test_a_sound_map_is_kept_as_vllm_reads_it(tmp_path, name, head):
 
 @pytest.mark.parametrize("head", ["low-rank", "dense"])
 @pytest.mark.parametrize("name", BAD)
-def test_any_other_map_is_refused_when_the_folder_is_opened(tmp_path, name, head):
-    """Catches: draft ids that stand for other tokens than in training, found by nobody but the acceptance."""
+def test_unsound_map_is_refused_when_the_folder_is_opened(tmp_path, name, head):
+    """Catches: draft ids that stand for other tokens than in training, which shows only as lost acceptance."""
     d2t, t2d, words = BAD[name]
     folder = _folder(tmp_path / "d", head, d2t, t2d)
     for read in (DraftCheckpoint.open, Drafter.open):
@@ -89,8 +89,8 @@ def test_any_other_map_is_refused_when_the_folder_is_opened(tmp_path, name, head
         assert "; " in str(error.value)
 
 
-def test_a_map_is_looked_at_before_the_targets_rows_are_taken_by_it(tmp_path):
-    """Catches: an IndexError from a drafter without a head of its own."""
+def test_map_is_checked_before_it_selects_rows_of_the_target(tmp_path):
+    """Catches: an IndexError from a map out of range, in a drafter without a head of its own."""
     tensors = {n: t for n, t in drafters.dense(drafters.tensors(N)).items() if n != DENSE}
     config = drafters.config(draft_vocab_size=N, lm_head_rank=None, architectures=["LlamaForCausalLM"])
     folder = drafters.write(tmp_path / "d", config, tensors | {"d2t": torch.full((N,), V)})
@@ -99,15 +99,16 @@ def test_a_map_is_looked_at_before_the_targets_rows_are_taken_by_it(tmp_path):
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(V, dtype=torch.bool), torch.zeros(V, dtype=torch.bool)])
-def test_a_whole_vocabulary_needs_no_map(mask):
-    """Catches: maps that map nothing, which SpecForge writes, refused; or one that maps something let through."""
+def test_map_of_a_whole_vocabulary_must_map_nothing(mask):
+    """Catches: all-zero maps, as SpecForge writes them, refused, or a map of a whole vocabulary that is not zero
+    accepted."""
     check_map(torch.zeros(V, dtype=torch.int64), mask, V, "d")
     with pytest.raises(CheckpointError, match="d2t is not zero"):
         check_map(torch.arange(V), mask, V, "d")
 
 
-def test_target_ids_of_a_map_in_int32():
-    """Catches: ids in the type of the map, which index nothing."""
+def test_target_ids_of_an_int32_map_can_index_rows():
+    """Catches: target ids in the map's own int32, with which rows cannot be indexed."""
     ids = target_ids(OFFSETS.int())
     assert torch.equal(ids, IDS)
     assert torch.rand(V, D)[ids].shape == (N, D)

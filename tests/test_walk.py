@@ -1,4 +1,4 @@
-"""The walk of draft-and-verify cycles, and the acceptance length of what it counts."""
+"""The simulated draft-and-verify cycles over an answer, and the acceptance length of what they count."""
 
 import numpy as np
 import pytest
@@ -22,9 +22,9 @@ def walk_in_words(accepted: dict[int, int]) -> list[int]:
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.4])
-def test_a_walk_starts_each_cycle_where_the_last_one_ended(missing):
-    """Catches: a mean over places; a cycle that starts at the first rejected draft or one too far; drafts that are
-    right behind a wrong one; a place that is not known taken for one where nothing is accepted."""
+def test_walk_starts_each_cycle_where_the_last_one_ended(missing):
+    """Catches: a mean over places, a cycle that starts at the wrong place, right drafts counted behind a wrong one, or
+    an unknown place taken for one where nothing is accepted."""
     rng = np.random.default_rng(0)
     for length in (0, 1, 5, 60):
         hits = rng.random((length, K)) < 0.7
@@ -33,16 +33,16 @@ def test_a_walk_starts_each_cycle_where_the_last_one_ended(missing):
         assert walk(places, hits[places]).tolist() == walk_in_words(accepted)
 
 
-def test_hard_places_start_more_cycles():
-    """Catches: the formula 1 + the sum of the rates over places, which is 1.67 here."""
+def test_walk_weighs_hard_places_by_the_cycles_that_start_there():
+    """Catches: the formula 1 + the sum of the rates over places, which gives 1.67 here."""
     hits = np.tile([[True], [True], [False]], (33, 1))  # K = 1: behind an accepted draft comes the hard place
     counts = walk(np.arange(99), hits)
     assert counts.tolist() == [66, 33]
     assert acceptance_length(counts[None]).value == 1.5
 
 
-def test_an_acceptance_length_is_of_all_documents_together():
-    """Catches: a mean of the documents' own lengths; documents without a cycle that make it NaN, or move it."""
+def test_acceptance_length_is_of_all_documents_together():
+    """Catches: a mean of the documents' own lengths, or documents without a cycle that make it NaN or change it."""
     counts = np.array([[10, 5, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     found = acceptance_length(counts)
     assert found.value == pytest.approx(1 + 8 / 11)

@@ -1,4 +1,4 @@
-"""The dtype of work over many rows: chosen by the processor, by the user first, and never what is stored."""
+"""The dtype for work over many rows: the user's, else chosen by the processor, and never that of stored files."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def processor(monkeypatch):
-    """Play a processor without an accelerator beside it."""
+    """Simulates a processor without an accelerator beside it."""
 
     def play(*, bf16=False, amx=False, capability="AVX512", onednn=True, limit=None):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
@@ -56,22 +56,22 @@ def processor(monkeypatch):
         ({"bf16": True, "limit": "AVX512_CORE_BF16"}, torch.bfloat16),
     ],
 )
-def test_auto_follows_the_instructions_that_can_be_used(processor, given, expected):
-    """Catches: bfloat16 that is emulated; float32 where AVX512-BF16 or AMX would do the work in less time."""
+def test_auto_takes_bfloat16_only_where_the_processor_multiplies_it(processor, given, expected):
+    """Catches: bfloat16 that the processor has to emulate, or float32 where AVX512-BF16 or AMX would be faster."""
     processor(**given)
     assert work_dtype("auto", torch.float16).dtype == expected
 
 
-def test_hidden_instructions_are_not_counted_on():
-    """Catches: a choice by what the processor has and not by what PyTorch and oneDNN may use of it."""
+def test_instructions_that_the_environment_turns_off_are_not_counted_on():
+    """Catches: a dtype chosen by what the processor has, where PyTorch and oneDNN are told not to use it."""
     hidden = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     code = "from vllm_slimspec.common.work_dtype import multiplies_bfloat16; print(multiplies_bfloat16())"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **hidden}, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_the_users_choice_wins_and_is_logged_in_one_line(processor, caplog):
-    """Catches: a dtype that is overridden, or chosen without a word."""
+def test_dtype_of_the_user_wins_and_is_logged_in_one_line(processor, caplog):
+    """Catches: a user's dtype that is overridden, or a dtype that is chosen without a log line."""
     processor(bf16=True)
     with caplog.at_level("INFO", "vllm_slimspec"):
         work_dtype("float32", torch.bfloat16).log("training")
@@ -82,16 +82,17 @@ def test_the_users_choice_wins_and_is_logged_in_one_line(processor, caplog):
     ]
 
 
-def test_an_accelerator_takes_weights_as_they_are_stored(monkeypatch):
-    """Catches: a GPU's work that is decided by the processor beside it, or an engine's dtype taken from vLLM."""
+def test_accelerator_computes_in_the_dtype_of_the_weights(monkeypatch):
+    """Catches: a GPU's dtype decided by the processor beside it, or an engine's dtype no longer left to vLLM."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert work_dtype("auto", torch.float16).dtype == torch.float16
     assert engine_options({"max_model_len": 8}, "auto", "answers") == {"max_model_len": 8}
     assert engine_options({}, "bfloat16", "answers") == {"dtype": "bfloat16"}
 
 
-def test_an_engine_gets_the_dtype_of_work_over_many_rows_unless_its_arguments_have_one(processor):
-    """Catches: answers in bfloat16 on a processor that emulates it; a dtype of --engine-args that is replaced."""
+def test_engine_gets_the_chosen_dtype_unless_its_arguments_have_one(processor):
+    """Catches: answers computed in bfloat16 on a processor that emulates it, or a dtype of --engine-args that is
+    replaced."""
     processor()
     assert engine_options({"seed": 1}, "auto", "answers") == {"seed": 1, "dtype": "float32"}
     assert engine_options({"dtype": "bfloat16"}, "float32", "answers") == {"dtype": "bfloat16"}
@@ -99,8 +100,8 @@ def test_an_engine_gets_the_dtype_of_work_over_many_rows_unless_its_arguments_ha
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("asked", ["float32", "bfloat16"])
-def test_states_are_computed_as_asked_and_kept_as_stored(work, tmp_path, stored, asked):
-    """Catches: files whose dtype depends on the machine; rotary frequencies that are rounded with the weights."""
+def test_states_are_computed_in_the_asked_dtype_and_stored_in_the_targets(work, tmp_path, stored, asked):
+    """Catches: files whose dtype depends on the machine, or rotary frequencies that are rounded with the weights."""
     target = tmp_path / "target"
     AutoModelForCausalLM.from_pretrained(work / "llama", dtype=stored).save_pretrained(target)
     write_states(target, [Document(0, list(range(90)), 0)], tmp_path / "s", layer_ids=LAYERS, dtype=asked)
@@ -111,14 +112,14 @@ def test_states_are_computed_as_asked_and_kept_as_stored(work, tmp_path, stored,
     torch.testing.assert_close(found, expected.to(stored), rtol=0, atol=0)
 
 
-def test_states_in_another_dtype_are_resumed(work, tmp_path):
-    """Catches: a folder that is refused on another machine because its processor computes in another dtype."""
+def test_states_computed_in_another_dtype_are_resumed(work, tmp_path):
+    """Catches: a folder refused on another machine because that one's processor computes in another dtype."""
     for asked in ("float32", "bfloat16"):
         write_states(work / "llama", DOCUMENTS, tmp_path / "s", layer_ids=LAYERS, dtype=asked)
 
 
-def test_training_computes_in_the_dtype_of_the_processor(work, tmp_path, processor):
-    """Catches: autocast to bfloat16 on a processor that emulates it; a flag of speculators that is overridden."""
+def test_training_computes_in_the_dtype_chosen_for_the_processor(work, tmp_path, processor):
+    """Catches: autocast to bfloat16 on a processor that emulates it, or a flag of speculators that is overridden."""
     flags = {key: value for key, value in FLAGS.items() if key != "hidden_states_dtype"}
 
     def dtype(**more):
@@ -134,8 +135,8 @@ def test_training_computes_in_the_dtype_of_the_processor(work, tmp_path, process
         dtype(hidden_states_dtype="float16")
 
 
-def test_the_option_reaches_states_and_training(work, tmp_path):
-    """Catches: --dtype that is read and forgotten; a choice that is made in silence."""
+def test_dtype_option_reaches_states_and_training(work, tmp_path):
+    """Catches: a --dtype that is read and not used, or a dtype that is chosen without a log line."""
     documents = tmp_path / "documents.jsonl"
     documents.write_text("".join(json.dumps({"input_ids": d.tokens}) + "\n" for d in DOCUMENTS))
     target, states = str(work / "llama"), tmp_path / "states"
@@ -158,7 +159,7 @@ def test_the_option_reaches_states_and_training(work, tmp_path):
     assert done.stderr.startswith("error: --dtype float16: ")
 
 
-def test_a_head_is_scored_by_the_processor_and_never_more_coarsely_than_it_is_stored(processor):
+def test_head_is_never_scored_in_fewer_bits_than_it_is_stored_in(processor):
     """Catches: a float32 or float16 head that is rounded to bfloat16 before it is measured."""
     processor(bf16=True)
     for stored, expected in (
@@ -173,8 +174,9 @@ def test_a_head_is_scored_by_the_processor_and_never_more_coarsely_than_it_is_st
 
 
 @pytest.mark.parametrize("theirs", [None, "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND"])
-def test_offline_engines_take_every_core_unless_the_environment_chooses(monkeypatch, theirs):
-    """Catches: half of a machine of two cores that waits; a choice of the user that is overridden or lost."""
+def test_offline_engine_takes_every_core_unless_the_environment_chooses(monkeypatch, theirs):
+    """Catches: half of a machine of two cores that stays idle, or a user's choice of cores that is overridden or
+    lost."""
     names = ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND")
     for name in names:
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""A random target and its hidden states: what a training run of a second needs."""
+"""A random target and its hidden states, small enough for a training run of a second."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ TOKENS = [document.tokens for document in DOCUMENTS]
 
 
 def write_work(folder: Path) -> Path:
-    """Two random targets, ``llama`` and ``qwen3``, and the hidden states of the first, ``states``."""
+    """Write two random targets, ``llama`` and ``qwen3``, and the hidden states of the first, ``states``."""
     torch.manual_seed(0)
     for name, config in (("llama", LlamaConfig), ("qwen3", Qwen3Config)):
         model = AutoModelForCausalLM.from_config(config(**SHAPE), dtype=torch.float32)

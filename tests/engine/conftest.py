@@ -1,4 +1,5 @@
-"""Engines in this process, few and shared; pairs trained once and kept under build/."""
+"""Engines in the test's process, few and shared; and pairs of target and drafter, trained once and kept under
+build/."""
 
 import gc
 import hashlib

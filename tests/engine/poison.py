@@ -7,12 +7,12 @@ import torch
 
 
 class Poison:
-    """Mixed into vLLM's worker; called over /collective_rpc, which VLLM_SERVER_DEV_MODE opens."""
+    """Methods mixed into vLLM's worker, called over /collective_rpc, which VLLM_SERVER_DEV_MODE opens."""
 
     model_runner: Any  # of the worker that this is mixed into
 
     def hang(self) -> None:
-        """The drafter's tenth answer from now never comes, so that a request is in its middle for good."""
+        """Make the drafter never return from its tenth call from now, so that a request stays unfinished."""
         model = self.model_runner.drafter.model
         top, left = model.get_top_tokens, iter(range(9))
 
@@ -24,7 +24,7 @@ class Poison:
         model.get_top_tokens = get_top_tokens
 
     def poison(self) -> None:
-        """From now on every hidden state that the drafter starts from is NaN; what it drafts is watched."""
+        """Make every hidden state that the drafter starts from NaN from now on, and record what it drafts."""
         model = self.model_runner.drafter.model
         combine, top = model.combine_hidden_states, model.get_top_tokens
         self.drafted: list[torch.Tensor] = []
@@ -42,7 +42,7 @@ class Poison:
         model.combine_hidden_states, model.get_top_tokens = combine_hidden_states, get_top_tokens
 
     def cure(self) -> dict[str, int]:
-        """No NaN any more -> rows that had one, and the lowest and highest id that was drafted meanwhile."""
+        """Stop making NaN -> the number of rows that had one, and the lowest and highest id drafted meanwhile."""
         model = self.model_runner.drafter.model
         del model.combine_hidden_states, model.get_top_tokens  # back to those of the class
         ids = torch.cat(self.drafted)

@@ -21,12 +21,12 @@ from vllm_slimspec.kernels import low_rank_topk
 
 
 class Watched:
-    """Mixed into vLLM's worker: watches its proposer and the draft model in it."""
+    """Methods mixed into vLLM's worker, which record its proposer and the draft model in it."""
 
     model_runner: Any  # of the worker that this is mixed into
 
     def watch(self, spoil: bool) -> None:
-        """Record from now on. ``spoil``: hand vLLM what the head returns as it is."""
+        """Record from now on. With ``spoil``, vLLM gets what the head returns as it is, without a contiguous copy."""
         if spoil:
             draft.hand_over = slot.hand_over = lambda tensor, dtype: tensor
         runner = self.model_runner

@@ -25,7 +25,7 @@ def prompts(pair, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spoiled(pair, tmp_path_factory):
-    """The drafter with its head upside down: it drafts what it finds unlikeliest."""
+    """The drafter with its head negated: it drafts the tokens that it finds least likely."""
     checkpoint = DraftCheckpoint.open(pair("llama").drafter)
     tensors = {name: checkpoint.load(name) for name in checkpoint.tensors}
     tensors["lm_head.up.weight"] = -tensors["lm_head.up.weight"]
@@ -33,8 +33,9 @@ def spoiled(pair, tmp_path_factory):
     return write_checkpoint(folder, checkpoint.config, tensors, {"command": "test"}).path
 
 
-def test_counts_are_the_engines(pair, prompts, spoiled, engine, tmp_path):
-    """Catches: cycles of one set counted for the other, a drafter that is not the named one, an answer judged wrong."""
+def test_acceptance_counts_are_those_of_the_engine(pair, prompts, spoiled, engine, tmp_path):
+    """Catches: cycles of one prompt set counted for the other, a drafter that is not the named one, or an answer judged
+    wrongly."""
     p = pair("llama")
     options = compare.Options(
         target=str(p.target),
@@ -67,8 +68,9 @@ def test_counts_are_the_engines(pair, prompts, spoiled, engine, tmp_path):
     assert first.length > 1.5 > rows["spoiled", "first"].length
 
 
-def test_a_server_for_each_drafter(pair, prompts):
-    """Catches: a load generator whose flags or results have changed, a drafter that is not served, warm-ups counted."""
+def test_bench_serve_starts_a_server_for_each_drafter(pair, prompts):
+    """Catches: a load generator whose flags or results have changed, a drafter that is not served, or warm-up requests
+    counted."""
     p = pair("llama")
     server = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
     served = serve.Pair(str(p.target), {"trained": str(p.drafter)}, prompts[0], server)

@@ -1,4 +1,4 @@
-"""The table of a drafter's tensors is vLLM's own: what the models have for parameters, filled by what the table lists.
+"""Our table of a drafter's tensors: those that it lists fill exactly the parameters of vLLM's models.
 
 No engine starts: the models are built and loaded as vLLM's loaders do it.
 """
@@ -34,7 +34,7 @@ _OF_LLAMA = ("MLP bias", "no word of the keys")  # Qwen3's layers have no such b
 
 
 def _tensors(config: dict, family: str) -> dict[str, torch.Tensor]:
-    """What the table lists, with random numbers; and the head."""
+    """Return the tensors that the table lists, with random numbers, and those of the head."""
     table = Body(flatten(config), NAMES[family], "config.json").table()
     body = {name: torch.rand(shape.sizes) + 0.1 for name, shape in table}
     return body | {name: tensor for name, tensor in drafters.tensors().items() if "lm_head" in name}
@@ -48,7 +48,7 @@ def groups(tmp_path_factory):
 
 @pytest.fixture
 def build(groups, tmp_path):
-    """config.json of a drafter -> vLLM's draft model, not loaded yet."""
+    """build(config, tensors): vLLM's draft model of a config.json, not loaded yet."""
     from transformers import LlamaConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -90,8 +90,9 @@ def _config(family: str, option: str) -> dict:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("family", NAMES)
-def test_the_table_fills_every_parameter_of_vllms_model(build, family, option):
-    """Catches: a tensor that vLLM reads and the table does not ask for, or one that it asks for and vLLM lacks."""
+def test_table_of_tensors_fills_every_parameter_of_vllms_model(build, family, option):
+    """Catches: a tensor that vLLM reads and our table does not ask for, or one that the table asks for and vLLM
+    lacks."""
     if family == "qwen3" and option in _OF_LLAMA:
         option = "plain"
     config = _config(family, option)
@@ -107,8 +108,8 @@ def test_the_table_fills_every_parameter_of_vllms_model(build, family, option):
 
 @pytest.mark.parametrize("prefix", ["midlayer", "layers.0"])
 @pytest.mark.parametrize("family", NAMES)
-def test_fused_projections_are_loaded_whole(build, family, prefix):
-    """Catches: a public spelling that vLLM reads and the table refuses, or the other way round."""
+def test_table_accepts_the_fused_projections_that_vllm_loads(build, family, prefix):
+    """Catches: a public spelling of projections that vLLM reads and our table refuses, or the other way round."""
     config = _config(family, "attention bias")
     tensors = _tensors(config, family)
     fused = {}
@@ -145,8 +146,9 @@ def _spoil(name, change, words):
         ),
     ],
 )
-def test_the_server_refuses_what_a_hub_brings(build, change, words):
-    """Catches: a drafter whose folder nobody could look at before the server, loaded with a part of it at random."""
+def test_server_refuses_a_bad_drafter_that_came_from_a_hub(build, change, words):
+    """Catches: a bad drafter from a hub, whose folder could not be checked before the server started, loaded with a
+    part of it at random."""
     config, tensors = drafters.config(draft_vocab_size=32), drafters.tensors(32)
     model = build(config, tensors)
     change(tensors)
@@ -154,16 +156,16 @@ def test_the_server_refuses_what_a_hub_brings(build, change, words):
         model.load_weights(iter(tensors.items()))
 
 
-def test_a_parameter_that_no_tensor_fills_is_an_error(build, monkeypatch):
-    """Catches: a parameter that a newer vLLM has and the table does not, served from whatever was in memory."""
+def test_parameter_that_no_tensor_fills_is_an_error(build, monkeypatch):
+    """Catches: a parameter that a newer vLLM has and our table does not, served from whatever was in memory."""
     model = build(drafters.config(), drafters.tensors())
     model.model.register_parameter("gate", torch.nn.Parameter(torch.empty(4), requires_grad=False))
     with pytest.raises(CheckpointError, match="4 values of the parameter gate"):
         model.load_weights(iter(drafters.tensors().items()))
 
 
-def test_what_training_leaves_beside_the_drafter_is_left_aside(build):
-    """Catches: a drafter refused for a copy of the target's norm, or a buffer, that public folders hold."""
+def test_copies_and_buffers_beside_the_drafter_are_ignored(build):
+    """Catches: a drafter refused because its public folder holds a copy of the target's norm, or a buffer."""
     more = {
         "t2d": torch.ones(V, dtype=torch.bool),
         "verifier_norm.weight": torch.full((D,), torch.nan),

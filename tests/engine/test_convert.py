@@ -1,4 +1,4 @@
-"""Head states from a real engine, and conversions served by one: what is predicted is what happens."""
+"""Head states from a real engine, and converted drafters served by one: what a conversion predicts is what happens."""
 
 import json
 from dataclasses import replace
@@ -48,8 +48,8 @@ def everything(states: HeadStates):
     return concatenate([*states.read(held_out=True), *states.read(held_out=False)])
 
 
-def test_states_are_those_of_every_place(material):
-    """Catches: places left out or recorded twice, which no walk would show."""
+def test_states_are_recorded_once_for_every_place(material):
+    """Catches: places of an answer left out or recorded twice, which no acceptance length would show."""
     p, _, states, _ = material
     rows = everything(states)
     for document, prompt in enumerate(p.prompts):
@@ -61,7 +61,7 @@ def test_states_are_those_of_every_place(material):
 
 @pytest.fixture(scope="module")
 def alone(material):
-    """What the target answers without a drafter."""
+    """The target's answers without a drafter."""
     from vllm import LLM
 
     p = material[0]
@@ -69,10 +69,9 @@ def alone(material):
 
 
 @pytest.mark.parametrize("way", ["dense", "truncated", "low-rank", "rerank", "speculators", "speculators-rerank"])
-def test_predicted_is_what_the_engine_counts(way, material, alone, engine, tmp_path):
-    """Catches: states that are not those of service, a walk that is not the engine's, a head measured as another; a
-    map of a truncated dense drafter that stock vLLM reads otherwise; and a key that vLLM drops from the layout of
-    speculators, a norm above all."""
+def test_predicted_acceptance_length_is_what_the_engine_counts(way, material, alone, engine, tmp_path):
+    """Catches: states, a walk or a head other than those of service; a map of a truncated dense drafter that stock vLLM
+    reads otherwise; or a key, a norm above all, that vLLM drops from the layout of speculators."""
     p, drafter, states, tensors = material
     rows, ids = everything(states), tensors["d2t"] + torch.arange(len(tensors[DENSE]))
     if way == "dense":
@@ -100,9 +99,9 @@ def test_predicted_is_what_the_engine_counts(way, material, alone, engine, tmp_p
     assert predicted.value > 1.05
 
 
-def test_a_jointly_trained_drafter_is_served_as_it_was_measured(material, alone, engine, tmp_path):
-    """Catches: states recorded from another drafter than the one that is written, or at other places; a body that vLLM
-    computes otherwise than it was trained."""
+def test_jointly_trained_drafter_is_served_as_it_was_measured(material, alone, engine, tmp_path):
+    """Catches: states recorded from another drafter than the one that is written, or at other places; or a body that
+    vLLM computes otherwise than it was trained."""
     p, drafter, states, _ = material
     recipe = JointRecipe(8, lr=2e-3, flags={"total_seq_len": 256, "hidden_states_dtype": "float32"})
     options = Options(str(drafter), tmp_path / "out", str(p.target), hidden_states=states.path, joint=recipe)
@@ -115,8 +114,8 @@ def test_a_jointly_trained_drafter_is_served_as_it_was_measured(material, alone,
     assert done.outcome.loss < untrained.loss
 
 
-def test_collection_goes_on_where_it_was(material, tmp_path, monkeypatch):
-    """Catches: documents asked again or left out, or numbered anew."""
+def test_interrupted_collection_is_resumed_with_the_same_documents(material, tmp_path, monkeypatch):
+    """Catches: documents that a resumed collection asks again, leaves out, or numbers anew."""
     p, drafter, states, _ = material
     monkeypatch.setattr(module, "_DOCUMENTS", 5)
     answer, asked = module._answer, []
@@ -142,9 +141,9 @@ def test_collection_goes_on_where_it_was(material, tmp_path, monkeypatch):
     torch.testing.assert_close(one.hidden[order[0]], two.hidden[order[1]], rtol=1e-4, atol=1e-4)
 
 
-def test_heads_scored_on_states_accept_what_was_predicted(material, tmp_path):
-    """Catches: a command that scores other states or another walk than those that the engine was held to above; a body
-    recorded twice; a set of prompts left out of the sum."""
+def test_bench_states_accepts_what_the_conversion_predicted(material, tmp_path):
+    """Catches: `bench states` scoring other states or by another walk than a conversion does, a body recorded twice, or
+    a prompt set left out of the sum."""
     p, drafter, states, tensors = material
     slim = convert(Options(str(drafter), tmp_path / "slim", str(p.target), hidden_states=states.path, force=True))
     folder = slim.checkpoint.path

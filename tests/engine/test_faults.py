@@ -1,4 +1,5 @@
-"""A served SlimSpec drafter when things break: the answers stay the target's, or there is an error and no answer."""
+"""A served SlimSpec drafter while something fails: the answers stay the target's, or there is an error and no
+answer."""
 
 import json
 import os
@@ -52,7 +53,7 @@ class Served:
         shutil.copytree(self.pair.drafter, self.drafter)
 
     def ask(self, prompts, **options):
-        """Greedy token ids for each prompt; and the acceptance length meanwhile."""
+        """Return greedy token ids for each prompt, and the acceptance length meanwhile."""
         before = from_server(self.server.url)
         extra = {"ignore_eos": True, "return_token_ids": True}
         answer = self.client.completions.create(
@@ -61,12 +62,12 @@ class Served:
         return [choice.token_ids for choice in answer.choices], (from_server(self.server.url) - before).length
 
     def call(self, method: str):
-        """A method of the worker's extension."""
+        """Call a method of the worker's extension."""
         answer = httpx.post(f"{self.server.url}/collective_rpc", json={"method": method}, timeout=60)
         return answer.raise_for_status().json()["results"][0]
 
     def engine_process(self) -> psutil.Process:
-        """The process that holds the models."""
+        """Return the process that holds the models."""
         children = psutil.Process(self.server.process.pid).children(recursive=True)
         return next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
 
@@ -80,13 +81,13 @@ def served(pair, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(served):
-    """What is answered before anything breaks."""
+    """The answers before anything fails."""
     ids, length = served.ask(served.pair.prompts[:6])
     assert length > 1.5
     return ids
 
 
-def test_nan_in_the_hidden_states(served, answers, injected):
+def test_nan_in_hidden_states_leaves_the_answers_the_targets(served, answers, injected):
     """Catches: a NaN that becomes an id out of range, reaches the target's output, or stays in the drafter."""
     prompts = served.pair.prompts
     served.call("poison")
@@ -104,8 +105,8 @@ def test_nan_in_the_hidden_states(served, answers, injected):
     injected("NaN in a hidden state that the drafter starts from", seen["nan_rows"], 3 * len(answers))
 
 
-def test_drafter_altered_and_deleted(served, answers, injected):
-    """Catches: files that are read again, or still mapped, while serving."""
+def test_drafter_files_altered_while_serving_change_no_answer(served, answers, injected):
+    """Catches: drafter files that are read again, or still mapped into memory, while serving."""
     weights = served.drafter / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
     ids, length = served.ask(served.pair.prompts[:6])
@@ -120,8 +121,8 @@ def test_drafter_altered_and_deleted(served, answers, injected):
     injected("the drafter's files overwritten, cut to nothing, deleted while serving", 3, 3 * len(answers))
 
 
-def test_engine_killed_in_the_middle(served, answers, injected):
-    """Catches: clients that wait forever, a server that stays up without an engine, one that cannot start again."""
+def test_killed_engine_ends_requests_with_errors_and_restarts(served, answers, injected):
+    """Catches: clients that wait forever, a server that stays up without an engine, or one that cannot start again."""
     served.call("hang")
     stream = served.client.completions.create(
         model="tiny",
@@ -166,8 +167,8 @@ with set_current_vllm_config(config):
 """
 
 
-def test_no_memory_for_the_head(tmp_path, injected):
-    """Catches: an allocator's message that does not say what did not fit, nor what to do."""
+def test_head_that_memory_cannot_hold_is_an_error_with_advice(tmp_path, injected):
+    """Catches: an allocator's message that does not say what did not fit, or what to do."""
     from transformers import LlamaConfig
 
     vocab = 1 << 20  # 256 MB each for the embeddings and for up

@@ -17,20 +17,20 @@ from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
 
 @dataclass
 class Trained:
-    """A pair, and its drafter's parts to build variants from."""
+    """A pair of target and drafter, and the parts of the drafter to build variants from."""
 
     pair: object
     config: dict
     tensors: dict
 
     def variant(self, folder, config, tensors):
-        """The drafter with some keys and tensors replaced."""
+        """Write the drafter with some keys and tensors replaced."""
         return drafters.write(folder, self.config | config, self.tensors | tensors)
 
 
 @pytest.fixture(scope="module")
 def trained(request, pair):
-    """Of a truncated vocabulary, unless a test asks for the full one."""
+    """The pair with a truncated vocabulary, unless a test asks for the full one."""
     p = pair("llama", getattr(request, "param", "truncated"))
     checkpoint = DraftCheckpoint.open(p.drafter)
     return Trained(p, checkpoint.config, {name: checkpoint.load(name) for name in checkpoint.tensors})
@@ -43,15 +43,15 @@ def _target_head(trained):
 
 
 def _target_ids(trained):
-    """Target id of each draft id."""
+    """Return the target id of each draft id."""
     d2t = trained.tensors.get("d2t", torch.zeros(len(trained.tensors[UP]), dtype=torch.int64))
     return torch.arange(len(d2t)) + d2t
 
 
 @pytest.mark.parametrize("rows", ["own", "target"])
 @pytest.mark.parametrize("trained", ["full", "truncated"], indirect=True)
-def test_rerank(trained, engine, tmp_path, rows):
-    """Catches: drafts that are not the dense rows' choice among the candidates; rows of the wrong ids."""
+def test_reranking_engine_drafts_the_dense_rows_choice(trained, engine, tmp_path, rows):
+    """Catches: drafts that are not the choice of the dense rows among the candidates, or rows of the wrong ids."""
     head, ids, k = _target_head(trained), _target_ids(trained), 16
     config, tensors = {"lm_head_rerank": k}, {DENSE: head[ids].clone()}
     if rows == "target":
@@ -76,8 +76,8 @@ def test_rerank(trained, engine, tmp_path, rows):
 @pytest.mark.parametrize(
     ("kind", "group", "stored"), [("fp8", None, True), ("int8", 32, True), ("int4", None, True), ("int8", None, False)]
 )
-def test_quantized(pair, engine, tmp_path, kind, group, stored):
-    """Catches: scales of other rows, nibbles swapped, a quantized head that is silently served in floats."""
+def test_quantized_engine_drafts_as_its_dequantized_head(pair, engine, tmp_path, kind, group, stored):
+    """Catches: scales of other rows, swapped nibbles, or a quantized head that is silently served in floats."""
     p = pair("llama", "truncated")
     checkpoint = DraftCheckpoint.open(p.drafter)
     tensors = {name: checkpoint.load(name) for name in checkpoint.tensors}
@@ -105,7 +105,7 @@ def test_quantized(pair, engine, tmp_path, kind, group, stored):
 
 
 def check_reload(model, tensors, ids):
-    """Catches: weights loaded into a running engine that keeps drafting by the factors it had quantized before."""
+    """Check that weights loaded into a running engine are drafted by, not the factors that were quantized before."""
     # the head alone: vLLM's CPU backend has packed the body's weights away
     model.load_weights(iter({DOWN: tensors[DOWN], UP: -tensors[UP], "d2t": tensors["d2t"]}.items()))
     hidden = torch.randn(4, drafters.D, generator=torch.Generator().manual_seed(0))
@@ -115,8 +115,8 @@ def check_reload(model, tensors, ids):
 
 
 @pytest.mark.parametrize("kind", [None, "fp8", "int4"])
-def test_reload_keeps_addresses(kind):
-    """Catches: a head loaded again somewhere else, while captured CUDA graphs read where it was."""
+def test_reloaded_head_stays_at_its_addresses(kind):
+    """Catches: a head that is loaded again to another address, while captured CUDA graphs read the old one."""
     generator = torch.Generator().manual_seed(0)
     before, after = (
         ops.pack(down, ops.quantize_up(up, kind) if kind else up, impl="triton")
@@ -135,8 +135,8 @@ def test_reload_keeps_addresses(kind):
         assert torch.equal(got, want)
 
 
-def test_int8_and_rerank_together(trained, engine, tmp_path):
-    """Catches: parts that work alone and not together, and outputs that a re-ranked draft changes."""
+def test_int8_and_rerank_together_keep_the_targets_answers(trained, engine, tmp_path):
+    """Catches: int8 and re-ranking that work alone but not together, or a re-ranked draft that changes an answer."""
     alone = generate(engine(trained.pair.target), trained.pair.prompts[:8])
     config = {"lm_head_quantization": "int8", "lm_head_rerank": 16, "lm_head_rerank_rows": "target"}
     llm = engine(trained.pair.target, trained.variant(tmp_path / "drafter", config, {}))
@@ -144,9 +144,9 @@ def test_int8_and_rerank_together(trained, engine, tmp_path):
     assert from_engine(llm).length > 1.2
 
 
-def test_dense_path_never_reranks(trained, engine, tmp_path):
-    """Catches: logits of the dense rows where the rejection sampler is told those of the factors; and rows of another
-    width than the head's, used instead of refused."""
+def test_dense_path_gives_logits_of_the_factors_without_reranking(trained, engine, tmp_path):
+    """Catches: logits of the dense rows where the rejection sampler expects those of the factors, or rows of another
+    width than the head's used instead of refused."""
     config = {"lm_head_rerank": 16, "lm_head_rerank_rows": "target"}
     folder = trained.variant(tmp_path / "drafter", config, {})
     llm = engine(trained.pair.target, folder, speculative={"draft_sample_method": "probabilistic"})

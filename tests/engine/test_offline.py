@@ -21,7 +21,8 @@ K = 3
 
 
 def expected_scores(checkpoint: DraftCheckpoint, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scores of every target id, float32 [B, vocab], from the files: z rounded to the model dtype, then exact."""
+    """Return scores of every target id, float32 [B, vocab], from the files: z rounded to the model dtype, then
+    exact."""
     down, up = (checkpoint.load(name).to(dtype) for name in (DOWN, UP))
     z = torch.nn.functional.linear(hidden, down).float()
     scores = z @ up.float().T
@@ -72,31 +73,32 @@ def served(request, pair):
 
 @pytest.mark.parametrize("batch", ["one at a time", "8 at once"])
 def test_greedy_output_is_the_targets(served, batch):
-    """Catches: anything that changes what users get."""
+    """Catches: a drafter that changes the answers that users get."""
     assert served.drafted[batch] == served.alone[batch]
 
 
-def test_drafts_are_accepted_and_rejected(served):
-    """Catches: outputs that are equal only because no draft was ever accepted (or a test that never rejects)."""
+def test_some_drafts_are_accepted_and_some_are_rejected(served):
+    """Catches: answers that are equal only because no draft was ever accepted, or tests in which none is rejected."""
     assert 1.5 < served.acceptance.length < K + 1
     assert len(served.acceptance.per_position) == K
 
 
-def test_fused_path_ran(served):
-    """Catches: a plugin that silently falls back to logits."""
+def test_engine_drafts_by_the_fused_path(served):
+    """Catches: a plugin that silently drafts by full logits instead of the fused path."""
     assert len(served.recorded.fused) > 100
     assert served.recorded.dense == 0
 
 
 def test_drafts_are_the_heads_argmax(served):
-    """Catches: wrong shards, padding that wins, d2t applied twice or not at all; acceptance alone would hide it."""
+    """Catches: wrong shards, padding that wins, or d2t applied twice or not at all, which acceptance alone would not
+    show."""
     for hidden, ids in served.recorded.fused:
         scores = expected_scores(served.checkpoint, hidden, torch.float32)
         assert torch.equal(ids, scores.argmax(dim=1))
 
 
-def test_bfloat16_drafts(pair, engine):
-    """Catches: a dtype mixed up on the way; rounded scores may swap only what lies within one bfloat16 ulp."""
+def test_bfloat16_drafts_are_best_within_one_ulp(pair, engine):
+    """Catches: a dtype mixed up on the way. Rounded scores may swap only what lies within one bfloat16 ulp."""
     p = pair("llama", "truncated")
     llm = engine(p.target, p.drafter, dtype="bfloat16")
     recorded = record(drafter_of(llm))
@@ -123,8 +125,9 @@ def stock(pair, tmp_path):
     return p, drafters.write(tmp_path / "stock-eagle3", config, tensors)
 
 
-def test_stock_drafter_never_meets_our_code(stock, engine, monkeypatch):
-    """Catches: a plugin that changes drafters it was not asked for; and wrong drafts, against vLLM's dense head."""
+def test_stock_drafter_is_served_by_vllms_own_class(stock, engine, monkeypatch):
+    """Catches: a plugin that changes how a stock drafter is served, or our head drafting otherwise than vLLM's dense
+    head of the same weights."""
     from vllm_slimspec.drafters.draft import LowRankDraft
     from vllm_slimspec.head import ops
 
@@ -141,8 +144,8 @@ def test_stock_drafter_never_meets_our_code(stock, engine, monkeypatch):
     assert from_engine(llm) == expected
 
 
-def test_torchspec_folder(pair, engine, tmp_path):
-    """Catches: TorchSpec's folder, as it is, drafting anything else than the same weights in our format."""
+def test_torchspec_folder_drafts_by_the_fused_path(pair, engine, tmp_path):
+    """Catches: TorchSpec's folder, as it is, served without the fused path or with drafts that are not accepted."""
     p = pair("llama", "full")
     checkpoint = DraftCheckpoint.open(p.drafter)
     spec = checkpoint.spec
@@ -156,8 +159,9 @@ def test_torchspec_folder(pair, engine, tmp_path):
     assert recorded.dense == 0
 
 
-def test_probabilistic_takes_the_dense_path(pair, engine):
-    """Catches: the fused path where vLLM may need draft probabilities, or a dense path that drafts something else."""
+def test_probabilistic_drafts_take_the_dense_path(pair, engine):
+    """Catches: the fused path taken where vLLM may need draft probabilities, or a dense path that drafts something
+    else."""
     p = pair("llama", "truncated")
     llm = engine(p.target, p.drafter, speculative={"draft_sample_method": "probabilistic"})
     recorded = record(drafter_of(llm))
@@ -167,8 +171,9 @@ def test_probabilistic_takes_the_dense_path(pair, engine):
     assert from_engine(llm).length > 1.5
 
 
-def test_dummy_weights(pair, engine):
-    """Catches: the target's head put in the place of ours, because no weight named lm_head was ever loaded."""
+def test_dummy_weights_keep_the_low_rank_head(pair, engine):
+    """Catches: the target's head put in the place of ours with dummy weights, since no weight named lm_head was
+    loaded."""
     p = pair("llama", "truncated")
     llm = engine(p.target, p.drafter, load_format="dummy")
     model = drafter_of(llm)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stub back
 
 @dataclass(frozen=True)
 class Form:
-    """A draft head and how it is asked."""
+    """A form of the draft head, and the path by which vLLM asks it."""
 
     vocabulary: str = "full"
     kind: str | None = None  # of quantization
@@ -41,7 +41,7 @@ class Form:
     options: dict | None = None  # of run_proposals.serve
 
     def write(self, folder, pair):
-        """Its drafter: the trained one of that vocabulary with another head."""
+        """Write the drafter of this form: the trained one of that vocabulary with another head."""
         trained = DraftCheckpoint.open(pair.drafter)
         tensors = {name: trained.load(name) for name in trained.tensors}
         changes = {}
@@ -125,12 +125,12 @@ def _target_head(pair):
 
 
 def _target_ids(tensors):
-    """Target id of each draft id."""
+    """Return the target id of each draft id."""
     return torch.arange(len(tensors[UP])) + tensors.get("d2t", 0)
 
 
 def scores(form, drafter, target_head, hidden):
-    """What the drafter's files say of each target id, -inf where it is no candidate: [B, K, D] -> float32 [B, K, V]."""
+    """Score each target id by the drafter's files, -inf for no candidate: hidden [B, K, D] -> float32 [B, K, V]."""
     tensors = load_file(drafter / "model.safetensors")
     up = ops.QuantizedUp(tensors[UP], tensors[SCALE]).dequantize() if form.kind else tensors[UP]
     ids, hidden = _target_ids(tensors), hidden.float()
@@ -147,7 +147,7 @@ def scores(form, drafter, target_head, hidden):
 
 
 def wrong(calls):
-    """How many proposed tokens are not what the head chose, and of how many."""
+    """Return how many proposed tokens are not those that the head chose, and how many there are in all."""
     of_all = [call["proposed"] != call["chosen"] for call in calls]
     return sum(int(differs.sum()) for differs in of_all), sum(differs.numel() for differs in of_all)
 
@@ -157,7 +157,8 @@ CASES = [(runner, name) for name, form in FORMS.items() for runner in form.runne
 
 @pytest.mark.parametrize(("runner", "name"), CASES, ids=[f"{name}, {runner}" for runner, name in CASES])
 def test_proposed_tokens_are_the_heads_choice(served, pair, runner, name):
-    """Catches: ids that reach the scheduler or the next draft step as other ids, or in another request's place."""
+    """Catches: drafted ids that reach the scheduler or the next draft step as other ids, or in another request's
+    place."""
     form = FORMS[name]
     ranks, drafter = served(runner, name)
     target_head = _target_head(pair("llama", form.vocabulary))
@@ -177,7 +178,8 @@ def test_proposed_tokens_are_the_heads_choice(served, pair, runner, name):
             assert (expected.amax(dim=2) - chosen <= allowed * (1e-5 if form.dtype == "float32" else 0.02)).all()
 
 
-def test_a_view_is_noticed(served):
-    """Catches: a test without power: requests that draft the same tokens, or a V2 that no longer needs the mend."""
+def test_strided_view_as_proposal_is_noticed(served):
+    """Catches: a test of proposals that would notice nothing, because all requests draft the same tokens, or a Model
+    Runner V2 that no longer needs contiguous ids."""
     mistakes, proposed = wrong(served("v2", "spoiled")[0][0]["calls"])
     assert mistakes > proposed / 4

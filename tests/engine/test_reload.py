@@ -30,7 +30,7 @@ def build(groups, tmp_path):
 
 
 def _update(model, config, pieces) -> None:
-    """What vLLM's weight transfer does around its calls of load_weights, one for each piece."""
+    """Do what vLLM's weight transfer does around its calls of load_weights, one for each piece."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
@@ -48,20 +48,20 @@ def _hidden():
 
 
 def _expected(tensors, hidden, up=None):
-    """Target ids of the best entries, from a checkpoint's tensors."""
+    """Return the target ids of the best entries, computed from a checkpoint's tensors."""
     ids = (hidden @ tensors[DOWN].T @ (tensors[UP] if up is None else up).T).argmax(dim=1)
     return ids + tensors["d2t"][ids] if "d2t" in tensors else ids
 
 
 def _reversed(tensors):
-    """The same map with the draft ids in another order."""
+    """Return the tensors with the draft ids in reversed order and the same target ids."""
     ids = torch.arange(len(tensors["d2t"]))
     return tensors | {"d2t": (ids + tensors["d2t"]).flip(0) - ids}
 
 
 @pytest.mark.parametrize("draft_vocab", [V, V // 2, 40])  # 40: vLLM pads it, and is done with it only at the end
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_update_one_by_one(build, monkeypatch, impl, draft_vocab):
+def test_online_update_in_pieces_reaches_the_drafts(build, monkeypatch, impl, draft_vocab):
     """Catches: an online update that is refused because the head comes in pieces, or that never reaches what drafts."""
     monkeypatch.setenv("SLIMSPEC_IMPL", impl)
     old, new = (drafters.tensors(draft_vocab, seed=seed) for seed in (0, 1))
@@ -79,8 +79,8 @@ def test_update_one_by_one(build, monkeypatch, impl, draft_vocab):
     assert isinstance(model, LowRankDraft)
 
 
-def test_update_of_the_body_alone(build):
-    """Catches: a trainer refused that sends only what it trained."""
+def test_online_update_of_the_body_alone_is_accepted(build):
+    """Catches: a trainer that sends only the weights it trained, the body's, and is refused."""
     old = drafters.tensors()
     model, config = build(old)
     _update(model, config, _pieces({"norm.weight": torch.full((D,), 2.0)}))
@@ -88,7 +88,7 @@ def test_update_of_the_body_alone(build):
     assert torch.equal(model.get_top_tokens(_hidden()), _expected(old, _hidden()))
 
 
-def test_update_of_one_factor(build):
+def test_online_update_of_one_factor_is_refused(build):
     """Catches: a head half of which is what its memory held before, since vLLM keeps nothing of a loaded layer."""
     model, config = build(drafters.tensors())
     with pytest.raises(CheckpointError, match=f"came without {UP}; send"):
@@ -96,8 +96,8 @@ def test_update_of_one_factor(build):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_update_of_a_quantized_head(build, monkeypatch, stored):
-    """Catches: floats not quantized again, or a stored scale that stays with another up."""
+def test_online_update_of_a_quantized_head_is_quantized_again(build, monkeypatch, stored):
+    """Catches: updated floats that are not quantized again, or a stored scale kept for another factor."""
     monkeypatch.setenv("SLIMSPEC_IMPL", "triton")
     old, new = (drafters.tensors(rank=32, seed=seed) for seed in (0, 1))
     quantized = [ops.quantize_up(tensors[UP], "int8") for tensors in (old, new)]
@@ -111,9 +111,9 @@ def test_update_of_a_quantized_head(build, monkeypatch, stored):
         model.load_weights([(UP, quantized[0].weight)])
 
 
-def test_quantized_head_outlives_a_sleep(build, monkeypatch):
-    """Catches: a head that only a checkpoint can bring back, in memory that a sleep of level 2 frees: vLLM saves
-    buffers alone, and writes to them outside of inference mode."""
+def test_quantized_head_survives_a_sleep_of_level_2(build, monkeypatch):
+    """Catches: a head that only its checkpoint could restore after a sleep of level 2, since vLLM saves only buffers
+    and writes to them outside of inference mode."""
     monkeypatch.setenv("SLIMSPEC_IMPL", "triton")
     tensors = drafters.tensors(rank=32)
     up = ops.quantize_up(tensors[UP], "int8")
@@ -136,8 +136,8 @@ class _TargetHead(torch.nn.Module):
 
 
 @pytest.mark.parametrize("how", ["load_weights", "update"])
-def test_rows_of_the_target_stay_where_they_are(build, how):
-    """Catches: a new table of rows, while captured graphs read the old one."""
+def test_table_of_target_rows_keeps_its_address_in_an_update(build, how):
+    """Catches: an update that builds a new table of rows, while captured graphs read the old one."""
     old = drafters.tensors(V // 2)
     keys = {"draft_vocab_size": V // 2, "lm_head_rerank": 4, "lm_head_rerank_rows": "target"}
     model, config = build(old, head=_TargetHead(), **keys)
@@ -151,9 +151,9 @@ def test_rows_of_the_target_stay_where_they_are(build, how):
     assert torch.equal(model.slot.dense[1][: V // 2], torch.arange(V // 2) + new["d2t"])
 
 
-def test_rows_that_are_the_targets(build):
-    """Catches: the target's own head overwritten, and with it what users get, where vLLM has put it in the place of
-    rows that were equal to it."""
+def test_online_update_of_rows_shared_with_the_target_is_refused(build):
+    """Catches: an update that overwrites the target's own head, and with it the answers, where vLLM shares it because
+    the rows were equal."""
     target = _TargetHead()
     rows = target.weight.data.clone()
     tensors = drafters.tensors() | {DENSE: rows.clone()}
@@ -163,8 +163,8 @@ def test_rows_that_are_the_targets(build):
     assert torch.equal(target.weight, rows)
 
 
-def test_rows_of_its_own(build):
-    """Catches: own rows that an update does not reach."""
+def test_online_update_reaches_the_drafters_own_rows(build):
+    """Catches: dense rows of the drafter's own that an update does not reach."""
     old = drafters.tensors() | {DENSE: torch.randn(V, D)}
     model, config = build(old, lm_head_rerank=V // 2)
     rows = torch.randn(V, D)
@@ -174,7 +174,7 @@ def test_rows_of_its_own(build):
 
 
 @pytest.mark.parametrize("rank", [R, D])
-def test_target_without_a_head(build, rank):
+def test_rerank_by_target_rows_is_refused_where_the_target_has_no_head(build, rank):
     """Catches: re-ranking by the factors themselves, which have the shape of the target's rows where R = D."""
     keys = {"lm_head_rank": rank, "lm_head_rerank": 4, "lm_head_rerank_rows": "target"}
     with pytest.raises(CheckpointError, match="no lm_head that vLLM would share; convert again"):

@@ -14,7 +14,8 @@ K = 3
 
 @pytest.fixture(scope="module")
 def served(pair, tmp_path_factory):
-    """A truncated draft vocabulary of 300 rows, padded to 320: 160 for one rank, 140 and the padding for the other."""
+    """A server of a truncated vocabulary: 300 rows, padded to 320, of which rank 0 has 160 and rank 1 has 140 and the
+    padding."""
     import json
 
     p = pair("llama", "truncated")
@@ -48,7 +49,7 @@ def _ask(client, prompt, **options):
 
 
 def test_two_ranks_answer_as_the_target_alone(served, engine):
-    """Catches: ids of one rank's shard taken for global ones; a served path that differs from the offline one."""
+    """Catches: ids of one rank's shard taken for global ones, or a served path that differs from the offline one."""
     pair, server = served
     alone = engines.generate(engine(pair.target), pair.prompts[:8])
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
@@ -70,8 +71,8 @@ def test_two_ranks_answer_as_the_target_alone(served, engine):
     assert two_ranks == from_engine(drafted)
 
 
-def test_log_says_which_path_is_live(served):
-    """Catches: a user who cannot tell whether the fused path runs."""
+def test_log_of_the_server_names_the_path_that_drafts(served):
+    """Catches: a server's log from which a user cannot tell whether the fused path runs."""
     _, server = served
     log = server.output()
     assert "SlimSpec draft head: rank 16 of 64, 300 of 512 tokens" in log

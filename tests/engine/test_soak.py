@@ -1,10 +1,11 @@
-"""The soak of ``tests/soak.py``, for a minute."""
+"""A soak of one minute by ``tests/soak.py``."""
 
 import soak
 
 
-def test_a_minute_of_load(pair, tmp_path):
-    """Catches: what only concurrency brings: answers mixed up, requests or memory left behind, one id wrong in many."""
+def test_server_stands_a_minute_of_concurrent_load(pair, tmp_path):
+    """Catches: answers mixed up between requests, requests or memory left behind, or one wrong id in many, which only
+    concurrency causes."""
     p = pair("llama", "full")
     result = soak.soak(p.target, p.drafter, p.prompts, seconds=60, work=tmp_path)
     assert soak.failures(result) == []

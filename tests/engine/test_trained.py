@@ -1,4 +1,4 @@
-"""What training learns from and what it makes, against the real engine."""
+"""The states that training learns from and the drafters that it makes, compared with the real engine."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ K = 2
 
 @pytest.fixture(params=["llama-truncated", "qwen3-full"])
 def trained(request, pair):
-    """A pair, and its drafter as speculators has it."""
+    """A pair of target and drafter, and the drafter as speculators' model."""
     p = pair(*request.param.split("-"))
     checkpoint = max(p.drafter.with_name("drafter.run").glob("checkpoints/[0-9]*"), key=lambda epoch: int(epoch.name))
     config = SlimSpecEagle3Config.from_pretrained(str(checkpoint))
@@ -32,7 +32,7 @@ def trained(request, pair):
 
 @torch.inference_mode()
 def drafts_in_training(model, target, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each draft step: what enters the head [T - 1, D], and the target ids it drafts [T - 1], tokens given."""
+    """For each draft step, with the tokens given: the head's input [T - 1, D] and the target ids drafted [T - 1]."""
     (states,) = hidden_states(target, [ids], model.target_layer_ids)
     batch = shift_batch(
         {
@@ -59,12 +59,10 @@ def drafts_in_training(model, target, ids: torch.Tensor) -> list[tuple[torch.Ten
     return [(hidden, to_target[draft[0]]) for hidden, draft in zip(entered, drafts, strict=True)]
 
 
-def test_training_and_serving_draft_alike(trained, engine):
-    """The model that was trained is the model that is served: same states into the head, same drafts, place by place.
-
-    Catches what acceptance alone only hints at: another norm, another rotary embedding, other target layers, tokens and
-    states one place apart.
-    """
+def test_training_and_serving_draft_the_same_tokens(trained, engine):
+    """Catches: a norm, a rotary embedding or target layers that differ between training and serving, or tokens and
+    states one place apart, at which acceptance alone only hints. The same states go into both heads, and every draft is
+    compared."""
     p, model = trained
     target = AutoModelForCausalLM.from_pretrained(p.target).eval()
     llm = engine(p.target, p.drafter, k=K)
@@ -90,9 +88,9 @@ def test_training_and_serving_draft_alike(trained, engine):
     assert min(compared) > 20
 
 
-def test_one_command_from_prompts_to_a_drafter(pair, engine, tmp_path):
-    """Catches: stages that do not fit together; hours of answers before a refusal; a second run that overwrites; a
-    length that training prints and vLLM does not serve, because prompts are easy or each place counts once."""
+def test_train_command_goes_from_prompts_to_a_served_drafter(pair, engine, tmp_path):
+    """Catches: stages that do not fit together, hours of answers before a refusal, a second run that overwrites, or a
+    printed acceptance length that vLLM does not serve, because prompts are easy or each place counts once."""
     p = pair()
     system = p.prompts[10]  # the same before every question: a drafter soon knows it by heart
     questions = [p.prompts[11][first : first + 4 + first % 5] for first in range(30)]
@@ -134,8 +132,8 @@ def test_one_command_from_prompts_to_a_drafter(pair, engine, tmp_path):
     )
 
 
-def test_answers_are_the_targets_own(pair, engine, tmp_path):
-    """Catches: prompts and answers that are mixed up, an answer that goes on after its end, or is cut before it."""
+def test_recorded_answers_are_the_targets_own(pair, engine, tmp_path):
+    """Catches: prompts and answers that are mixed up, or an answer that goes on after its end or is cut before it."""
     p = pair()
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("".join(json.dumps({"input_ids": prompt}) + "\n" for prompt in p.prompts))

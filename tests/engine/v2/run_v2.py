@@ -24,7 +24,7 @@ from vllm_slimspec.kernels import low_rank_argmax as kernel
 
 
 def serve(target, batches, drafter=None, impl="auto", **speculative):
-    """One engine: what each batch answered, and how the drafter was asked meanwhile."""
+    """Run one engine: return what each batch answered, and how the drafter was asked meanwhile."""
     os.environ["SLIMSPEC_IMPL"] = impl
     llm = LLM(
         model=target,
@@ -54,7 +54,7 @@ def serve(target, batches, drafter=None, impl="auto", **speculative):
 
 
 def generate(llm, prompts, tokens, temperature=0.0, seed=None):
-    """All prompts in one batch; request i samples with ``seed + i``."""
+    """Answer all prompts in one batch; request i samples with ``seed + i``."""
     params = [
         SamplingParams(
             temperature=temperature,
@@ -70,7 +70,7 @@ def generate(llm, prompts, tokens, temperature=0.0, seed=None):
 
 
 class Watched:
-    """A live draft model: counts how it is asked, and checks its drafts with torch and the factors on disk."""
+    """A live draft model that counts how it is asked, and checks its drafts with torch and the factors on disk."""
 
     def __init__(self, model, drafter):
         self.fused = self.dense = self.wrong = self.launched = 0
@@ -99,7 +99,7 @@ class Watched:
 
 
 def lie(speculator):
-    """From now on drafts are sampled from one distribution and the rejection sampler is told a flatter one."""
+    """Sample drafts from one distribution from now on, and give the rejection sampler a flatter one."""
     sample_draft = speculator.sample_draft
 
     def sample_and_lie(hidden, positions, requests, temperature, seeds, step, logits, *rest):
@@ -111,7 +111,7 @@ def lie(speculator):
 
 
 def samplers():
-    """What vLLM's samplers draw: with the stub's interpreter, then with Triton's own, one program after another."""
+    """Return what vLLM's samplers draw: in the stub's interpreter, then in Triton's own, one program after another."""
     from triton_stub import interpreter as stub
 
     drawn = [_draw()]

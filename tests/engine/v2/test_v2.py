@@ -64,12 +64,12 @@ def answers(pair, tmp_path_factory):
 
 
 def serve(target, *batches, **options):
-    """A call of run_v2.serve."""
+    """Return the job entry for a call of run_v2.serve."""
     return {"call": "serve", "target": target, "batches": batches, **options}
 
 
 def greedy(name, pair):
-    """The target alone and with its drafter: one prompt, then eight of different lengths."""
+    """Greedy answers of the target alone and with its drafter: one prompt, then eight of different lengths."""
     batches = [{"prompts": pair.prompts[:n], "tokens": 32} for n in (1, 8)]
     return {
         f"{name} alone": serve(pair.target, *batches),
@@ -78,7 +78,7 @@ def greedy(name, pair):
 
 
 def arm(seed, requests=2000, tokens=3):
-    """One prompt many times at temperature 1, each with its own seed."""
+    """One prompt many times at temperature 1, each time with its own seed."""
     return {"prompts": [[3, 4, 5, 6]] * requests, "tokens": tokens, "temperature": 1.0, "seed": seed}
 
 
@@ -118,7 +118,7 @@ def write_sampling_models(folder):
 
 
 def homogeneity(one, other):
-    """Chi-square test that two arms drew their token triples from one distribution -> p, cells."""
+    """Test by chi-square that two arms drew their token triples from one distribution -> p, cells."""
     counts = [Counter(map(tuple, arm["tokens"])) for arm in (one, other)]
     pooled = counts[0] + counts[1]
     cells = [triple for triple in pooled if pooled[triple] >= 10]  # expected: 5 an arm
@@ -128,8 +128,8 @@ def homogeneity(one, other):
     return chi2_contingency(table, correction=False).pvalue, len(table[0])
 
 
-def test_it_is_model_runner_v2(answers):
-    """Catches: a fall back to V1, with which everything below would test nothing new."""
+def test_engine_runs_model_runner_v2(answers):
+    """Catches: an engine that falls back to Model Runner V1, with which the tests below would test nothing new."""
     engines = {name: answer for name, answer in answers.items() if name != "samplers"}
     assert {engine["runner"] for engine in engines.values()} == {"vllm.v1.worker.cpu.model_runner"}
 
@@ -137,15 +137,17 @@ def test_it_is_model_runner_v2(answers):
 @pytest.mark.parametrize("batch", [0, 1], ids=["one prompt", "eight prompts"])
 @pytest.mark.parametrize("name", ["full", "truncated"])
 def test_greedy_output_is_the_targets(answers, name, batch):
-    """Catches: anything that changes what users get; and equality for want of accepted or of rejected drafts."""
+    """Catches: a drafter that changes the answers that users get, or answers that are equal only because no draft was
+    accepted or none was rejected."""
     alone, drafted = (answers[arm]["batches"][batch] for arm in (f"{name} alone", name))
     assert drafted["tokens"] == alone["tokens"]
     assert 0.2 < drafted["accepted"][0] < 1
 
 
 @pytest.mark.parametrize("name", ["full", "truncated"])
-def test_our_kernel_drafts(answers, name):
-    """Catches: torch or logits where the Triton kernel should be; padding that wins; d2t left out or applied twice."""
+def test_triton_kernel_drafts_the_heads_argmax(answers, name):
+    """Catches: torch or full logits used where the Triton kernel should draft, padding that wins, or d2t left out or
+    applied twice."""
     drafted = answers[name]
     assert drafted["launched"] >= drafted["fused"] > 50
     assert drafted["dense"] == 0
@@ -153,7 +155,7 @@ def test_our_kernel_drafts(answers, name):
 
 
 def test_sampling_with_greedy_drafts_is_lossless(answers):
-    """Catches: drafted ids that are not what the rejection sampler takes them for, at temperature 1."""
+    """Catches: drafted ids that are not those that the rejection sampler takes them for, at temperature 1."""
     drafted = answers["greedy drafts"]
     p, cells = homogeneity(answers["target"]["batches"][0], drafted["batches"][0])
     assert p > 1e-3
@@ -173,20 +175,21 @@ def test_sampling_with_probabilistic_drafts_is_lossless(answers):
     assert drafted["fused"] == 0
 
 
-def test_a_wrong_proposal_is_noticed(answers):
-    """Catches: a distribution test without power."""
+def test_sampling_test_notices_a_wrong_proposal_distribution(answers):
+    """Catches: a statistical test too weak to notice drafts from a wrong distribution."""
     p, _ = homogeneity(answers["target"]["batches"][0], answers["probabilistic drafts"]["batches"][1])
     assert p < 1e-3
 
 
-def test_synthetic_acceptance(answers):
-    """Catches: a drafter that cannot run under the mode that benchmarks use to fix acceptance."""
+def test_drafter_runs_with_synthetic_acceptance(answers):
+    """Catches: a drafter that cannot run under vLLM's synthetic acceptance, by which benchmarks fix how often drafts
+    are accepted."""
     batch = answers["synthetic"]["batches"][0]
     assert batch["accepted"] == pytest.approx(RATES, abs=0.05)
     assert {token for tokens in batch["tokens"] for token in tokens} <= set(range(VOCAB))
 
 
-def test_grouped_interpreter(answers):
-    """Catches: the stub's own interpreter drawing other tokens than Triton's would in its place."""
+def test_grouped_interpreter_draws_the_tokens_of_tritons_own(answers):
+    """Catches: the test's own, faster interpreter drawing other tokens than Triton's interpreter would."""
     grouped, one_by_one = answers["samplers"]
     assert grouped == one_by_one

@@ -39,14 +39,14 @@ UNGROUPED = (
 
 
 class Parted(BaseException):
-    """Python needs one value (for a branch, a loop bound) where the programs of a group have several."""
+    """Raised where Python needs one value (for a branch or a loop bound) and the programs of a group have several."""
 
     def __init__(self, values):
         self.values = values
 
 
 class Unsupported(BaseException):
-    """This kernel cannot run many programs at once."""
+    """Raised by a kernel that cannot run many programs at once."""
 
 
 class Builder(InterpreterBuilder):
@@ -130,7 +130,7 @@ class GroupReduce(ReduceOps):
 
 
 class KernelSource(ASTTransformer):
-    """Kernels see :func:`_range` for ``range``: here the interpreter makes their names from its own globals."""
+    """Makes kernels see :func:`_range` as ``range``: the interpreter takes their names from its own globals."""
 
     def visit_Name(self, node):
         return ast.copy_location(ast.Name("_range", node.ctx), node) if node.id == "range" else node
@@ -142,7 +142,7 @@ ungrouped_kernels = set()
 
 
 def launch(executor, *args, **kwargs):
-    """A kernel's launch: in groups, or one by one if that kernel asks for what is not written for groups."""
+    """Launch a kernel on groups of programs, or one by one if it needs an operation that is not written for groups."""
     if executor.fn not in ungrouped_kernels:
         builder.grouped = True
         try:
@@ -194,7 +194,7 @@ def _index(tensor):
 
 
 def _range(*bounds):
-    """The programs of a group may start their loops anywhere, if only they agree on the number of turns."""
+    """Count a loop of a group: its programs may start anywhere, as long as they agree on the number of turns."""
     if not builder.grouped or not any(isinstance(bound, tl.tensor) for bound in bounds):
         return range(*bounds)
     start, stop, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
@@ -218,7 +218,7 @@ def _scan(*args):
 
 class _Kept:
     def restore(self):
-        """Triton's language stays patched: to patch it anew at every call takes half of the time."""
+        """Leave Triton's language patched: to patch it anew at every call takes half of the time."""
 
 
 def install():
