@@ -1,4 +1,4 @@
-"""``slimspec bench cycle`` without an engine: what is computed from its times, and what engines are given."""
+"""``benchmarks/cycle.py`` without an engine: what is computed from its times, and what engines are given."""
 
 import json
 import os
@@ -10,14 +10,17 @@ from cycle_toy import CONFIG, SHAPE
 from measured import acceptance
 from typer.testing import CliRunner
 
-from vllm_slimspec.commands.measure import app
+import cycle
+import cycle_engine
+import random_pairs
+from cycle_engine import Alone, Found, Plan, Turn
+from heads import HEADS
+from results import CycleResults
+from rivals import RIVALS, rivals_page
+from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.errors import EngineError
-from vllm_slimspec.measure import cycle, cycle_engine, pairs
 from vllm_slimspec.measure.arms import RERANK_K, SPEC_VOCAB_K, Weights
-from vllm_slimspec.measure.cycle_engine import Alone, Found, Plan, Turn
-from vllm_slimspec.measure.results import CycleResults
-from vllm_slimspec.measure.rivals import RIVALS, rivals_page
 from vllm_slimspec.measure.shapes import SHAPES
 
 # What their makers publish, unquantized and to the last parameter.
@@ -33,7 +36,7 @@ PARAMETERS = {
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setitem(SHAPES, "toy", SHAPE)
-    monkeypatch.setitem(pairs.TARGETS, "toy", CONFIG)
+    monkeypatch.setitem(random_pairs.TARGETS, "toy", CONFIG)
 
 
 def options(work, **changes):
@@ -148,7 +151,7 @@ def test_a_gpu_has_an_engine_a_head_and_round(toy, tmp_path):
     assert targets.unique().numel() == 32768
     assert 32768 < targets.max() < SHAPE.vocab_size
     assert drafters["null"].config["rival_head"] == "null"
-    assert drafters["null"].config["architectures"] == [pairs.RIVAL_ARCHITECTURE]
+    assert drafters["null"].config["architectures"] == [random_pairs.RIVAL_ARCHITECTURE]
     assert drafters["full"].tensors["lm_head.weight"].shape == (70000, 128)
 
 
@@ -203,13 +206,13 @@ def test_drafters_are_made_once(toy, tmp_path):
     """Gigabytes written again for every run and head, or a drafter of another shape kept."""
 
     def body(head):
-        state = (pairs.write_drafter(tmp_path, CONFIG, 16, head) / "body.safetensors").stat()
+        state = (random_pairs.write_drafter(tmp_path, CONFIG, 16, HEADS[head]) / "body.safetensors").stat()
         return state.st_ino, state.st_mtime_ns
 
     first = body("full")
     assert body("low-rank-int8-rerank") == first
     assert body("full") == first
-    pairs.write_drafter(tmp_path, CONFIG | {"intermediate_size": 512}, 16, "full")
+    random_pairs.write_drafter(tmp_path, CONFIG | {"intermediate_size": 512}, 16, HEADS["full"])
     assert DraftCheckpoint.open(tmp_path / "full").tensors["midlayer.mlp.up_proj.weight"].shape == (512, 128)
 
 
@@ -218,7 +221,7 @@ def test_targets_have_true_shapes(name):
     """A wrong number in a config: the parameters of each target are as many as published, its head as in SHAPES."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = pairs.TARGETS[name]
+    config = random_pairs.TARGETS[name]
     assert (config["hidden_size"], config["vocab_size"]) == SHAPES[name][:2]
     unquantized = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.device("meta"):
@@ -278,8 +281,8 @@ def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
         cycle_engine.run(a_plan(), tmp_path / "log")
     engine("echo ValueError: low-rank is wrong at batch 1", "exit 1")
     json_path = tmp_path / "cycle.json"
-    arguments = ["cycle", "--shapes", "toy", "--work-path", str(tmp_path / "work"), "--json", str(json_path)]
-    run = CliRunner().invoke(app, [*arguments, "--heads", "null,full"])
+    arguments = ["--shapes", "toy", "--work-path", str(tmp_path / "work"), "--json", str(json_path)]
+    run = CliRunner().invoke(cycle.app, [*arguments, "--heads", "null,full"])
     assert run.exit_code == 1
     last = run.stderr.splitlines()[-1]
     assert last.startswith("error: vLLM ended with code 1 (ValueError: low-rank is wrong at batch 1)")
@@ -302,7 +305,7 @@ def test_command(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(cycle, "run", run)
     path = tmp_path / "cycle.json"
     arguments = ["--shapes", "toy", "--heads", "null,full,low-rank", "-k", "5,3", "--work-path", str(tmp_path)]
-    result = CliRunner().invoke(app, ["cycle", *arguments, "--json", str(path)])
+    result = CliRunner().invoke(cycle.app, [*arguments, "--json", str(path)])
     assert result.exit_code == 0, result.output
     dtypes = ("bfloat16", "float32")  # both, where nobody asks for one
     assert asked == [(dtype, k, f"toy-{dtype}-{k}-0.log") for dtype in dtypes for k in (5, 3)]
@@ -329,7 +332,7 @@ def test_heads_to_compare_with_are_added_and_told(toy, tmp_path, monkeypatch, he
         return found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
 
     monkeypatch.setattr(cycle, "run", run)
-    result = CliRunner().invoke(app, ["cycle", "--shapes", "toy", "--heads", heads, "--work-path", str(tmp_path)])
+    result = CliRunner().invoke(cycle.app, ["--shapes", "toy", "--heads", heads, "--work-path", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith(f"--heads: {added}, which the other heads are compared with")
 
@@ -345,7 +348,7 @@ def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cycle, "run", run)
     arguments = ["--shapes", "toy", "--heads", "null,full,low-rank", "--work-path", str(tmp_path)]
-    result = CliRunner().invoke(app, ["cycle", *arguments, "--dtypes", "bfloat16"])
+    result = CliRunner().invoke(cycle.app, [*arguments, "--dtypes", "bfloat16"])
     assert "3 of 3 rows spread by more than 1.25x from p20 to p80: other programs ran too" in " ".join(
         result.output.split()
     )
@@ -364,7 +367,7 @@ def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
 def test_wrong_usage(arguments, message, monkeypatch):
     """Minutes of timing before a typing mistake is found, or a table that has nothing to compare with."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = CliRunner().invoke(app, ["cycle", *arguments])
+    run = CliRunner().invoke(cycle.app, [*arguments])
     assert run.exit_code == 2
     assert message in " ".join(run.output.replace("│", " ").split())
 
@@ -375,12 +378,43 @@ def test_documented_bytes_are_those_of_the_heads_that_run(toy):
     seen = 0
     for rival in RIVALS:
         for head in rival.heads:
-            arm = weights.arm(head.removesuffix("-argmax"))
+            arm = weights.arm(HEADS[head])
             if arm is not None:
                 seen += 1
                 assert rival.bytes(SHAPE) == arm.bytes + arm.bytes_per_row, head
     assert seen == 12
     assert SHAPE.vocab_size > SPEC_VOCAB_K  # of which spec-vocab takes the smaller
+
+
+def test_eq_4():
+    """Catches: another formula; the head of the full one's speed and acceptance gains nothing, one that costs nothing
+    removes kappa, and at the least ratio nothing is left of a gain."""
+    assert speedup(1, 0.25, 1) == 1
+    assert speedup(1, 0.25, float("inf")) == pytest.approx(4 / 3)
+    assert speedup(0.97, 0.25, 4.5) == pytest.approx(0.97 / (0.75 + 0.25 / 4.5))
+    assert speedup(cycle.least_ratio(0.3, 7), 0.3, 7) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_what_its_name_says(name):
+    """Catches: rows of one head under the name of another."""
+    head = HEADS[name]
+    assert name.startswith(head.family)
+    assert next((kind for kind in ("fp8", "int8", "int4") if kind in name), None) == head.quantization
+    assert name.endswith("rerank") == (head.rerank is not None)
+    assert name.startswith("trim-32k") == (head.rows == 32768)
+    assert head.is_rival == (name in ("null", "spec-vocab", "full-int8", "full-fp8"))
+
+
+def test_an_engine_finds_the_benchmarks(engine, tmp_path, monkeypatch):
+    """Catches: an engine, or the process in which vLLM looks at a rival's class, that cannot import it."""
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    result = found({"null": 1.0}).model_dump_json()
+    engine(f"cat > \"$4\" <<'END'\n{result}\nEND", f'echo "$PYTHONPATH" > {tmp_path}/path')
+    for _ in range(2):
+        cycle_engine.run(a_plan(), tmp_path / "log")
+    here = os.path.dirname(os.path.realpath(cycle_engine.__file__))
+    assert (tmp_path / "path").read_text().split() == [f"{here}:/elsewhere"]
 
 
 def test_the_page_is_what_the_command_prints():

@@ -10,15 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_slimspec import cli
-from vllm_slimspec.common.speedup import least_ratio, speedup
 from vllm_slimspec.measure.report import write_report
 from vllm_slimspec.measure.report.material import Material, Source, read
-from vllm_slimspec.measure.report.sections import acceptance_ratios, chapter
+from vllm_slimspec.measure.report.sections import chapter
 from vllm_slimspec.measure.results import (
     AcceptanceResults,
     AcceptanceRow,
-    CycleResults,
-    CycleRow,
     HeadResults,
     HeadRow,
     ServeResults,
@@ -49,41 +46,6 @@ def heads(device="one CPU"):
         for batch in (1, 8)
     ]
     return HeadResults(**COMMON, device=device, threads=2, repeats=3, copy_gb_s=1, read_gb_s=1, rows=rows)
-
-
-def cycles(device="one CPU", **changed):
-    """300 ms with the full head, of which K = 3 heads are 90 ms; the others as ``changed`` says, or as eq. 4 does."""
-    nu = {"full": 1.0, "trim-32k": 3.0, "low-rank": 9.0}
-    ms = {"null": 210.0} | {head: 210 + 90 / n for head, n in nu.items()} | changed
-    rows = [
-        CycleRow(
-            head=head,
-            shape=SHAPE,
-            rank=256 if head == "low-rank" else None,
-            num_speculative_tokens=3,
-            batch=1,
-            context=64,
-            dtype="bfloat16",
-            cycles=9,
-            cycle_ms_p20=time,
-            cycle_ms_p50=time,
-            cycle_ms_p80=time,
-            head_ms=time - 210,
-            head_alone_us_p50=1,
-            accepted=0,
-            kappa=0.3,
-            nu=nu.get(head),
-            ratio=time / 300,
-            ratio_low=time / 310,
-            ratio_high=time / 290,
-            predicted_ratio=0.7 + 0.3 / nu[head] if head in nu else None,
-            verify_ms=150,
-            body_ms=60,
-            wrapped_head_ms=time - 210,
-        )
-        for head, time in ms.items()
-    ]
-    return CycleResults(**COMMON, device=device, threads=2, rounds=5, rows=rows)
 
 
 def acceptances(device="one CPU", hidden_size=HIDDEN, **accepted):
@@ -222,7 +184,6 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     made = {
         "head": heads(),
-        "cycle": cycles(),
         "acceptance": acceptances(full=[20] * 4, low_rank=[18] * 4),
         "serve": serving(),
     }
@@ -255,7 +216,7 @@ def test_the_page_is_for_everyone(written):
     text = (written / "index.html").read_text()
     page = Page(text)
     pictures = page.all("svg")
-    assert len(pictures) == len(page.all("details")) == 6
+    assert len(pictures) == len(page.all("details")) == 3
     for attrs in pictures:
         assert attrs["role"] == "img"
         assert len(attrs["aria-label"] or "") > 40
@@ -284,23 +245,21 @@ def test_markdown_has_its_pictures(written):
 def test_what_the_project_measured_can_be_reported():
     """Catches: a result in docs/results over which `slimspec report docs/results/*.json` stumbles."""
     groups, left_out = read(sorted((ROOT / "docs/results").glob("*.json")), mixed_devices=True)
-    assert {"head", "cycle", "acceptance"} <= {s.results.kind for g in groups for s in g.sources}
-    assert "demo" in {file.kind for file in left_out}
+    assert {"head", "acceptance"} <= {s.results.kind for g in groups for s in g.sources}
+    assert {"demo", "cycle"} <= {file.kind for file in left_out}
 
 
 def test_devices_are_not_mixed_by_accident(tmp_path):
-    """Catches: a GPU's head beside a CPU's cycle in one figure, without a word."""
+    """Catches: a GPU's heads beside a CPU's in one figure, without a word."""
     heads().write(tmp_path / "one.json")
-    cycles(device="another GPU").write(tmp_path / "two.json")
+    heads(device="another GPU").write(tmp_path / "two.json")
     files = [tmp_path / "one.json", tmp_path / "two.json"]
     with pytest.raises(ValueError, match=r"one\.json is of 'one CPU' and .*two\.json of 'another GPU'"):
         write_report(files, tmp_path / "report")
     assert not (tmp_path / "report").exists()
     write_report(files, tmp_path / "report", mixed_devices=True)
     page = (tmp_path / "report/index.html").read_text()
-    assert (
-        page.index("one CPU") < page.index("Head time") < page.index("another GPU") < page.index("A cycle taken apart")
-    )
+    assert page.index("one CPU") < page.index("Head time") < page.index("another GPU") < page.rindex("Head time")
 
 
 def _section(results, title):
@@ -310,90 +269,22 @@ def _section(results, title):
     return next(section for section in chapter(material, "").sections if section.title.startswith(title))
 
 
-def test_overhead_outside_the_head_is_named():
-    """Catches: a head that is slow in the engine and fast alone, and a report that keeps it to itself."""
-    fine = _section({"cycle": cycles()}, "Measured against predicted")
-    assert "no overhead to speak of" in fine.words[-1]
-    slow = _section({"cycle": cycles(**{"trim-32k": 270.0})}, "Measured against predicted")
-    assert "trim-32k at batch 1: 1.11x, predicted 1.25x" in slow.words[-1]
-    assert "verhead outside the head" in slow.words[-1]
-    assert "low-rank" not in slow.words[-1]
-
-
-def test_eq_4():
-    """Catches: another formula; the head of the full one's speed and acceptance gains nothing, one that costs nothing
-    removes kappa, and at the least ratio nothing is left of a gain."""
-    assert speedup(1, 0.25, 1) == 1
-    assert speedup(1, 0.25, float("inf")) == pytest.approx(4 / 3)
-    assert speedup(0.97, 0.25, 4.5) == pytest.approx(0.97 / (0.75 + 0.25 / 4.5))
-    assert speedup(least_ratio(0.3, 7), 0.3, 7) == pytest.approx(1)
-
-
-def test_acceptance_is_not_borrowed_from_another_model():
-    """Catches: rho of a tiny pair on the plane of a large one."""
-    ours = acceptances(full=[20] * 4, low_rank=[18] * 4)
-    material = Material("one CPU", acceptance=[Source(Path("a.json"), ours)])
-    ratios, target = acceptance_ratios(material, SHAPE, 3)
-    assert target == "the-target"
-    assert ratios == {"low-rank": (pytest.approx(2.8 / 3), pytest.approx(2.8 / 3), pytest.approx(2.8 / 3))}
-    assert acceptance_ratios(material, SHAPE, 5)[0] == {}
-    tiny = acceptances(hidden_size=128, full=[20] * 4, low_rank=[18] * 4)
-    assert acceptance_ratios(Material("", acceptance=[Source(Path("a.json"), tiny)]), SHAPE, 3)[0] == {}
-    hollow = _section({"cycle": cycles(), "acceptance": tiny}, "Faster head")
-    assert "No acceptance was measured" in hollow.words[1]
-    filled = _section({"cycle": cycles(), "acceptance": ours}, "Faster head")
-    assert ["low-rank", "9.00x", "0.933 (0.933-0.933)", "0.733", "1.27x"] in filled.table.rows
-
-
-def test_the_verdict_counts_acceptance():
-    """Catches: a head put first for its speed, whose drafts are refused."""
-    ours = acceptances(full=[20] * 4, low_rank=[18] * 4, **{"trim-32k": [2] * 4})
-    material = Material("one CPU", cycle=[Source(Path("c.json"), cycles())], acceptance=[Source(Path("a.json"), ours)])
-    (verdict,) = chapter(material, "").verdicts
-    assert verdict.table.rows == [
-        ["low-rank", "1.27x", "0.933", "1.36x", "1.36x", "9.0x", "220.0"],
-        ["full", "", "", "1.00x", "1.00x", "1.0x", "300.0"],
-        ["trim-32k", "0.50x", "0.400", "1.25x", "1.25x", "3.0x", "240.0"],
-    ]
-    assert "the-target" in verdict.words
-    material.acceptance.clear()
-    (verdict,) = chapter(material, "").verdicts
-    assert "at equal acceptance: none was measured" in verdict.words
-    assert len(verdict.table.columns) == len(verdict.table.rows[0]) == 5
-
-
 def test_imitated_acceptance_is_named():
-    """Catches: tokens per second of acceptance that another model had, without a word; or columns of nothing."""
-    own = _section({"cycle": cycles()}, "A cycle taken apart")
-    assert "tokens/s" not in own.table.columns
-    imitated = cycles()
-    imitated.acceptance = "some-model"
-    for row in imitated.rows[1:]:
-        row.accepted, row.tokens_per_s = 1.5, 7.4
-    found = _section({"cycle": imitated}, "A cycle taken apart")
-    assert found.table.columns[-2:] == ["tokens a cycle", "tokens/s"]
-    assert [cells[-2:] for cells in found.table.rows] == [["1.00", ""], *[["2.50", "7"]] * 3]
-    assert "as was measured with some-model" in found.words[-1]
+    """Catches: throughput at the acceptance that another model had, without a word."""
     served = serving()
     served.acceptance = "some-model"
     assert "as was measured with some-model" in _section({"serve": served}, "Served").words[-1]
 
 
-def test_the_same_prompts_for_both_heads():
-    """Catches: an interval of rho as wide as those of two separate sets of prompts, which cancel here."""
-    both = acceptances(full=[0, 10, 20, 30], low_rank=[0, 10, 20, 30])
-    material = Material("one CPU", acceptance=[Source(Path("a.json"), both)])
-    assert acceptance_ratios(material, SHAPE, 3)[0]["low-rank"] == (1, 1, 1)
-
-
 def test_every_kind_alone(tmp_path):
     """Catches: a page that needs two kinds of file; and missing figures of which nobody says what makes them."""
-    for kind, results in {"head": heads(), "cycle": cycles(), "serve": serving(), "states": states()}.items():
+    accepted = acceptances(full=[20] * 4)
+    for kind, results in {"head": heads(), "acceptance": accepted, "serve": serving(), "states": states()}.items():
         material = Material("one CPU")
         getattr(material, kind).append(Source(Path("a.json"), results))
         made = chapter(material, "")
         assert made.sections
-        assert len(made.missing) == 4 - (kind != "states")
+        assert len(made.missing) == 3 - (kind != "states")
 
 
 @pytest.mark.parametrize(

@@ -1,43 +1,26 @@
 """The pictures of a report. Each is drawn from rows, on a theme; what it shows in words is its text alternative.
 
-The first three are those of the SlimSpec paper (arXiv 2605.10453) with one's own numbers: the time of a head beside
-the full one (Fig. 1), a cycle taken apart over batches (Fig. 2), and the plane of head acceleration nu and acceptance
-ratio rho with the level curves of the speedup rho / (1 - kappa + kappa / nu) (Fig. 3, eq. 4).
+The first is Fig. 1 of the SlimSpec paper (arXiv 2605.10453) with one's own numbers: the time of a head beside the full
+one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_slimspec.common.speedup import least_ratio
 from vllm_slimspec.common.theme import Theme
-from vllm_slimspec.measure.results import AcceptanceRow, CycleRow, HeadRow, ServeRow, StatesRow
+from vllm_slimspec.measure.results import AcceptanceRow, HeadRow, ServeRow, StatesRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KAPPA, NU, RHO = "\N{GREEK SMALL LETTER KAPPA}", "\N{GREEK SMALL LETTER NU}", "\N{GREEK SMALL LETTER RHO}"
-NULL = "null"  # the arm of `bench cycle` whose head returns a constant id
-TOLERANCE = 0.07  # of eq. 4, within which a measured ratio counts as predicted
+NU, RHO = "\N{GREEK SMALL LETTER NU}", "\N{GREEK SMALL LETTER RHO}"
 _WIDTH = 5.4  # inches, at which type has the size of the page's on a column of a wide screen
 _MARKERS = "osD^vP*X"
-_BAR = 0.68
 
 Named = tuple[float, float, str, str]  # x, y, name, color
-
-
-@dataclass(frozen=True)
-class Point:
-    """A head on the plane."""
-
-    head: str
-    nu: float
-    rho: float
-    low: float | None  # of rho, 95%; None: not measured at this shape, and drawn at 1
-    high: float | None
 
 
 def _panels(height: float, count: int) -> "tuple[Figure, Sequence[Axes]]":
@@ -92,152 +75,6 @@ def head_time(rows: Sequence[HeadRow], theme: Theme) -> "Figure":
 def reference(rows: Sequence[HeadRow]) -> str:
     """The full head to compare with: repacked where a CPU does that, which is the harder one."""
     return "full-packed" if any(row.head == "full-packed" for row in rows) else "full"
-
-
-def decomposition(rows: Sequence[CycleRow], theme: Theme) -> "Figure":
-    """Fig. 2: milliseconds of a cycle, its draft heads apart from all else, a panel for each batch."""
-    batches = sorted({row.batch for row in rows})
-    heads = [h for h in dict.fromkeys(row.head for row in rows) if h != NULL]
-    figure, panels = _panels(0.5 + (0.35 + 0.25 * len(heads)) * len(batches), len(batches))
-    for axes, batch in zip(panels, batches, strict=True):
-        chosen = sorted((r for r in rows if r.batch == batch and r.head != NULL), key=lambda r: r.cycle_ms_p50)
-        names = [row.head for row in chosen]
-        rest = [row.cycle_ms_p50 - row.head_ms for row in chosen]
-        axes.barh(names, rest, _BAR, color=theme["body"])
-        bars = axes.barh(
-            names, [row.head_ms for row in chosen], _BAR, left=rest, color=[theme.head(name) for name in names]
-        )
-        axes.bar_label(
-            bars,
-            labels=[f"{row.cycle_ms_p50:.3g} ms" for row in chosen],
-            padding=4,
-            fontsize="small",
-            color=theme["muted"],
-        )
-        axes.set_xlim(0, max(row.cycle_ms_p50 for row in chosen) * 1.16)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.set_title(f"batch {batch}", fontsize="medium", loc="left", color=theme["muted"])
-    panels[-1].set_xlabel("ms a cycle; colored: the draft heads in it")
-    return figure
-
-
-def plane(points: Sequence[Point], kappa: float, theme: Theme) -> "Figure":
-    """Fig. 3: head acceleration and acceptance ratio of each head, with the level curves of eq. 4."""
-    figure, axes = _panel(4.6)
-    right = max(10.0, 1.35 * max(point.nu for point in points))
-    low = min([0.86 - kappa / 2, *(0.97 * (p.low or p.rho) for p in points)])
-    high = max([1.02, *(1.03 * (p.high or p.rho) for p in points)])
-    nu = np.geomspace(min(0.8, 0.9 * min(p.nu for p in points)), right, 200)
-    cost = np.array([least_ratio(kappa, float(n)) for n in nu])
-    axes.fill_between(nu, low, np.minimum(cost, high), color=theme["loss"], alpha=0.10, linewidth=0)
-    for level in np.arange(0.6, 3, 0.1):
-        curve = np.where((level * cost >= low) & (level * cost <= high), level * cost, np.nan)
-        if np.isfinite(curve).sum() < 20:
-            continue
-        even = abs(level - 1) < 1e-6
-        axes.plot(
-            nu,
-            curve,
-            color=theme["loss" if even else "muted"],
-            linewidth=1.5 if even else 0.8,
-            linestyle="-" if even else (0, (4, 3)),
-            alpha=1 if even else 0.7,
-        )
-        end = int(np.flatnonzero(np.isfinite(curve))[-1])
-        axes.annotate(
-            f"{level:.1f}x",
-            (nu[end], curve[end]),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-            color=theme["loss" if even else "muted"],
-            annotation_clip=False,
-        )
-    for point in points:
-        color = theme.head(point.head)
-        if point.low is not None and point.high is not None:
-            axes.plot([point.nu] * 2, [point.low, point.high], color=color, linewidth=1.5)
-        axes.scatter(
-            point.nu,
-            point.rho,
-            s=40,
-            color=color if point.low is not None else theme["ground"],
-            edgecolors=color,
-            linewidths=1.4,
-            zorder=4,
-        )
-    axes.set_xscale("log")
-    ticks = [t for t in (0.5, 1, 2, 4, 8, 16, 32, 64) if nu[0] <= t <= right]
-    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(nu[0], right)
-    axes.set_ylim(low, high)
-    axes.grid(visible=False)
-    axes.set_xlabel(f"{NU}: head acceleration over the full head (log scale)")
-    axes.set_ylabel(f"{RHO}: acceptance length, of the full head's")
-    _label(figure, axes, [(p.nu, p.rho, p.head, theme.head(p.head)) for p in points if p.low is not None])
-    _label_above(figure, axes, [(p.nu, p.rho, p.head, theme.head(p.head)) for p in points if p.low is None], theme)
-    return figure
-
-
-def prediction(rows: Sequence[CycleRow], theme: Theme) -> "Figure":
-    """Measured against predicted speedup over the full head, at equal acceptance; the band is eq. 4 within 7%."""
-    shown = compared(rows)
-    figure, axes = _panel(4.1)
-    batches = sorted({row.batch for row in shown})
-    values = [1.0, *map(predicted, shown), *map(measured, shown)]
-    ends = np.array([0.93 * min(values), 1.08 * max(values)])
-    axes.fill_between(
-        ends, ends * (1 - TOLERANCE), ends * (1 + TOLERANCE), color=theme["gain"], alpha=0.14, linewidth=0
-    )
-    axes.plot(ends, ends, color=theme["gain"], linewidth=1.2)
-    for marker, batch in zip(_MARKERS, batches, strict=False):
-        chosen = [row for row in shown if row.batch == batch]
-        axes.scatter(
-            [predicted(row) for row in chosen],
-            [measured(row) for row in chosen],
-            s=40,
-            marker=marker,
-            color=[theme.head(row.head) for row in chosen],
-            zorder=3,
-        )
-        axes.scatter([], [], marker=marker, color=theme["muted"], label=f"batch {batch}")
-    axes.set_xlim(*ends)
-    axes.set_ylim(*ends)
-    axes.set_aspect("equal")
-    axes.xaxis.set_major_formatter("{x:.1f}x")
-    axes.yaxis.set_major_formatter("{x:.1f}x")
-    axes.set_xlabel(f"predicted by eq. 4: 1 / (1 - {KAPPA} + {KAPPA} / {NU})")
-    axes.set_ylabel("measured: cycle(full) / cycle(head)")
-    labeled = shown if len(batches) == 1 else [row for row in shown if off_the_line(row)]
-    _label(figure, axes, [(predicted(row), measured(row), row.head, theme.head(row.head)) for row in labeled])
-    if len(batches) > 1:
-        figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2)
-    return figure
-
-
-def off_the_line(row: CycleRow) -> bool:
-    """Whether eq. 4 misses what was measured by more than the tolerance."""
-    return abs(measured(row) / predicted(row) - 1) > TOLERANCE
-
-
-def compared(rows: Sequence[CycleRow]) -> list[CycleRow]:
-    """The rows that eq. 4 says something about: heads beside a full one."""
-    return [row for row in rows if row.ratio and row.predicted_ratio and row.head not in (NULL, "full")]
-
-
-def measured(row: CycleRow) -> float:
-    """Speedup over the full head at equal acceptance."""
-    assert row.ratio
-    return 1 / row.ratio
-
-
-def predicted(row: CycleRow) -> float:
-    """The same by eq. 4."""
-    assert row.predicted_ratio
-    return 1 / row.predicted_ratio
 
 
 def acceptance(rows: Sequence[AcceptanceRow], theme: Theme) -> "Figure":
@@ -344,30 +181,4 @@ def _label(figure: "Figure", axes: "Axes", points: Sequence[Named]) -> None:
             fontsize="small",
             color=color,
             annotation_clip=False,
-        )
-
-
-def _label_above(figure: "Figure", axes: "Axes", points: Sequence[Named], theme: Theme) -> None:
-    """Names of points of one height, aslant above the axes, each with a line down to its point."""
-    if not points:
-        return
-    points = sorted(points)
-    here = _places(figure, axes, points)
-    lane = np.array(here[:, 0])
-    for i in range(1, len(lane)):
-        lane[i] = max(lane[i], lane[i - 1] + 12)
-    lane -= max(0.0, float((lane - here[:, 0]).max()) / 2)
-    top = axes.get_window_extent().y1 * 72 / figure.dpi
-    for (x, y, name, color), (px, py), place in zip(points, here, lane, strict=True):
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(place - px, top - py + 8),
-            textcoords="offset points",
-            rotation=50,
-            rotation_mode="anchor",
-            fontsize="small",
-            color=color,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": theme["grid"], "shrinkA": 0, "shrinkB": 4},
         )

@@ -11,7 +11,6 @@ from vllm_slimspec.measure import results as kinds
 
 _KINDS: dict[str, type[kinds.Results]] = {
     "head": kinds.HeadResults,
-    "cycle": kinds.CycleResults,
     "acceptance": kinds.AcceptanceResults,
     "serve": kinds.ServeResults,
     "states": kinds.StatesResults,
@@ -34,14 +33,13 @@ class Material:
 
     device: str
     head: list[Source[kinds.HeadResults]] = field(default_factory=list)
-    cycle: list[Source[kinds.CycleResults]] = field(default_factory=list)
     acceptance: list[Source[kinds.AcceptanceResults]] = field(default_factory=list)
     serve: list[Source[kinds.ServeResults]] = field(default_factory=list)
     states: list[Source[kinds.StatesResults]] = field(default_factory=list)
 
     @property
     def sources(self) -> list[Source[kinds.Results]]:
-        return [*self.head, *self.cycle, *self.acceptance, *self.serve, *self.states]
+        return [*self.head, *self.acceptance, *self.serve, *self.states]
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,6 @@ def _markdown(groups: Sequence[Material], chapters: Sequence[Chapter], left_out:
     for made in chapters:
         lines += [f"On {made.device}.", ""]
         lines += [f"- **{tile.value}** {tile.label}" for tile in made.tiles] + [""]
-        for verdict in made.verdicts:
-            lines += [f"## {verdict.title}", "", verdict.words, "", *_table(verdict.table), ""]
         for section in made.sections:
             lines += [f"## {section.title}", "", *_paragraphs(section.words)]
             lines += [f"![{section.alternative}]({section.name}.png)", "", *_table(section.table), ""]

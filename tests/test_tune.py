@@ -1,10 +1,10 @@
-"""``slimspec bench head --tune``: tables that the kernels find again, crossovers of the forms that they name."""
+"""``slimspec tune``: tables that the kernels find again, crossovers of the forms that they name."""
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_slimspec.commands.measure import app
+from vllm_slimspec.cli import app
 from vllm_slimspec.kernels import _tiles
 from vllm_slimspec.measure import tune
 from vllm_slimspec.measure.results import CrossoverResults
@@ -80,7 +80,7 @@ def test_crossovers_time_both_forms(tmp_path, monkeypatch):
         call = form.__call__
         monkeypatch.setattr(form, "__call__", lambda self, x, call=call, name=name: ran.append(name) or call(self, x))
     path = tmp_path / "crossover.json"
-    arguments = ["head", "--tune", "--shapes", "tiny", "--device", "cpu", "--repeats", "3", "--json", str(path)]
+    arguments = ["tune", "--shapes", "tiny", "--device", "cpu", "--repeats", "3", "--json", str(path)]
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 0, run.output
     assert "tiny int4 rows=4: integers" in run.output
