@@ -63,7 +63,8 @@ def found(alone, extra=0.0):
 
 
 def test_the_prediction_is_independent_of_what_it_predicts(toy):
-    """A nu taken from the cycle (the check would then be an identity), or times of the round with clocks in it."""
+    """Catches: a nu taken from the cycle (the check would then be an identity), or times of the round with clocks in
+    it."""
     agreeing = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
     rows = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [agreeing])}
     assert rows["full"].cycle_ms_p50 == 301
@@ -89,7 +90,8 @@ def test_the_prediction_is_independent_of_what_it_predicts(toy):
 
 
 def test_the_interval_is_of_rounds_that_both_heads_shared(toy):
-    """An interval over single cycles, or of heads drawn apart: slow rounds, which all heads share, would widen it."""
+    """Catches: an interval over single cycles, or of heads drawn apart: slow rounds, which all heads share, would
+    widen it."""
     agreeing = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
     row = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [agreeing])}["low-rank"]
     assert row.ratio_low == pytest.approx(140 / 300, abs=1e-4)  # the three rounds are 0, 1 and 2 ms slower
@@ -103,7 +105,7 @@ def test_the_interval_is_of_rounds_that_both_heads_shared(toy):
 
 
 def test_engines_of_one_arm_are_put_together(toy):
-    """A GPU's rows from the first engine of each arm only, or none because no engine holds every arm."""
+    """Catches: a GPU's rows from the first engine of each arm only, or none because no engine holds every arm."""
     whole = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
     apart = [
         Found(
@@ -121,7 +123,8 @@ def test_engines_of_one_arm_are_put_together(toy):
 
 
 def test_a_cpu_has_one_engine_a_k(toy, tmp_path):
-    """Arms that do not share the target and the body, where they could, and whose differences are then the engine's."""
+    """Catches: arms that do not share the target and the body, where they could, and whose differences are then the
+    engine's."""
     (plan,) = cycle.plan(options(tmp_path), "toy", 5, "cpu")
     assert plan.heads == ["null", "full", "low-rank"]
     assert (plan.num_speculative_tokens, plan.rounds, plan.exchange) == (5, 3, True)
@@ -134,7 +137,8 @@ def test_a_cpu_has_one_engine_a_k(toy, tmp_path):
 
 
 def test_a_gpu_has_an_engine_a_head_and_round(toy, tmp_path):
-    """A head that always comes first; a rival without the flag under which vLLM asks it; a map out of range."""
+    """Catches: a head that always comes first; a rival without the flag under which vLLM asks it; a map out of
+    range."""
     heads = ["null", "full", "full-argmax", "trim-32k", "trim-32k-scatter", "spec-vocab", "low-rank-int8-rerank"]
     plans = cycle.plan(options(tmp_path, heads=heads, rounds=2), "toy", 3, "cuda")
     assert [plan.heads[0] for plan in plans] == [*heads, *heads[1:], heads[0]]
@@ -156,7 +160,8 @@ def test_a_gpu_has_an_engine_a_head_and_round(toy, tmp_path):
 
 
 def test_a_gpu_accepts_as_often_as_was_measured(toy, tmp_path):
-    """Rates of one prompt set, of another temperature, of another head; a null that accepts; a K without its rates."""
+    """Catches: rates of one prompt set, of another temperature, of another head; a null that accepts; a K without its
+    rates."""
     measured = acceptance({"full": [0.8, 0.6, 0.4]}, {"full": [0.4, 0.2, 0.0], "low-rank": [0.6, 0.4, 0.4]})
     heads = ["null", "full", "full-argmax", "low-rank"]
     asked = options(tmp_path, heads=heads, rounds=1, acceptance=measured)
@@ -172,7 +177,7 @@ def test_a_gpu_accepts_as_often_as_was_measured(toy, tmp_path):
 
 
 def test_vllm_takes_the_rates(toy, tmp_path):
-    """Names or rates that vLLM's own configuration refuses, minutes later and on the GPU."""
+    """Catches: names or rates that vLLM's own configuration refuses, minutes later and on the GPU."""
     from vllm.engine.arg_utils import EngineArgs
 
     measured = acceptance({"full": [0.5, 0.3, 0.1]})
@@ -184,8 +189,8 @@ def test_vllm_takes_the_rates(toy, tmp_path):
 
 
 def test_tokens_a_second_are_of_the_acceptance(toy):
-    """One request's for all of them, another head's acceptance, draft tokens without the target's own; or figures of
-    random weights that accept nothing."""
+    """Catches: one request's for all of them, another head's acceptance, draft tokens without the target's own; or
+    figures of random weights that accept nothing."""
     whole = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
     measured = acceptance({"full": [0.8, 0.6, 0.4, 0.1, 0.1], "low-rank": [0.5, 0.3, 0.1, 0.1, 0.0]})
     rows = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [whole], measured)}
@@ -196,14 +201,15 @@ def test_tokens_a_second_are_of_the_acceptance(toy):
 
 
 def test_a_gpus_engine_is_not_forked():
-    """A name that vLLM does not read: its core is forked from a process that has looked for GPUs, and dies of it."""
+    """Catches: a name that vLLM does not read: its core is forked from a process that has looked for GPUs, and dies of
+    it."""
     from vllm import envs
 
     assert cycle_engine.SPAWN in envs.environment_variables
 
 
 def test_drafters_are_made_once(toy, tmp_path):
-    """Gigabytes written again for every run and head, or a drafter of another shape kept."""
+    """Catches: gigabytes written again for every run and head, or a drafter of another shape kept."""
 
     def body(head):
         state = (random_pairs.write_drafter(tmp_path, CONFIG, 16, HEADS[head]) / "body.safetensors").stat()
@@ -218,7 +224,8 @@ def test_drafters_are_made_once(toy, tmp_path):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_targets_have_true_shapes(name):
-    """A wrong number in a config: the parameters of each target are as many as published, its head as in SHAPES."""
+    """Catches: a wrong number in a config: the parameters of each target are as many as published, its head as in
+    SHAPES."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = random_pairs.TARGETS[name]
@@ -260,7 +267,7 @@ def a_plan(**changes):
 
 
 def test_an_engine_reports_its_turns(engine, tmp_path):
-    """A progress bar that stands still, a result of an earlier engine taken for this one's."""
+    """Catches: a progress bar that stands still, a result of an earlier engine taken for this one's."""
     result = found({"null": 1.0}).model_dump_json()
     engine('printf .. >&"$5"', f"cat > \"$4\" <<'END'\n{result}\nEND")
     ticks = []
@@ -272,7 +279,7 @@ def test_an_engine_reports_its_turns(engine, tmp_path):
 
 
 def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
-    """A traceback, or a results file written although nothing was measured."""
+    """Catches: a traceback, or a results file written although nothing was measured."""
     engine("echo ValueError: low-rank is wrong at batch 1", "exit 1")
     with pytest.raises(EngineError, match="low-rank is wrong at batch 1"):
         cycle_engine.run(a_plan(), tmp_path / "log")
@@ -291,8 +298,8 @@ def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
 
 
 def test_command(toy, tmp_path, monkeypatch):
-    """Rows of one K under another, a file that its own model refuses or that waits for the last of many engines, a
-    table without the prediction."""
+    """Catches: rows of one K under another, a file that its own model refuses or that waits for the last of many
+    engines, a table without the prediction."""
     asked = []
 
     def run(plan, log, tick):
@@ -338,7 +345,7 @@ def test_heads_to_compare_with_are_added_and_told(toy, tmp_path, monkeypatch, he
 
 
 def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
-    """Figures of a machine that was busy with something else, taken for the heads' own."""
+    """Catches: figures of a machine that was busy with something else, taken for the heads' own."""
 
     def run(plan, log, tick):
         result = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
@@ -365,7 +372,7 @@ def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
     ],
 )
 def test_wrong_usage(arguments, message, monkeypatch):
-    """Minutes of timing before a typing mistake is found, or a table that has nothing to compare with."""
+    """Catches: minutes of timing before a typing mistake is found, or a table that has nothing to compare with."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run = CliRunner().invoke(cycle.app, [*arguments])
     assert run.exit_code == 2
@@ -373,7 +380,7 @@ def test_wrong_usage(arguments, message, monkeypatch):
 
 
 def test_documented_bytes_are_those_of_the_heads_that_run(toy):
-    """A formula of the page that is not what the head of that name reads."""
+    """Catches: a formula of the page that is not what the head of that name reads."""
     weights = Weights(SHAPE, torch.bfloat16, torch.device("cpu"))
     seen = 0
     for rival in RIVALS:
@@ -418,7 +425,7 @@ def test_an_engine_finds_the_benchmarks(engine, tmp_path, monkeypatch):
 
 
 def test_the_page_is_what_the_command_prints():
-    """A table of docs/rivals.md that was changed by hand, or not made again."""
+    """Catches: a table of docs/rivals.md that was changed by hand, or not made again."""
     page = os.path.join(os.path.dirname(__file__), "..", "docs", "rivals.md")
     with open(page, encoding="utf-8") as file:
         assert file.read() == rivals_page() + "\n"

@@ -28,7 +28,7 @@ def weights():
 
 @pytest.mark.parametrize("name", bench.HEADS)
 def test_the_gate_sees_a_wrong_head(weights, name):
-    """A head that passes the gate although every id is off by one, or that fails it although it is right."""
+    """Catches: a head that passes the gate although every id is off by one, or that fails it although it is right."""
     arm = weights.arm(bench.HEADS[name])
     if arm is None:
         assert name == "full-fp8"  # the one without a kernel on a CPU
@@ -41,7 +41,7 @@ def test_the_gate_sees_a_wrong_head(weights, name):
 
 
 def test_command(tmp_path):
-    """Rows that are missing, bytes that are not those read, a file that its own model refuses."""
+    """Catches: rows that are missing, bytes that are not those read, a file that its own model refuses."""
     path = tmp_path / "results" / "head.json"
     heads = "full,trim-32k,low-rank,low-rank-int8,low-rank-rerank"
     arguments = ["head", "--shapes", "tiny", "--heads", heads, "--batches", "1,2", "--repeats", "3", "--device", "cpu"]
@@ -73,7 +73,7 @@ def test_command(tmp_path):
     ],
 )
 def test_wrong_usage(arguments, code, message):
-    """A traceback, or minutes of timing before a typing mistake is found."""
+    """Catches: a traceback, or minutes of timing before a typing mistake is found."""
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == code
     assert message in run.output

@@ -16,7 +16,7 @@ TINY = Shape(64, 70000, 32)
 
 @pytest.mark.parametrize("name", bench.HEADS)
 def test_the_parts_are_those_of_the_head(name):
-    """A part that is timed on something else than what serves: the last one must give the draft tokens."""
+    """Catches: a part that is timed on something else than what serves: the last one must give the draft tokens."""
     weights = Weights(TINY, torch.bfloat16, torch.device("cpu"))
     hidden = weights.hidden(3)
     head = bench.HEADS[name]
@@ -32,7 +32,7 @@ def test_the_parts_are_those_of_the_head(name):
 
 
 def test_command(tmp_path, monkeypatch):
-    """Parts that are missing from the file, or a page that leaves them out."""
+    """Catches: parts that are missing from the file, or a page that leaves them out."""
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     path = tmp_path / "parts.json"
     arguments = [
@@ -65,7 +65,7 @@ def test_command(tmp_path, monkeypatch):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    """A roofline of nothing, or a traceback."""
+    """Catches: a roofline of nothing, or a traceback."""
     wrong = tmp_path / "wrong.json"
     wrong.write_text("{}")
     run = CliRunner().invoke(roofline.app, [str(wrong), "--parts", str(wrong)])

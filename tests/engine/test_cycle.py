@@ -48,7 +48,8 @@ def _worker(engine):
 
 
 def test_every_head_has_its_row(running, monkeypatch):
-    """A head left out, an engine that ran fewer turns than it announced, parts that are not those of a cycle."""
+    """Catches: a head left out, an engine that ran fewer turns than it announced, parts that are not those of a
+    cycle."""
     engine, found, ticks = running
     monkeypatch.setitem(SHAPES, "toy", SHAPE)
     assert ticks == engine.plan.ticks
@@ -63,7 +64,7 @@ def test_every_head_has_its_row(running, monkeypatch):
 
 @pytest.mark.parametrize("head", heads_of("cpu"))
 def test_the_drafter_asks_the_head_that_is_in(running, head):
-    """An exchange that leaves the last head in, and rows that differ by noise alone."""
+    """Catches: an exchange that leaves the last head in, and rows that differ by noise alone."""
     engine, _, _ = running
     worker = _worker(engine)
     hidden = torch.randn(2, SHAPE.hidden_size, generator=torch.Generator().manual_seed(7)).bfloat16()
@@ -91,7 +92,7 @@ def test_the_drafter_asks_the_head_that_is_in(running, head):
 
 
 def test_a_wrong_head_is_not_timed(running, monkeypatch):
-    """A faster head that drafts something else."""
+    """Catches: a faster head that drafts something else."""
     from vllm_slimspec.drafters.draft import LowRankDraft
 
     engine, _, _ = running
@@ -105,7 +106,7 @@ def test_a_wrong_head_is_not_timed(running, monkeypatch):
 
 
 def test_a_rival_in_a_folder_of_its_own(tmp_path):
-    """What a GPU's engines load: an architecture that no worker knows, a rival whose head is never asked."""
+    """Catches: what a GPU's engines load: an architecture that no worker knows, a rival whose head is never asked."""
     from cycle_worker import RivalDraft
     from vllm_slimspec.measure.arms import check
 
