@@ -97,9 +97,9 @@ dist-check: install
 # With PY=python. Writes kernels/tuned/DEVICE.json, docs/results/head-gpu.json and docs/roofline-gpu.md: commit them.
 gpu: install
 	TRITON_INTERPRET=0 $(PY) -m pytest tests/test_kernels_gpu.py -q
-	$(PY) -m vllm_slimspec bench head --device cuda --tune --shapes llama-3.1-8b,llama-3.2-1b,gpt-oss-20b
+	$(PY) -m vllm_slimspec tune --device cuda --shapes llama-3.1-8b,llama-3.2-1b,gpt-oss-20b
 	$(PY) -m vllm_slimspec bench head --device cuda --shapes all --batches 1,2,4,8,16,32,64,128,256 --json docs/results/head-gpu.json
-	$(PY) -m vllm_slimspec bench roofline docs/results/head-gpu.json > docs/roofline-gpu.md
+	$(PY) benchmarks/roofline.py docs/results/head-gpu.json > docs/roofline-gpu.md
 
 # With PY=python. ACCEPTANCE is a result of `slimspec bench acceptance` with all of HEADS (-argmax and -scatter draft as
 # the heads of the name before) and with the largest K: tokens per second are then those of drafters that accept as much.
@@ -114,9 +114,9 @@ SERVED_HEADS ?= full,trim-32k,low-rank,low-rank-fp8
 SERVED_K ?= 5
 ACCEPTING = $(if $(ACCEPTANCE),--acceptance $(ACCEPTANCE))
 gpu-cycle: install
-	$(PY) -m vllm_slimspec bench cycle --shapes $(SHAPES) --heads null,$(HEADS) -k $(K) --batches $(BATCHES) --rounds $(ROUNDS) \
+	$(PY) benchmarks/cycle.py --shapes $(SHAPES) --heads null,$(HEADS) -k $(K) --batches $(BATCHES) --rounds $(ROUNDS) \
 		--cycles 50 $(ACCEPTING) --json docs/results/cycle-gpu.json
-	$(PY) -m vllm_slimspec bench serve --shape $(SERVED) --heads $(SERVED_HEADS) -k $(SERVED_K) --concurrency $(BATCHES) \
+	$(PY) benchmarks/serve_random.py --shape $(SERVED) --heads $(SERVED_HEADS) -k $(SERVED_K) --concurrency $(BATCHES) \
 		$(ACCEPTING) --json docs/results/serve-gpu.json
 
 release: install
@@ -125,7 +125,7 @@ release: install
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy vllm_slimspec kernels examples experiments tests tools
+	$(PY) -m mypy vllm_slimspec kernels examples experiments benchmarks tests tools
 
 clean:
 	rm -rf build dist *.egg-info

@@ -29,7 +29,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 """The interpreter keeps bfloat16 as raw bits and computes on those: under it, kernels widen what they load."""
 
 TUNED = Path(__file__).parent / "tuned"
-"""One JSON per device, written by ``slimspec bench head --tune``."""
+"""One JSON per device, written by ``slimspec tune``."""
 
 
 class Tiling(NamedTuple):

@@ -1,6 +1,6 @@
-"""A pair of toy shape for `slimspec bench cycle`, whose vocabulary is still above the trimmed one."""
+"""A pair of toy shape for `benchmarks/cycle.py`, whose vocabulary is still above the trimmed one."""
 
-from vllm_slimspec.measure.pairs import TARGETS
+from random_pairs import TARGETS
 from vllm_slimspec.measure.shapes import Shape
 
 SHAPE = Shape(128, 70000, 16)

@@ -6,13 +6,11 @@ A figure stands between ``<!-- name: begin -->`` and ``<!-- name: end -->``; a t
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from vllm_slimspec.measure.parts import parts_section
-from vllm_slimspec.measure.results import HeadResults, PartResults
-from vllm_slimspec.measure.roofline import roofline_page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -348,11 +346,10 @@ def render(document: str, text: str) -> str:
 
 
 def roofline() -> str:
-    """docs/roofline.md, all of it."""
-    heads = HeadResults.read(RESULTS / "head-cpu.json")
-    parts = PartResults.read(RESULTS / "head-parts-cpu.json")
-    page = roofline_page(heads, "docs/results/head-cpu.json --parts docs/results/head-parts-cpu.json")
-    return f"{page}\n\n{parts_section(parts, 'docs/results/head-parts-cpu.json')}\n"
+    """Return docs/roofline.md, all of it, as the command that it names prints it."""
+    command = [sys.executable, "benchmarks/roofline.py", "docs/results/head-cpu.json"]
+    command += ["--parts", "docs/results/head-parts-cpu.json"]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def main() -> None:

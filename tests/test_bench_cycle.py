@@ -1,4 +1,4 @@
-"""``slimspec bench cycle`` without an engine: what is computed from its times, and what engines are given."""
+"""``benchmarks/cycle.py`` without an engine: what is computed from its times, and what engines are given."""
 
 import json
 import os
@@ -10,14 +10,17 @@ from cycle_toy import CONFIG, SHAPE
 from measured import acceptance
 from typer.testing import CliRunner
 
-from vllm_slimspec.commands.measure import app
+import cycle
+import cycle_engine
+import random_pairs
+from cycle_engine import Alone, Found, Plan, Turn
+from heads import HEADS
+from results import CycleResults
+from rivals import RIVALS, rivals_page
+from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.errors import EngineError
-from vllm_slimspec.measure import cycle, cycle_engine, pairs
 from vllm_slimspec.measure.arms import RERANK_K, SPEC_VOCAB_K, Weights
-from vllm_slimspec.measure.cycle_engine import Alone, Found, Plan, Turn
-from vllm_slimspec.measure.results import CycleResults
-from vllm_slimspec.measure.rivals import RIVALS, rivals_page
 from vllm_slimspec.measure.shapes import SHAPES
 
 # What their makers publish, unquantized and to the last parameter.
@@ -33,7 +36,7 @@ PARAMETERS = {
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setitem(SHAPES, "toy", SHAPE)
-    monkeypatch.setitem(pairs.TARGETS, "toy", CONFIG)
+    monkeypatch.setitem(random_pairs.TARGETS, "toy", CONFIG)
 
 
 def options(work, **changes):
@@ -60,7 +63,8 @@ def found(alone, extra=0.0):
 
 
 def test_the_prediction_is_independent_of_what_it_predicts(toy):
-    """A nu taken from the cycle (the check would then be an identity), or times of the round with clocks in it."""
+    """Catches: a nu taken from the cycle (the check would then be an identity), or times of the round with clocks in
+    it."""
     agreeing = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
     rows = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [agreeing])}
     assert rows["full"].cycle_ms_p50 == 301
@@ -86,7 +90,8 @@ def test_the_prediction_is_independent_of_what_it_predicts(toy):
 
 
 def test_the_interval_is_of_rounds_that_both_heads_shared(toy):
-    """An interval over single cycles, or of heads drawn apart: slow rounds, which all heads share, would widen it."""
+    """Catches: an interval over single cycles, or of heads drawn apart: slow rounds, which all heads share, would
+    widen it."""
     agreeing = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
     row = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [agreeing])}["low-rank"]
     assert row.ratio_low == pytest.approx(140 / 300, abs=1e-4)  # the three rounds are 0, 1 and 2 ms slower
@@ -100,7 +105,7 @@ def test_the_interval_is_of_rounds_that_both_heads_shared(toy):
 
 
 def test_engines_of_one_arm_are_put_together(toy):
-    """A GPU's rows from the first engine of each arm only, or none because no engine holds every arm."""
+    """Catches: a GPU's rows from the first engine of each arm only, or none because no engine holds every arm."""
     whole = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
     apart = [
         Found(
@@ -118,7 +123,8 @@ def test_engines_of_one_arm_are_put_together(toy):
 
 
 def test_a_cpu_has_one_engine_a_k(toy, tmp_path):
-    """Arms that do not share the target and the body, where they could, and whose differences are then the engine's."""
+    """Catches: arms that do not share the target and the body, where they could, and whose differences are then the
+    engine's."""
     (plan,) = cycle.plan(options(tmp_path), "toy", 5, "cpu")
     assert plan.heads == ["null", "full", "low-rank"]
     assert (plan.num_speculative_tokens, plan.rounds, plan.exchange) == (5, 3, True)
@@ -131,7 +137,8 @@ def test_a_cpu_has_one_engine_a_k(toy, tmp_path):
 
 
 def test_a_gpu_has_an_engine_a_head_and_round(toy, tmp_path):
-    """A head that always comes first; a rival without the flag under which vLLM asks it; a map out of range."""
+    """Catches: a head that always comes first; a rival without the flag under which vLLM asks it; a map out of
+    range."""
     heads = ["null", "full", "full-argmax", "trim-32k", "trim-32k-scatter", "spec-vocab", "low-rank-int8-rerank"]
     plans = cycle.plan(options(tmp_path, heads=heads, rounds=2), "toy", 3, "cuda")
     assert [plan.heads[0] for plan in plans] == [*heads, *heads[1:], heads[0]]
@@ -148,12 +155,13 @@ def test_a_gpu_has_an_engine_a_head_and_round(toy, tmp_path):
     assert targets.unique().numel() == 32768
     assert 32768 < targets.max() < SHAPE.vocab_size
     assert drafters["null"].config["rival_head"] == "null"
-    assert drafters["null"].config["architectures"] == [pairs.RIVAL_ARCHITECTURE]
+    assert drafters["null"].config["architectures"] == [random_pairs.RIVAL_ARCHITECTURE]
     assert drafters["full"].tensors["lm_head.weight"].shape == (70000, 128)
 
 
 def test_a_gpu_accepts_as_often_as_was_measured(toy, tmp_path):
-    """Rates of one prompt set, of another temperature, of another head; a null that accepts; a K without its rates."""
+    """Catches: rates of one prompt set, of another temperature, of another head; a null that accepts; a K without its
+    rates."""
     measured = acceptance({"full": [0.8, 0.6, 0.4]}, {"full": [0.4, 0.2, 0.0], "low-rank": [0.6, 0.4, 0.4]})
     heads = ["null", "full", "full-argmax", "low-rank"]
     asked = options(tmp_path, heads=heads, rounds=1, acceptance=measured)
@@ -169,7 +177,7 @@ def test_a_gpu_accepts_as_often_as_was_measured(toy, tmp_path):
 
 
 def test_vllm_takes_the_rates(toy, tmp_path):
-    """Names or rates that vLLM's own configuration refuses, minutes later and on the GPU."""
+    """Catches: names or rates that vLLM's own configuration refuses, minutes later and on the GPU."""
     from vllm.engine.arg_utils import EngineArgs
 
     measured = acceptance({"full": [0.5, 0.3, 0.1]})
@@ -181,8 +189,8 @@ def test_vllm_takes_the_rates(toy, tmp_path):
 
 
 def test_tokens_a_second_are_of_the_acceptance(toy):
-    """One request's for all of them, another head's acceptance, draft tokens without the target's own; or figures of
-    random weights that accept nothing."""
+    """Catches: one request's for all of them, another head's acceptance, draft tokens without the target's own; or
+    figures of random weights that accept nothing."""
     whole = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
     measured = acceptance({"full": [0.8, 0.6, 0.4, 0.1, 0.1], "low-rank": [0.5, 0.3, 0.1, 0.1, 0.0]})
     rows = {row.head: row for row in cycle.rows_of("toy", SHAPE.rank, 5, [whole], measured)}
@@ -193,32 +201,34 @@ def test_tokens_a_second_are_of_the_acceptance(toy):
 
 
 def test_a_gpus_engine_is_not_forked():
-    """A name that vLLM does not read: its core is forked from a process that has looked for GPUs, and dies of it."""
+    """Catches: a name that vLLM does not read: its core is forked from a process that has looked for GPUs, and dies of
+    it."""
     from vllm import envs
 
     assert cycle_engine.SPAWN in envs.environment_variables
 
 
 def test_drafters_are_made_once(toy, tmp_path):
-    """Gigabytes written again for every run and head, or a drafter of another shape kept."""
+    """Catches: gigabytes written again for every run and head, or a drafter of another shape kept."""
 
     def body(head):
-        state = (pairs.write_drafter(tmp_path, CONFIG, 16, head) / "body.safetensors").stat()
+        state = (random_pairs.write_drafter(tmp_path, CONFIG, 16, HEADS[head]) / "body.safetensors").stat()
         return state.st_ino, state.st_mtime_ns
 
     first = body("full")
     assert body("low-rank-int8-rerank") == first
     assert body("full") == first
-    pairs.write_drafter(tmp_path, CONFIG | {"intermediate_size": 512}, 16, "full")
+    random_pairs.write_drafter(tmp_path, CONFIG | {"intermediate_size": 512}, 16, HEADS["full"])
     assert DraftCheckpoint.open(tmp_path / "full").tensors["midlayer.mlp.up_proj.weight"].shape == (512, 128)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_targets_have_true_shapes(name):
-    """A wrong number in a config: the parameters of each target are as many as published, its head as in SHAPES."""
+    """Catches: a wrong number in a config: the parameters of each target are as many as published, its head as in
+    SHAPES."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = pairs.TARGETS[name]
+    config = random_pairs.TARGETS[name]
     assert (config["hidden_size"], config["vocab_size"]) == SHAPES[name][:2]
     unquantized = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.device("meta"):
@@ -257,7 +267,7 @@ def a_plan(**changes):
 
 
 def test_an_engine_reports_its_turns(engine, tmp_path):
-    """A progress bar that stands still, a result of an earlier engine taken for this one's."""
+    """Catches: a progress bar that stands still, a result of an earlier engine taken for this one's."""
     result = found({"null": 1.0}).model_dump_json()
     engine('printf .. >&"$5"', f"cat > \"$4\" <<'END'\n{result}\nEND")
     ticks = []
@@ -269,7 +279,7 @@ def test_an_engine_reports_its_turns(engine, tmp_path):
 
 
 def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
-    """A traceback, or a results file written although nothing was measured."""
+    """Catches: a traceback, or a results file written although nothing was measured."""
     engine("echo ValueError: low-rank is wrong at batch 1", "exit 1")
     with pytest.raises(EngineError, match="low-rank is wrong at batch 1"):
         cycle_engine.run(a_plan(), tmp_path / "log")
@@ -278,8 +288,8 @@ def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
         cycle_engine.run(a_plan(), tmp_path / "log")
     engine("echo ValueError: low-rank is wrong at batch 1", "exit 1")
     json_path = tmp_path / "cycle.json"
-    arguments = ["cycle", "--shapes", "toy", "--work-path", str(tmp_path / "work"), "--json", str(json_path)]
-    run = CliRunner().invoke(app, [*arguments, "--heads", "null,full"])
+    arguments = ["--shapes", "toy", "--work-path", str(tmp_path / "work"), "--json", str(json_path)]
+    run = CliRunner().invoke(cycle.app, [*arguments, "--heads", "null,full"])
     assert run.exit_code == 1
     last = run.stderr.splitlines()[-1]
     assert last.startswith("error: vLLM ended with code 1 (ValueError: low-rank is wrong at batch 1)")
@@ -288,8 +298,8 @@ def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
 
 
 def test_command(toy, tmp_path, monkeypatch):
-    """Rows of one K under another, a file that its own model refuses or that waits for the last of many engines, a
-    table without the prediction."""
+    """Catches: rows of one K under another, a file that its own model refuses or that waits for the last of many
+    engines, a table without the prediction."""
     asked = []
 
     def run(plan, log, tick):
@@ -302,7 +312,7 @@ def test_command(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(cycle, "run", run)
     path = tmp_path / "cycle.json"
     arguments = ["--shapes", "toy", "--heads", "null,full,low-rank", "-k", "5,3", "--work-path", str(tmp_path)]
-    result = CliRunner().invoke(app, ["cycle", *arguments, "--json", str(path)])
+    result = CliRunner().invoke(cycle.app, [*arguments, "--json", str(path)])
     assert result.exit_code == 0, result.output
     dtypes = ("bfloat16", "float32")  # both, where nobody asks for one
     assert asked == [(dtype, k, f"toy-{dtype}-{k}-0.log") for dtype in dtypes for k in (5, 3)]
@@ -329,13 +339,13 @@ def test_heads_to_compare_with_are_added_and_told(toy, tmp_path, monkeypatch, he
         return found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
 
     monkeypatch.setattr(cycle, "run", run)
-    result = CliRunner().invoke(app, ["cycle", "--shapes", "toy", "--heads", heads, "--work-path", str(tmp_path)])
+    result = CliRunner().invoke(cycle.app, ["--shapes", "toy", "--heads", heads, "--work-path", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith(f"--heads: {added}, which the other heads are compared with")
 
 
 def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
-    """Figures of a machine that was busy with something else, taken for the heads' own."""
+    """Catches: figures of a machine that was busy with something else, taken for the heads' own."""
 
     def run(plan, log, tick):
         result = found({"null": 1.0, "full": 40e3, "low-rank": 8e3})
@@ -345,7 +355,7 @@ def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cycle, "run", run)
     arguments = ["--shapes", "toy", "--heads", "null,full,low-rank", "--work-path", str(tmp_path)]
-    result = CliRunner().invoke(app, ["cycle", *arguments, "--dtypes", "bfloat16"])
+    result = CliRunner().invoke(cycle.app, [*arguments, "--dtypes", "bfloat16"])
     assert "3 of 3 rows spread by more than 1.25x from p20 to p80: other programs ran too" in " ".join(
         result.output.split()
     )
@@ -362,20 +372,20 @@ def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
     ],
 )
 def test_wrong_usage(arguments, message, monkeypatch):
-    """Minutes of timing before a typing mistake is found, or a table that has nothing to compare with."""
+    """Catches: minutes of timing before a typing mistake is found, or a table that has nothing to compare with."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = CliRunner().invoke(app, ["cycle", *arguments])
+    run = CliRunner().invoke(cycle.app, [*arguments])
     assert run.exit_code == 2
     assert message in " ".join(run.output.replace("│", " ").split())
 
 
 def test_documented_bytes_are_those_of_the_heads_that_run(toy):
-    """A formula of the page that is not what the head of that name reads."""
+    """Catches: a formula of the page that is not what the head of that name reads."""
     weights = Weights(SHAPE, torch.bfloat16, torch.device("cpu"))
     seen = 0
     for rival in RIVALS:
         for head in rival.heads:
-            arm = weights.arm(head.removesuffix("-argmax"))
+            arm = weights.arm(HEADS[head])
             if arm is not None:
                 seen += 1
                 assert rival.bytes(SHAPE) == arm.bytes + arm.bytes_per_row, head
@@ -383,8 +393,39 @@ def test_documented_bytes_are_those_of_the_heads_that_run(toy):
     assert SHAPE.vocab_size > SPEC_VOCAB_K  # of which spec-vocab takes the smaller
 
 
+def test_eq_4():
+    """Catches: another formula; the head of the full one's speed and acceptance gains nothing, one that costs nothing
+    removes kappa, and at the least ratio nothing is left of a gain."""
+    assert speedup(1, 0.25, 1) == 1
+    assert speedup(1, 0.25, float("inf")) == pytest.approx(4 / 3)
+    assert speedup(0.97, 0.25, 4.5) == pytest.approx(0.97 / (0.75 + 0.25 / 4.5))
+    assert speedup(cycle.least_ratio(0.3, 7), 0.3, 7) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_what_its_name_says(name):
+    """Catches: rows of one head under the name of another."""
+    head = HEADS[name]
+    assert name.startswith(head.family)
+    assert next((kind for kind in ("fp8", "int8", "int4") if kind in name), None) == head.quantization
+    assert name.endswith("rerank") == (head.rerank is not None)
+    assert name.startswith("trim-32k") == (head.rows == 32768)
+    assert head.is_rival == (name in ("null", "spec-vocab", "full-int8", "full-fp8"))
+
+
+def test_an_engine_finds_the_benchmarks(engine, tmp_path, monkeypatch):
+    """Catches: an engine, or the process in which vLLM looks at a rival's class, that cannot import it."""
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    result = found({"null": 1.0}).model_dump_json()
+    engine(f"cat > \"$4\" <<'END'\n{result}\nEND", f'echo "$PYTHONPATH" > {tmp_path}/path')
+    for _ in range(2):
+        cycle_engine.run(a_plan(), tmp_path / "log")
+    here = os.path.dirname(os.path.realpath(cycle_engine.__file__))
+    assert (tmp_path / "path").read_text().split() == [f"{here}:/elsewhere"]
+
+
 def test_the_page_is_what_the_command_prints():
-    """A table of docs/rivals.md that was changed by hand, or not made again."""
+    """Catches: a table of docs/rivals.md that was changed by hand, or not made again."""
     page = os.path.join(os.path.dirname(__file__), "..", "docs", "rivals.md")
     with open(page, encoding="utf-8") as file:
         assert file.read() == rivals_page() + "\n"

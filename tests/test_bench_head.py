@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import roofline
 from vllm_slimspec.commands.measure import app
 from vllm_slimspec.measure import arms as bench
 from vllm_slimspec.measure.results import HeadResults
@@ -27,8 +28,8 @@ def weights():
 
 @pytest.mark.parametrize("name", bench.HEADS)
 def test_the_gate_sees_a_wrong_head(weights, name):
-    """A head that passes the gate although every id is off by one, or that fails it although it is right."""
-    arm = weights.arm(name)
+    """Catches: a head that passes the gate although every id is off by one, or that fails it although it is right."""
+    arm = weights.arm(bench.HEADS[name])
     if arm is None:
         assert name == "full-fp8"  # the one without a kernel on a CPU
         return
@@ -40,7 +41,7 @@ def test_the_gate_sees_a_wrong_head(weights, name):
 
 
 def test_command(tmp_path):
-    """Rows that are missing, bytes that are not those read, a file that its own model refuses."""
+    """Catches: rows that are missing, bytes that are not those read, a file that its own model refuses."""
     path = tmp_path / "results" / "head.json"
     heads = "full,trim-32k,low-rank,low-rank-int8,low-rank-rerank"
     arguments = ["head", "--shapes", "tiny", "--heads", heads, "--batches", "1,2", "--repeats", "3", "--device", "cpu"]
@@ -58,7 +59,7 @@ def test_command(tmp_path):
     assert sizes["low-rank-int8", 1] == down + (32 + 4) * vocab
     assert sizes["low-rank-rerank", 2] == down + 2 * 32 * vocab + 2 * 16 * 2 * 64
     assert all(row.p20_us <= row.p50_us <= row.p80_us for row in results.rows)
-    page = CliRunner().invoke(app, ["roofline", str(path)])
+    page = CliRunner().invoke(roofline.app, [str(path)])
     assert page.exit_code == 0
     assert "## tiny, batch 2" in page.output
 
@@ -69,11 +70,17 @@ def test_command(tmp_path):
         (["head", "--shapes", "llama-9"], 2, "'llama-9' is not one of"),
         (["head", "--heads", "full,fast"], 2, "'fast' is not one of"),
         (["head", "--batches", "1,0"], 2, "'1,0' is not a list of batch sizes"),
-        (["roofline", "nowhere.json"], 1, "nowhere.json: No such file or directory; check the path"),
     ],
 )
 def test_wrong_usage(arguments, code, message):
-    """A traceback, or minutes of timing before a typing mistake is found."""
+    """Catches: a traceback, or minutes of timing before a typing mistake is found."""
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == code
     assert message in run.output
+
+
+def test_a_missing_file_is_named():
+    """Catches: a traceback of the roofline where a path is wrong."""
+    run = CliRunner().invoke(roofline.app, ["nowhere.json"])
+    assert run.exit_code == 1
+    assert "nowhere.json: No such file or directory; check the path" in run.output

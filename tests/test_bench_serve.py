@@ -1,4 +1,5 @@
-"""``slimspec bench serve`` without a server: what servers are given, what the load generator's results become."""
+"""``slimspec bench serve`` and ``benchmarks/serve_random.py`` without a server: what servers are given, and what the
+load generator's results become."""
 
 import json
 from pathlib import Path
@@ -11,10 +12,13 @@ from measured import acceptance
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import random_pairs
+import serve_random
 from vllm_slimspec.commands.measure import app
 from vllm_slimspec.common.process import last_words
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
-from vllm_slimspec.measure import pairs, serve
+from vllm_slimspec.measure import serve
+from vllm_slimspec.measure.results import ServeResults
 from vllm_slimspec.measure.shapes import SHAPES
 
 SAVED = json.loads((Path(__file__).parent / "data" / "vllm-bench-serve.json").read_text())
@@ -24,7 +28,7 @@ RATES = [0.5, 0.3, 0.1]
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setitem(SHAPES, "toy", SHAPE)
-    monkeypatch.setitem(pairs.TARGETS, "toy", CONFIG)
+    monkeypatch.setitem(random_pairs.TARGETS, "toy", CONFIG)
 
 
 @pytest.fixture
@@ -58,16 +62,20 @@ def speculative(arguments):
     return json.loads(arguments[arguments.index("--speculative-config") + 1])
 
 
-def test_random_weights_are_served(toy, servers, tmp_path):
+def test_random_weights_are_served(toy, servers, tmp_path, monkeypatch):
     """Catches: dummy weights for a vocabulary map, a rival asked otherwise than its name says, rates of another head,
     prompts that are not the tokens they were drawn as."""
     heads = ["full", "trim-32k", "low-rank-int8"]
-    pair = serve.random_pair("toy", heads, tmp_path, ["--enforce-eager"])
-    measured = acceptance(dict.fromkeys(heads, RATES))
-    options = serve.Options(
-        pair, k=3, concurrencies=[1], requests=1, max_tokens=4, dtypes=["bfloat16"], acceptance=measured
-    )
-    *_, results = serve.measure(options)
+    measured, json_path = tmp_path / "acceptance.json", tmp_path / "serve.json"
+    acceptance(dict.fromkeys(heads, RATES)).write(measured)
+    arguments = ["--shape", "toy", "--heads", ",".join(heads), "--concurrency", "1", "--requests", "1"]
+    arguments += ["--max-tokens", "4", "--dtypes", "bfloat16", "--server-args=--enforce-eager"]
+    arguments += ["--work-path", str(tmp_path), "--acceptance", str(measured)]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    run = CliRunner().invoke(serve_random.app, [*arguments, "-k", "3", "--json", str(json_path)])
+    assert run.exit_code == 0, run.output
+    assert "vLLM accepted as often as it was measured with the-target." in run.output
+    results = ServeResults.read(json_path)
     assert [row.head for row in results.rows] == ["none", *heads]
     assert (results.hidden_size, results.vocab_size, results.acceptance) == (128, 70000, "the-target")
     assert all(model == str(tmp_path / "toy/target") for model, *_ in servers)
@@ -82,14 +90,17 @@ def test_random_weights_are_served(toy, servers, tmp_path):
     assert [head for head in heads if configs[head].get("use_local_argmax_reduction")] == ["trim-32k"]
     assert DraftCheckpoint.open(configs["low-rank-int8"]["model"]).spec.quantization == "int8"
     assert len(servers[0][2]) == 64
-    assert {len(AutoTokenizer.from_pretrained(pair.target)(text)["input_ids"]) for text in servers[0][2]} == {128}
-    with pytest.raises(ValueError, match="no acceptance of full at K=4"):
-        next(serve.measure(serve.Options(pair, k=4, concurrencies=[1], requests=1, max_tokens=4, acceptance=measured)))
+    assert {len(AutoTokenizer.from_pretrained(servers[0][0])(text)["input_ids"]) for text in servers[0][2]} == {128}
+    started = len(servers)
+    run = CliRunner().invoke(serve_random.app, [*arguments, "-k", "4"])
+    assert run.exit_code == 1
+    assert "no acceptance of full at K=4" in run.output
+    assert len(servers) == started
 
 
 def test_a_drafter_is_asked_for_tokens_where_the_command_says_so(toy, servers, tmp_path):
     """Catches: a trimmed head served twice as vLLM ships it, under two names."""
-    pair = serve.random_pair("toy", ["trim-32k"], tmp_path)
+    pair = serve_random.random_pair("toy", ["trim-32k"], tmp_path)
     folder = pair.drafters["trim-32k"]
     arguments = ["serve", "--target", pair.target, "--prompts", str(pair.prompts), "--dtypes", "float32"]
     arguments += ["--drafter", f"list={folder}", "--drafter", f"list-argmax={folder}", "--local-argmax", "list-argmax"]
@@ -101,7 +112,7 @@ def test_a_drafter_is_asked_for_tokens_where_the_command_says_so(toy, servers, t
 
 def test_each_dtype_is_served_and_told(toy, servers, tmp_path):
     """Catches: two dtypes in rows that cannot be told apart, or a server that is started without the dtype."""
-    pair = serve.random_pair("toy", ["full"], tmp_path)
+    pair = serve_random.random_pair("toy", ["full"], tmp_path)
     options = serve.Options(pair, k=3, concurrencies=[1, 2], requests=1, max_tokens=4, dtypes=["bfloat16", "float32"])
     *_, results = serve.measure(options)
     assert [(row.dtype, row.head, row.concurrency) for row in results.rows] == [
@@ -118,10 +129,10 @@ def test_each_dtype_is_served_and_told(toy, servers, tmp_path):
 def test_a_cpu_serves_in_both_dtypes_unless_memory_or_the_user_says_otherwise(toy, tmp_path, monkeypatch, caplog):
     """Catches: a dtype of --server-args that is given twice; a target that is killed for want of memory in float32."""
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    pair = serve.random_pair("toy", ["full"], tmp_path)
+    pair = serve_random.random_pair("toy", ["full"], tmp_path)
     assert serve.dtypes_of(pair) == ["bfloat16", "float32"]
     for said in (["--dtype", "float16"], ["--dtype=float16"]):
-        assert serve.dtypes_of(serve.random_pair("toy", ["full"], tmp_path, said)) == (None,)
+        assert serve.dtypes_of(serve_random.random_pair("toy", ["full"], tmp_path, said)) == (None,)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1_000_000))
     assert serve.dtypes_of(pair) == ["bfloat16"]
     assert "is not timed in float32, which would need about" in caplog.text
@@ -146,12 +157,12 @@ def test_row_of_the_load_generator():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--target", "t"], 2, "give --target, --drafter and --prompts, or --shape"),
-        (["--shape", "llama-3.2-1b", "--target", "t"], 2, "give --target, --drafter and --prompts, or --shape"),
-        (["--shape", "llama-9"], 2, "'llama-9' is not one of: llama-3.2-1b"),
-        (["--shape", "llama-3.2-1b", "--heads", "null"], 2, "'null' is not one of"),
-        (["--shape", "llama-3.2-1b", "--concurrency", "0"], 2, "'0' is not a list of numbers of requests at once"),
-        (["--shape", "llama-3.2-1b", "--acceptance", "a.json"], 2, "vLLM's CPU backend cannot imitate acceptance"),
+        (["--target", "t"], 2, "Missing option '--drafter'"),
+        (
+            ["--target", "t", "--drafter", "a=b", "--prompts", "p", "--concurrency", "0"],
+            2,
+            "'0' is not a list of numbers of requests at once",
+        ),
         (["--target", "t", "--drafter", "a", "--prompts", "p"], 2, "'a' is not NAME=FOLDER"),
         (
             ["--target", "t", "--drafter", "a=b", "--prompts", "p", "--local-argmax", "c"],
@@ -166,6 +177,25 @@ def test_wrong_usage(arguments, code, message, servers, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run = CliRunner().invoke(app, ["serve", *arguments])
     assert run.exit_code == code
+    assert message in " ".join(run.output.replace("│", " ").split())
+    assert not servers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing option '--shape'"),
+        (["--shape", "llama-9"], "'llama-9' is not one of: llama-3.2-1b"),
+        (["--shape", "llama-3.2-1b", "--heads", "null"], "'null' is not one of"),
+        (["--shape", "llama-3.2-1b", "--concurrency", "0"], "'0' is not a list of numbers of requests at once"),
+        (["--shape", "llama-3.2-1b", "--acceptance", "a.json"], "vLLM's CPU backend cannot imitate acceptance"),
+    ],
+)
+def test_wrong_usage_of_random_weights(arguments, message, servers, monkeypatch):
+    """Catches: gigabytes of random weights written before a mistake in the command is found."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = CliRunner().invoke(serve_random.app, arguments)
+    assert run.exit_code == 2
     assert message in " ".join(run.output.replace("│", " ").split())
     assert not servers
 

@@ -4,20 +4,29 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import cycle
+import parts
+import rivals
+import roofline
+import serve_random
 from vllm_slimspec import cli
 from vllm_slimspec.commands.measure import app as bench
 
 RIDDLES = ("of ", "for ", "of both", "with it", "then", "...", "k.")
 
 
+BENCHMARKS = {"cycle": cycle, "parts": parts, "rivals": rivals, "roofline": roofline, "serve_random": serve_random}
+
+
 def commands():
-    """Every command by its full name."""
+    """Every command by its full name, as one types it."""
     found = dict(get_command(cli.app).commands)  # type: ignore[attr-defined]
     found["bench"] = get_command(bench)
     for name in ("bench", "train"):
         group = found.pop(name)
         found |= {f"{name} {command}": body for command, body in group.commands.items()}
-    return found
+    scripts = {f"python benchmarks/{name}.py": get_command(module.app) for name, module in BENCHMARKS.items()}
+    return {f"slimspec {name}": command for name, command in found.items()} | scripts
 
 
 OPTIONS = [
@@ -43,7 +52,7 @@ def test_every_command_says_what_it_does_and_shows_an_example(name):
     """Catches: a command without a word, or without an example."""
     command = commands()[name]
     assert command.help
-    assert command.epilog.startswith(f"Example: slimspec {name.replace(' run', '')} ")
+    assert command.epilog.startswith(f"Example: {name.replace(' run', '')} ")
 
 
 @pytest.mark.parametrize("arguments", [("train", "--help"), ("train", "-h"), ("train",)])

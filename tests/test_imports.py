@@ -70,6 +70,43 @@ def test_no_module_imports_itself_through_others_of_its_package():
     assert sorted(graph) == []
 
 
+BENCHMARKS = PACKAGE.parent / "benchmarks"
+
+
+def plain_imports(source: str) -> set[str]:
+    """Return the modules that a file imports, by their full names."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found
+
+
+def test_the_package_imports_no_benchmark():
+    """Catches: a command that fails for users, whose wheel has no benchmarks."""
+    names = {file.stem for file in BENCHMARKS.glob("*.py")}
+    assert "cycle" in names
+    assert [str(file) for file in FILES if plain_imports(file.read_text()) & names] == []
+
+
+def test_no_benchmark_has_the_name_of_a_test_module():
+    """Catches: a module of the tests that is imported in the place of a benchmark."""
+    tests = {file.stem for file in Path(__file__).parent.glob("*.py")}
+    assert {file.stem for file in BENCHMARKS.glob("*.py")} & tests == set()
+
+
+def test_no_benchmark_imports_itself_through_others():
+    """Catches: a circle among the benchmarks, which an import in a function hides."""
+    graph = {file.stem: plain_imports(file.read_text()) for file in BENCHMARKS.glob("*.py")}
+    graph = {name: targets & graph.keys() for name, targets in graph.items()}
+    while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert sorted(graph) == []
+
+
 def of_whom(name: str, modules: dict[str, set[str]]) -> str | None:
     """Return the module that an imported name belongs to, or None if it is not one of ``modules``."""
     return next((part for part in (name, name.rpartition(".")[0]) if part in modules), None)

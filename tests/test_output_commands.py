@@ -11,6 +11,9 @@ import pytest
 from tiny_training import write_work
 from typer.testing import CliRunner
 
+import cycle
+import parts
+import serve_random
 from vllm_slimspec import cli
 from vllm_slimspec.commands.measure import app as bench
 from vllm_slimspec.common import output
@@ -51,8 +54,8 @@ KEPT = {
         *("train", "states", "--target", "{work}/llama", "--documents", "{work}/documents.jsonl"),
         *("--output-path", "{out}"),
     ],
-    "bench cycle, its work": ["bench", "cycle", "--work-path", "{out}"],
-    "bench serve, its work": ["bench", "serve", "--shape", "llama-3.2-1b", "--work-path", "{out}"],
+    "cycle.py, its work": ["cycle.py", "--work-path", "{out}"],
+    "serve_random.py, its work": ["serve_random.py", "--shape", "llama-3.2-1b", "--work-path", "{out}"],
 }
 FILES = {
     "train answers": [
@@ -63,19 +66,28 @@ FILES = {
         *("bench", "acceptance", "--target", "{work}/llama", "--drafter", "full={work}/dense"),
         *("--prompts", "{work}/prompts.jsonl", "--json", "{out}"),
     ],
-    "bench serve": ["bench", "serve", "--shape", "llama-3.2-1b", "--work-path", "{work}/cycle", "--json", "{out}"],
-    "bench cycle": ["bench", "cycle", "--work-path", "{work}/cycle", "--json", "{out}"],
+    "bench serve": [
+        *("bench", "serve", "--target", "{work}/llama", "--drafter", "full={work}/dense"),
+        *("--prompts", "{work}/prompts.jsonl", "--json", "{out}"),
+    ],
+    "serve_random.py": [
+        *("serve_random.py", "--shape", "llama-3.2-1b", "--work-path", "{work}/cycle", "--json", "{out}"),
+    ],
+    "cycle.py": ["cycle.py", "--work-path", "{work}/cycle", "--json", "{out}"],
     "bench head": ["bench", "head", "--json", "{out}"],
-    "bench head --tune": ["bench", "head", "--tune", "--json", "{out}"],
-    "bench parts": ["bench", "parts", "--json", "{out}"],
+    "tune": ["tune", "--json", "{out}"],
+    "parts.py": ["parts.py", "--json", "{out}"],
     "bench prompts": ["bench", "prompts", "{work}/question.jsonl", "--from", "mt-bench", "--output-path", "{out}"],
     "report, a picture": ["report", HEADS, "--output-path", "{out}.png"],
 }
 COMMANDS = FOLDERS | KEPT | FILES
+BENCHMARKS = {"cycle.py": cycle.app, "parts.py": parts.app, "serve_random.py": serve_random.app}
 
 
 def run(app, command: list[str], work: Path, out: Path | str):
-    done = CliRunner().invoke(app, [word.format(work=work, out=out) for word in command])
+    words = [word.format(work=work, out=out) for word in command]
+    script = BENCHMARKS.get(words[0])
+    done = CliRunner().invoke(script or app, words[1:] if script else words)
     return done.exit_code, done.stderr
 
 

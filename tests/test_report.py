@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
+from cycle import least_ratio
 from vllm_slimspec import cli
-from vllm_slimspec.common.speedup import least_ratio, speedup
+from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.errors import CheckpointError, OutputError
 from vllm_slimspec.measure.report import KINDS, read, write_report
 from vllm_slimspec.measure.results import (

@@ -14,6 +14,8 @@ from typer.core import TyperGroup
 from vllm_slimspec import __version__
 from vllm_slimspec.commands.convert import EXAMPLE, convert
 from vllm_slimspec.commands.train import app as train
+from vllm_slimspec.commands.tune import EXAMPLE as TUNE_EXAMPLE
+from vllm_slimspec.commands.tune import tune
 from vllm_slimspec.common import console
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.errors import CheckpointError
@@ -40,6 +42,7 @@ app = typer.Typer(
 )
 app.command(epilog=EXAMPLE)(convert)
 app.add_typer(train, name="train")
+app.command(epilog=TUNE_EXAMPLE)(tune)
 
 
 def main() -> None:
@@ -53,7 +56,7 @@ def main() -> None:
                     app as bench,  # imports torch, which would slow the others down
                 )
 
-                app.add_typer(bench, name="bench", help="Measure draft heads: alone, in a cycle, accepted, served.")
+                app.add_typer(bench, name="bench", help="Measure draft heads: alone, accepted, served.")
             except ModuleNotFoundError:
                 if command == ["bench"]:
                     raise

@@ -90,7 +90,7 @@ serve-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 		--concurrency 1,4,8 --drafter full=$(DENSE) $(LISTED) --local-argmax trim-argmax \
 		--drafter distilled-rerank-16=$(WORK)/heads/distilled-rerank-16 --drafter slimspec=$(SHIPPED) \
 		--json docs/results/smollm2-serve.json
-	$(SLIMSPEC) bench cycle --target $(SMOLLM2) --drafter $(DENSE) -k 3 --batches 1,8 \
+	$(PY) benchmarks/cycle.py --target $(SMOLLM2) --drafter $(DENSE) -k 3 --batches 1,8 \
 		--heads full,full-argmax,full-int8,trim-32k,trim-32k-scatter,spec-vocab,low-rank,low-rank-int8,low-rank-int4,low-rank-rerank \
 		--json docs/results/smollm2-cycle.json
 	$(PY) tests/documents.py

@@ -1,4 +1,4 @@
-"""`slimspec bench cycle` in one real engine: heads take each other's place, and each cycle asks the one that is in."""
+"""`benchmarks/cycle.py` in one real engine: heads take each other's place, and each cycle asks the one that is in."""
 
 import gc
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 from cycle_toy import CONFIG, SHAPE
 
-from vllm_slimspec.measure import cycle, pairs
-from vllm_slimspec.measure.cycle_engine import Engine, Plan, measure
+import cycle
+from cycle_engine import Engine, Plan, measure
+from heads import HEADS, heads_of
+from random_pairs import write_drafter, write_target
+from vllm_slimspec.measure.arms import TRIMMED, trimmed_offsets
 from vllm_slimspec.measure.shapes import SHAPES
 
 K = 3
@@ -15,8 +18,8 @@ K = 3
 
 def _plan(work, drafter, heads, **speculative):
     return Plan(
-        target=str(pairs.write_target(work / "target", CONFIG)),
-        drafter=str(pairs.write_drafter(work, CONFIG, SHAPE.rank, drafter)),
+        target=str(write_target(work / "target", CONFIG)),
+        drafter=str(write_drafter(work, CONFIG, SHAPE.rank, HEADS[drafter])),
         heads=heads,
         rank=SHAPE.rank,
         num_speculative_tokens=K,
@@ -33,7 +36,7 @@ def _plan(work, drafter, heads, **speculative):
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     """An engine that has run its plan."""
-    engine = Engine(_plan(tmp_path_factory.mktemp("cycle"), "full", cycle.heads_of("cpu")))
+    engine = Engine(_plan(tmp_path_factory.mktemp("cycle"), "full", heads_of("cpu")))
     ticks = []
     yield engine, measure(engine, lambda: ticks.append(1)), len(ticks)
     del engine
@@ -45,12 +48,13 @@ def _worker(engine):
 
 
 def test_every_head_has_its_row(running, monkeypatch):
-    """A head left out, an engine that ran fewer turns than it announced, parts that are not those of a cycle."""
+    """Catches: a head left out, an engine that ran fewer turns than it announced, parts that are not those of a
+    cycle."""
     engine, found, ticks = running
     monkeypatch.setitem(SHAPES, "toy", SHAPE)
     assert ticks == engine.plan.ticks
     rows = cycle.rows_of("toy", SHAPE.rank, K, [found])
-    assert [(row.head, row.batch) for row in rows] == [(h, b) for b in (1, 2) for h in cycle.heads_of("cpu")]
+    assert [(row.head, row.batch) for row in rows] == [(h, b) for b in (1, 2) for h in heads_of("cpu")]
     for row in rows:
         assert row.cycles == 2
         assert row.accepted < 0.5  # random weights: a cycle gives one token
@@ -58,9 +62,9 @@ def test_every_head_has_its_row(running, monkeypatch):
         assert row.cycle_ms_p20 <= row.cycle_ms_p50 <= row.cycle_ms_p80
 
 
-@pytest.mark.parametrize("head", cycle.heads_of("cpu"))
+@pytest.mark.parametrize("head", heads_of("cpu"))
 def test_the_drafter_asks_the_head_that_is_in(running, head):
-    """An exchange that leaves the last head in, and rows that differ by noise alone."""
+    """Catches: an exchange that leaves the last head in, and rows that differ by noise alone."""
     engine, _, _ = running
     worker = _worker(engine)
     hidden = torch.randn(2, SHAPE.hidden_size, generator=torch.Generator().manual_seed(7)).bfloat16()
@@ -82,13 +86,13 @@ def test_the_drafter_asks_the_head_that_is_in(running, head):
     assert ids.dtype == torch.int64
     if head == "null":
         assert not ids.any()
-    if head.startswith("trim"):
-        targets = torch.arange(pairs.TRIMMED) + pairs.trimmed_offsets(pairs.TRIMMED, SHAPE.vocab_size)
+    if HEADS[head].rows:
+        targets = torch.arange(TRIMMED) + trimmed_offsets(TRIMMED, SHAPE.vocab_size)
         assert torch.isin(ids, targets).all()
 
 
 def test_a_wrong_head_is_not_timed(running, monkeypatch):
-    """A faster head that drafts something else."""
+    """Catches: a faster head that drafts something else."""
     from vllm_slimspec.drafters.draft import LowRankDraft
 
     engine, _, _ = running
@@ -102,9 +106,9 @@ def test_a_wrong_head_is_not_timed(running, monkeypatch):
 
 
 def test_a_rival_in_a_folder_of_its_own(tmp_path):
-    """What a GPU's engines load: an architecture that no worker knows, a rival whose head is never asked."""
+    """Catches: what a GPU's engines load: an architecture that no worker knows, a rival whose head is never asked."""
+    from cycle_worker import RivalDraft
     from vllm_slimspec.measure.arms import check
-    from vllm_slimspec.measure.cycle_worker import RivalDraft
 
     engine = Engine(_plan(tmp_path, "spec-vocab", ["spec-vocab"], use_local_argmax_reduction=True))
     drafter = _worker(engine).model_runner.drafter.model

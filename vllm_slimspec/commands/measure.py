@@ -1,7 +1,6 @@
-"""``slimspec bench``: the commands that start engines and servers, beside those that time a head alone."""
+"""``slimspec bench``: the commands that start engines and servers, beside the one that times a head alone."""
 
 import json as json_format
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,20 +11,15 @@ from vllm_slimspec.common.console import Dtype, json_object, log_on_stderr, one_
 from vllm_slimspec.common.output import beside, claim_file, claim_work
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.measure import cycle, parts, rivals
-from vllm_slimspec.measure.options import choices, claim_results, positive_ints
+from vllm_slimspec.measure.options import claim_results, positive_ints
 from vllm_slimspec.measure.options import dtypes as listed_dtypes
-from vllm_slimspec.measure.pairs import TARGETS
 from vllm_slimspec.measure.prompts import Benchmark, convert, read_lines
-from vllm_slimspec.measure.results import AcceptanceResults
-from vllm_slimspec.measure.synthetic import NO_SYNTHETIC
 
 if TYPE_CHECKING:
-    from vllm_slimspec.measure.results import ServeResults, StatesResults
+    from vllm_slimspec.measure.results import AcceptanceResults, ServeResults, StatesResults
 
 app = typer.Typer(no_args_is_help=True)
 app.command(epilog=heads.EXAMPLE)(heads.head)
-app.command(epilog=heads.ROOFLINE_EXAMPLE)(heads.roofline)
 
 Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
 Drafters = Annotated[
@@ -45,10 +39,18 @@ CompareDtype = Annotated[
     ),
 ]
 Json = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
-
-app.command(epilog=cycle.EXAMPLE)(cycle.cycle)
-app.command("parts", epilog=parts.EXAMPLE)(parts.parts_command)
-app.command(epilog=rivals.EXAMPLE)(rivals.rivals)
+Concurrency = Annotated[str, typer.Option(help="Numbers of requests at once, up to where more bring no more.")]
+Requests = Annotated[int, typer.Option(min=1, help="Requests that follow each other in each of those at once.")]
+ServedTokens = Annotated[int, typer.Option(min=2, help="Tokens of each answer, exactly.")]
+ServerArgs = Annotated[str, typer.Option(help="Further arguments of `vllm serve`, as one string.")]
+ServedDtypes = Annotated[
+    str | None,
+    typer.Option(
+        "--dtypes",
+        help="Data types to serve in, such as bfloat16,float32.",
+        show_default="these two on a CPU; vLLM's choice on a GPU, and where --server-args has --dtype",
+    ),
+]
 
 
 @app.command(
@@ -177,13 +179,9 @@ def prompts(
     "--prompts mt-bench.jsonl --concurrency 1,4,16,64 --json serve.json"
 )
 def serve(
-    target: Annotated[
-        str | None, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")
-    ] = None,
-    drafter: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER of an EAGLE-3 drafter; repeat the option.")
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help='JSONL file of {"prompt"}, {"messages"} or {"text"}.')] = None,
+    target: Target,
+    drafter: Drafters,
+    prompts: Annotated[Path, typer.Option(help='JSONL file of {"prompt"}, {"messages"} or {"text"}.')],
     local_argmax: Annotated[
         list[str] | None,
         typer.Option(
@@ -191,79 +189,45 @@ def serve(
             "repeat the option. Low-rank drafters are always asked so."
         ),
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help=f"Shape of random weights, instead of the three above: {', '.join(TARGETS)}.")
-    ] = None,
-    heads: Annotated[str, typer.Option(help="Heads of the drafters of random weights.")] = "full,trim-32k,low-rank",
-    acceptance: Annotated[
-        Path | None, typer.Option(help="JSON file of `bench acceptance`: vLLM then accepts as often. GPU only.")
-    ] = None,
     num_speculative_tokens: K = 5,
-    concurrency: Annotated[
-        str, typer.Option(help="Numbers of requests at once, up to where more bring no more.")
-    ] = "1,4,16",
-    requests: Annotated[int, typer.Option(min=1, help="Requests that follow each other in each of those at once.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer, exactly.")] = 256,
-    server_args: Annotated[str, typer.Option(help="Further arguments of `vllm serve`, as one string.")] = "",
-    work_path: Annotated[Path, typer.Option(help="Folder that keeps random drafters.")] = Path("build/cycle"),
-    dtypes: Annotated[
-        str | None,
-        typer.Option(
-            help="Data types to serve in, such as bfloat16,float32.",
-            show_default="these two on a CPU; vLLM's choice on a GPU, and where --server-args has --dtype",
-        ),
-    ] = None,
+    concurrency: Concurrency = "1,4,16",
+    requests: Requests = 8,
+    max_tokens: ServedTokens = 256,
+    server_args: ServerArgs = "",
+    dtypes: ServedDtypes = None,
     json: Json = None,
 ) -> None:
     """Serve the target alone and with each drafter, under `vllm bench serve`: latency, throughput and acceptance."""
     import shlex
 
-    import torch
-
     from vllm_slimspec.measure import serve as bench
 
-    if (shape is None and not (target and drafter and prompts)) or (shape and (target or drafter or prompts)):
-        raise typer.BadParameter("give --target, --drafter and --prompts, or --shape for random weights")
-    if acceptance is not None and not torch.cuda.is_available():
-        raise typer.BadParameter(f"{acceptance}: {NO_SYNTHETIC}", param_hint="--acceptance")
-    if shape is not None and shape not in TARGETS:
-        raise typer.BadParameter(f"{shape!r} is not one of: {', '.join(TARGETS)}", param_hint="--shape")
-    numbers = positive_ints(concurrency, "--concurrency", "numbers of requests at once")
-    names, further = choices(heads, bench.HEADS, "--heads"), shlex.split(server_args)
-    wanted = listed_dtypes(dtypes)
+    drafters = _drafters(drafter)
+    for name in local_argmax or ():
+        if name not in drafters:
+            raise typer.BadParameter(f"{name!r} is the name of no --drafter", param_hint="--local-argmax")
+    asked = {name: {"use_local_argmax_reduction": True} for name in local_argmax or ()}
+    options = bench.Options(
+        pair=bench.Pair(target, drafters, prompts, shlex.split(server_args), asked),
+        k=num_speculative_tokens,
+        concurrencies=positive_ints(concurrency, "--concurrency", "numbers of requests at once"),
+        requests=requests,
+        max_tokens=max_tokens,
+        dtypes=listed_dtypes(dtypes),
+    )
     with (
         log_on_stderr(),
         one_line_errors(),
         claim_results(json),
-        claim_work(work_path) if shape else nullcontext(),
         progress("bench serve", ends=False),
     ):
-        measured = None if acceptance is None else AcceptanceResults.read(acceptance)
-        if target and drafter and prompts:
-            drafters = _drafters(drafter)
-            for name in local_argmax or ():
-                if name not in drafters:
-                    raise typer.BadParameter(f"{name!r} is the name of no --drafter", param_hint="--local-argmax")
-            asked = {name: {"use_local_argmax_reduction": True} for name in local_argmax or ()}
-            pair = bench.Pair(target, drafters, prompts, further, asked)
-        else:
-            pair = bench.random_pair(str(shape), names, work_path, further)
-        options = bench.Options(
-            pair=pair,
-            k=num_speculative_tokens,
-            concurrencies=numbers,
-            requests=requests,
-            max_tokens=max_tokens,
-            dtypes=wanted,
-            acceptance=measured,
-        )
         for results in bench.measure(options):
             if json is not None:
                 results.write(json)
     print_serve(results)
 
 
-def print_acceptance(results: AcceptanceResults) -> None:
+def print_acceptance(results: "AcceptanceResults") -> None:
     """A table for each prompt set and temperature."""
     from rich.console import Console
     from rich.table import Table
@@ -339,8 +303,6 @@ def print_serve(results: "ServeResults") -> None:
                 length = "" if row.length is None else f"{row.length:.2f}"
                 table.add_row(row.head, f"{row.tokens_per_s:.1f}", *times, length, str(row.failed or ""))
         console.print(table)
-    if results.acceptance:
-        console.print(f"vLLM accepted as often as it was measured with {results.acceptance}.")
     console.print("Medians. A cycle's tokens arrive together: ITL is the time of a cycle, TPOT that of a token.")
 
 

@@ -10,8 +10,3 @@ def speedup(rho: float, kappa: float, nu: float) -> float:
         nu: how many times faster than the full head this one is.
     """
     return rho / (1 - kappa + kappa / nu)
-
-
-def least_ratio(kappa: float, nu: float) -> float:
-    """The rho from which on a head pays: the cost of its cycle, in cycles of the full head."""
-    return 1 - kappa + kappa / nu

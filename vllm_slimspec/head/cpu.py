@@ -4,7 +4,7 @@ A bfloat16 factor is reordered by oneDNN, which then reads it at memory speed (t
 quantized `up` keeps two forms: the ATen kernel for weight-only integers, which wins for the few rows of a small batch
 because it reads fewer bytes, and beside it the dequantized bfloat16 one, which wins from then on because its
 arithmetic is faster: both integer kernels take rows four at a time, and the fifth is one too many
-(docs/results/crossover-cpu.json, by `slimspec bench head --tune`).
+(docs/results/crossover-cpu.json, by `slimspec tune`).
 """
 
 from typing import NamedTuple

@@ -1,8 +1,9 @@
 """The draft heads that are timed side by side, of random weights, each with a check that it drafts the right token."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +14,53 @@ from vllm_slimspec.head.cpu import PackedFactor
 from vllm_slimspec.head.selection import best_of
 from vllm_slimspec.measure.shapes import Shape
 
-HEADS = (
-    "full",
-    "full-packed",
-    "full-fp8",
-    "full-int8",
-    "trim-32k",
-    "trim-32k-scatter",
-    "trim-64k",
-    "trim-64k-scatter",
-    "spec-vocab",
-    "low-rank",
-    "low-rank-fp8",
-    "low-rank-int8",
-    "low-rank-int4",
-    "low-rank-rerank",
-    "low-rank-int8-rerank",
-)
 RERANK_K = 16
 SPEC_VOCAB_K = 2048  # the paper's (arXiv 2602.13836, section 3.3)
+TRIMMED = 32768  # rows of the shorter list of tokens
+
+Family = Literal["null", "full", "trim", "spec-vocab", "low-rank"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A draft head that can be measured, and what it is made of: nothing is read out of its name."""
+
+    name: str
+    family: Family
+    quantization: str | None = None  # of `up`, or of the dense rows of a full head
+    rerank: int | None = None  # candidates that are scored again by the dense rows
+    rows: int | None = None  # of the vocabulary that it keeps; None: all
+    packed: bool = False  # its dense rows are in the layout that a CPU reads fastest
+    by_logits: bool = False  # vLLM asks it for logits over the whole vocabulary, and else for tokens
+    devices: tuple[str, ...] = ("cpu", "cuda")  # that have a kernel for it
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether it has a rank."""
+        return self.family in ("low-rank", "spec-vocab")
+
+
+HEADS = {
+    head.name: head
+    for head in (
+        Head("full", "full", by_logits=True),
+        Head("full-packed", "full", packed=True, devices=("cpu",)),
+        Head("full-fp8", "full", quantization="fp8", devices=("cuda",)),
+        Head("full-int8", "full", quantization="int8", packed=True, devices=("cpu",)),
+        Head("trim-32k", "trim", rows=TRIMMED),
+        Head("trim-32k-scatter", "trim", rows=TRIMMED, by_logits=True),
+        Head("trim-64k", "trim", rows=2 * TRIMMED),
+        Head("trim-64k-scatter", "trim", rows=2 * TRIMMED, by_logits=True),
+        Head("spec-vocab", "spec-vocab"),
+        Head("low-rank", "low-rank"),
+        Head("low-rank-fp8", "low-rank", quantization="fp8"),
+        Head("low-rank-int8", "low-rank", quantization="int8"),
+        Head("low-rank-int4", "low-rank", quantization="int4"),
+        Head("low-rank-rerank", "low-rank", rerank=RERANK_K),
+        Head("low-rank-int8-rerank", "low-rank", quantization="int8", rerank=RERANK_K),
+    )
+}
+"""Every head that can be timed alone, by its name."""
 
 
 class Arm(NamedTuple):
@@ -72,47 +101,37 @@ class Weights:
         generator = torch.Generator().manual_seed(batch)
         return torch.randn(batch, self.shape.hidden_size, generator=generator).to(self.device, self.dtype)
 
-    def stored_up(self, name: str) -> Tensor | ops.QuantizedUp:
-        """`up` as the low-rank head of this name stores it -> [V, R]."""
-        kind = next((kind for kind in ("fp8", "int8", "int4") if kind in name), None)
-        return ops.quantize_up(self.up, kind) if kind else self.up
+    def stored_up(self, head: Head) -> Tensor | ops.QuantizedUp:
+        """`up` as a low-rank head stores it -> [V, R]."""
+        return ops.quantize_up(self.up, head.quantization) if head.quantization else self.up
 
-    def arm(self, name: str) -> Arm | None:
-        """The head of this name, or None where its device has no kernel for it."""
-        if name.startswith("low-rank"):
-            return self._low_rank(name)
-        if name.startswith("trim"):
-            return self._trim(name)
-        if name == "spec-vocab":
-            return self._spec_vocab()
-        return self._full(name)
-
-    def _full(self, name: str) -> Arm | None:
-        cpu = self.device.type == "cpu"
-        arm = Arm(name, lambda hidden: F.linear(hidden, self.dense).argmax(dim=-1), self._dense_scores, 0, 0)
-        arm = arm._replace(bytes=self.dense.nbytes)
-        if name == "full":
-            return arm
-        if name == "full-fp8" and not cpu:
-            quantized = ops.quantize_up(self.dense, "fp8")
-            arm = arm._replace(run=partial(_scaled_mm_argmax, quantized), bytes=quantized.nbytes)
-            # its activations are rounded to fp8 as well: no reference that is not itself
-            return arm._replace(score=lambda hidden: _twice(_scaled_mm(quantized, hidden).float()))
-        if name == "full-fp8" or not cpu:
+    def arm(self, head: Head) -> Arm | None:
+        """Make a head ready to be timed, or return None where this device has no kernel for it."""
+        if self.device.type not in head.devices:
             return None
-        if name == "full-packed":
-            packed = PackedFactor(self.dense, self.dtype)
-            return arm._replace(run=lambda hidden: best_of(packed(hidden))[1])
-        quantized = ops.quantize_up(self.dense, "int8")
-        packed = PackedFactor(quantized, self.dtype)
-        return arm._replace(
-            run=lambda hidden: best_of(packed(hidden))[1],
-            score=lambda hidden: _twice(_scores(hidden, quantized)),
-            bytes=quantized.nbytes,
-        )
+        make = {"full": self._full, "trim": self._trim, "spec-vocab": self._spec_vocab, "low-rank": self._low_rank}
+        return make[head.family](head)
 
-    def _trim(self, name: str) -> Arm:
-        rows = {"32k": 32768, "64k": 65536}[name.split("-")[1]]
+    def _full(self, head: Head) -> Arm:
+        arm = Arm(head.name, lambda hidden: F.linear(hidden, self.dense).argmax(dim=-1), self._dense_scores, 0, 0)
+        arm = arm._replace(bytes=self.dense.nbytes)
+        stored = ops.quantize_up(self.dense, head.quantization) if head.quantization else self.dense
+        if head.packed:
+            packed = PackedFactor(stored, self.dtype)
+            return arm._replace(
+                run=lambda hidden: best_of(packed(hidden))[1],
+                score=lambda hidden: _twice(_scores(hidden, stored)),
+                bytes=stored.nbytes,
+            )
+        if isinstance(stored, ops.QuantizedUp):
+            arm = arm._replace(run=partial(_scaled_mm_argmax, stored), bytes=stored.nbytes)
+            # its activations are rounded to fp8 as well: no reference that is not itself
+            return arm._replace(score=lambda hidden: _twice(_scaled_mm(stored, hidden).float()))
+        return arm
+
+    def _trim(self, head: Head) -> Arm:
+        rows = head.rows
+        assert rows is not None
         trimmed = self.dense[:rows]
         # on a CPU laid out as ours are, which is near what vLLM's CPU backend does to a head
         multiply = PackedFactor(trimmed, self.dtype) if self.device.type == "cpu" else partial(F.linear, weight=trimmed)
@@ -135,9 +154,9 @@ class Weights:
             full[:, targets] = _scores(hidden, trimmed)
             return _twice(full)
 
-        return Arm(name, scattered if name.endswith("scatter") else in_draft_space, score, trimmed.nbytes, 0)
+        return Arm(head.name, scattered if head.by_logits else in_draft_space, score, trimmed.nbytes, 0)
 
-    def _spec_vocab(self) -> Arm:
+    def _spec_vocab(self, head: Head) -> Arm:
         """The paper's rival as it is described: a screen, a top-k over V, exact scores of those, and their argmax."""
 
         def run(hidden: Tensor) -> Tensor:
@@ -148,23 +167,23 @@ class Weights:
         k = min(SPEC_VOCAB_K, self.shape.vocab_size)
         factors = ops.pack(self.down, self.up)
         row = k * self.shape.hidden_size * self.dtype.itemsize
-        return Arm("spec-vocab", run, partial(self._reranked, self.up, k), self.down.nbytes + self.up.nbytes, row)
+        return Arm(head.name, run, partial(self._reranked, self.up, k), self.down.nbytes + self.up.nbytes, row)
 
-    def _low_rank(self, name: str) -> Arm:
-        up = self.stored_up(name)
+    def _low_rank(self, head: Head) -> Arm:
+        up = self.stored_up(head)
         factors = ops.pack(self.down, up)
         read = self.down.nbytes + up.nbytes
-        if not name.endswith("rerank"):
+        k = head.rerank
+        if k is None:
             return Arm(
-                name, lambda hidden: ops.low_rank_argmax(hidden, *factors)[1], partial(self._screened, up), read, 0
+                head.name, lambda hidden: ops.low_rank_argmax(hidden, *factors)[1], partial(self._screened, up), read, 0
             )
-        row = RERANK_K * self.shape.hidden_size * self.dtype.itemsize
         return Arm(
-            name,
-            lambda hidden: ops.low_rank_rerank(hidden, *factors, self.dense, RERANK_K)[1][:, 0],
-            partial(self._reranked, up, RERANK_K),
+            head.name,
+            lambda hidden: ops.low_rank_rerank(hidden, *factors, self.dense, k)[1][:, 0],
+            partial(self._reranked, up, k),
             read,
-            row,
+            k * self.shape.hidden_size * self.dtype.itemsize,
         )
 
     def _dense_scores(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from vllm_slimspec.common.device import device_name
-from vllm_slimspec.measure.arms import Weights, check
+from vllm_slimspec.measure.arms import Head, Weights, check
 from vllm_slimspec.measure.clock import Clock, quantile
 from vllm_slimspec.measure.results import HeadResults, HeadRow, provenance
 from vllm_slimspec.measure.shapes import SHAPES
@@ -14,7 +14,7 @@ from vllm_slimspec.measure.shapes import SHAPES
 
 def measure(
     shapes: Sequence[str],
-    heads: Sequence[str],
+    heads: Sequence[Head],
     batches: Sequence[int],
     *,
     device: torch.device,
@@ -34,7 +34,7 @@ def measure(
     with torch.inference_mode():
         for shape in shapes:
             weights = Weights(SHAPES[shape], dtype, device)
-            arms = [arm for name in heads if (arm := weights.arm(name))]
+            arms = [arm for head in heads if (arm := weights.arm(head))]
             for batch in batches:
                 hidden = weights.hidden(batch)
                 for arm in arms:

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from vllm_slimspec.common.output import claim_file
 from vllm_slimspec.common.progress import progress
+from vllm_slimspec.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
@@ -34,6 +38,21 @@ def positive_ints(given: str, option: str, what: str) -> list[int]:
 def dtypes(given: str | None) -> list[str] | None:
     """The dtypes of a comma-separated list; None where none is given."""
     return None if given is None else choices(given, ("bfloat16", "float32", "float16"), "--dtypes")
+
+
+def device_of(name: str | None) -> "torch.device":
+    """Return the device that ``--device`` names, or this machine's own; OptionError where this machine has none."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # the second: torch was built without CUDA
+        raise OptionError(
+            f"--device {name}: this machine cannot run on it ({str(error).splitlines()[0]}); give cpu"
+        ) from None
+    return found
 
 
 def claim_results(json: Path | None, *, run: Path | None = None) -> AbstractContextManager[Any]:

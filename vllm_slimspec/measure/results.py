@@ -13,11 +13,13 @@ from vllm_slimspec.common.output import claim_file
 from vllm_slimspec.errors import CheckpointError
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What a row of a file is made from: nothing but the fields that its kind has."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class Results(_Record):
+class Results(Record):
     """The head of every file; a kind of measurement adds its rows."""
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -53,7 +55,7 @@ class Results(_Record):
             raise CheckpointError(f"{path}: {words}") from None
 
 
-class HeadRow(_Record):
+class HeadRow(Record):
     """One head at one shape and batch."""
 
     head: str
@@ -78,75 +80,7 @@ class HeadResults(Results):
     rows: list[HeadRow]
 
 
-PartName = Literal["down", "up", "choice", "rescoring", "whole"]
-
-
-class PartRow(_Record):
-    """One part of one head at one shape and batch, or the whole of it as it is served."""
-
-    head: str
-    shape: str
-    batch: int
-    part: PartName
-    p50_us: float
-    bytes: int  # of weights that it reads
-
-
-class PartResults(Results):
-    """``slimspec bench parts``."""
-
-    kind: Literal["parts"] = "parts"
-    threads: int
-    repeats: int
-    copy_gb_s: float  # as in HeadResults, of this run
-    read_gb_s: float
-    rows: list[PartRow]
-
-
-class CycleRow(_Record):
-    """One head in one engine: K draft steps and their verification, as the engine ran them."""
-
-    head: str
-    shape: str
-    rank: int | None  # of a low-rank head
-    num_speculative_tokens: int  # K
-    batch: int
-    context: int  # tokens of each prompt
-    dtype: str
-    cycles: int  # timed
-    cycle_ms_p20: float
-    cycle_ms_p50: float
-    cycle_ms_p80: float
-    # of the K draft heads of a cycle: cycle(this head) - cycle(a head that returns a constant id), medians
-    head_ms: float
-    # one call alone, with cold caches, in the same process: independent of the cycle
-    head_alone_us_p50: float
-    accepted: float  # draft tokens a request and cycle; near 0 with random weights, else by vLLM's synthetic acceptance
-    # of all requests, at the imitated acceptance length and the median cycle; None without synthetic acceptance
-    tokens_per_s: float | None = None
-    kappa: float  # (cycle(full) - cycle(null)) / cycle(full), of this shape, K, batch and context
-    nu: float | None  # head_alone_us_p50(full) / head_alone_us_p50; None for the constant id
-    ratio: float  # cycle_ms_p50 / cycle_ms_p50(full)
-    ratio_low: float  # 95%, by drawing rounds anew, the same for both heads
-    ratio_high: float
-    predicted_ratio: float | None  # 1 - kappa + kappa / nu: eq. 4 of arXiv 2605.10453 at equal acceptance
-    # from one more round with clocks around the parts, where nothing is compiled: medians of a cycle
-    verify_ms: float | None  # the target's forward pass and logits
-    body_ms: float | None  # the drafter's K forward passes
-    wrapped_head_ms: float | None  # the K heads
-
-
-class CycleResults(Results):
-    """``slimspec bench cycle``."""
-
-    kind: Literal["cycle"] = "cycle"
-    threads: int
-    rounds: int
-    acceptance: str | None = None  # whose acceptance rates vLLM imitated; None: those of random weights
-    rows: list[CycleRow]
-
-
-class TunedRow(_Record):
+class TunedRow(Record):
     """The best tiling of one form of `up`, rank and batch bucket."""
 
     form: str
@@ -161,14 +95,14 @@ class TunedRow(_Record):
 
 
 class TunedTable(Results):
-    """``slimspec bench head --tune``; the kernels read it."""
+    """``slimspec tune``; the kernels read it."""
 
     kind: Literal["tuned"] = "tuned"
     gemm_rows: int  # from so many rows on an unfused GEMM is faster
     rows: list[TunedRow]
 
 
-class CrossoverRow(_Record):
+class CrossoverRow(Record):
     """Both forms that a CPU keeps of one quantized `up`, multiplied by so many rows."""
 
     kind: str
@@ -179,7 +113,7 @@ class CrossoverRow(_Record):
 
 
 class CrossoverResults(Results):
-    """``slimspec bench head --tune`` on a CPU; medians."""
+    """``slimspec tune`` on a CPU; medians."""
 
     kind: Literal["crossover"] = "crossover"
     threads: int
@@ -187,7 +121,7 @@ class CrossoverResults(Results):
     rows: list[CrossoverRow]
 
 
-class _AcceptedRow(_Record):
+class _AcceptedRow(Record):
     """What one head accepts over one set of prompts at one K."""
 
     head: str
@@ -248,7 +182,7 @@ class StatesResults(Results):
     rows: list[StatesRow]
 
 
-class ServeRow(_Record):
+class ServeRow(Record):
     """One drafter behind a server at one concurrency, as ``vllm bench serve`` counted; ``none`` is the target alone."""
 
     head: str

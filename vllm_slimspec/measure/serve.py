@@ -5,7 +5,6 @@ from one request at once, where a cycle waits for memory, to as many as it takes
 """
 
 import json
-import random
 import shutil
 import subprocess
 import tempfile
@@ -22,19 +21,10 @@ from vllm_slimspec.common.progress import progress
 from vllm_slimspec.engine.server import Server, vllm_command
 from vllm_slimspec.errors import EngineError
 from vllm_slimspec.measure.compare import read_sets
-from vllm_slimspec.measure.cycle import HEADS as CYCLE_HEADS
-from vllm_slimspec.measure.pairs import TARGETS, asked_for, is_rival, write_drafter, write_target, write_tokenizer
-from vllm_slimspec.measure.results import AcceptanceResults, ServeResults, ServeRow, provenance
-from vllm_slimspec.measure.shapes import SHAPES
-from vllm_slimspec.measure.synthetic import synthetic
+from vllm_slimspec.measure.results import ServeResults, ServeRow, provenance
 from vllm_slimspec.target import Target
 
-HEADS = tuple(head for head in CYCLE_HEADS if not is_rival(head))
-"""Of random weights: those that a server has by itself or from the plugin."""
-
 _WARM_UP = 2  # requests for each one at once, before anything is counted
-_PROMPTS, _PROMPT_TOKENS = 64, 128  # of random weights
-_LENGTH = 4096  # of a text at the most, or a cache has to have room for the 131072 tokens that some configs name
 
 
 @dataclass(frozen=True)
@@ -59,36 +49,6 @@ class Options:
     requests: int  # for each of the requests at once
     max_tokens: int
     dtypes: Sequence[str] | None = None  # None: see dtypes_of
-    acceptance: AcceptanceResults | None = None  # on a GPU: vLLM accepts as often as these drafters' targets did
-
-
-def random_pair(shape: str, heads: Sequence[str], work: Path, server: Sequence[str] = ()) -> Pair:
-    """A pair of true shapes and random weights, made in ``work``, where drafters that are there are kept.
-
-    Args:
-        shape: a name of TARGETS.
-        heads: names of HEADS.
-        work: a folder.
-        server: further arguments of `vllm serve`.
-    """
-    config, rank = TARGETS[shape], SHAPES[shape].rank
-    target = write_target(work / shape / "target", config)
-    write_tokenizer(target, config["vocab_size"])
-    draw = random.Random(0)
-    texts = (
-        " ".join(f"t{draw.randrange(config['vocab_size'])}" for _ in range(_PROMPT_TOKENS)) for _ in range(_PROMPTS)
-    )
-    prompts = work / shape / "random.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    # A dummy drafter's vocabulary map would be random numbers too.
-    loading = {"draft_load_config": {"load_format": "safetensors"}}
-    return Pair(
-        target=str(target),
-        drafters={head: str(write_drafter(work / shape, config, rank, head)) for head in heads},
-        prompts=prompts,
-        server=["--load-format", "dummy", "--max-model-len", str(_LENGTH), *server],
-        speculative={head: loading | asked_for(head) for head in heads},
-    )
 
 
 def dtypes_of(pair: Pair) -> Sequence[str | None]:
@@ -110,7 +70,6 @@ def measure(options: Options) -> Iterator[ServeResults]:
     Raises:
         CheckpointError: a prompt is bad.
         ImportError: the load generator lacks a package.
-        ValueError: the acceptance of a drafter is asked for and was not measured.
         EngineError: a server or the load generator failed; the message names the log.
     """
     import torch
@@ -121,9 +80,6 @@ def measure(options: Options) -> Iterator[ServeResults]:
     if find_spec("pandas") is None:
         raise ImportError("`vllm bench serve` needs pandas; pip install 'vllm-slimspec[bench]'")
     pair = options.pair
-    accepting = {
-        name: synthetic(options.acceptance, name, options.k) if options.acceptance else {} for name in pair.drafters
-    }
     target = Target.open(pair.target)
     room = options.max_tokens + options.k
     (prompt_set, prompts), *_ = read_sets([pair.prompts], target, max_model_len=None, room=room).items()
@@ -144,7 +100,6 @@ def measure(options: Options) -> Iterator[ServeResults]:
                 "model": drafter,
                 "num_speculative_tokens": options.k,
                 **pair.speculative.get(name, {}),
-                **accepting[name],
             }
             arguments += ["--speculative-config", json.dumps(speculative)]
         server = Server(pair.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200)
@@ -165,7 +120,6 @@ def measure(options: Options) -> Iterator[ServeResults]:
             prompt_set=prompt_set,
             num_speculative_tokens=options.k,
             max_tokens=options.max_tokens,
-            acceptance=None if options.acceptance is None else options.acceptance.target,
             rows=list(rows),
         )
     shutil.rmtree(work)

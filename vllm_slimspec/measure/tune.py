@@ -1,4 +1,4 @@
-"""``slimspec bench head --tune``: what the heads choose by, measured: tilings on a GPU, crossovers on a CPU."""
+"""``slimspec tune``: what the heads choose by, measured: tilings on a GPU, crossovers on a CPU."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence

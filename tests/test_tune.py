@@ -1,10 +1,10 @@
-"""``slimspec bench head --tune``: tables that the kernels find again, crossovers of the forms that they name."""
+"""``slimspec tune``: tables that the kernels find again, crossovers of the forms that they name."""
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_slimspec.commands.measure import app
+from vllm_slimspec.cli import app
 from vllm_slimspec.kernels import _tiles
 from vllm_slimspec.measure import tune
 from vllm_slimspec.measure.results import CrossoverResults
@@ -18,7 +18,8 @@ def tiny(monkeypatch):
 
 
 def test_kernels_find_the_table(monkeypatch, tmp_path):
-    """A table under a name, form, rank or bucket that no kernel asks for: tuned for nothing, and nobody notices."""
+    """Catches: a table under a name, form, rank or bucket that no kernel asks for: tuned for nothing, and nobody
+    notices."""
     monkeypatch.setattr(tune, "TILINGS", ((128, 64, 8, 4), (64, 48, 4, 3)))  # the second divides no rank here
     monkeypatch.setattr(tune, "GEMM_BATCHES", (64,))
     monkeypatch.setattr(tune, "device_name", lambda device: "NVIDIA H200")
@@ -65,7 +66,7 @@ def test_tuning_goes_on_where_it_was(monkeypatch):
 
 
 def test_the_default_is_tried():
-    """A table with something slower than no table, because the default was never timed."""
+    """Catches: a table with something slower than no table, because the default was never timed."""
     for bucket in _tiles.BATCH_BUCKETS:
         for form in ("bfloat16", "fp8", "int8", "int4"):
             default = _tiles.default_tiling(bucket, 512, form)
@@ -73,14 +74,14 @@ def test_the_default_is_tried():
 
 
 def test_crossovers_time_both_forms(tmp_path, monkeypatch):
-    """The same form timed twice, under two names."""
+    """Catches: the same form timed twice, under two names."""
     ran = []
     for name in ("_Int8", "_Int4"):
         form = getattr(__import__("vllm_slimspec.head.cpu", fromlist=[name]), name)
         call = form.__call__
         monkeypatch.setattr(form, "__call__", lambda self, x, call=call, name=name: ran.append(name) or call(self, x))
     path = tmp_path / "crossover.json"
-    arguments = ["head", "--tune", "--shapes", "tiny", "--device", "cpu", "--repeats", "3", "--json", str(path)]
+    arguments = ["tune", "--shapes", "tiny", "--device", "cpu", "--repeats", "3", "--json", str(path)]
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 0, run.output
     assert "tiny int4 rows=4: integers" in run.output

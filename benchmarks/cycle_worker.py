@@ -1,4 +1,4 @@
-"""The heads of ``slimspec bench cycle`` inside an engine: built from the drafter that is there, checked, exchanged.
+"""The heads of ``benchmarks/cycle.py`` inside an engine: built from the drafter that is there, checked, exchanged.
 
 Stock heads run vLLM's own ``compute_logits`` and ``get_top_tokens``, low-rank ones those of the plugin.
 """
@@ -18,13 +18,14 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 
+from heads import HEADS, EngineHead
+from random_pairs import RIVAL_ARCHITECTURE
 from vllm_slimspec import register
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.slot import HeadSlot
 from vllm_slimspec.head.spec import DOWN, UP, head_spec
 from vllm_slimspec.measure.arms import Arm, Weights, check, trimmed_offsets
 from vllm_slimspec.measure.clock import Clock
-from vllm_slimspec.measure.pairs import BY_LOGITS, RIVAL_ARCHITECTURE, TRIMMED, low_rank_keys
 from vllm_slimspec.measure.shapes import Shape
 
 # In the worker's process: vLLM imports this module there for the sake of WorkerHeads, before it loads a model. The
@@ -55,48 +56,47 @@ class Heads:
         shape = Shape(model.config.hidden_size, model.config.vocab_size, rank)
         self.weights = Weights(shape, rows.dtype, rows.device, dense=rows)
 
-    def make(self, name: str) -> Head:
-        """The head of this name.
+    def make(self, head: EngineHead) -> Head:
+        """Make a head as the runner calls it.
 
-        Raises ValueError where the device has no kernel for it.
+        Raises CheckpointError where the device has no kernel for it.
         """
-        if name == "null":
+        if head.family == "null":
             return Head(lambda hidden: hidden.new_zeros(hidden.shape[0], dtype=torch.int64), True, None)
-        if name in ("full", "full-argmax"):
-            return self._stock(name, self._model, self.weights.arm("full"))
-        reference = self.weights.arm(name)
+        reference = self.weights.arm(head)
         if reference is None:
-            raise CheckpointError(f"head {name} has no kernel on {self.weights.device.type}; leave it out of --heads")
-        if name.startswith("trim"):
-            return self._stock(name, self._trimmed(), reference)
-        if name.startswith("low-rank"):
-            return Head(self._low_rank(name), True, reference)
-        return Head(reference.run, True, reference)
+            device = self.weights.device.type
+            raise CheckpointError(f"head {head.name} has no kernel on {device}; leave it out of --heads")
+        if head.family == "low-rank":
+            return Head(self._low_rank(head), True, reference)
+        if head.is_rival:
+            return Head(reference.run, True, reference)
+        return self._stock(head, self._trimmed(head.rows) if head.rows else self._model, reference)
 
-    def _stock(self, name: str, owner: Any, reference: Arm | None) -> Head:
-        """vLLM's own functions, of the drafter or of something that has what they read."""
-        if name in BY_LOGITS:
+    def _stock(self, head: EngineHead, owner: Any, reference: Arm) -> Head:
+        """Take vLLM's own functions, of the drafter or of something that has what they read."""
+        if head.by_logits:
             return Head(partial(Eagle3LlamaForCausalLM.compute_logits, owner), False, reference)
         return Head(partial(Eagle3LlamaForCausalLM.get_top_tokens, owner), True, reference)
 
-    def _trimmed(self) -> SimpleNamespace:
+    def _trimmed(self, rows: int) -> SimpleNamespace:
         shape = self.weights.shape
         with self._building():
-            head = ParallelLMHead(TRIMMED, shape.hidden_size)
-            processor = LogitsProcessor(TRIMMED, scale=self._model.logits_processor.scale)
-        head.weight_loader(head.weight, self.weights.dense[:TRIMMED])
+            head = ParallelLMHead(rows, shape.hidden_size)
+            processor = LogitsProcessor(rows, scale=self._model.logits_processor.scale)
+        head.weight_loader(head.weight, self.weights.dense[:rows])
         head.quant_method.process_weights_after_loading(head)
         return SimpleNamespace(
             lm_head=head,
             logits_processor=processor,
-            draft_id_to_target_id=trimmed_offsets(TRIMMED, shape.vocab_size).to(self.weights.device),
-            config=SimpleNamespace(vocab_size=shape.vocab_size, draft_vocab_size=TRIMMED),
+            draft_id_to_target_id=trimmed_offsets(rows, shape.vocab_size).to(self.weights.device),
+            config=SimpleNamespace(vocab_size=shape.vocab_size, draft_vocab_size=rows),
         )
 
-    def _low_rank(self, name: str) -> Callable[[Tensor], Tensor]:
-        spec = head_spec(self._model.config.to_dict() | low_rank_keys(name, self.weights.shape.rank))
+    def _low_rank(self, head: EngineHead) -> Callable[[Tensor], Tensor]:
+        spec = head_spec(self._model.config.to_dict() | head.low_rank_keys(self.weights.shape.rank))
         with self._building():
-            slot = HeadSlot(spec, self._config.scheduler_config.max_num_seqs, name)
+            slot = HeadSlot(spec, self._config.scheduler_config.max_num_seqs, head.name)
         slot.load({DOWN: self.weights.down, UP: self.weights.up})
         slot.prepare(self._model.lm_head)  # padded as `up` is
         return slot.top_tokens
@@ -132,7 +132,8 @@ class RivalDraft(Eagle3LlamaForCausalLM):
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self._head is None:  # the weights are loaded by now, and no graph is captured yet
-            self._head = Heads(self, self._vllm_config, self.config.rival_rank).make(self.config.rival_head)
+            heads = Heads(self, self._vllm_config, self.config.rival_rank)
+            self._head = heads.make(HEADS[self.config.rival_head])
         return super().forward(input_ids, positions, hidden_states, inputs_embeds)
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class WorkerHeads:
         heads = Heads(_drafter(self), self.vllm_config, rank)  # type: ignore[attr-defined]
         self._slimspec_heads = {}
         for name in names:
-            head = self._slimspec_heads[name] = heads.make(name)
+            head = self._slimspec_heads[name] = heads.make(HEADS[name])
             if head.reference is not None:
                 for batch in batches:
                     check(head.reference._replace(run=head.draft), heads.weights.hidden(batch))
@@ -171,7 +172,7 @@ class WorkerHeads:
 
     @torch.inference_mode()
     def slimspec_time(self, batch: int, repeats: int) -> dict[str, list[float]]:
-        """Microseconds of one call of each head alone, with cold caches, as ``slimspec bench head`` takes them."""
+        """Time calls of each head alone, with cold caches, as ``slimspec bench head`` does, in microseconds."""
         model = _drafter(self)
         device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
         generator = torch.Generator().manual_seed(batch)
@@ -195,14 +196,14 @@ class WorkerHeads:
             setattr(owner, name, _timed(getattr(owner, name), self._slimspec_parts[part]))
 
     def slimspec_parts(self) -> dict[str, list[float]]:
-        """Milliseconds of every call of each part since the last time this was asked."""
+        """Return the milliseconds of every call of each part since the last time this was asked."""
         found = {part: list(times) for part, times in self._slimspec_parts.items()}
         for times in self._slimspec_parts.values():
             times.clear()
         return found
 
     def slimspec_threads(self) -> int:
-        """Threads that compute."""
+        """Return the number of threads that compute."""
         return torch.get_num_threads()
 
 

@@ -1,16 +1,14 @@
-"""``slimspec bench rivals``: every way to a cheaper draft head, what it reads, and whether it is measured here."""
+"""Print the page `docs/rivals.md`: the ways to a cheaper draft head, what they read, and what is measured here."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import typer
 
+from heads import HEADS
 from vllm_slimspec.head.spec import head_spec
-from vllm_slimspec.measure.arms import RERANK_K, SPEC_VOCAB_K
-from vllm_slimspec.measure.pairs import TRIMMED, low_rank_keys
+from vllm_slimspec.measure.arms import RERANK_K, SPEC_VOCAB_K, TRIMMED
 from vllm_slimspec.measure.shapes import SHAPES, Shape
-
-EXAMPLE = "Example: slimspec bench rivals > docs/rivals.md"
 
 _NANO_ROWS = 3000  # "under 3k tokens" in its abstract
 _CORAL_GROUPS = 4  # assumed: the paper's number was not found in what is public of it
@@ -26,16 +24,16 @@ class Rival(NamedTuple):
     training: str
     formula: str
     bytes: Callable[[Shape], int]  # of weights in bfloat16 that a draft step of one request reads, at the least
-    heads: tuple[str, ...]  # its names in `bench head` and `bench cycle`; none: documented only
+    heads: tuple[str, ...]  # its names in `slimspec bench head` and cycle.py; none: documented only
     remark: str
 
 
 def low_rank_bytes(head: str) -> Callable[[Shape], int]:
-    """What a low-rank head of this name reads for one row, re-ranked rows included, in a bfloat16 model."""
+    """Return what a low-rank head of this name reads for one row, re-ranked rows included, in a bfloat16 model."""
 
     def read(shape: Shape) -> int:
         d, v, r = shape
-        spec = head_spec({"hidden_size": d, "vocab_size": v, **low_rank_keys(head, r)})
+        spec = head_spec({"hidden_size": d, "vocab_size": v, **HEADS[head].low_rank_keys(r)})
         return spec.bytes(2) + 2 * d * (spec.rerank or 0)
 
     return read
@@ -194,18 +192,23 @@ RIVALS = (
 )
 
 
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command(epilog="Example: python benchmarks/rivals.py > docs/rivals.md")
 def rivals() -> None:
     """Print the page docs/rivals.md: mechanism, bytes and standing of every head of the literature and of practice."""
     typer.echo(rivals_page())
 
 
 def rivals_page() -> str:
-    """The page `docs/rivals.md`."""
+    """Return the page `docs/rivals.md`."""
     lines = [
         "# Rivals",
         "",
-        "Made by `slimspec bench rivals`. Every way to a cheaper draft head that we know of, SlimSpec among them: what",
-        "it does, what it can draft, and the weights that a draft step of one request reads, in a bfloat16 model.",
+        "Made by `python benchmarks/rivals.py`. Every way to a cheaper draft head that we know of, SlimSpec",
+        "among them: what it does, what it can draft, and the weights that a draft step of one request reads, in a",
+        "bfloat16 model.",
         "Bytes are computed from the formulas (D hidden size, V vocabulary, R = D / 8); launches, top-k and what",
         "logits cost are not in them, and decide where bytes are few. What is not run is described from abstracts and",
         "summaries. Measurements stand in docs/results/.",
@@ -231,3 +234,7 @@ def rivals_page() -> str:
     lines += ["", "Remarks:", ""]
     lines += [f"- {rival.name}: {rival.remark}." for rival in RIVALS if rival.remark]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app()

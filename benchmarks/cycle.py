@@ -1,4 +1,4 @@
-"""``slimspec bench cycle``: one draft-and-verify cycle of the real engine under every head, side by side.
+"""Time one draft-and-verify cycle of the real engine under every head, side by side.
 
 Eq. 4 of the paper (arXiv 2605.10453) says what a head ought to give: with kappa, the share of a cycle that the full
 head takes, and nu, how many times faster another head is, that head's cycle takes 1 - kappa + kappa / nu of the full
@@ -16,50 +16,26 @@ import numpy as np
 import torch
 import typer
 
+from cycle_engine import Found, Plan, Turn, rotated, run
+from heads import HEADS, heads_of
+from random_pairs import DTYPE, TARGETS, write_drafter, write_target
+from results import CycleResults, CycleRow
+from synthetic import NO_SYNTHETIC, rates, synthetic
 from vllm_slimspec.common.bootstrap import interval
 from vllm_slimspec.common.console import log_on_stderr, one_line_errors
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.output import claim_work
 from vllm_slimspec.common.progress import progress
-from vllm_slimspec.common.speedup import least_ratio
 from vllm_slimspec.measure.clock import quantile
-from vllm_slimspec.measure.cycle_engine import Found, Plan, Turn, rotated, run
 from vllm_slimspec.measure.options import choices, claim_results, positive_ints, turns
 from vllm_slimspec.measure.options import dtypes as listed_dtypes
-from vllm_slimspec.measure.pairs import DTYPE, TARGETS, asked_for, write_drafter, write_target
-from vllm_slimspec.measure.results import AcceptanceResults, CycleResults, CycleRow, provenance
+from vllm_slimspec.measure.results import AcceptanceResults, provenance
 from vllm_slimspec.measure.served_dtypes import fitting
 from vllm_slimspec.measure.shapes import SHAPES
-from vllm_slimspec.measure.synthetic import NO_SYNTHETIC, rates, synthetic
 from vllm_slimspec.target import Target
 
-HEADS = (
-    "null",
-    "full",
-    "full-argmax",
-    "full-int8",
-    "full-fp8",
-    "trim-32k",
-    "trim-32k-scatter",
-    "spec-vocab",
-    "low-rank",
-    "low-rank-fp8",
-    "low-rank-int8",
-    "low-rank-int4",
-    "low-rank-rerank",
-    "low-rank-int8-rerank",
-)
-_CPU_ONLY = ("full-int8",)
-_GPU_ONLY = ("full-fp8", "low-rank-fp8")  # a CPU reads fp8 as bfloat16
 _COMPARED_WITH = ("null", "full")
 _STEADY = 1.25  # p80 over p20 of cycles that nothing disturbs is below it
-EXAMPLE = "Example: slimspec bench cycle --shapes llama-3.2-1b -k 5,3 --batches 1,8 --json cycle.json"
-
-
-def heads_of(device: str) -> list[str]:
-    """The heads that a device can run."""
-    left_out = _GPU_ONLY if device == "cpu" else _CPU_ONLY
-    return [head for head in HEADS if head not in left_out]
 
 
 class Pair(NamedTuple):
@@ -143,18 +119,21 @@ def _dtypes(options: Options, shape: str, device: str) -> list[str]:
 
 
 def plan(options: Options, shape: str, k: int, device: str, dtype: str = DTYPE) -> list[Plan]:
-    """The engines of a shape and K: on a CPU one, in which the heads take turns; on a GPU one a head and round.
+    """Plan the engines of a shape and K: on a CPU one, in which the heads take turns; on a GPU one a head and round.
 
     A GPU's engines keep a head in their CUDA graphs, where it cannot be exchanged.
 
-    Raises ValueError for a head of unknown acceptance, where acceptance is asked for.
+    Raises CheckpointError for a head of unknown acceptance, where acceptance is asked for.
     """
     rank, folder, pair = options.rank(shape), options.work / shape, options.pair
 
     def one(heads: list[str], drafter: str, rounds: int, seed: int = 0, **speculative: Any) -> Plan:
         if pair is None:
             config = TARGETS[shape]
-            models = str(write_target(folder / "target", config)), str(write_drafter(folder, config, rank, drafter))
+            models = (
+                str(write_target(folder / "target", config)),
+                str(write_drafter(folder, config, rank, HEADS[drafter])),
+            )
         else:
             models = pair.target, pair.drafter
         return Plan(
@@ -180,8 +159,10 @@ def plan(options: Options, shape: str, k: int, device: str, dtype: str = DTYPE) 
     plans = []
     for number in range(options.rounds):
         for head in rotated(options.heads, number):
-            accepting = {} if options.acceptance is None or head == "null" else synthetic(options.acceptance, head, k)
-            plans.append(one([head], head, 1, number, **asked_for(head), **accepting))
+            asked = dict(HEADS[head].speculative)
+            if options.acceptance is not None and head != "null":
+                asked |= synthetic(options.acceptance, HEADS[head], k)
+            plans.append(one([head], head, 1, number, **asked))
     return plans
 
 
@@ -193,7 +174,7 @@ def rows_of(
     acceptance: AcceptanceResults | None = None,
     dtype: str = DTYPE,
 ) -> list[CycleRow]:
-    """What the engines of one shape and K found, a row for each head, batch and context.
+    """Make a row for each head, batch and context of what the engines of one shape and K found.
 
     Tokens per second are those of the ``acceptance`` that vLLM imitated: it draws, and a few hundred cycles would put
     its luck into the comparison. ``accepted`` is what it drew.
@@ -215,12 +196,12 @@ def rows_of(
             low, high = _ratio_interval(rounds[head], rounds["full"])
             tokens = sum(turn.tokens for turn in here if turn.head == head)
             steps = sum(len(turn.ms) for turn in here if turn.head == head)
-            expected = None if acceptance is None or head == "null" else 1 + sum(rates(acceptance, head, k))
+            expected = None if acceptance is None or head == "null" else 1 + sum(rates(acceptance, HEADS[head], k))
             rows.append(
                 CycleRow(
                     head=head,
                     shape=shape,
-                    rank=rank if head.startswith("low-rank") or head == "spec-vocab" else None,
+                    rank=rank if HEADS[head].has_factors else None,
                     num_speculative_tokens=k,
                     batch=batch,
                     context=context,
@@ -247,6 +228,11 @@ def rows_of(
     return rows
 
 
+def least_ratio(kappa: float, nu: float) -> float:
+    """Return the cost of a head's cycle, in cycles of the full head: the share of acceptance from which on it pays."""
+    return 1 - kappa + kappa / nu
+
+
 def _ratio_interval(mine: Sequence[Sequence[float]], full: Sequence[Sequence[float]]) -> tuple[float, float]:
     """95% of the ratio of medians, by drawing rounds of [rounds, cycles] anew, the same ones for both heads."""
     ours, theirs = np.array(mine), np.array(full)
@@ -262,6 +248,12 @@ def _part(turns: Sequence[Turn], head: str, part: str) -> float | None:
     return round(median(ms), 2) if ms else None
 
 
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command(
+    epilog="Example: python benchmarks/cycle.py --shapes llama-3.2-1b -k 5,3 --batches 1,8 --json cycle.json",
+)
 def cycle(
     shapes: Annotated[
         str, typer.Option(help=f"Targets to time: all, or some of {', '.join(TARGETS)}.")
@@ -283,8 +275,8 @@ def cycle(
     acceptance: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file of `bench acceptance`: vLLM then accepts as often as there, which gives tokens per "
-            "second. GPU only."
+            help="JSON file of `slimspec bench acceptance`: vLLM then accepts as often as there, which gives tokens "
+            "per second. GPU only."
         ),
     ] = None,
     work_path: Annotated[Path, typer.Option(help="Folder that keeps random drafters and the engines' logs.")] = Path(
@@ -323,7 +315,7 @@ def cycle(
     pair = None if target is None or drafter is None else Pair(target, drafter)
     if pair is not None and torch.cuda.is_available():
         raise typer.BadParameter(
-            "an engine of a GPU keeps one head in its graphs; measure a real pair by `bench serve`",
+            "an engine of a GPU keeps one head in its graphs; measure a real pair by `slimspec bench serve`",
             param_hint="--target",
         )
     options = Options(
@@ -344,7 +336,7 @@ def cycle(
         one_line_errors(),
         claim_results(json),
         claim_work(work_path),
-        progress("bench cycle", ends=False),
+        progress("cycle.py", ends=False),
     ):
         if acceptance is not None:
             options = options._replace(acceptance=AcceptanceResults.read(acceptance))
@@ -387,3 +379,7 @@ def _print(results: CycleResults) -> None:
     if busy:
         spread = f"spread by more than {_STEADY:g}x from p20 to p80"
         console.print(f"{busy} of {len(results.rows)} rows {spread}: other programs ran too")
+
+
+if __name__ == "__main__":
+    app()

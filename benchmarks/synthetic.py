@@ -8,26 +8,27 @@ from typing import Any
 
 import numpy as np
 
+from heads import EngineHead
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.measure.results import AcceptanceResults
 
-NO_SYNTHETIC = "vLLM's CPU backend cannot imitate acceptance; `slimspec report` multiplies what was measured apart"
+NO_SYNTHETIC = "vLLM's CPU backend cannot imitate acceptance; measure acceptance and cycles apart there"
 
 
-def synthetic(acceptance: AcceptanceResults, head: str, k: int) -> dict[str, Any]:
-    """What makes vLLM accept as often as this head's drafts were: a part of its speculative_config.
+def synthetic(acceptance: AcceptanceResults, head: EngineHead, k: int) -> dict[str, Any]:
+    """Return the part of speculative_config that makes vLLM accept as often as this head's drafts were.
 
-    Raises ValueError as :func:`rates` does.
+    Raises CheckpointError as :func:`rates` does.
     """
     return {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates(acceptance, head, k)}
 
 
-def rates(acceptance: AcceptanceResults, head: str, k: int) -> list[float]:
-    """The share of all cycles, over all prompt sets, in which the draft at position 1, ..., ``k`` was accepted.
+def rates(acceptance: AcceptanceResults, head: EngineHead, k: int) -> list[float]:
+    """Return the share of all cycles, over all prompt sets, in which the draft at position 1, ..., ``k`` was accepted.
 
-    Raises ValueError if this head was not measured, or with fewer draft tokens.
+    Raises CheckpointError if this head was not measured, or with fewer draft tokens.
     """
-    drafter = head.removesuffix("-argmax").removesuffix("-scatter")  # other code, the same draft tokens
+    drafter = head.drafts_as or head.name
     coldest = min(row.temperature for row in acceptance.rows)
     rows = [
         row

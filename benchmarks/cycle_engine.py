@@ -1,4 +1,4 @@
-"""One engine of ``slimspec bench cycle``, in a process of its own: runs cycles, and says how long each took.
+"""One engine of ``benchmarks/cycle.py``, in a process of its own: runs cycles, and says how long each took.
 
 A cycle, K draft steps and their verification, is one step of the engine. Random weights accept next to nothing, so that
 it gives one token a request.
@@ -16,11 +16,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from random_pairs import DTYPE
 from vllm_slimspec.common.process import how_it_ended, last_words, run_ticking
 from vllm_slimspec.errors import EngineError
-from vllm_slimspec.measure.pairs import DTYPE
 
 SPAWN = "VLLM_WORKER_MULTIPROC_METHOD"
+_HERE = str(Path(__file__).resolve().parent)
 
 
 class Plan(BaseModel):
@@ -91,12 +92,22 @@ class Found(BaseModel):
     alone: list[Alone]
 
 
+def find_benchmarks() -> None:
+    """Let every process that is started from this one import the modules of this folder: the engine, its workers, and
+    the process in which vLLM looks at the architecture of the rivals.
+    """
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if _HERE not in path:
+        os.environ["PYTHONPATH"] = os.pathsep.join([_HERE, *filter(None, path)])
+
+
 def run(plan: Plan, log: Path, tick: Callable[[], None] = lambda: None) -> Found:
     """Start an engine in a process of its own and run ``plan``; ``tick`` is called after every turn.
 
     Raises:
         EngineError: it failed; the message names ``log``, which has all that it said.
     """
+    find_benchmarks()
     log.parent.mkdir(parents=True, exist_ok=True)
     asked, found = log.with_suffix(".plan.json"), log.with_suffix(".found.json")
     asked.write_text(plan.model_dump_json())
@@ -115,7 +126,9 @@ class Engine:
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from vllm_slimspec.measure import cycle_worker
+        import cycle_worker
+
+        find_benchmarks()
 
         self.plan = plan
         self.llm = LLM(
@@ -148,7 +161,7 @@ class Engine:
         self._vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
 
     def ask(self, method: str, *args: Any) -> Any:
-        """A method of :class:`vllm_slimspec.measure.cycle_worker.WorkerHeads`."""
+        """Call a method of :class:`cycle_worker.WorkerHeads`."""
         return self.llm.collective_rpc(method, args=args)[0]
 
     @contextmanager
@@ -221,13 +234,13 @@ def measure(engine: Engine, tick: Callable[[], Any] = lambda: None) -> Found:
 
 
 def rotated(names: Sequence[str], first: int) -> list[str]:
-    """The same in a circle, from another one on: who comes first in a round changes with the rounds."""
+    """Return the same in a circle, from another one on: who comes first in a round changes with the rounds."""
     first %= len(names)
     return [*names[first:], *names[:first]]
 
 
 def main() -> None:
-    """In the process of one engine: PLAN FOUND DESCRIPTOR, which gets a byte after every turn."""
+    """Run one engine in this process: PLAN FOUND DESCRIPTOR, which gets a byte after every turn."""
     asked, found, ticks = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     plan = Plan.model_validate_json(asked.read_text())
     if plan.exchange:

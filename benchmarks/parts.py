@@ -1,4 +1,4 @@
-"""``slimspec bench parts``: where the time of a draft head on a CPU goes, part by part.
+"""Time the parts of draft heads on a CPU: where the time of each head goes.
 
 Each part is the code that serves, called alone with cold caches on what the part before it gave, the parts of all heads
 taking turns with the heads as wholes. In a whole the next part finds in a cache what the last one wrote, so that the
@@ -16,27 +16,26 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from results import PartName, PartResults, PartRow
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.cpu import PackedFactor
 from vllm_slimspec.head.selection import best_of, rescored, top_of
-from vllm_slimspec.measure.arms import RERANK_K, Weights, check
+from vllm_slimspec.measure import arms
+from vllm_slimspec.measure.arms import RERANK_K, Head, Weights, check
 from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.options import choices, claim_results, positive_ints, turns
-from vllm_slimspec.measure.results import PartName, PartResults, PartRow, provenance
+from vllm_slimspec.measure.results import provenance
 from vllm_slimspec.measure.shapes import SHAPES
 
-HEADS = (
-    "full",
-    "full-packed",
-    "low-rank",
-    "low-rank-int8",
-    "low-rank-int4",
-    "low-rank-rerank",
-    "low-rank-int8-rerank",
-)
-EXAMPLE = "Example: slimspec bench parts --shapes llama-3.2-1b --batches 1,8 --json parts.json"
+HEADS = {
+    name: head
+    for name, head in arms.HEADS.items()
+    if (head.family == "full" and head.quantization is None)
+    or (head.family == "low-rank" and head.quantization in (None, "int8", "int4"))
+}
+"""The heads whose parts are known here."""
 
 
 class Part(NamedTuple):
@@ -47,19 +46,19 @@ class Part(NamedTuple):
     bytes: int  # of weights that it reads
 
 
-def parts(weights: Weights, name: str, hidden: Tensor) -> Iterator[Part]:
-    """The steps of the head of this name on ``hidden`` [B, D], a CPU's."""
-    if name == "full":
-        logits = F.linear(hidden, weights.dense)
-        yield Part("up", partial(F.linear, hidden, weights.dense), weights.dense.nbytes)
-        yield Part("choice", partial(logits.argmax, dim=-1), 0)
-        return
-    if name == "full-packed":
+def parts(weights: Weights, head: Head, hidden: Tensor) -> Iterator[Part]:
+    """Give the steps of a head on ``hidden`` [B, D], a CPU's."""
+    if head.packed:
         packed = PackedFactor(weights.dense, weights.dtype)
         yield Part("up", partial(packed, hidden), weights.dense.nbytes)
         yield Part("choice", partial(best_of, packed(hidden)), 0)
         return
-    stored = weights.stored_up(name)
+    if head.family == "full":
+        logits = F.linear(hidden, weights.dense)
+        yield Part("up", partial(F.linear, hidden, weights.dense), weights.dense.nbytes)
+        yield Part("choice", partial(logits.argmax, dim=-1), 0)
+        return
+    stored = weights.stored_up(head)
     down, up = ops.pack(weights.down, stored)
     assert isinstance(down, PackedFactor)
     assert isinstance(up, PackedFactor)
@@ -67,18 +66,18 @@ def parts(weights: Weights, name: str, hidden: Tensor) -> Iterator[Part]:
     logits = up(z)
     yield Part("down", partial(down, hidden), weights.down.nbytes)
     yield Part("up", partial(up, z), stored.nbytes)
-    if not name.endswith("rerank"):
+    if head.rerank is None:
         yield Part("choice", partial(best_of, logits), 0)
         return
-    screened, ids = top_of(logits, RERANK_K)
-    yield Part("choice", partial(top_of, logits, RERANK_K), 0)
+    screened, ids = top_of(logits, head.rerank)
+    yield Part("choice", partial(top_of, logits, head.rerank), 0)
     read = ids.numel() * weights.dense[0].nbytes
     yield Part("rescoring", partial(rescored, hidden, screened, ids, weights.dense, None), read)
 
 
 def measure(
     shapes: Sequence[str],
-    heads: Sequence[str],
+    heads: Sequence[Head],
     batches: Sequence[int],
     *,
     repeats: int = 21,
@@ -98,12 +97,12 @@ def measure(
             for batch in batches:
                 hidden = weights.hidden(batch)
                 timed: list[tuple[str, Part]] = []
-                for name in heads:
-                    arm = weights.arm(name)
+                for head in heads:
+                    arm = weights.arm(head)
                     assert arm is not None, "every head of HEADS runs on a CPU"
                     check(arm, hidden)
-                    timed += [(name, part) for part in parts(weights, name, hidden)]
-                    timed.append((name, Part("whole", partial(arm.run, hidden), arm.bytes + batch * arm.bytes_per_row)))
+                    whole = Part("whole", partial(arm.run, hidden), arm.bytes + batch * arm.bytes_per_row)
+                    timed += [(head.name, part) for part in (*parts(weights, head, hidden), whole)]
                 times = clock.measure([part.run for _, part in timed], repeats, tick)
                 for (name, part), microseconds in zip(timed, times, strict=True):
                     rows.append(
@@ -128,7 +127,13 @@ def measure(
     )
 
 
-def parts_command(
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command(
+    epilog="Example: python benchmarks/parts.py --shapes llama-3.2-1b --batches 1,8 --json parts.json",
+)
+def main(
     shapes: Annotated[str, typer.Option(help=f"Shapes to time: all, or some of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
     heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
     batches: Annotated[str, typer.Option(help="Batch sizes: rows that are drafted at once.")] = "1,8,64",
@@ -137,22 +142,22 @@ def parts_command(
 ) -> None:
     """Time the parts of draft heads on a CPU: down, up, the choice of the best, rescoring. (A GPU's kernel is one.)"""
     shape_names = choices(shapes, SHAPES, "--shapes")
-    head_names = choices(heads, HEADS, "--heads")
+    chosen = [HEADS[name] for name in choices(heads, HEADS, "--heads")]
     sizes = positive_ints(batches, "--batches", "batch sizes")
     count = len(shape_names) * len(sizes) * (repeats + 2)
     with one_line_errors(), claim_results(json), turns(count, "Timing parts") as tick:
-        results = measure(shape_names, head_names, sizes, repeats=repeats, tick=tick)
+        results = measure(shape_names, chosen, sizes, repeats=repeats, tick=tick)
         if json:
             results.write(json)
     typer.echo("\n".join(tables(results)))
 
 
 def parts_section(results: PartResults, source: str) -> str:
-    """What `docs/roofline.md` says of the parts."""
+    """Return what `docs/roofline.md` says of the parts; ``source``: the file of the results."""
     lines = [
         "## Where the time goes",
         "",
-        f"Made by `{results.command}` ([JSON]({source.removeprefix('docs/')})).",
+        f"Made by `python benchmarks/parts.py` ([JSON]({source.removeprefix('docs/')}), with the options in it).",
         "",
         "Each part is the code that serves, alone",
         "and with cold caches, on what the part before it gave: `down`, `up`, the choice of the best score or of the",
@@ -164,7 +169,7 @@ def parts_section(results: PartResults, source: str) -> str:
 
 
 def tables(results: PartResults) -> list[str]:
-    """Markdown: a table for each shape and batch, microseconds and GB/s."""
+    """Write Markdown: a table for each shape and batch, microseconds and GB/s."""
     speeds = f"a copy moved {results.copy_gb_s} GB/s (read plus written), a read {results.read_gb_s} GB/s"
     lines = [f"{results.device}: {speeds}."]
     for shape, batch in dict.fromkeys((row.shape, row.batch) for row in results.rows):
@@ -184,3 +189,7 @@ def tables(results: PartResults) -> list[str]:
             cells = [us.get("down", ""), us["up"], speed["up"], us["choice"], us.get("rescoring", "")]
             lines.append(f"| {' | '.join([head, *cells, us['whole'], speed['whole'], ratio])} |")
     return lines
+
+
+if __name__ == "__main__":
+    app()

@@ -14,21 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heads import EngineHead
 from vllm_slimspec.common.files import save_tensors
 from vllm_slimspec.common.output import claim_folder, write_whole
 from vllm_slimspec.drafters.eagle3 import LLAMA
-from vllm_slimspec.head.quantized import KINDS
 from vllm_slimspec.head.spec import DENSE, DOWN, UP
-from vllm_slimspec.measure.arms import RERANK_K, Weights, trimmed_offsets
+from vllm_slimspec.measure.arms import Weights, trimmed_offsets
 from vllm_slimspec.measure.shapes import Shape
 
 RIVAL_ARCHITECTURE = "SlimSpecRivalLlamaForCausalLMEagle3"
-"""A stock drafter under the head that ``rival_head`` names: see :mod:`vllm_slimspec.measure.cycle_worker`."""
+"""A stock drafter under the head that ``rival_head`` names: see :mod:`cycle_worker`."""
 
-BY_LOGITS = ("full", "trim-32k-scatter")
-"""Stock heads that vLLM asks for logits; the others of its own get `use_local_argmax_reduction`."""
-
-TRIMMED = 32768
 DTYPE = "bfloat16"  # of every weight
 
 _LLAMA_3 = {
@@ -151,37 +147,15 @@ _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_va
 _DENSE_LAYER = {"gpt_oss": {"intermediate_size": 17280}}
 
 
-def low_rank_keys(head: str, rank: int) -> dict[str, Any]:
-    """What config.json says of a low-rank head by its name in a measurement, such as "low-rank-int8-rerank"."""
-    keys: dict[str, Any] = {"lm_head_rank": rank}
-    kind = next((kind for kind in KINDS if kind in head), None)
-    if kind:
-        keys["lm_head_quantization"] = kind
-    if head.endswith("rerank"):
-        keys["lm_head_rerank"] = RERANK_K
-    return keys
-
-
-def asked_for(head: str) -> dict[str, Any]:
-    """The part of vLLM's speculative_config under which it asks this head for ids rather than logits."""
-    by_default = head in BY_LOGITS or head.startswith("low-rank")  # for the latter our plugin sees to it
-    return {} if by_default else {"use_local_argmax_reduction": True}
-
-
-def is_rival(head: str) -> bool:
-    """Whether neither vLLM nor the plugin has this head, but :mod:`vllm_slimspec.measure.cycle_worker` alone."""
-    return not head.startswith(("trim", "low-rank")) and head not in ("full", "full-argmax")
-
-
 def write_target(folder: Path, config: dict[str, Any]) -> Path:
-    """A folder with ``config`` as config.json, for dummy weights."""
+    """Write a folder with ``config`` as config.json, for dummy weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": DTYPE}, indent=2) + "\n")
     return folder
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A tokenizer of the words t0, t1, ..., one a token, beside a target's config.json."""
+    """Write a tokenizer of the words t0, t1, ..., one a token, beside a target's config.json."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -191,8 +165,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def write_drafter(folder: Path, target: dict[str, Any], rank: int, head: str) -> Path:
-    """A drafter with random weights for ``target`` (its config.json), under the head of that name, in ``folder``/head.
+def write_drafter(folder: Path, target: dict[str, Any], rank: int, head: EngineHead) -> Path:
+    """Write a drafter with random weights for ``target`` (its config.json) into ``folder``/NAME, the head's name.
 
     One decoder layer of the target's width, and the heads cut from one dense head. A drafter that is there already is
     kept; the drafters of one ``folder`` share their files.
@@ -201,12 +175,12 @@ def write_drafter(folder: Path, target: dict[str, Any], rank: int, head: str) ->
         OSError: the disk refuses; no drafter is left half written.
     """
     config = _drafter_config(target, rank, head)
-    path = folder / head
+    path = folder / head.name
     if _is_made_from(path, config):
         return path
     shutil.rmtree(path, ignore_errors=True)
     with claim_folder(path) as claim:
-        files = {part: _part(folder, config, rank, part) for part in _parts(config, head)}
+        files = {part: _part(folder, config, rank, part) for part in _parts(head)}
 
         def fill(new: Path) -> None:
             for part, file in files.items():
@@ -222,37 +196,37 @@ def _is_made_from(path: Path, config: dict[str, Any]) -> bool:
     return file.is_file() and json.loads(file.read_text()) == config
 
 
-def _drafter_config(target: dict[str, Any], rank: int, head: str) -> dict[str, Any]:
+def _drafter_config(target: dict[str, Any], rank: int, head: EngineHead) -> dict[str, Any]:
     layers = target["num_hidden_layers"]
     config = {key: target[key] for key in (*_SIZES, "rms_norm_eps", "rope_theta", "max_position_embeddings")}
     config |= _DENSE_LAYER.get(target["model_type"], {}) | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "num_hidden_layers": 1,
-        "draft_vocab_size": TRIMMED if head.startswith("trim") else target["vocab_size"],
+        "draft_vocab_size": head.rows or target["vocab_size"],
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": DTYPE,
         "eagle_aux_hidden_state_layer_ids": [2, layers // 2, layers - 3],
     }
-    if head.startswith("low-rank"):
-        config |= {"architectures": [LLAMA.architecture], **low_rank_keys(head, rank)}
-    elif is_rival(head):
-        config |= {"architectures": [RIVAL_ARCHITECTURE], "rival_head": head, "rival_rank": rank}
+    if head.family == "low-rank":
+        config |= {"architectures": [LLAMA.architecture], **head.low_rank_keys(rank)}
+    elif head.is_rival:
+        config |= {"architectures": [RIVAL_ARCHITECTURE], "rival_head": head.name, "rival_rank": rank}
     return config
 
 
-def _parts(config: dict[str, Any], head: str) -> list[str]:
-    """The files of a drafter: its layer and what its head is made of."""
-    if head.startswith("trim"):
+def _parts(head: EngineHead) -> list[str]:
+    """Return the files of a drafter: its layer and what its head is made of."""
+    if head.rows:
         return ["body", "trimmed"]
-    if not head.startswith("low-rank"):
+    if head.family != "low-rank":
         return ["body", "dense"]
-    return ["body", "factors", *(["dense"] if "lm_head_rerank" in config else [])]
+    return ["body", "factors", *(["dense"] if head.rerank else [])]
 
 
 def _part(folder: Path, config: dict[str, Any], rank: int, part: str) -> Path:
-    """A file of random weights, made once for each size of them."""
+    """Return a file of random weights, made once for each size of them."""
     key = hashlib.sha256(json.dumps([part, rank, *(config[size] for size in _SIZES)]).encode()).hexdigest()[:12]
     file = folder / f"{part}-{key}.safetensors"
     if not file.is_file():
@@ -268,7 +242,8 @@ def _head(config: dict[str, Any], rank: int, part: str) -> dict[str, Tensor]:
         return {DOWN: weights.down, UP: weights.up}
     if part == "dense":
         return {DENSE: weights.dense}
-    return {DENSE: weights.dense[:TRIMMED].clone(), "d2t": trimmed_offsets(TRIMMED, shape.vocab_size)}
+    rows = config["draft_vocab_size"]
+    return {DENSE: weights.dense[:rows].clone(), "d2t": trimmed_offsets(rows, shape.vocab_size)}
 
 
 def _body(config: dict[str, Any]) -> dict[str, Tensor]:

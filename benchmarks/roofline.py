@@ -1,16 +1,46 @@
-"""The page `docs/roofline.md`: the least time of every head by the bytes that it reads, beside what was measured."""
+"""Print the page `docs/roofline.md`: the least time of every head by its bytes, beside what was measured."""
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parts import parts_section
+from results import PartResults
+from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.measure.arms import RERANK_K, SPEC_VOCAB_K
 from vllm_slimspec.measure.results import HeadResults
 
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
-def roofline_page(results: HeadResults, source: str) -> str:
-    """The page `docs/roofline.md`, but for its parts; ``source``: what the command that prints it is given."""
+
+@app.command(epilog="Example: python benchmarks/roofline.py head.json --parts parts.json > roofline.md")
+def roofline(
+    results: Annotated[Path, typer.Argument(help="The file that `slimspec bench head --json` wrote.")],
+    parts: Annotated[
+        Path | None,
+        typer.Option(help="The file that `parts.py --json` wrote: it says where the rest of the time goes."),
+    ] = None,
+) -> None:
+    """Derive, per shape and batch, the least bytes and time of every head, and print measured times against it."""
+    with one_line_errors():
+        page = roofline_page(results, parts)
+    typer.echo(page)
+
+
+def roofline_page(results: Path, parts: Path | None = None) -> str:
+    """Return the page `docs/roofline.md` of the file of the heads, and of that of their parts, where there is one."""
+    source = " --parts ".join(file.as_posix() for file in (results, parts) if file)
+    page = _heads(HeadResults.read(results), source)
+    return page if parts is None else f"{page}\n\n{parts_section(PartResults.read(parts), parts.as_posix())}"
+
+
+def _heads(results: HeadResults, source: str) -> str:
     bandwidth = max(results.read_gb_s, results.copy_gb_s)
     lines = [
         "# Roofline",
         "",
-        f"Made by `slimspec bench roofline {source}`; measured on {results.device}.",
+        f"Made by `python benchmarks/roofline.py {source}`; measured on {results.device}.",
         "",
         "A draft head at small batches does nothing but read: its least time is the bytes of its weights over what",
         "memory delivers. Bytes per call, in the model dtype (2 bytes) unless quantized:",
@@ -48,3 +78,7 @@ def roofline_page(results: HeadResults, source: str) -> str:
                 f"| {100 * least / row.p50_us:.0f}% | {' | '.join(ratios)} |"
             )
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app()

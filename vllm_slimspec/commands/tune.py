@@ -1,0 +1,73 @@
+"""``slimspec tune``: measure what the heads choose by on this machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vllm_slimspec.common.console import one_line_errors
+from vllm_slimspec.common.output import claim_file
+from vllm_slimspec.measure.options import choices, claim_results, device_of, turns
+from vllm_slimspec.measure.shapes import SHAPES
+
+if TYPE_CHECKING:
+    import torch
+
+EXAMPLE = "Example: slimspec tune --device cuda --shapes llama-3.1-8b,llama-3.2-1b"
+
+
+def tune(
+    shapes: Annotated[
+        str, typer.Option(help=f"Shapes to tune for: all, or some of {', '.join(SHAPES)}.")
+    ] = "llama-3.1-8b",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Device to tune for: cpu, cuda or cuda:N.", show_default="cuda where there is one, else cpu"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of each form on a CPU.")] = 21,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for the results.", show_default="on a GPU the table that the kernels read"),
+    ] = None,
+) -> None:
+    """Find the fastest tilings of the kernels on a GPU, and write them to the table that the kernels read.
+
+    On a CPU, time up to how many rows integer products are faster than bfloat16 ones.
+    """
+    names = choices(shapes, SHAPES, "--shapes")
+    with one_line_errors(), claim_results(json):
+        where = device_of(device)
+        if where.type == "cpu":
+            _tune_cpu(names, repeats, json)
+        else:
+            _tune_gpu(names, where, json)
+
+
+def _tune_cpu(shapes: Sequence[str], repeats: int, json: Path | None) -> None:
+    from vllm_slimspec.measure.tune import crossovers
+
+    with turns(None, "Timing crossovers") as tick:
+        found = crossovers(shapes, repeats, tick)
+    if json:
+        found.write(json)
+    for row in found.rows:
+        faster = "integers" if row.integer_us < row.bfloat16_us else "bfloat16"
+        typer.echo(
+            f"{row.shape} {row.kind} rows={row.batch}: integers {row.integer_us:.0f} us, "
+            f"bfloat16 {row.bfloat16_us:.0f} us: {faster}"
+        )
+
+
+def _tune_gpu(shapes: Sequence[str], device: "torch.device", json: Path | None) -> None:
+    from vllm_slimspec.common.device import device_name
+    from vllm_slimspec.kernels._tiles import tuned_path
+    from vllm_slimspec.measure.results import TunedTable
+    from vllm_slimspec.measure.tune import tune as tilings
+
+    path = json or tuned_path(device_name(device))
+    known = TunedTable.read(path) if path.is_file() else None
+    with claim_file(path), turns(None, "Tuning kernels") as tick:
+        for table in tilings(shapes, device, tick, known):  # minutes each: what is known is kept
+            table.write(path)
+    typer.echo(f"{path}: what it had for these versions was kept, the rest was tuned; remove it to begin anew")
