@@ -1,4 +1,4 @@
-"""A conversion in progress: its opened and checked inputs, the heads made of them, and the measurements of those heads."""
+"""A conversion in progress: its inputs, which are opened and checked, the heads made of them, and what they measure."""
 
 import json
 import logging
@@ -103,7 +103,7 @@ class Conversion:
         return self.drafter.head.to(device)
 
     def rank(self, rank: int | None, divisor: int | None) -> int:
-        """Return R: the given rank, or D // divisor, or without both the rank of the drafter's own factors, or D // 8.
+        """Return R: the given rank, or D // divisor, or without both the rank of the drafter's factors, or D // 8.
 
         Raises:
             OptionError: R does not fit the head.
@@ -119,8 +119,8 @@ class Conversion:
             return own[0].to(self.dense.device), own[1].to(self.dense.device)
         if self.states is None:
             logger.warning(
-                "no --calibration and no --hidden-states: the head becomes a plain SVD, and nothing is measured; at D/8 "
-                "a plain SVD keeps about a third of the dense head's choices, one weighted by states over four fifths"
+                "no --calibration and no --hidden-states: this is plain SVD, and nothing is measured; at D/8 it keeps "
+                "about a third of the dense head's choices, where an SVD weighted by states keeps over four fifths"
             )
             with progress("Factorizing the head", ends=False):
                 return factorize(self.dense, rank)
