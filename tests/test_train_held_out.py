@@ -183,7 +183,7 @@ def test_other_documents_are_measured_too(work, tmp_path):
 
 def test_a_run_on_prompts_says_so(work, tmp_path, caplog):
     """Catches: data of version 0.1.0, whose prompts are trained on and measured, and nobody told."""
-    said = "no prompt is known there, so every token is trained on and measured"
+    said = "the data do not say which tokens are prompts, so every token is trained on and measured"
     flags = {**FLAGS, "epochs": 1, "max_steps": 1}
     fit(work / "llama", work / "answers", tmp_path / "a", **flags)
     assert said not in caplog.text

@@ -2,7 +2,7 @@
 
 The figure that counts is tau, the mean number of tokens that a draft-and-verify cycle yields. Measuring it needs no
 engine. Once the states at every place of a greedy answer are recorded (:mod:`vllm_slimspec.engine.recording`), the
-cycles of any head through that answer can be computed (:mod:`vllm_slimspec.common.walk`), and at temperature 0 an engine
+cycles of any head through that answer can be computed (:mod:`vllm_slimspec.common.walk`). At temperature 0 an engine
 goes through the same cycles.
 
 Letters: N states, D hidden size, R rank, V draft vocabulary.
