@@ -10,8 +10,8 @@ Three keys describe the cycles through the answers, as they would be served (:mo
 is the share of cycles whose drafts at positions 1, 2, ... were all accepted.
 
 Two keys are means over all places that are trained on. ``by_place`` is the share of places where the drafts at
-positions 1, 2, ... are all the target's own best tokens. ``alpha`` is the mean of sum(min(p, q)) at each position, which is the
-probability that sampling accepts a draft.
+positions 1, 2, ... are all the target's own best tokens. ``alpha`` is the mean of sum(min(p, q)) at each position,
+which is the probability that sampling accepts a draft.
 """
 
 import json

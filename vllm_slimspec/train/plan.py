@@ -2,8 +2,8 @@
 
 Parameters are counted on the models themselves, which are built without memory (torch's meta device). Operations are
 those of matrix products and of attention. A multiplication and an addition count as 2, and what a mask hides is counted
-as well, as torch does. Norms, softmaxes, the optimizer and the time that a device waits are left out. The hours are those
-at the throughput that the user gives.
+as well, as torch does. Norms, softmaxes, the optimizer and the time that a device waits are left out. The hours are for
+the throughput that the user gives.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Plan:
     beside: list[str]  # files in <output>.run
 
     def hours(self, stage: Stage, tflops: float, terabytes: float) -> float:
-        """Return the device hours of a stage at a sustained throughput in TFLOP/s and TB/s, of which the slower counts."""
+        """Return the device hours of a stage at a throughput in TFLOP/s and TB/s, whichever of the two limits it."""
         return max(stage.operations / tflops, stage.bytes_read / terabytes) / 1e12 / 3600
 
     def tables(self, tflops: float | None = None, terabytes: float | None = None) -> list[Table]:
@@ -80,12 +80,15 @@ class Plan:
         for name, value in (
             ("data", f"{self.documents:,} documents, {self.tokens:,} tokens"),
             ("steps", f"{self.steps:,} in {self.epochs} epochs on {self.ranks} device(s)"),
-            ("tokens a step", f"{self.tokens_per_step:,}, or {self.tokens_per_step / self.mean_length:.0f} documents"),
-            ("a batch of 64", f"--total-seq-len {math.ceil(64 * self.mean_length / self.ranks):,}"),
-            ("trained", f"{self.trained:,} parameters, beside {self.frozen:,} frozen ones"),
-            ("memory a device", f"{_gb(self.weights_bytes)} weights, {_gb(self.logits_bytes)} logits (estimate)"),
-            ("a checkpoint", f"{_gb(self.checkpoint_bytes)}, the newest and the best are kept"),
-            ("written", f"{self.output}; {self.output}.run with {', '.join(self.beside)}"),
+            (
+                "tokens per step",
+                f"{self.tokens_per_step:,}, or {self.tokens_per_step / self.mean_length:.0f} documents",
+            ),
+            ("for a batch of 64 documents", f"--total-seq-len {math.ceil(64 * self.mean_length / self.ranks):,}"),
+            ("trained parameters", f"{self.trained:,}, besides {self.frozen:,} frozen ones"),
+            ("memory per device", f"{_gb(self.weights_bytes)} weights, {_gb(self.logits_bytes)} logits (estimate)"),
+            ("checkpoint", f"{_gb(self.checkpoint_bytes)} each; the newest and the best are kept"),
+            ("output", f"{self.output}; {self.output}.run with {', '.join(self.beside)}"),
         ):
             run.add_row(name, value)
         stages = Table("stage", "operations", "bytes read", "left on disk", box=None)

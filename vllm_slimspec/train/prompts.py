@@ -1,14 +1,14 @@
 """Let the target write the questions that it will answer, so that no data set is needed (Magpie, arXiv 2406.08464).
 
-A chat model gets its chat template up to the place where a user speaks, and goes on as a user would. What it writes there
-is a question. A question that it does not finish, or has written before, is dropped.
+A chat model gets its chat template up to the place where a user speaks, and goes on as a user would. What it writes
+there is a question. A question that it does not finish, or has written before, is dropped.
 
 OUTPUT.jsonl            {"messages": [...]}, one line for each different question
 OUTPUT.jsonl.json       what the questions were made from: target, sampling, openings
 OUTPUT.jsonl.partial    the questions so far, from which the same command resumes
 
-On its own, a small model asks only a few kinds of questions. ``openings.jsonl`` makes them more varied: each of its lines
-is a system prompt, the first words of a question, or both, and the samples take the lines in turn.
+On its own, a small model asks only a few kinds of questions. ``openings.jsonl`` makes them more varied: each of its
+lines is a system prompt, the first words of a question, or both, and the samples take the lines in turn.
 """
 
 import hashlib
