@@ -46,8 +46,8 @@ def write_states(
         layer_ids: target layers whose inputs the drafter reads; None takes (2, n // 2, n - 3) of n layers.
         keep: number of documents whose states are stored, if a server gives the others in training; None stores all.
         tokens_per_batch: maximum number of padded tokens in one forward pass. A longer document has a pass of its own.
-        dtype: dtype in which the target computes, see :func:`vllm_slimspec.common.work_dtype.work_dtype`. The states are
-            stored in the dtype of the target's weights, so that a folder has one size and format on every machine.
+        dtype: dtype in which the target computes, see :func:`vllm_slimspec.common.work_dtype.work_dtype`. The states
+            are stored in the dtype of the target's weights, so that a folder has one size on every machine.
 
     Raises:
         CheckpointError: a document is too short or holds an unknown token, the folder holds other states, or a layer
