@@ -436,7 +436,7 @@ def _folders(named: list[str]) -> dict[str, Path]:
         name, separator, folder = item.partition("=")
         if not name or not separator or name in ("train", "held-out", *folders):
             raise typer.BadParameter(
-                f"{item}: give NAME=FOLDER, with a name that is used once and is neither train nor held-out",
+                f"{item}: give NAME=FOLDER, with a name of its own, which is neither train nor held-out",
                 param_hint="--also-evaluate",
             )
         folders[name] = Path(folder)

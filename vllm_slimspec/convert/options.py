@@ -103,7 +103,9 @@ def _contradictions(o: Options, sweeps: bool) -> Iterator[str]:
     yield from _about_vocabulary(o, recorded)
     yield from _about_states(o, recorded)
     if o.rerank and o.joint is not None:
-        yield "--rerank scores with dense rows, which do not fit the body after --joint-steps; leave one of them out"
+        yield (
+            "--rerank scores with dense rows, which do not fit the body after --joint-steps; leave one of the two out"
+        )
     if o.joint is not None and o.dtype == "float16":
         yield "--dtype float16 with --joint-steps: gradients would need scaling; choose auto, float32 or bfloat16"
 
