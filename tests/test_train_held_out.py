@@ -183,7 +183,7 @@ def test_also_evaluate_measures_other_documents_in_the_same_way(work, tmp_path):
 
 def test_training_on_data_with_unmasked_prompts_is_warned_of(work, tmp_path, caplog):
     """Catches: data of version 0.1.0, whose prompts are trained on and measured, used without a warning."""
-    said = "no prompt is known there, so every token is trained on and measured"
+    said = "the data do not say which tokens are prompts, so every token is trained on and measured"
     flags = {**FLAGS, "epochs": 1, "max_steps": 1}
     fit(work / "llama", work / "answers", tmp_path / "a", **flags)
     assert said not in caplog.text

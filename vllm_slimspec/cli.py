@@ -1,6 +1,7 @@
-"""The `slimspec` command.
+"""The `slimspec` command, which puts the groups of commands together.
 
-Exit codes: 0 done, 1 it failed (one line says how), 2 wrong usage, 130 interrupted, 143 terminated.
+Exit codes: 0 success, 1 failure (one line on stderr says why), 2 wrong usage, 130 interrupted by SIGINT, 143 ended by
+SIGTERM.
 """
 
 import json
@@ -35,7 +36,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="slimspec",
     cls=_Commands,
-    help="Low-rank draft heads for speculative decoding in vLLM.",
+    help="Convert, train, check and measure draft models with a low-rank head, for speculative decoding in vLLM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -56,7 +57,11 @@ def main() -> None:
                     app as bench,  # imports torch, which would slow the others down
                 )
 
-                app.add_typer(bench, name="bench", help="Measure draft heads: alone, accepted, served.")
+                app.add_typer(
+                    bench,
+                    name="bench",
+                    help="Measure draft heads: the time of a head, the tokens that are accepted, and a server.",
+                )
             except ModuleNotFoundError:
                 if command == ["bench"]:
                     raise
@@ -75,7 +80,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Print the traceback of an error too; may stand behind the command.")
+        bool, typer.Option("--verbose", help="Print the traceback of an error as well. May also follow the command.")
     ] = False,
 ) -> None:
     console.verbose = verbose
@@ -83,10 +88,10 @@ def _options(
 
 @app.command(epilog="Example: slimspec inspect ./my-drafter --json")
 def inspect(
-    drafter: Annotated[Path, typer.Argument(help="A drafter's folder: config.json and safetensors.")],
+    drafter: Annotated[Path, typer.Argument(help="Folder of the drafter, with its config.json and safetensors files.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Say what a drafter is, what its head costs against a dense one, and what would stop it from being served."""
+    """Describe a drafter: its format, the size of its head, and what would stop vLLM from serving it."""
     from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
     from vllm_slimspec.errors import CheckpointError
 
@@ -108,14 +113,19 @@ def inspect(
 
 @app.command(epilog="Example: slimspec doctor --target meta-llama/Llama-3.1-8B-Instruct --drafter ./my-drafter")
 def doctor(
-    target: Annotated[str | None, typer.Option("--target", "--verifier", help="The target: folder or hub id.")] = None,
-    drafter: Annotated[str | None, typer.Option(help="The drafter: folder or hub id.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", "--verifier", help="Target model to check the drafter against: a folder or a Hugging Face id."
+        ),
+    ] = None,
+    drafter: Annotated[str | None, typer.Option(help="Drafter to check: a folder or a Hugging Face id.")] = None,
     speculative_config: Annotated[
-        str, typer.Option(help="The --speculative-config that vllm serve will get, as JSON.")
+        str, typer.Option(help="JSON object that you will give to `vllm serve` as its --speculative-config.")
     ] = "{}",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
 ) -> None:
-    """Look for what would go wrong: in this installation, in a drafter, in a drafter with its target."""
+    """Check this installation, a drafter, and a drafter with its target for problems before you serve them."""
     from dataclasses import asdict
 
     from vllm_slimspec.doctor import examine, table
@@ -144,17 +154,24 @@ def doctor(
 
 @app.command(epilog="Example: slimspec report docs/results/head-cpu.json acceptance.json --output-path report")
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Files that the `slimspec bench` commands wrote with --json.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="Result files that the `slimspec bench` commands wrote with --json.")
+    ],
     output_path: Annotated[
         Path,
-        typer.Option(help="Folder for index.html; or a .png or .svg file for a picture of head times alone."),
+        typer.Option(
+            help="Folder to write index.html to. A .png or .svg file gets a picture of the head times of one file."
+        ),
     ],
-    batch: Annotated[int, typer.Option(help="Rows drafted at once, for a picture of head times alone.")] = 1,
+    batch: Annotated[int, typer.Option(help="Batch size, in rows, whose head times a .png or .svg file shows.")] = 1,
     allow_mixed_devices: Annotated[
-        bool, typer.Option("--allow-mixed-devices", help="Report each device by itself, where there are several.")
+        bool,
+        typer.Option(
+            "--allow-mixed-devices", help="Accept results of several devices, and report each device by itself."
+        ),
     ] = False,
 ) -> None:
-    """Put what was measured on one page: head times, acceptance, served throughput, a table and a chart of each."""
+    """Write one page with tables and charts of head times, acceptance and served throughput."""
     with one_line_errors():
         try:
             import jinja2  # noqa: F401

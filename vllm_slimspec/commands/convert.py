@@ -1,4 +1,4 @@
-"""``slimspec convert``: any EAGLE-3 drafter to a SlimSpec one, measured before it is written."""
+"""``slimspec convert``: turn an EAGLE-3 drafter into a SlimSpec one, and measure it before it is written."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -43,90 +43,125 @@ class _Quantization(StrEnum):
 
 
 def convert(
-    drafter: Annotated[str, typer.Argument(help="An EAGLE-3 drafter: a folder or a Hugging Face id.")],
+    drafter: Annotated[str, typer.Argument(help="EAGLE-3 drafter to convert: a folder or a Hugging Face id.")],
     output_path: Annotated[
-        Path, typer.Option(help="Folder of the new drafter; work in progress goes to OUTPUT_PATH.run.")
+        Path, typer.Option(help="Folder to write the new drafter to. Work in progress goes to OUTPUT_PATH.run.")
     ],
     target: Annotated[
         str | None,
-        typer.Option("--target", "--verifier", help="The target that it drafts for: a folder or a Hugging Face id."),
+        typer.Option(
+            "--target", "--verifier", help="Target model that the drafter drafts for: a folder or a Hugging Face id."
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help='JSONL file of prompts, {"prompt"}, {"messages"} or {"text"} a line. The target answers them, and the '
-            "drafter's head states are recorded."
+            help='JSONL file of prompts; each line has the key "prompt", "messages", "text" or "input_ids". The target '
+            "answers the prompts, and the inputs of the drafter's head (its head states) are recorded."
         ),
     ] = None,
     hidden_states: Annotated[
-        Path | None, typer.Option(help="Folder of head states, recorded by an earlier run or elsewhere.")
+        Path | None, typer.Option(help="Folder of head states that were recorded before, instead of --calibration.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the head, instead of --rank-divisor.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank R of the new head, instead of --rank-divisor.")] = None,
     rank_divisor: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Rank of the head as hidden size // this.", show_default="8, or the rank of a low-rank head"
+            min=1,
+            help="Divisor of the hidden size that gives the rank: R = hidden size // divisor.",
+            show_default="8, or the rank that a low-rank drafter has",
         ),
     ] = None,
     head: Annotated[
         _Head,
-        typer.Option(help="Kind of the new head. A dense one is for comparison, with --vocab N; stock vLLM serves it."),
+        typer.Option(
+            help="Kind of the new head. A dense head, to be used with --vocab N, is for comparison. vLLM serves it "
+            "without this package."
+        ),
     ] = _Head.LOW_RANK,
     vocab: Annotated[
         str,
-        typer.Option(help="Draft vocabulary: keep, full (completed from the target's head), or a number of tokens."),
+        typer.Option(
+            help="Vocabulary of the new head: keep (as it is), full (missing tokens are added from the "
+            "target's head), or "
+            "N, the number of most frequent tokens to keep."
+        ),
     ] = "keep",
     frequencies: Annotated[
         Path | None,
         typer.Option(
-            help='JSON file {"token id": count}: which tokens --vocab N keeps.', show_default="the target's answers"
+            help='JSON file {"token id": count} by which --vocab N chooses the most frequent tokens.',
+            show_default="counts in the target's answers",
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="JSONL file of text in which tokens are counted for --vocab N.")
+        Path | None, typer.Option(help="JSONL file of text in which --vocab N counts the most frequent tokens.")
     ] = None,
     distill_steps: Annotated[
-        int, typer.Option("--distill-steps", "--distil-steps", min=0, help="Steps that distill the head alone.")
+        int,
+        typer.Option(
+            "--distill-steps",
+            "--distil-steps",
+            min=0,
+            help="Number of optimizer steps that distill the head alone. 0 trains nothing.",
+        ),
     ] = 0,
     joint_steps: Annotated[
         int,
-        typer.Option(min=0, help="Steps that train head, fc and layer together afterwards, by speculators' trainer."),
+        typer.Option(
+            min=0,
+            help="Number of optimizer steps that train head, fc and layer together, after --distill-steps, with the "
+            "trainer of speculators. 0 trains nothing.",
+        ),
     ] = 0,
     loss: Annotated[
         _Loss,
         typer.Option(
-            help="Loss of --distill-steps and --joint-steps: greedy for the best token, as vLLM drafts; the others for "
-            "sampled drafts."
+            help="Loss of --distill-steps and --joint-steps. Choose greedy if vLLM drafts the best token, which is its "
+            "default, and another loss if it samples drafts."
         ),
     ] = _Loss.GREEDY,
     lr: Annotated[
-        float, typer.Option(min=0, help="Learning rate of --distill-steps, in units of the factors' size.")
+        float,
+        typer.Option(min=0, help="Learning rate of --distill-steps, relative to the root mean square of the factors."),
     ] = 0.05,
     joint_lr: Annotated[float, typer.Option(min=0, help="Learning rate of --joint-steps.")] = 4e-4,
     seed: Annotated[int, typer.Option(help="Random seed of --distill-steps and --joint-steps.")] = 0,
     train_states: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of `slimspec train states` that --joint-steps learns from.",
-            show_default="the calibration answers",
+            help="Folder that `slimspec train states` wrote, for --joint-steps to learn from.",
+            show_default="the answers that calibration recorded",
         ),
     ] = None,
     train_args: Annotated[
-        str, typer.Option(help="Flags of `speculators train` for --joint-steps, as JSON with underscores in the names.")
+        str,
+        typer.Option(
+            help="Further flags of `speculators train` for --joint-steps, as a JSON object with underscores "
+            "in its keys."
+        ),
     ] = "{}",
     rerank: Annotated[
-        int | None, typer.Option(min=1, help="Number of candidates that are scored again, exactly.")
+        int | None,
+        typer.Option(min=1, help="Number of best tokens that the served head scores again with dense rows, 1 to 64."),
     ] = None,
-    quantize: Annotated[_Quantization | None, typer.Option(help="Store the factor `up` in fewer bits.")] = None,
+    quantize: Annotated[
+        _Quantization | None, typer.Option(help="Number format in which the factor `up` is stored.")
+    ] = None,
     num_speculative_tokens: Annotated[
-        int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Draft tokens of a cycle (K).")
+        int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Number of draft tokens in each cycle (K).")
     ] = 5,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each calibration answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each calibration answer.")] = 256,
     max_states: Annotated[
-        int, typer.Option(min=1, help="Number of head states after which calibration stops.")
+        int, typer.Option(min=1, help="Number of recorded head states after which calibration stops.")
     ] = 100_000,
     max_loss: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of acceptance length; a drafter that loses more is not written.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Largest share of the acceptance length, 0 to 1, that the new head may lose and still be written.",
+        ),
     ] = 0.03,
     force: Annotated[
         bool, typer.Option("--force", help="Write the drafter even if it loses more than --max-loss.")
@@ -134,18 +169,20 @@ def convert(
     layout: Annotated[
         _Layout,
         typer.Option(
-            "--format", help="Format of the drafter. With speculators, `vllm serve OUTPUT_PATH` starts the target too."
+            "--format",
+            help="Format of the new folder. In the format speculators, `vllm serve OUTPUT_PATH` starts the target too.",
         ),
     ] = _Layout.SLIMSPEC,
     sweep: Annotated[
-        str | None, typer.Option(help="Rank divisors to measure, such as 16,12,8,6,4; no drafter is written.")
+        str | None,
+        typer.Option(help="Rank divisors to measure and compare, such as 16,12,8,6,4. No drafter is written."),
     ] = None,
     engine_args: Annotated[
-        str, typer.Option(help="Arguments of vllm.LLM as JSON, such as '{\"max_model_len\": 4096}'.")
+        str, typer.Option(help="Further arguments of vllm.LLM as a JSON object, such as '{\"max_model_len\": 4096}'.")
     ] = "{}",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Turn an EAGLE-3 drafter into a SlimSpec one, and say what it costs before writing it."""
+    """Convert an EAGLE-3 drafter into one with a low-rank head, and measure what is lost before writing it."""
     from vllm_slimspec.convert import run
     from vllm_slimspec.convert.distill import Recipe
     from vllm_slimspec.convert.options import Options
@@ -210,7 +247,7 @@ def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("rank", "rerank", "top-1", "acceptance", "loss", "head MB", "less", "speedup", box=None)
+    table = Table("rank", "rerank", "top-1", "acceptance", "loss", "head MB", "saves", "speedup", box=None)
     for o in outcomes:
         assert o.quality is not None
         tau = o.quality.tau
@@ -234,12 +271,12 @@ def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
     console.print(
         f"{evaluation.states} held-out states of {evaluation.documents} documents"
         + (f"; the dense head's acceptance length is {dense.value:.2f}" if dense else "")
-        + ". Speedup: of a whole cycle at batch 1, predicted from bytes."
+        + ". The speedup is that of a whole cycle at batch 1, predicted from the bytes that it reads."
     )
 
 
 def _plot_sweep(outcomes: list["Outcome"], file: Path) -> None:
-    """Write :func:`sweep_figure`; without matplotlib, say so."""
+    """Write :func:`sweep_figure` to a file, or say on stderr that matplotlib is missing."""
     try:
         figure = sweep_figure(outcomes)
     except ImportError:
@@ -251,7 +288,10 @@ def _plot_sweep(outcomes: list["Outcome"], file: Path) -> None:
 
 
 def sweep_figure(outcomes: list["Outcome"]) -> "Figure":
-    """Loss of acceptance length in percent against the rank, a line for each number of candidates."""
+    """Return a figure of the acceptance length that is lost, in percent, over the rank.
+
+    Each number of re-ranking candidates has a line of its own.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Train a SlimSpec drafter: ``prompts``, ``answers``, ``states`` and ``fit``, or all four (``run``)."""
+"""Train a SlimSpec drafter in four stages: prompts, answers, states and fit. `run` does all of them."""
 
 import argparse
 import os
@@ -15,7 +15,10 @@ from vllm_slimspec.errors import OptionError
 
 
 class _Stages(TyperGroup):
-    """``slimspec train --prompts ...`` is ``slimspec train run --prompts ...``, and the help shows that command too."""
+    """Make ``run`` the default stage: ``slimspec train --target T`` means ``slimspec train run --target T``.
+
+    The help of the group therefore shows the options of ``run`` as well.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
@@ -29,7 +32,7 @@ class _Stages(TyperGroup):
 
 
 app = typer.Typer(cls=_Stages, no_args_is_help=True, help=__doc__)
-_PLANNED_PROMPT = 60  # tokens of a prompt that a plan assumes before the target has written it
+_PLANNED_PROMPT = 60  # A plan assumes this many tokens for each prompt that the target has still to write.
 _PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -50,56 +53,79 @@ class _HeadInit(StrEnum):
     RANDOM = "random"
 
 
-Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
+Target = Annotated[
+    str,
+    typer.Option("--target", "--verifier", help="Target model to train a drafter for: a folder or a Hugging Face id."),
+]
 Prompts = Annotated[
     Path,
     typer.Option(
-        help='JSONL file of prompts: a line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
+        help='JSONL file of prompts to answer. Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
         '{"input_ids": [...]}.'
     ),
 ]
-Drafter = Annotated[Path, typer.Option(help="The new drafter; everything else goes to OUTPUT_PATH.run.")]
+Drafter = Annotated[
+    Path, typer.Option(help="Folder to write the new drafter to. Everything else goes to OUTPUT_PATH.run.")
+]
 Temperature = Annotated[
     list[float] | None,
     typer.Option(
         min=0,
-        help="Temperature of the answers. Repeat the option, and the prompts take the temperatures in turn.",
-        show_default="what the target's generation_config.json says",
+        help="Sampling temperature of the answers. Give the option several times to let the prompts take turns.",
+        show_default="the one in the target's generation_config.json",
     ),
 ]
-Count = Annotated[int, typer.Option(min=1, help="How many prompts the target writes.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
-EngineArgs = Annotated[str, typer.Option(help="Arguments of vllm.LLM as JSON, such as '{\"max_model_len\": 4096}'.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Most tokens that are kept of each document.")]
+Count = Annotated[int, typer.Option(min=1, help="Number of prompts that the target writes.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each answer.")]
+EngineArgs = Annotated[
+    str, typer.Option(help="Further arguments of vllm.LLM as a JSON object, such as '{\"max_model_len\": 4096}'.")
+]
+MaxLength = Annotated[int, typer.Option(min=2, help="Maximum number of tokens of each document. Longer ones are cut.")]
 TrainOn = Annotated[
-    _TrainOn, typer.Option(help="What is trained on and measured: the answers, or all tokens, the prompts' too.")
+    _TrainOn,
+    typer.Option(help="Tokens to train on and to measure on: those of the answers, or all of them, prompts included."),
 ]
 Layers = Annotated[
     list[int] | None,
     typer.Option(
-        help="A layer of the target whose input the drafter sees. Repeat the option for each of them.",
+        help="Number of a target layer whose input the drafter reads. Give the option once for each layer.",
         show_default="2, n/2 and n-3 of n layers",
     ),
 ]
 Head = Annotated[
     _Head,
     typer.Option(
-        help="A dense head is for comparison, and stock vLLM serves it. With `target` it stays the target's own: it "
-        "is neither trained nor stored, and vLLM lends it."
+        help="Kind of the head. A dense head is for comparison. target is the target's own dense head: it is neither "
+        "trained nor stored, because vLLM shares the target's head with the drafter."
     ),
 ]
-Rank = Annotated[int | None, typer.Option(help="Rank of the low-rank head.", show_default="hidden size / 8")]
-Init = Annotated[_HeadInit, typer.Option(help="How the low-rank head starts: from the target's head, or random.")]
+Rank = Annotated[int | None, typer.Option(help="Rank R of the low-rank head.", show_default="hidden size / 8")]
+Init = Annotated[
+    _HeadInit,
+    typer.Option(
+        help="First values of the head. Both SVDs factorize the target's head, weighted-svd for the recorded states. A "
+        "dense head starts as a copy of the target's unless random is chosen."
+    ),
+]
 Loss = Annotated[
     str | None,
     typer.Option(
-        help="Loss of the head: kl, nla, lk_hybrid or greedy. --loss-fn takes any loss of speculators instead.",
+        help="Training loss: kl, nla, lk_hybrid or greedy. --loss-fn takes any loss of speculators instead.",
         show_default="kl",
     ),
 ]
-ShowPlan = Annotated[bool, typer.Option("--plan", help="Print what the run would cost, and stop before it.")]
-Tflops = Annotated[float | None, typer.Option(min=0, help="TFLOP/s that a device sustains, for the hours of the plan.")]
-Terabytes = Annotated[float | None, typer.Option(min=0, help="TB/s that a device reads, for the hours of the plan.")]
+ShowPlan = Annotated[
+    bool,
+    typer.Option("--plan", help="Print the steps, memory, disk space and operations of this run, and do not start it."),
+]
+Tflops = Annotated[
+    float | None,
+    typer.Option(min=0, help="TFLOP/s that a device sustains. With --terabytes, a plan also estimates the hours."),
+]
+Terabytes = Annotated[
+    float | None,
+    typer.Option(min=0, help="TB/s that a device reads from memory. With --tflops, a plan also estimates the hours."),
+]
 
 
 @app.command(
@@ -113,9 +139,9 @@ def run(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='JSONL file of prompts: a line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
+            help='JSONL file of prompts. Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
             '{"input_ids": [...]}.',
-            show_default="the target writes --count prompts itself",
+            show_default="prompts that the target writes itself, --count of them",
         ),
     ] = None,
     count: Count = 4000,
@@ -133,7 +159,7 @@ def run(
     tflops: Tflops = None,
     terabytes: Terabytes = None,
 ) -> None:
-    """Do all stages, from prompts to a drafter; the same command goes on where it stopped."""
+    """Run all stages, from prompts to a trained drafter. Repeat the command to resume a run that was stopped."""
     data = beside(output_path, ".run")
     with one_line_errors():
         flags = _flags(context, loss, dtype, head=head.value, rank=rank, head_init=head_init.value)
@@ -144,7 +170,8 @@ def run(
             )
         from vllm_slimspec.train.config import resolve
 
-        config = resolve(target, data / "states", output_path, **flags)  # before anything that takes hours
+        # Bad options are refused here, before any stage has taken hours.
+        config = resolve(target, data / "states", output_path, **flags)
         if plan:
             from vllm_slimspec.train.answers import read_lengths
             from vllm_slimspec.train.plan import Data
@@ -166,41 +193,57 @@ def run(
 @app.command("prompts", epilog="Example: slimspec train prompts --target T --count 4000 --output-path prompts.jsonl")
 def write(
     target: Target,
-    output_path: Annotated[Path, typer.Option(help="JSONL file of prompts for `answers`.")],
+    output_path: Annotated[
+        Path, typer.Option(help="JSONL file to write the prompts to, for `slimspec train answers`.")
+    ],
     count: Count = 4000,
     temperature: Annotated[
         list[float] | None,
         typer.Option(
-            min=0, help="Temperature of the prompts. Repeat the option, and they take turns.", show_default="1.0"
+            min=0,
+            help="Sampling temperature of the prompts. Give the option several times to let the prompts take turns.",
+            show_default="1.0",
         ),
     ] = None,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus that tokens are sampled from.")] = 0.95,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Sample from the likeliest tokens whose probabilities add up to this share, 0 to 1."
+        ),
+    ] = 0.95,
     min_p: Annotated[
         float,
         typer.Option(
             min=0,
             max=1,
-            help="Drop tokens below this share of the best one's probability. On a CPU, --top-p 1 --min-p 0.05 is "
-            "several times as fast as --top-p, which sorts the vocabulary at every step.",
+            help="Never sample a token below this share, 0 to 1, of the best token's probability. On a CPU, --top-p 1 "
+            "--min-p 0.05 is several times as fast as the default, which sorts the vocabulary at every step.",
         ),
     ] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt that is kept.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of tokens of each prompt. A longer prompt is dropped.")
+    ] = 256,
     second_turns: Annotated[
-        float, typer.Option(min=0, max=0.5, help="Share of the prompts that follow an answer of the target.")
+        float,
+        typer.Option(
+            min=0, max=0.5, help="Share of the prompts, 0 to 0.5, that continue a conversation after an answer."
+        ),
     ] = 0.15,
     openings: Annotated[
         Path | None,
         typer.Option(
-            help='JSONL file, a line {"system": ..., "opening": ...} with either or both: system prompts and first '
-            "words that the prompts take in turn.",
-            show_default="a list that comes with this package",
+            help="JSONL file of system prompts and first words that the prompts take in turn. Each line is "
+            '{"system": ..., "opening": ...}, and either key may be left out.',
+            show_default="the list in this package",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of the first prompt. Each further prompt takes the next number.")
+    ] = 0,
     engine_args: EngineArgs = "{}",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Let a chat target write its own training prompts, by vLLM; the same command goes on where it stopped."""
+    """Write training prompts with the target itself, a chat model run by vLLM. Repeat the command to resume."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     engine = json_object(engine_args, "--engine-args")
     with log_on_stderr(), one_line_errors(), claim_file(output_path):
@@ -222,13 +265,13 @@ def write(
 def answers(
     target: Target,
     prompts: Prompts,
-    output_path: Annotated[Path, typer.Option(help="JSONL file of answers, for `states`.")],
+    output_path: Annotated[Path, typer.Option(help="JSONL file to write the answers to, for `slimspec train states`.")],
     temperature: Temperature = None,
     max_tokens: MaxTokens = 512,
     engine_args: EngineArgs = "{}",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Let the target answer prompts, by vLLM; run again, it goes on where it stopped."""
+    """Answer prompts with the target, run by vLLM. Repeat the command to resume."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     engine = json_object(engine_args, "--engine-args")
     with log_on_stderr(), one_line_errors(), claim_file(output_path):
@@ -250,21 +293,26 @@ def states(
     target: Target,
     documents: Annotated[
         Path,
-        typer.Option(help='JSONL file that `answers` wrote, or lines {"text": ...} or {"input_ids": [...]}.'),
+        typer.Option(
+            help='JSONL file that `slimspec train answers` wrote, or one with lines {"text": ...} or '
+            '{"input_ids": [...]}.'
+        ),
     ],
-    output_path: Annotated[Path, typer.Option(help="Folder for the hidden states.")],
+    output_path: Annotated[Path, typer.Option(help="Folder to write the hidden states to.")],
     max_length: MaxLength = 2048,
     train_on: TrainOn = _TrainOn.ANSWERS,
     target_layer_ids: Layers = None,
     keep: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Keep the states of so many documents only; the others come from a server in training."
+            min=1,
+            help="Number of documents whose states are kept. A vLLM server has to give the others in training.",
+            show_default="all of them",
         ),
     ] = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Run the target over documents and keep the hidden states; run again, it resumes and mends broken files."""
+    """Run the target over documents and store its hidden states. Repeat it to resume or to replace broken files."""
     with log_on_stderr(), one_line_errors(), claim_work(output_path):
         from vllm_slimspec.train.documents import read_documents
         from vllm_slimspec.train.states import write_states
@@ -277,7 +325,7 @@ AlsoEvaluate = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=FOLDER",
-        help="Measure the acceptance length on the documents of this folder of states too; repeat.",
+        help="Folder of hidden states on which the acceptance length is measured as well. May be given several times.",
     ),
 ]
 
@@ -289,7 +337,7 @@ AlsoEvaluate = Annotated[
 def fit(
     context: typer.Context,
     target: Target,
-    data_path: Annotated[Path, typer.Option(help="The folder that `states` wrote.")],
+    data_path: Annotated[Path, typer.Option(help="Folder of hidden states that `slimspec train states` wrote.")],
     output_path: Drafter,
     head: Head = _Head.LOW_RANK,
     rank: Rank = None,
@@ -301,7 +349,7 @@ def fit(
     tflops: Tflops = None,
     terabytes: Terabytes = None,
 ) -> None:
-    """Train a drafter by the paper's recipe; any flag of `speculators train` may follow and wins."""
+    """Train a drafter on hidden states by the paper's recipe. Any flag of `speculators train` may follow and wins."""
     others = _folders(also_evaluate or [])
     with one_line_errors():
         flags = _flags(context, loss, dtype, head=head.value, rank=rank, head_init=head_init.value)
@@ -321,17 +369,24 @@ def fit(
 )
 def plan(
     context: typer.Context,
-    target: Annotated[str, typer.Option("--target", "--verifier", help="The target; its config.json is enough.")],
-    documents: Annotated[int, typer.Option(min=2, help="Number of documents.")],
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")],
-    answer_tokens: Annotated[int, typer.Option(min=0, help="Tokens of each answer.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target", "--verifier", help="Target model: a folder or a Hugging Face id. Only its config.json is read."
+        ),
+    ],
+    documents: Annotated[
+        int, typer.Option(min=2, help="Number of documents to train on, each a prompt with its answer.")
+    ],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of each prompt.")],
+    answer_tokens: Annotated[int, typer.Option(min=0, help="Number of tokens of each answer.")],
     head: Head = _Head.LOW_RANK,
     rank: Rank = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Number of devices that train.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of devices that train together.")] = 1,
     tflops: Tflops = None,
     terabytes: Terabytes = None,
 ) -> None:
-    """What a run would come to, on paper: steps, memory, disk, operations, hours."""
+    """Estimate the steps, memory, disk space, operations and hours of a training run, without starting it."""
     with one_line_errors():
         from vllm_slimspec.train.config import resolve
         from vllm_slimspec.train.plan import Data
@@ -342,18 +397,18 @@ def plan(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses a flag as the rest of the command line does, without the usage of all flags of speculators."""
+    """A parser that refuses a flag as the rest of the command line does, without printing all flags of speculators."""
 
     def error(self, message: str) -> NoReturn:
         raise typer.BadParameter(f"{message}; see --help, and `speculators train --help` for further flags")
 
 
 def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any) -> dict[str, Any]:
-    """Our flags, and those of speculators that follow them.
+    """Return the flags of this package together with the flags of speculators that follow them.
 
     Raises:
-        ValueError: no such loss.
-        typer.BadParameter: no such flag.
+        OptionError: there is no such loss.
+        typer.BadParameter: there is no such flag.
     """
     from speculators.train.config.resolution import add_config_cli_arguments
 
@@ -371,17 +426,17 @@ def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any)
 
 
 def _folders(named: list[str]) -> dict[str, Path]:
-    """Return the folders of NAME=FOLDER, by name.
+    """Return the folders of ``NAME=FOLDER`` texts by their names.
 
     Raises:
-        typer.BadParameter: one is not of that form, or its name is taken.
+        typer.BadParameter: a text does not have that form, or its name is taken.
     """
     folders: dict[str, Path] = {}
     for item in named:
         name, separator, folder = item.partition("=")
         if not name or not separator or name in ("train", "held-out", *folders):
             raise typer.BadParameter(
-                f"{item}: give NAME=FOLDER, with a name of its own other than train and held-out",
+                f"{item}: give NAME=FOLDER, with a name of its own, which is neither train nor held-out",
                 param_hint="--also-evaluate",
             )
         folders[name] = Path(folder)

@@ -1,4 +1,4 @@
-"""The model card of a converted drafter, from nothing but its config and its provenance."""
+"""Write the model card of a converted drafter from its config.json and its slimspec.json."""
 
 import json
 import re
@@ -52,15 +52,15 @@ URL = "https://pypi.org/project/vllm-slimspec/"
 def card(
     config: Mapping[str, Any], provenance: Mapping[str, Any], *, target: str | None, output: str, k: int, alone: bool
 ) -> str:
-    """README.md of a converted drafter.
+    """Return the text of README.md for a converted drafter.
 
     Args:
-        config: its config.json in our layout.
-        provenance: its slimspec.json, as :mod:`vllm_slimspec.convert.run` writes it.
-        target: the model to serve it with, if it is known.
+        config: config.json of the drafter, in the layout of this package.
+        provenance: slimspec.json of the drafter, as :mod:`vllm_slimspec.convert.run` writes it.
+        target: the model to serve the drafter with; None if it is unknown.
         output: the name of the drafter.
-        k: draft tokens a cycle in the serve command.
-        alone: whether its config names the target, so that vLLM is started with the drafter only.
+        k: number of draft tokens in each cycle, for the serve command.
+        alone: whether the drafter's config names its target, so that `vllm serve` needs the drafter only.
     """
     low_rank, extras = "lm_head_rank" in config, ""
     if "lm_head_rerank" in config:
@@ -93,7 +93,7 @@ def card(
 
 
 def _on_the_hub(name: str) -> bool:
-    """Whether a card may link to this name: the hub refuses one whose base_model is a folder."""
+    """Return whether the name is an id of the hub, which refuses a card whose base_model is a folder."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()
 
 

@@ -1,4 +1,4 @@
-"""A conversion in progress: what was opened and checked, the heads that are made of it, and what they measure."""
+"""A conversion in progress: its inputs, which are opened and checked, the heads made of them, and what they measure."""
 
 import json
 import logging
@@ -27,27 +27,27 @@ from vllm_slimspec.target import Target, fingerprint
 
 logger = logging.getLogger(__name__)
 
-_PROBABILITY_STATES = 8192  # each costs a softmax over V
+_PROBABILITY_STATES = 8192  # Few, because each of them costs a softmax over V.
 _DISTILL_STATES = 65_536
-_HELD_OUT_STATES = 8192  # at least, and what this many operations of the dense head allow
-_OPERATIONS = {"cpu": 1e13, "cuda": 2e15}  # about a minute
+_HELD_OUT_STATES = 8192  # At least so many are measured on, and more as long as _OPERATIONS allows it.
+_OPERATIONS = {"cpu": 1e13, "cuda": 2e15}  # of the dense head on each device; they take about a minute
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one head costs and saves, against the drafter as it came."""
+    """What one head costs and saves, compared with the drafter before its conversion."""
 
     rank: int | None  # None: a dense head
-    rerank: int | None
+    rerank: int | None  # candidates that are scored again; None: no re-ranking
     quality: Quality | None  # None: there were no states to measure on
-    loss: float | None  # of expected acceptance length, or of top-1 agreement where the target's tokens are unknown
-    head_bytes: int  # that a draft step reads
-    dense_bytes: int  # that it read before
-    speedup: float | None  # predicted, of a cycle at batch 1
+    loss: float | None  # share of the acceptance length, or of top-1 agreement if the target's tokens are unknown
+    head_bytes: int  # what a draft step reads of this head
+    dense_bytes: int  # what a draft step read of the head before
+    speedup: float | None  # predicted for a cycle at batch 1; None: the target is unknown
 
     @property
     def lost(self) -> str:
-        """The loss in words, with a 95% interval over documents where it is of acceptance length."""
+        """Return the loss in words. A loss of acceptance length comes with its 95% interval over documents."""
         assert self.loss is not None
         of = self.quality.of_dense if self.quality else None
         return f"{self.loss:.1%} ({1 - of.high:.1%} to {1 - of.low:.1%})" if of else f"{self.loss:.1%}"
@@ -55,27 +55,29 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A drafter, its target and its states, opened and checked; from here on heads can be made and measured."""
+    """A drafter, its target and its head states, opened and checked, from which heads are made and measured."""
 
     options: Options
     target: Target | None
-    source: Drafter  # as it came
-    drafter: Drafter  # with the vocabulary that was asked for; trained on, after train_jointly
-    residual: float  # of the rows that --vocab full made
+    source: Drafter  # the drafter before its conversion
+    drafter: Drafter  # the same with the vocabulary of --vocab; after train_jointly, the trained one
+    residual: float  # relative error of the rows that --vocab full made
     states: HeadStates | None
-    moved: Rows | None = None  # held-out states of a body that was trained on
+    moved: Rows | None = None  # held-out states of the body that train_jointly trained
 
     @classmethod
     def open(cls, options: Options, divisors: Sequence[int] = ()) -> "Conversion":
-        """Read the drafter and the target, and record head states where that was asked for, which may take hours.
+        """Open the drafter and the target, read or record head states, and return the conversion.
+
+        Recording head states (``options.calibration``) may take hours.
 
         Args:
-            options: checked by :func:`vllm_slimspec.convert.options.check`.
-            divisors: of D, the ranks of a sweep.
+            options: options that :func:`vllm_slimspec.convert.options.check` has accepted.
+            divisors: the divisors of D that give the ranks of a sweep; empty without a sweep.
 
         Raises:
-            CheckpointError: an input is bad.
-            OptionError: a rank, a vocabulary or a number of candidates does not fit the drafter.
+            CheckpointError: an input cannot be used.
+            OptionError: a rank, a vocabulary size or a number of candidates does not fit the drafter.
         """
         target = None if options.target is None else Target.open(options.target)
         source = Drafter.open(options.drafter, target)
@@ -94,31 +96,31 @@ class Conversion:
 
     @cached_property
     def dense(self) -> torch.Tensor:
-        """The dense head [V, D], on the device that computes."""
+        """Return the dense head [V, D] on the device that computes."""
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         if device.type == "cpu":
             keep_freed_memory()
         return self.drafter.head.to(device)
 
     def rank(self, rank: int | None, divisor: int | None) -> int:
-        """R from a rank or a divisor of D; without either, that of factors which are there already, or D // 8.
+        """Return R: the given rank, or D // divisor, or without both the rank of the drafter's factors, or D // 8.
 
         Raises:
-            OptionError: it does not fit the head.
+            OptionError: R does not fit the head.
         """
         if rank is None and divisor is None and self.drafter.factors is not None:
             return len(self.drafter.factors[0])
         return fitting_rank(rank, divisor, *self.drafter.head.shape)
 
     def factors(self, rank: int) -> Factors:
-        """The factors of this rank: the drafter's own, if it has them, or the weighted factorization of its head."""
+        """Return factors of this rank: the drafter's own if it has such, else a weighted factorization of its head."""
         own = self.drafter.factors
         if own is not None and len(own[0]) == rank:
             return own[0].to(self.dense.device), own[1].to(self.dense.device)
         if self.states is None:
             logger.warning(
-                "no --calibration and no --hidden-states: this is plain SVD, which at D/8 keeps about a third of the "
-                "dense head's choices (weighted by states: over four fifths), and nothing is measured"
+                "no --calibration and no --hidden-states: this is plain SVD, and nothing is measured; at D/8 it keeps "
+                "about a third of the dense head's choices, where an SVD weighted by states keeps over four fifths"
             )
             with progress("Factorizing the head", ends=False):
                 return factorize(self.dense, rank)
@@ -126,7 +128,7 @@ class Conversion:
             return factorize(self.dense, rank, second_moment=self._second_moment, probabilities=self._probabilities)
 
     def distill(self, factors: Factors, recipe: Recipe) -> Factors:
-        """The factors after head-only distillation on the states that are not held out."""
+        """Distill the factors on the states that are not held out, and return them; the body does not change."""
         assert self.states is not None
         rows = self.states.sample(False, _DISTILL_STATES)
         token = torch.full((len(rows),), -1)
@@ -137,20 +139,20 @@ class Conversion:
                     f"{self.states.path}: next_token has {int(rows.next_token.max())}, and the drafter's vocab_size is "
                     f"{vocab}; give states of this drafter's target"
                 )
-            draft_ids = torch.full((vocab + 1,), -1)  # the last: of an unknown token, -1
+            draft_ids = torch.full((vocab + 1,), -1)  # An unknown token is -1, which reads the last entry.
             ids = torch.arange(len(self.dense)) if self.drafter.ids is None else self.drafter.ids
             draft_ids[ids] = torch.arange(len(ids))
             token = draft_ids[rows.next_token]
-        # What is kept is chosen on the last tenth: the held-out states stay unseen until they measure the result.
+        # The best factors are chosen on the last tenth, so that the held-out states stay unseen until they measure.
         cut = len(rows) * 9 // 10
         learn, choose = Samples(rows.hidden[:cut], token[:cut]), Samples(rows.hidden[cut:], token[cut:])
         checkpoint = self.options.run / f"distill-{self._key(factors, recipe)}.pt"
         return distill(self._scoring, factors, learn, choose, recipe, checkpoint)
 
     def train_jointly(self, factors: Factors, recipe: JointTraining) -> "Conversion":
-        """Return a conversion of the drafter that fc, layer and head were trained to, its factors in it.
+        """Train fc, layer and head together, and return a conversion of the trained drafter, which holds its factors.
 
-        The states of that drafter are recorded over the held-out documents, and heads are measured on those.
+        The trained drafter's states are recorded over the held-out documents, and its heads are measured on them.
         """
         assert self.states is not None
         assert self.options.target is not None
@@ -170,17 +172,17 @@ class Conversion:
         return replace(self, drafter=trained, moved=concatenate(list(states.read(held_out=True))))
 
     def _key(self, factors: Factors, recipe: Recipe | JointTraining) -> str:
-        """One name for everything that a distillation follows from."""
+        """Return a hash of everything that determines the result of a distillation."""
         head, d2t = self.options.distill, self.drafter.d2t
         tokens = None if d2t is None else hash_of(d2t.numpy().tobytes()).hexdigest()
         made_from = [self.origin, tokens, len(factors[0]), asdict(recipe), None if head is None else asdict(head)]
         return hash_of(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
     def evaluate(self, heads: Mapping[str, Head], rerank: Sequence[int] = RERANK) -> Evaluation | None:
-        """Heads on the held-out states, against the dense one; None without states.
+        """Compare heads with the dense head on the held-out states; return None if there are no states.
 
-        Which dense one: that of the drafter as it came, so that tokens which are left out count as lost; with
-        ``--vocab full`` the larger one, for choosing a token that was out of reach is no loss.
+        The dense head is that of the drafter before its conversion, so that tokens which are left out count as lost.
+        With ``--vocab full`` it is the larger head, because choosing a token that was out of reach is no loss.
         """
         if self._held_out is None:
             return None
@@ -197,14 +199,14 @@ class Conversion:
     def outcome(
         self, rank: int | None, head_bytes: int, evaluation: Evaluation | None, name: str, rerank: int | None
     ) -> Outcome:
-        """What the head ``name`` of an evaluation costs and saves.
+        """Return what the head ``name`` of an evaluation costs and saves.
 
         Args:
-            rank: its rank; None: it is dense.
-            head_bytes: as it is stored, without the rows of re-ranking.
-            evaluation: of it, if there are states.
-            name: its name there.
-            rerank: candidates that are scored again, if any.
+            rank: rank of the head; None for a dense head.
+            head_bytes: bytes of the stored head, without the rows that re-ranking reads.
+            evaluation: what was measured; None if there were no states.
+            name: name of the head in the evaluation.
+            rerank: number of candidates that are scored again; None without re-ranking.
         """
         dense_bytes = self.source.head.nbytes
         head_bytes += (rerank or 0) * self.dense[0].nbytes
@@ -225,17 +227,17 @@ class Conversion:
 
     @property
     def family(self) -> Family:
-        """Whose body the drafter has."""
+        """Return the family of the drafter's body."""
         return known_family(self.drafter.config, str(self.drafter.path))
 
     @property
     def k(self) -> int:
-        """Draft steps of a cycle: those of the states, where they say."""
+        """Return K, the draft steps of a cycle: that of the recorded states, or else that of the options."""
         return (self.states and self.states.steps) or self.options.k
 
     @cached_property
     def origin(self) -> dict[str, Any]:
-        """What this conversion was made from."""
+        """Return what identifies the inputs of this conversion, for slimspec.json and for resuming."""
         return {
             "drafter": str(self.options.drafter),
             "drafter_sha256s": {f.name: sha256(f) for f in sorted({i.file for i in self.source.body.values()})},
@@ -246,7 +248,7 @@ class Conversion:
 
     @cached_property
     def _held_out(self) -> Rows | None:
-        """What is measured on: few documents make wide intervals, so all of them where that takes no time."""
+        """Return the held-out states to measure on: as many as take about a minute, because few make wide intervals."""
         if self.states is None:
             return None
         allowed = _OPERATIONS.get(self.dense.device.type, _OPERATIONS["cpu"]) / (2 * self.dense.numel())
@@ -275,7 +277,11 @@ class Conversion:
 
 
 def _check_sizes(options: Options, source: Drafter, target: Target | None, divisors: Sequence[int]) -> None:
-    """Refuse a rank, a vocabulary or candidates that will not fit, divisors of a sweep included."""
+    """Refuse a rank, a vocabulary size or a number of candidates that does not fit, also those of a sweep.
+
+    Raises:
+        OptionError: names the option and what is allowed.
+    """
     vocab, hidden = source.head.shape
     if options.vocab == "full" and target is not None:
         vocab = target.vocab_size
@@ -295,7 +301,8 @@ def _open_states(options: Options) -> HeadStates | None:
     if options.hidden_states is not None:
         states = HeadStates.open(options.hidden_states)
         if options.joint is not None:
-            states.documents(held_out=False)  # to be told now, and not after the head was distilled
+            # Missing answers are refused here, and not only after the head was distilled.
+            states.documents(held_out=False)
         return states
     if options.calibration is None:
         return None
@@ -319,15 +326,15 @@ def _warn_of_another_drafter(states: HeadStates, drafter: str) -> None:
     recorded = states.index.get("drafter_fingerprint")
     if recorded not in (None, fingerprint(drafter)):
         logger.warning(
-            "%s: recorded with another drafter (%s); what is measured holds if the two have one body, else record them "
-            "again with --calibration",
+            "%s: these states were recorded with another drafter (%s); if its body differs from this drafter's, the "
+            "measurements are wrong: record the states again with --calibration",
             states.path,
             states.index.get("drafter"),
         )
 
 
 def _counts(options: Options, source: Drafter, states: HeadStates | None) -> torch.Tensor:
-    """How often each of the target's tokens is wanted: by a file, by text, or by the target's answers."""
+    """Return how often each of the target's tokens occurs in a file of counts, in text or in the target's answers."""
     size = source.config["vocab_size"]
     if options.frequencies is not None:
         return counts_from_file(options.frequencies, size)

@@ -1,19 +1,23 @@
-"""Head-only distillation: the factors learn the dense head's distribution on recorded states; the body stays.
+"""Head-only distillation: train the factors to predict what the dense head predicts on recorded states.
 
-Three losses are those of draft training (arXiv 2602.23881), with p the dense head's softmax and q the low-rank one's:
+The body of the drafter does not change. Three losses are those of draft training (arXiv 2602.23881). In them p is the
+softmax of the dense head and q that of the low-rank one:
 
     kl          KL(p || q)
     nla         -log alpha, alpha = sum over tokens of min(p, q)
     lk_hybrid   w KL(p || q) + (1 - w) (1 - alpha), w = exp(-3 alpha) without gradient
 
-They preserve the distribution, which is what probabilistic drafting samples from. vLLM drafts the best token unless
-told otherwise, and a low-rank head has no rank to spare for the order of tokens that are never drafted:
+They preserve the distribution, from which probabilistic drafting samples. By default vLLM drafts the best token
+instead, and the rank is too small to be spent on the order of tokens that are never drafted. The fourth loss is for
+this case:
 
-    greedy      KL(t || q2), t half the dense head's softmax at temperature 1/2 and half the target's own greedy token
-                at this place, q2 the low-rank softmax at temperature 1/2; without the half whose token is not known
+    greedy      KL(t || q2). t is half the dense head's softmax at temperature 1/2 and half the target's own greedy
+                token at this place; it is the softmax alone if that token is unknown. q2 is the low-rank softmax at
+                temperature 1/2.
 
-Which states a step sees depends on the seed and the step alone, so a run that was stopped goes on as if it had not
-been.
+The states that a step sees depend only on the seed and the number of the step. A resumed run therefore gives the same
+factors as an undisturbed one.
+
 Letters: N states, D hidden size, R rank, V draft vocabulary.
 """
 
@@ -34,20 +38,20 @@ from vllm_slimspec.errors import CheckpointError, OptionError
 
 Loss = Literal["greedy", "kl", "nla", "lk_hybrid"]
 
-_LOGITS = 2**25  # at once: 128 MiB in float32, of which a step holds about eight
-_EVERY = 25  # steps between two looks at the held-out states, and between two checkpoints
+_LOGITS = 2**25  # computed at once: 128 MiB in float32, and a step holds about eight such tensors
+_EVERY = 25  # steps between two evaluations on the held-out states, and between two checkpoints
 _ETA = 3.0
-_SHARPNESS = 2.0  # 1 / temperature; the sharper, the less of the rank goes to tokens that are never drafted
-_OWN = 0.5  # share of the target's own token: alone it would teach nothing of the states that were not recorded
+_SHARPNESS = 2.0  # 1 / temperature. A sharper softmax spends less of the rank on tokens that are never drafted.
+_OWN = 0.5  # Share of the target's own token. Alone it would teach nothing about states that were not recorded.
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to distill; two runs with the same recipe on the same states give the same factors."""
+    """Settings of a distillation. Two runs with the same recipe on the same states give the same factors."""
 
     steps: int
     loss: Loss = "greedy"
-    lr: float = 0.05  # in units of the factors' root mean square, which factorize makes the same for both
+    lr: float = 0.05  # relative to the root mean square of the factors, which factorize makes equal for both
     batch: int = 512
     seed: int = 0
 
@@ -56,14 +60,14 @@ class Recipe:
 class Samples:
     """Head states to learn from."""
 
-    hidden: torch.Tensor  # [N, D]; may stay on the CPU
-    token: torch.Tensor  # int64 [N]: the draft id of the target's own greedy token there, -1 where it has none
+    hidden: torch.Tensor  # [N, D], on any device
+    token: torch.Tensor  # int64 [N]: the draft id of the target's own greedy token at each state, or -1
 
     def __getitem__(self, rows: torch.Tensor) -> "Samples":
         return Samples(self.hidden[rows], self.token[rows])
 
     def chunks(self, size: int) -> Iterator["Samples"]:
-        """In order, ``size`` at a time."""
+        """Yield the samples in their order, at most ``size`` at a time."""
         return map(Samples, self.hidden.split(size), self.token.split(size))
 
 
@@ -75,21 +79,22 @@ def distill(
     recipe: Recipe,
     checkpoint: Path | None = None,
 ) -> Factors:
-    """Train the factors, and return those with the lowest held-out loss (the given ones, if nothing was better).
+    """Train the factors, and return those with the lowest held-out loss, which may be the given ones.
 
     Args:
-        dense: [V, D], the teacher; its device is where everything runs.
+        dense: the dense head [V, D], which is the teacher. Everything runs on its device.
         factors: down [R, D] and up [V, R] to start from.
-        states: to train on.
-        held_out: to choose by.
-        recipe: steps, loss and the rest.
-        checkpoint: where the run is kept every 25 steps and resumed from.
+        states: states to train on.
+        held_out: states whose loss chooses the factors that are returned.
+        recipe: steps, loss, learning rate, batch size and seed.
+        checkpoint: file to which the run is saved every 25 steps and from which it resumes; None saves nothing.
 
     Returns:
-        down and up in the dtype they came in.
+        down and up in the dtype of the given factors.
 
     Raises:
-        ValueError: the checkpoint is of another run, or the loss is not finite.
+        CheckpointError: the checkpoint is that of another recipe.
+        OptionError: the loss is not finite.
     """
     loss = LOSSES[recipe.loss]
     weights = [f.detach().to(dense.device, torch.float32).clone().requires_grad_() for f in factors]
@@ -101,8 +106,8 @@ def distill(
         saved = torch.load(checkpoint, map_location=dense.device, weights_only=True)
         if saved["recipe"] != asdict(recipe):
             raise CheckpointError(
-                f"{checkpoint}: of a run with {saved['recipe']}, not with {asdict(recipe)}; remove it, or use the same "
-                "options"
+                f"{checkpoint}: is the checkpoint of a run with {saved['recipe']}, not with {asdict(recipe)}; remove "
+                "the file, or use the same options"
             )
         with torch.no_grad():
             for weight, kept in zip(weights, saved["weights"], strict=True):
@@ -125,7 +130,7 @@ def distill(
                 if not value < float("inf"):
                     raise OptionError(
                         f"--lr {recipe.lr}: distillation broke down at step {step + 1}, where its loss is {value}; "
-                        "give a smaller one"
+                        "give a smaller --lr"
                     )
                 shown.note(f"held-out loss {value:.4f}")
                 if dense.device.type == "cpu":
@@ -151,17 +156,20 @@ def distill(
 
 
 def kl(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """KL of the low-rank head from the dense one, of scores [B, V] -> [B]."""
+    """Return KL(dense || low-rank) [B] for the scores [B, V] of both heads. ``token`` is not used."""
     return _kl(exact.log_softmax(-1), ours.log_softmax(-1))
 
 
 def nla(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """-log of the overlap of two heads, of scores [B, V] -> [B]."""
+    """Return -log(alpha) [B], alpha being the overlap of two heads with scores [B, V]. ``token`` is not used."""
     return -_overlap(exact.log_softmax(-1), ours.log_softmax(-1)).log()
 
 
 def lk_hybrid(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """KL where the overlap of two heads is small, total variation where it is large, of scores [B, V] -> [B]."""
+    """Return a mix [B] of KL and total variation for the scores [B, V] of two heads. ``token`` is not used.
+
+    KL prevails while the overlap of the heads is small, and total variation once it is large.
+    """
     p, q = exact.log_softmax(-1), ours.log_softmax(-1)
     overlap = _overlap(p, q)
     weight = torch.exp(-_ETA * overlap.detach())
@@ -169,7 +177,13 @@ def lk_hybrid(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> t
 
 
 def greedy(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """KL from the sharpened dense head and the target's own token (int64 [B], or -1), of scores [B, V] -> [B]."""
+    """Return the KL [B] of the sharpened low-rank head from a mix of the sharpened dense head and ``token``.
+
+    Args:
+        exact: scores [B, V] of the dense head.
+        ours: scores [B, V] of the low-rank head.
+        token: int64 [B], the draft id of the target's own token, or -1 where it is unknown.
+    """
     p, q = (_SHARPNESS * exact).log_softmax(-1), (_SHARPNESS * ours).log_softmax(-1)
     known = (token >= 0).nonzero()[:, 0]
     mixed = p[known] + math.log1p(-_OWN)
@@ -187,7 +201,7 @@ LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of log-probabilities [B, V] -> [B]."""
+    """Return KL(p || q) [B] of the log-probabilities [B, V] p and q."""
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
@@ -196,7 +210,7 @@ def _overlap(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def _losses(dense: torch.Tensor, weights: list[torch.Tensor], samples: Samples, loss: Callable) -> torch.Tensor:
-    """The loss of each state -> [B], in float32 but for the dense head, which is what it is in service."""
+    """Return the loss of each state, float32 [B]. Only the dense head is multiplied in its own dtype, as in service."""
     down, up = weights
     hidden, token = samples.hidden.to(dense), samples.token.to(dense.device)
     with torch.no_grad():
@@ -218,5 +232,5 @@ def _save(file: Path, state: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_whole(file, lambda part: torch.save(state, part))
-    except (OSError, RuntimeError) as error:  # the second is how torch says that the disk refuses
-        raise OSError(f"{file}: not written ({error}); make room and run it again") from None
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk refuses
+        raise OSError(f"{file}: not written ({error}); make room on the disk and repeat the command") from None

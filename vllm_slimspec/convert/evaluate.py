@@ -1,9 +1,11 @@
-"""What a low-rank head keeps of the dense one, measured on held-out head states before anything is written.
+"""Measure on held-out head states what a low-rank head keeps of the dense one, before anything is written.
 
-The figure that counts is tau, the tokens a draft-and-verify cycle yields. It needs no engine: where the states of every
-place of a greedy answer are known (:mod:`vllm_slimspec.engine.recording`), a head's walk through the answer follows
-(:mod:`vllm_slimspec.common.walk`). At temperature 0 that is what the engine does. Letters: N states, D hidden size,
-R rank, V draft vocabulary.
+The figure that counts is tau, the mean number of tokens that a draft-and-verify cycle yields. Measuring it needs no
+engine. Once the states at every place of a greedy answer are recorded (:mod:`vllm_slimspec.engine.recording`), the
+cycles of any head through that answer can be computed (:mod:`vllm_slimspec.common.walk`). At temperature 0 an engine
+goes through the same cycles.
+
+Letters: N states, D hidden size, R rank, V draft vocabulary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,32 +20,32 @@ from vllm_slimspec.common.walk import Tau, acceptance_length, walk
 from vllm_slimspec.engine.head_states import Rows
 from vllm_slimspec.head.spec import MAX_K
 
-RERANK = tuple(k for k in (8, 16, 32, 64) if k <= MAX_K)  # candidates that are tried
-_LOGITS = 2**25  # at once: 128 MiB in float32
+RERANK = tuple(k for k in (8, 16, 32, 64) if k <= MAX_K)  # numbers of candidates that are tried
+_LOGITS = 2**25  # computed at once: 128 MiB in float32
 
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # down [R, D], up [V, R]
-Head: TypeAlias = Factors | torch.Tensor  # or dense, [V, D]
+Head: TypeAlias = Factors | torch.Tensor  # factors, or a dense head [V, D]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A head against the dense one, on the same states.
+    """How a head compares with the dense one on the same states.
 
-    ``tau`` and ``of_dense`` are None where the target's tokens are unknown, ``kl`` where tokens were left out.
+    ``tau`` and ``of_dense`` are None if the target's tokens are unknown. ``kl`` is None if tokens were left out.
     """
 
     top1: float  # share of states with the same best token
     tau: Tau | None
-    of_dense: Tau | None  # tau over the dense head's, the same documents drawn for both
+    of_dense: Tau | None  # tau divided by the dense head's; resampling draws the same documents for both
     recall: dict[int, float]  # k -> share of states whose best dense token is among the k best
     overlap: float  # alpha: mean over states of the sum over tokens of min(p, q)
     kl: float | None  # mean KL(dense || head), nats
-    rerank: "dict[int, Quality]"  # k -> with the k best scored again by the dense rows; top1 and tau only differ
+    rerank: "dict[int, Quality]"  # k -> the head with its k best tokens re-ranked; only top1 and tau differ
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Heads on held-out states."""
+    """How heads compare with the dense one on held-out states, by their names."""
 
     states: int
     documents: int
@@ -62,16 +64,18 @@ def evaluate(
     uncut: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     moved: torch.Tensor | None = None,
 ) -> Evaluation:
-    """Compare heads with the dense one.
+    """Compare heads with the dense one, and return their qualities by name.
 
     Args:
-        dense: [V, D], the rows that re-ranking scores by.
-        heads: name -> factors, or a dense head of its own, [V, D]; on the device of ``dense``.
-        states: held-out rows, whole documents.
-        ids: int64 [V], the target id of each draft id; None where they are the same.
-        rerank: candidates k to try, those above V are left out.
-        uncut: the head and ids that ``dense`` is a part of, to compare with; None: ``dense`` itself.
-        moved: [N, D], the states at the same places of ``heads`` whose body is another one; None: the same body.
+        dense: [V, D], the rows with which re-ranking scores candidates.
+        heads: name -> factors or another dense head [V, D], on the device of ``dense``.
+        states: held-out states of whole documents.
+        ids: int64 [V], the target id of each draft id; None if the two are the same.
+        rerank: numbers of candidates k to try; those above V are left out.
+        uncut: the larger head, with its ids, of which ``dense`` is a part, if heads are to be compared with that one;
+            None compares them with ``dense``.
+        moved: [N, D], the inputs of ``heads`` at the places of ``states``, if their body differs from that of the dense
+            head; None if the body is the same.
     """
     ks = sorted({k for k in rerank if k <= len(dense)})
     reference, reference_ids = (dense, ids) if uncut is None else (uncut[0].to(dense), uncut[1])
@@ -112,12 +116,12 @@ def evaluate(
 
 
 def _given(ids: torch.Tensor | None, head: torch.Tensor) -> torch.Tensor:
-    """The target id of each row of a head, int64 [V], on its device."""
+    """Return the target id of each row of a head, int64 [V], on the device of the head."""
     return torch.arange(len(head), device=head.device) if ids is None else ids.to(head.device)
 
 
 class _Vocabularies:
-    """The target ids of the head to compare with and of those compared, and where both have a row."""
+    """The target ids of the reference head and of the heads compared with it, and the rows that both have."""
 
     def __init__(self, uncut: torch.Tensor, head: torch.Tensor) -> None:
         self.uncut, self.head = uncut.to(head.device), head
@@ -128,7 +132,7 @@ class _Vocabularies:
         self._of_head = order[torch.searchsorted(head[order], self.uncut[shared])]
 
     def align(self, wanted: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities, both [B, number of shared tokens]."""
+        """Return the log-probabilities of both heads over the tokens that they share, each [B, shared tokens]."""
         p, q = wanted.log_softmax(-1), scores.log_softmax(-1)
         return (p, q) if self.same else (p[:, self._of_uncut], q[:, self._of_head])
 
@@ -153,10 +157,11 @@ class _Totals:
 
 
 def _walks(states: Rows, drafted: torch.Tensor) -> np.ndarray | None:
-    """Count the cycles of each document, int64 [documents, K + 1]; None where the target's tokens are unknown.
+    """Return the counts of cycles in each document, int64 [documents, K + 1]; None if a target's token is unknown.
 
     Args:
-        drafted: int64 [N], in the target's vocabulary.
+        states: the states at which tokens were drafted.
+        drafted: int64 [N], the target id of the token drafted at each state.
     """
     if states.step is None or states.pos is None or states.next_token is None or bool((states.next_token < 0).any()):
         return None
@@ -180,19 +185,20 @@ def _tau(walks: np.ndarray | None, of: np.ndarray | None = None) -> Tau | None:
 def predicted_speedup(
     *, target_bytes: int, body_bytes: int, dense_bytes: int, head_bytes: int, k: int, rho: float
 ) -> float:
-    """Cycles per second times tau against the same drafter with its dense head: the paper's equation 4.
+    """Return the predicted speed over that of the same drafter with its dense head, by the paper's equation 4.
 
-    Every byte is taken to cost the same, which holds for a batch of one on any memory-bound machine:
-    kappa = K dense / (target + K (body + dense)), nu = dense / head, speedup = rho / (1 - kappa + kappa / nu).
+    The speed is that of tokens: cycles per second times tau. Every byte is assumed to cost the same time to read, which
+    holds at batch 1 on a machine that waits for its memory:
+
+        kappa = K dense / (target + K (body + dense)), nu = dense / head, speedup = rho / (1 - kappa + kappa / nu)
 
     Args:
-        target_bytes: read by one verification.
-        body_bytes: of the drafter without its head, read at each of the k steps.
-        dense_bytes: of the dense head.
-        head_bytes: of the head in its place.
+        target_bytes: bytes that one verification reads of the target.
+        body_bytes: bytes of the drafter without its head, which each of the k steps reads.
+        dense_bytes: bytes of the dense head.
+        head_bytes: bytes of the head that replaces it.
         k: draft steps of a cycle.
-        rho: tau of the head in its place / tau of the dense head.
-
+        rho: tau with the new head divided by tau with the dense head.
     """
     kappa = k * dense_bytes / (target_bytes + k * (body_bytes + dense_bytes))
     return speedup(rho, kappa, nu=dense_bytes / head_bytes)

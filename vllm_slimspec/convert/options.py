@@ -1,4 +1,4 @@
-"""What `slimspec convert` is told, and which of its options contradict each other."""
+"""The options of `slimspec convert`, and the check that they do not contradict each other."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,23 +16,23 @@ from vllm_slimspec.head.spec import MAX_K
 
 
 class JointTraining(Protocol):
-    """What trains the body of a drafter with its head: a :class:`vllm_slimspec.joint.JointRecipe`."""
+    """Interface of :class:`vllm_slimspec.joint.JointRecipe`, which trains the body of a drafter with its head."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def train(self, drafter: Drafter, factors: Factors, target: str, states: HeadStates, folder: Path) -> Drafter:
-        """Return the drafter that was trained, with factors of the dtype of those given."""
+        """Train the drafter, and return it with factors in the dtype of the given ones."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to convert, and how; the flags of the command line."""
+    """What to convert, and how. Each field is an option of `slimspec convert`."""
 
     drafter: str
     output: Path
     target: str | None = None
     rank: int | None = None
-    rank_divisor: int | None = None  # where no rank is given; neither: that of low-rank factors, or D // 8
+    rank_divisor: int | None = None  # Without rank and divisor, R is the drafter's own rank, or D // 8.
     head: Literal["low-rank", "dense"] = "low-rank"
     vocab: str = "keep"  # keep, full, or a number of tokens
     frequencies: Path | None = None
@@ -43,23 +43,23 @@ class Options:
     max_tokens: int = 256
     max_states: int = 100_000
     distill: Recipe | None = None
-    joint: JointTraining | None = None  # after it
+    joint: JointTraining | None = None  # follows distill
     rerank: int | None = None
     quantize: Literal["fp8", "int8", "int4"] | None = None
     max_loss: float = 0.03
     force: bool = False
     layout: Literal["slimspec", "speculators"] = "slimspec"
     engine: Mapping[str, Any] = field(default_factory=dict)
-    dtype: Asked = "auto"  # of the engine that records states, and of scores over them
+    dtype: Asked = "auto"  # of the engine that records states, and of the scores over them
 
     @property
     def run(self) -> Path:
-        """Where calibration and distillation keep what they have done."""
+        """Return the folder in which calibration and training keep their work, so that they can resume."""
         return beside(self.output, ".run")
 
     @property
     def runs(self) -> Path | None:
-        """The same, where there is something to keep."""
+        """Return :attr:`run` if these options keep something in it, else None."""
         return self.run if self.calibration or self.distill or self.joint else None
 
 
@@ -67,11 +67,11 @@ def check(options: Options, *, sweeps: bool = False) -> None:
     """Refuse options that contradict each other, before anything is read.
 
     Args:
-        options: of the command line.
-        sweeps: whether ranks are to be measured, and no drafter is to be written.
+        options: the options to check.
+        sweeps: whether ranks are only measured, and no drafter is written.
 
     Raises:
-        OptionError: names the options, and the one to change.
+        OptionError: names the options that contradict each other, and the one to change.
     """
     refusal = next(_contradictions(options, sweeps), None)
     if refusal is not None:
@@ -103,7 +103,9 @@ def _contradictions(o: Options, sweeps: bool) -> Iterator[str]:
     yield from _about_vocabulary(o, recorded)
     yield from _about_states(o, recorded)
     if o.rerank and o.joint is not None:
-        yield "--rerank scores by dense rows that --joint-steps moves the body away from; leave one of the two out"
+        yield (
+            "--rerank scores with dense rows, which do not fit the body after --joint-steps; leave one of the two out"
+        )
     if o.joint is not None and o.dtype == "float16":
         yield "--dtype float16 with --joint-steps: gradients would need scaling; choose auto, float32 or bfloat16"
 
@@ -140,10 +142,10 @@ def _about_states(o: Options, recorded: bool) -> Iterator[str]:
 
 
 def fitting_rank(rank: int | None, divisor: int | None, vocab: int, hidden: int) -> int:
-    """Return R from a rank or a divisor of D, which is 8 without either.
+    """Return R: the given rank, or D // divisor, or D // 8 without both.
 
     Raises:
-        OptionError: it does not fit the head.
+        OptionError: R does not fit the head.
     """
     chosen = hidden // (divisor or 8) if rank is None else rank
     if not 1 <= chosen <= min(vocab, hidden):

@@ -1,4 +1,4 @@
-"""`slimspec convert` from end to end: check, read, factorize, distill, measure, and only then write."""
+"""Run `slimspec convert` from end to end: check, read, factorize, distill, measure, and only then write."""
 
 import json
 import os
@@ -29,7 +29,7 @@ _NAME = "low-rank"
 
 @dataclass(frozen=True)
 class Converted:
-    """A drafter that was written, and what was measured before."""
+    """A converted drafter, and what was measured before it was written."""
 
     checkpoint: DraftCheckpoint
     evaluation: Evaluation | None
@@ -37,13 +37,14 @@ class Converted:
 
 
 def convert(options: Options) -> Converted:
-    """Convert and write a drafter.
+    """Convert a drafter, write it, and return it with its measurements.
 
     Raises:
-        CheckpointError: the input is bad, or the conversion loses more than ``max_loss`` and ``force`` is off. Nothing
-            is written then but the resumable run beside the output.
-        OutputError: the output is taken, cannot be written, or another process writes it.
-        OSError: the disk refuses; the output is not there.
+        CheckpointError: an input cannot be used, or the conversion loses more than ``max_loss`` and ``force`` is off.
+            In both cases only the resumable run beside the output is written.
+        OptionError: options contradict each other or do not fit the drafter.
+        OutputError: the output exists, cannot be written, or is being written by another process.
+        OSError: the disk refuses to take the output, which then does not exist.
     """
     check(options)
     with claim_folder(options.output, run=options.runs), progress("convert", ends=False):
@@ -52,7 +53,7 @@ def convert(options: Options) -> Converted:
 
 @dataclass(frozen=True)
 class _Made:
-    """A head as it is measured, and as it is stored: tensors, and the keys of config.json that go with them."""
+    """A new head in two forms: as it is measured, and as the tensors and keys of config.json that are stored."""
 
     head: Head
     rank: int | None
@@ -70,7 +71,8 @@ def _convert(options: Options) -> Converted:
         made = _Made(work.dense, None, {DENSE: work.dense}, {"architectures": [work.family.dense_architecture]})
     else:
         work, made = _low_rank(work)
-    # Dense rows are of no use to a head without factors, and not of the same body as one that was trained with it.
+    # Re-ranking is not tried for a dense head, which it cannot change, nor after joint training, because the dense rows
+    # do not fit the trained body.
     alone = made.rank is None or options.joint is not None
     tried = () if alone else (*RERANK, *filter(None, [options.rerank]))
     evaluation = work.evaluate({_NAME: made.head}, tried)
@@ -101,13 +103,14 @@ def _low_rank(work: Conversion) -> tuple[Conversion, _Made]:
 
 
 def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[Outcome]]:
-    """Measure the ranks D // divisor, each alone and re-ranked, and write nothing.
+    """Measure the ranks D // divisor, each with and without re-ranking, and write no drafter.
 
     Returns:
-        the evaluation by rank, and every outcome, the best predicted speed first.
+        The evaluation, with a head for each rank, and all outcomes, the best predicted speed first.
 
     Raises:
-        CheckpointError: the input is bad, or there is nothing to measure on.
+        CheckpointError: an input cannot be used.
+        OptionError: options contradict each other, or there are no states to measure on.
     """
     check(options, sweeps=True)
     with claim_work(options.run) if options.runs else nullcontext(), progress("convert", ends=False):
@@ -118,10 +121,10 @@ def _sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[
     work = Conversion.open(options, divisors)
     ranks = sorted({work.rank(None, divisor) for divisor in divisors}, reverse=True)
     if work.drafter.factors is None:
-        # Directions come largest first: the best factors of a lower rank are the first rows and columns of these.
+        # Factors are ordered by importance, so the best ones of a lower rank are the first rows and columns of these.
         down, up = work.factors(ranks[0])
         heads = {str(rank): (down[:rank], up[:, :rank]) for rank in ranks}
-    else:  # trained factors have no order
+    else:  # Trained factors have no such order, so that each rank is factorized anew.
         heads = {str(rank): work.factors(rank) for rank in ranks}
     evaluation = work.evaluate(heads)
     assert evaluation is not None
@@ -140,12 +143,12 @@ def _cure(options: Options, outcome: Outcome, reranked: Mapping[int, Outcome]) -
     if enough:
         return f"{words}--rerank {enough[0]} loses {reranked[enough[0]].lost}"
     if options.head == "dense":
-        return f"{words}keep more tokens with a larger --vocab, or write it all the same with --force"
+        return f"{words}keep more tokens with a larger --vocab, or write it anyway with --force"
     if options.distill is None and options.joint is None:
         return f"{words}try --distill-steps 400, or a smaller --rank-divisor"
     if options.joint is None and options.rerank is None:
         return f"{words}try --joint-steps 200 as well, or a smaller --rank-divisor"
-    return f"{words}try a smaller --rank-divisor, or write it all the same with --force"
+    return f"{words}try a smaller --rank-divisor, or write it anyway with --force"
 
 
 def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome: Outcome) -> DraftCheckpoint:
@@ -159,7 +162,7 @@ def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome
             tensors[DENSE] = drafter.head
     if drafter.ids is not None and drafter.d2t is not None:
         tensors["d2t"] = drafter.d2t
-        if made.rank is None:  # vLLM does without, EAGLE's and SpecForge's own tools do not
+        if made.rank is None:  # vLLM does not need t2d, but the tools of EAGLE and SpecForge do.
             tensors["t2d"] = torch.zeros(config["vocab_size"], dtype=torch.bool).index_fill_(0, drafter.ids, True)
     measured = None
     if evaluation is not None:
@@ -173,7 +176,7 @@ def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome
         "full_vocabulary_residual": work.residual,
         "measured": measured,
     }
-    provenance = json.loads(json.dumps(provenance))  # keys that are numbers become text, as they will be on disk
+    provenance = json.loads(json.dumps(provenance))  # turns keys that are numbers into text, as on the disk
     alone = options.layout == "speculators"
     text = card(
         config,
@@ -185,7 +188,7 @@ def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome
     )
     if alone:
         assert options.target is not None
-        # A name to be loaded from wherever the server is started.
+        # A local target gets its full path, because the server may be started in any folder.
         local = Path(options.target)
         config = speculators_config(config, str(local.resolve() if local.exists() else options.target), work.k)
     return write_checkpoint(options.output, config, tensors, provenance, text)

@@ -1,4 +1,4 @@
-"""A drafter's config in the layout of speculators, with which ``vllm serve DRAFTER`` starts the target as well."""
+"""Write a drafter's config in the layout of speculators, with which ``vllm serve DRAFTER`` starts the target too."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,16 +11,16 @@ _SLIDING = ("layer_types", "sliding_window", "use_sliding_window", "max_window_l
 
 
 def speculators_config(config: Mapping[str, Any], target: str, k: int) -> dict[str, Any]:
-    """The same drafter as ``config``, which has our format.
+    """Return the config of a drafter in the layout of speculators.
 
     Args:
-        config: config.json as :func:`vllm_slimspec.convert.run.convert` makes it.
-        target: the verifier, by the name it is to be loaded from.
-        k: tokens to propose in a cycle.
+        config: config.json in the layout of this package, as :func:`vllm_slimspec.convert.run.convert` makes it.
+        target: the folder or Hugging Face id from which the target (the verifier) is loaded.
+        k: number of draft tokens in each cycle.
     """
     config = flatten(config)
     top = {key: config[key] for key in _TOP if key in config}
-    top.setdefault("norm_before_residual", False)  # silent, it is False in our format and True in theirs
+    top.setdefault("norm_before_residual", False)  # A missing key means False in our layout and True in theirs.
     proposal = {"proposal_type": "greedy", "speculative_tokens": k, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {
         "architectures": ["Eagle3Speculator"],
@@ -37,7 +37,7 @@ def speculators_config(config: Mapping[str, Any], target: str, k: int) -> dict[s
 
 
 def _layer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the layer, with those spelled out that vLLM reads in another way there."""
+    """Return the keys of the layer, and spell out those whose absence vLLM reads differently in this layout."""
     left_out = (*_TOP, "architectures")
     layer = {key: value for key, value in without_rope(config).items() if key not in left_out}
     layer |= rope_keys(plain_rope(config, "config.json"))

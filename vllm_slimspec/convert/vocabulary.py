@@ -1,7 +1,8 @@
-"""Which tokens a truncated drafter keeps: the most frequent ones, and those that begin and end a text.
+"""Choose the tokens that a truncated drafter keeps: the most frequent ones, and those that begin or end a text.
 
-Frequencies come from a file of counts; from text, by the target's tokenizer (a corpus makes it FR-Spec, arXiv
-2502.14856); or from the target's own answers, which head states hold (VocabTrim, arXiv 2506.22694).
+Frequencies come from one of three sources: a file of counts; text that the target's tokenizer splits into tokens (with
+a corpus this is FR-Spec, arXiv 2502.14856); or the target's own answers, which are recorded with head states
+(VocabTrim, arXiv 2506.22694).
 """
 
 import json
@@ -20,10 +21,13 @@ from vllm_slimspec.target import Target
 
 
 def counts_from_file(file: Path, vocab_size: int) -> torch.Tensor:
-    """A JSON object of token id -> count, as float64 [vocab_size]; ids that it leaves out count 0.
+    """Read counts from a JSON object of token id -> count, and return them as float64 [vocab_size].
+
+    A token that the object leaves out has a count of 0.
 
     Raises:
-        CheckpointError: no such object, an id outside of the vocabulary, or a count that is no number from 0 on.
+        CheckpointError: the file holds no such object, an id outside the vocabulary, or a count that is negative or not
+            a finite number.
     """
     try:
         rows = {int(token): float(n) for token, n in json.loads(file.read_bytes()).items()}
@@ -35,18 +39,18 @@ def counts_from_file(file: Path, vocab_size: int) -> torch.Tensor:
     for token, count in rows.items():
         if not 0 <= token < vocab_size or not 0 <= count < float("inf"):
             raise CheckpointError(
-                f"{file}: token {token} with count {count}, must be ids from 0 to {vocab_size - 1} and counts from 0; "
-                "count with the target's own tokenizer"
+                f"{file}: holds token {token} with count {count}; an id must be 0 to {vocab_size - 1} and a count 0 or "
+                "more; count with the target's own tokenizer"
             )
         counts[token] = count
     return counts
 
 
 def counts_from_text(file: Path, target: str, vocab_size: int) -> torch.Tensor:
-    """How often each token occurs in a JSONL file of text, by the target's tokenizer, as float64 [vocab_size].
+    """Return how often each token of the target's tokenizer occurs in a JSONL file of text, as float64 [vocab_size].
 
     Raises:
-        CheckpointError: see :mod:`vllm_slimspec.engine.prompts`.
+        CheckpointError: a line of the file cannot be used, see :mod:`vllm_slimspec.engine.prompts`.
     """
     rows, counts = read_prompts(file), torch.zeros(vocab_size, dtype=torch.float64)
     for _, ids in tokens_of(rows, open_tokenizer(rows, target), vocab_size, file):
@@ -55,33 +59,39 @@ def counts_from_text(file: Path, target: str, vocab_size: int) -> torch.Tensor:
 
 
 def counts_from_states(states: HeadStates, drafter: Drafter, vocab_size: int, sample: int) -> torch.Tensor:
-    """How often the target chose each token in the answers that the states are of, as float64 [vocab_size].
+    """Return how often the target chose each token in the recorded answers, as float64 [vocab_size].
 
-    Ties, of which a short collection has many, go to the token that the drafter's head finds likelier; where the
-    target's tokens were not recorded, that alone decides. Held-out documents are not looked at.
+    A short recording has many ties. The token that the drafter's head finds likelier wins a tie: its mean probability,
+    which is below 1, is added to its count. If the target's tokens were not recorded, these probabilities alone decide.
+    Held-out documents are not counted.
 
     Args:
-        sample: states to take the drafter's probabilities from.
+        states: recorded head states.
+        drafter: the drafter whose head gives the probabilities.
+        vocab_size: number of tokens of the target.
+        sample: number of states over which the probabilities are averaged.
     """
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     likely = token_probabilities(drafter.head, states.sample(False, sample).hidden.to(drafter.head))
-    counts[_ids(drafter)] = likely  # they add up to 1, so that a count is worth more than any
+    counts[_ids(drafter)] = likely
     for rows in states.read(held_out=False):
         if rows.next_token is not None and rows.step is not None:
-            chosen = rows.next_token[(rows.step == 0) & (rows.next_token >= 0)]  # each place is drafted first once
+            chosen = rows.next_token[(rows.step == 0) & (rows.next_token >= 0)]  # Step 0 counts each place once.
             counts += torch.bincount(chosen, minlength=vocab_size)
     return counts
 
 
 def kept(drafter: Drafter, target: Target | None, counts: torch.Tensor, size: int) -> torch.Tensor:
-    """The draft ids of the ``size`` most frequent tokens, int64 [size], ascending.
+    """Return the draft ids of the ``size`` most frequent tokens, int64 [size], ascending.
 
     Args:
-        counts: of each token of the target, float64 [vocab_size]; the lowest id wins a tie.
-        size: how many; the tokens that begin or end a text are always among them.
+        drafter: the drafter whose vocabulary is cut.
+        target: its target, whose config names further tokens that begin or end a text; None if it is unknown.
+        counts: float64 [vocab_size], the count of each token of the target. The lowest id wins a tie.
+        size: number of tokens to keep. Those that begin or end a text are always among them.
 
     Raises:
-        CheckpointError: the size does not fit.
+        OptionError: ``size`` is too small to hold these, or larger than the draft vocabulary.
     """
     special = check_size(drafter, target, size)
     weights = counts[_ids(drafter)].masked_fill(special, float("inf"))
@@ -89,10 +99,10 @@ def kept(drafter: Drafter, target: Target | None, counts: torch.Tensor, size: in
 
 
 def check_size(drafter: Drafter, target: Target | None, size: int) -> torch.Tensor:
-    """Whether each draft id begins or ends a text, bool [V].
+    """Return for each draft id whether it begins or ends a text, bool [V].
 
     Raises:
-        CheckpointError: ``size`` tokens do not hold those, or are more than there are.
+        OptionError: ``size`` is too small to hold these tokens, or larger than the draft vocabulary.
     """
     most = len(drafter.head)
     special = torch.isin(_ids(drafter), torch.tensor(sorted(_special(drafter, target)), dtype=torch.long))

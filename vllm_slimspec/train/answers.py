@@ -1,8 +1,8 @@
-"""The target's own answers to prompts, by vLLM: what a drafter is judged on, and so what it should learn from.
+"""Let the target answer prompts, run by vLLM. A drafter is judged on its target's answers, so it learns from them.
 
-OUTPUT.jsonl         {"input_ids": [...], "prompt_tokens": 17}, a line for each different prompt, in their order
-OUTPUT.jsonl.json    what they are the answers of: target, prompts, sampling
-OUTPUT.jsonl.partial while it grows; the same command goes on where it was killed
+OUTPUT.jsonl         {"input_ids": [...], "prompt_tokens": 17}, one line for each different prompt, in their order
+OUTPUT.jsonl.json    what the answers were made from: target, prompts, sampling
+OUTPUT.jsonl.partial the answers so far, from which the same command resumes
 """
 
 import gc
@@ -23,7 +23,7 @@ from vllm_slimspec.engine.recording import limits
 from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.target import fingerprint
 
-_TOGETHER = 512  # prompts; so much is answered again after a kill, at the most
+_TOGETHER = 512  # prompts in a batch, which is the most that is answered again after a kill
 
 
 def write_answers(
@@ -36,26 +36,26 @@ def write_answers(
     engine: Mapping[str, Any] | None = None,
     dtype: Asked = "auto",
 ) -> int:
-    """Let the target answer every prompt; called again with the same arguments it resumes.
+    """Write the target's answer to every prompt, and return their number; a second call resumes the first.
 
     Args:
         target: Hugging Face folder or id.
-        prompts: JSONL file, see :mod:`vllm_slimspec.engine.prompts`; a prompt that is there twice is asked once.
-        output: JSONL file for :func:`vllm_slimspec.train.documents.read_documents`.
-        temperatures: of sampling; the prompts take them in turn. Default: what the target's generation_config.json
-            says.
-        max_tokens: of an answer.
+        prompts: JSONL file, see :mod:`vllm_slimspec.engine.prompts`. A prompt that occurs twice is answered once.
+        output: JSONL file to write, for :func:`vllm_slimspec.train.documents.read_documents`.
+        temperatures: sampling temperatures, which the prompts take in turn; None takes the one in the target's
+            generation_config.json.
+        max_tokens: maximum number of tokens of an answer.
         engine: further arguments of ``vllm.LLM``.
-        dtype: what the target computes in, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
+        dtype: dtype in which the target computes, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
 
     Returns:
-        answers in the file.
+        The number of answers in the file.
 
     Raises:
-        CheckpointError: a line is no prompt, does not fit, or cannot be tokenized; or vLLM does not take the target.
-        CheckpointError: the output holds the answers of another target, other prompts or other sampling.
-        OutputError: the output cannot be written, or another process writes it.
-        EngineError: vLLM failed. What was answered is kept.
+        CheckpointError: a line is no prompt, is too long for the target, or cannot be tokenized; or vLLM does not
+            accept the target; or the output holds the answers of another target, other prompts or other sampling.
+        OutputError: the output cannot be written, or is being written by another process.
+        EngineError: vLLM failed. The answers so far are kept.
     """
     with claim_file(output) as claim, progress("train answers", ends=False):
         return _write_answers(target, Path(prompts), claim.path, temperatures, max_tokens, engine or {}, dtype)
@@ -75,7 +75,7 @@ def _write_answers(
     vocab_size, length = limits(target, dict(engine))
     documents = tokenize(rows, tokenizer, vocab_size, length - max_tokens, prompts)
     made_from = {
-        "target": fingerprint(target),  # the same under another name or path
+        "target": fingerprint(target),  # does not change if the target is moved or renamed
         "prompts": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
         "temperatures": list(temperatures or ()) or None,
         "max_tokens": max_tokens,
@@ -104,10 +104,10 @@ def _write_answers(
 
 
 def read_lengths(target: str | Path, prompts: str | Path) -> list[int]:
-    """Tokens of each different prompt.
+    """Return the number of tokens of each different prompt.
 
     Raises:
-        CheckpointError: as :func:`write_answers`.
+        CheckpointError: a prompt or the target cannot be used, as in :func:`write_answers`.
     """
     rows = read_prompts(Path(prompts))
     tokenizer = open_tokenizer(rows, str(target))
@@ -118,7 +118,7 @@ def read_lengths(target: str | Path, prompts: str | Path) -> list[int]:
 def _ask(
     llm: Any, prompts: Sequence[list[int]], first: int, temperatures: Sequence[float] | None, max_tokens: int
 ) -> Iterator[list[int]]:
-    """The answers; the same ones again after a kill, because each prompt has a seed of its own."""
+    """Yield the answers to a batch. Each prompt has its own seed, so that a resumed run gets the same answers."""
     params = []
     for place in range(len(prompts)):
         params.append(llm.get_default_sampling_params())
@@ -127,7 +127,7 @@ def _ask(
             params[-1].temperature = temperatures[(first + place) % len(temperatures)]
     try:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=counting())
-    except Exception as error:  # whatever a dying engine raises
+    except Exception as error:  # A dying engine may raise any class.
         raise engine_failed(error) from None
     for request in outputs:
         yield list(request.outputs[0].token_ids)
@@ -167,7 +167,7 @@ def _claim(output: Path, made_from: dict[str, Any]) -> None:
 
 
 def _whole_lines(file: Any) -> int:
-    """How many lines are whole; one that was torn by a kill is cut off."""
+    """Return the number of whole lines of a file, and cut off a line that a kill has left unfinished."""
     file.seek(0)
     content = file.read()
     file.truncate(content.rfind(b"\n") + 1)
@@ -175,10 +175,10 @@ def _whole_lines(file: Any) -> int:
 
 
 def engine_failed(error: Exception) -> EngineError:
-    """Return what to raise for an engine that failed; vLLM does not say of what its process died."""
+    """Return the error to raise for an engine that failed, with a hint, because vLLM does not say why it died."""
     died = type(error).__name__ == "EngineDeadError"
     hint = " if nothing above says why, it was killed because memory ran out: close other programs;" if died else ""
-    return EngineError(f"vLLM failed ({_line(error)});{hint} repeat the command, it goes on from here")
+    return EngineError(f"vLLM failed ({_line(error)});{hint} repeat the command to resume")
 
 
 def _line(error: Exception) -> str:

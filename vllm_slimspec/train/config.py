@@ -1,4 +1,4 @@
-"""The configuration of a training run: the paper's recipe, speculators' own settings, and what this package adds."""
+"""Make the configuration of a training run from the paper's recipe, speculators' settings and the user's flags."""
 
 import sys
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.train.model import HeadInit
 from vllm_slimspec.train.store import read_layer_ids
 
-MIXED = torch.bfloat16  # what speculators computes in where nothing else is asked for, beside weights in float32
-# The paper's, in speculators' names; betas (0.9, 0.95), eps 1e-8 and clipping at 1.0 have no flag. Its batch of 64
-# sequences is expressed as tokens in a step: total_seq_len x ranks. It does not name its loss.
+MIXED = torch.bfloat16  # The dtype in which speculators computes by default; its weights are in float32.
+# The paper's recipe in speculators' names. Betas (0.9, 0.95), eps 1e-8 and clipping at 1.0 have no flag. The paper's
+# batch of 64 sequences becomes a number of tokens: total_seq_len x ranks. The paper does not name its loss.
 RECIPE: Mapping[str, Any] = {
     "epochs": 10,
     "optimizer": "adamw",
@@ -29,20 +29,20 @@ RECIPE: Mapping[str, Any] = {
     "scheduler_type": "cosine",
     "scheduler_warmup_steps": 100,
     "loss_fn": "kl_div",
-    "checkpoint_freq": 0.1,  # of an epoch; fewer where an epoch is short (SlimSpecTrainer.maybe_save_checkpoint)
-    "max_consecutive_generation_failures": 1,  # speculators would go on without the documents that a server lost
+    "checkpoint_freq": 0.1,  # of an epoch; less often if epochs are short (SlimSpecTrainer.maybe_save_checkpoint)
+    "max_consecutive_generation_failures": 1,  # More would let speculators go on without the documents it missed.
 }
 LOSSES = {
     "kl": "kl_div",
     "nla": "nla",
     "lk_hybrid": "lk_hybrid",
-    "greedy": '{"ce": 0.5, "kl_div": 0.5}',  # ce is of the target's best token
+    "greedy": '{"ce": 0.5, "kl_div": 0.5}',  # ce: cross entropy to the target's best token
 }
-# The shape of a fresh drafter, where no --draft-config or --from-pretrained gives one. Without it, the layer silently
-# becomes a sliding window of 2048.
+# The attention of a fresh drafter, unless --draft-config or --from-pretrained gives one. Without this key, speculators
+# silently gives the layer a sliding window of 2048 tokens.
 _SHAPE: Mapping[str, Any] = {"full_attention_indices": [0]}
-# speculators has no switch for a machine without an accelerator. Its attention there multiplies every token of a step
-# with every other one, so steps are as long as a document of `slimspec train states` may be, and no longer.
+# speculators has no switch for a machine without an accelerator. Attention on a CPU multiplies every token of a step
+# with every other one. A step is therefore only as long as the longest document of `slimspec train states`.
 _CPU_RECIPE: Mapping[str, Any] = {
     "draft_attn_impl": "sdpa",
     "loss_implementation": "eager",
@@ -52,7 +52,7 @@ _CPU_RECIPE: Mapping[str, Any] = {
 
 
 class SlimSpecTrainConfig(TrainConfig):
-    """speculators' configuration and ours, which travel to the model together."""
+    """Configuration of speculators with the keys of this package, which reaches the model as a whole."""
 
     lm_head_rank: int = Field(default=1, ge=0)
     head_is_targets: bool = False
@@ -73,11 +73,14 @@ def resolve(
     head_init: HeadInit = "weighted-svd",
     **flags: Any,
 ) -> SlimSpecTrainConfig:
-    """The configuration of a run, as :func:`fit` takes it; the data may be still to come, and nothing is written.
+    """Check the options of a run, and return its configuration. Nothing is written, and ``data`` need not exist yet.
+
+    The arguments are those of :func:`vllm_slimspec.train.launch.fit`.
 
     Raises:
         OptionError: a value is not allowed.
-        OutputError: the output is taken.
+        CheckpointError: the data hold the states of other layers.
+        OutputError: the output exists already.
     """
     _require_speculators()
     if flags.get("hidden_states_dtype") == "float16":
@@ -87,7 +90,7 @@ def resolve(
     layer_ids = read_layer_ids(Path(data))
     if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
         raise CheckpointError(
-            f"{data}: holds the states of layers {layer_ids}; leave --target-layer-ids out, or write other states"
+            f"{data}: holds the states of layers {layer_ids}; leave out --target-layer-ids, or write other states"
         )
     hidden = AutoConfig.from_pretrained(str(target)).get_text_config().hidden_size
     start = flags.get("from_pretrained")
@@ -95,7 +98,7 @@ def resolve(
     rank = found or hidden // 8 if rank is None else rank
     if found not in (None, rank if head == "low-rank" else 0):
         raise OptionError(
-            f"--from-pretrained {start}: its rank is {found} (0: dense); leave --rank and --head as they were"
+            f"--from-pretrained {start}: its rank is {found} (0: dense); give the --rank and --head of that run"
         )
     if not 1 <= rank <= hidden:
         raise OptionError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
@@ -110,7 +113,7 @@ def resolve(
         **({} if flags.keys() & {"draft_config", "from_pretrained"} else _SHAPE),
         **({} if torch.accelerator.is_available() else _CPU_RECIPE),
         "hidden_states_dtype": work_dtype("auto", MIXED).name,
-        "mask_token_id": 0,  # EAGLE-3 never masks; unset, speculators looks for a tokenizer to choose one
+        "mask_token_id": 0,  # EAGLE-3 never masks, but without a value speculators loads a tokenizer to choose one.
         "on_missing": "raise",
         "log_dir": str(beside(output, ".run") / "logs"),
         "target_layer_ids": layer_ids,
@@ -135,16 +138,16 @@ def resolve(
 
 
 def _rank_of(start: str) -> int:
-    """Of the head that training starts from.
+    """Return the rank of the head that training starts from; 0 for a dense head.
 
     Raises:
-        OptionError: it is none of our checkpoints.
+        OptionError: ``start`` is not a checkpoint of this package.
     """
     config = PretrainedConfig.get_config_dict(start)[0]
     if config.get("speculators_model_type") != "slimspec_eagle3":
         raise OptionError(
-            f"--from-pretrained {start}: not a checkpoint of a run; give one (DRAFTER.run/checkpoints/N), or train "
-            "this drafter on with `slimspec convert --joint-steps`"
+            f"--from-pretrained {start}: not a checkpoint of a run; give one (DRAFTER.run/checkpoints/N), or go on "
+            "training this drafter with `slimspec convert --joint-steps`"
         )
     return config["lm_head_rank"]
 

@@ -1,4 +1,4 @@
-"""Reading what a drafter learns from: documents, and how much of each is a prompt that the target did not write."""
+"""Read the documents that a drafter learns from, and how many of their first tokens are a prompt."""
 
 import logging
 from pathlib import Path
@@ -18,27 +18,29 @@ TrainOn = Literal["answers", "all"]
 def read_documents(
     file: str | Path, target: str | Path, max_length: int, train_on: TrainOn = "answers"
 ) -> list[Document]:
-    """Read the documents of a JSONL file: the ``input_ids`` of each line, or its ``text`` by the target's tokenizer.
+    """Read and return the documents of a JSONL file: the ``input_ids`` of each line, or its tokenized ``text``.
 
-    The first ``prompt_tokens`` of a line are its prompt. A drafter never has to guess in there, nor the first token of
-    an answer, which the target gives when it reads the prompt; so a document needs two more tokens to teach anything.
+    The first ``prompt_tokens`` tokens of a line are its prompt. A drafter guesses neither these nor the first token of
+    the answer, which the target computes when it reads the prompt. A document therefore teaches something only if at
+    least two tokens follow its prompt.
 
     Args:
         file: see :mod:`vllm_slimspec.engine.prompts`.
         target: Hugging Face folder or id; its tokenizer is loaded only if a line holds text.
-        max_length: tokens kept of a line; how many lines are longer is logged.
-        train_on: ``answers`` leaves out documents that are cut before their answer, and logs how many, and how many
-            have no known prompt; ``all`` takes no notice of prompts.
+        max_length: maximum number of tokens of a document. A longer one is cut, and the number of cut ones is logged.
+        train_on: ``answers`` leaves out documents that are cut before their answer, and logs how many they are and how
+            many have no known prompt. ``all`` ignores prompts.
 
     Raises:
-        CheckpointError: a line holds neither, or what the target does not know; or no document is left.
+        CheckpointError: a line holds neither tokens nor text, or tokens that the target does not know; or no document
+            is left.
     """
     file = Path(file)
     rows = read_prompts(file)
     for number, row in rows:
         if not row.keys() & {"input_ids", "text"}:
             raise CheckpointError(
-                f"{file}:{number}: a prompt without its answer; run `slimspec train answers` over the file first"
+                f"{file}:{number}: is a prompt without its answer; run `slimspec train answers` over the file first"
             )
     vocab_size = AutoConfig.from_pretrained(str(target)).get_text_config().vocab_size
     documents, unknown, cut = [], 0, 0
@@ -79,14 +81,14 @@ def _prompt_tokens(row: dict[str, Any], length: int, place: str) -> int | None:
     """Return how many of a document's tokens are its prompt, or None if the line does not say.
 
     Raises:
-        CheckpointError: it says something that cannot be.
+        CheckpointError: the line gives a number that is not possible.
     """
     found = row.get("prompt_tokens")
     if found is None:
         return None
     if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found <= length:
         raise CheckpointError(
-            f"{place}: prompt_tokens is {found!r}, must be an integer from 0 to {length}, the document's tokens; mend "
-            "it, or leave it out to train on the whole document"
+            f"{place}: prompt_tokens is {found!r}, must be an integer from 0 to {length}, the document's tokens; "
+            "correct it, or leave it out to train on the whole document"
         )
     return found

@@ -1,4 +1,4 @@
-"""A trained model as the plain Hugging Face folder that vLLM serves: no speculators config, no copied code."""
+"""Write a trained model as the plain Hugging Face folder that vLLM serves."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ _LAYER_KEYS = (
     "max_position_embeddings",
     "vocab_size",
 )
-# vLLM's drafters read these from config.json; each changes the arithmetic, none can be seen in every checkpoint.
+# vLLM's drafters read these keys from config.json. Each changes the arithmetic, and not every one shows in the tensors.
 _NORM_KEYS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _NOT_SERVED = ("verifier_lm_head.", "verifier_norm.", "t2d")
 
@@ -41,13 +41,13 @@ def export(
     dtype: torch.dtype,
     provenance: Mapping[str, Any],
 ) -> DraftCheckpoint:
-    """Write the drafter, with every key that makes vLLM compute what training computed.
+    """Write the drafter with every key that vLLM needs to compute what training computed, and return it.
 
     Args:
-        model: trained; its tensors may be on any device.
-        folder: must not exist, or be empty.
-        dtype: of the floating-point tensors on disk.
-        provenance: how this drafter came to be, written as slimspec.json.
+        model: the trained model, whose tensors may be on any device.
+        folder: the folder to write, which must be missing or empty.
+        dtype: dtype of the floating-point tensors on disk.
+        provenance: how the drafter was made, which is written to slimspec.json.
     """
     tensors = {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
@@ -60,7 +60,7 @@ def check_servable(model: SlimSpecEagle3Model) -> None:
     """Refuse a drafter that vLLM would not load, before it is trained.
 
     Raises:
-        CheckpointError: its layers have sizes, tensors or an activation that vLLM's drafters do not.
+        CheckpointError: its layers have sizes, tensors or an activation that vLLM's drafters do not support.
     """
     config = flatten(draft_config(model, torch.float32), "the drafter to be trained")
     family = known_family(config, "the drafter to be trained")
@@ -69,7 +69,7 @@ def check_servable(model: SlimSpecEagle3Model) -> None:
 
 
 def _served_tensors(model: SlimSpecEagle3Model) -> dict[str, torch.Tensor]:
-    # What is the target's, vLLM lends.
+    # vLLM shares the target's embeddings and head with the drafter, so those are not stored.
     own_embeddings, own_head = model.config.embed_requires_grad, not model.config.head_is_targets
     return {
         name: tensor
@@ -81,7 +81,7 @@ def _served_tensors(model: SlimSpecEagle3Model) -> dict[str, torch.Tensor]:
 
 
 def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of the exported drafter."""
+    """Return config.json of the exported drafter."""
     layer = model.config.transformer_layer_config
     family = next(family for family in FAMILIES if family.name == layer.model_type)
     config: dict[str, Any] = {
@@ -93,7 +93,7 @@ def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, An
         "num_aux_hidden_states": len(model.target_layer_ids),
         **{key: getattr(model.config, key) for key in _NORM_KEYS},
         **{key: getattr(layer, key) for key in _LAYER_KEYS if hasattr(layer, key)},  # Qwen3 has no mlp_bias
-        **rope_keys(flatten_rope_parameters(layer).rope_parameters),  # what the model was built with
+        **rope_keys(flatten_rope_parameters(layer).rope_parameters),  # the values that the model was built with
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }

@@ -1,9 +1,9 @@
-"""The acceptance length that a drafter would be served with, from speculators' own evaluation on held-out documents.
+"""Measure the acceptance length that serving would have, from speculators' evaluation on held-out documents.
 
-For every place and draft step speculators feeds the document's own tokens, as serving does on an accepted prefix. So
-what the drafter drafts there is what it would draft in service, and the walk of cycles through each answer follows
-exactly (:mod:`vllm_slimspec.common.walk`). For greedy answers its length is the one that is served at temperature 0;
-for sampled answers it is that of greedy drafts under a target that samples.
+At every place and draft step speculators feeds the document's own tokens, as serving does behind accepted tokens. So
+the drafter drafts there what it would draft in service, and the cycles through each answer can be computed exactly
+(:mod:`vllm_slimspec.common.walk`). For greedy answers the result is the acceptance length at temperature 0. For sampled
+answers it is that of greedy drafts under a target that samples.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ from vllm_slimspec.errors import CheckpointError
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[np.ndarray]]:
-    """Collect the cycles of every document that goes through a drafter meanwhile, each int64 [K + 1].
+    """Collect, while the context is open, the counts of cycles of each document that the model reads, int64 [K + 1].
 
     Args:
         model: a :class:`vllm_slimspec.train.model.SlimSpecEagle3Model`, perhaps wrapped for several processes.
@@ -50,12 +50,12 @@ def watched(model: nn.Module) -> Iterator[list[np.ndarray]]:
 
 
 def walks(drafts: np.ndarray, tokens: np.ndarray, mask: np.ndarray, documents: np.ndarray) -> list[np.ndarray]:
-    """Count the cycles of each document in a batch, int64 [K + 1].
+    """Return the counts of cycles of each document in a batch, int64 [K + 1] each.
 
     Args:
-        drafts: int64 [T, K], what is drafted behind each token, in the target's vocabulary.
-        tokens: int64 [T], of documents that are packed one behind another.
-        mask: [T], 1 where a token is an answer's.
+        drafts: int64 [T, K], the target ids that are drafted behind each token.
+        tokens: int64 [T], the tokens of documents that are packed one behind another.
+        mask: [T], 1 where a token belongs to an answer.
         documents: int64 [T], the number of each token's document; -1 for padding.
     """
     k = drafts.shape[1]
@@ -66,12 +66,12 @@ def walks(drafts: np.ndarray, tokens: np.ndarray, mask: np.ndarray, documents: n
 
 
 def cycle_starts(mask: np.ndarray, k: int) -> np.ndarray:
-    """Return for each place whether a cycle starts there whose K drafts are all of one answer, bool [T - K]."""
+    """Return for each place whether the K tokens drafted behind it all belong to one answer, bool [T - K]."""
     return np.all(sliding_window_view(mask == 1, k + 1), axis=1)
 
 
 def gathered(found: list[np.ndarray], k: int) -> np.ndarray:
-    """Return the counts of all processes, int64 [documents, K + 1]."""
+    """Collect the counts of all processes, and return them as int64 [documents, K + 1]."""
     parts = [found]
     if dist.is_initialized():
         parts = [[] for _ in range(dist.get_world_size())]
@@ -80,8 +80,8 @@ def gathered(found: list[np.ndarray], k: int) -> np.ndarray:
 
 
 def loader_like(loader: DataLoader, folder: Path) -> DataLoader:
-    """Return a loader of all documents of another folder, made as speculators made this one."""
-    like: Any = loader.dataset  # speculators' own, as is what collates its documents
+    """Return a loader of all documents of another folder, with the settings that speculators gave ``loader``."""
+    like: Any = loader.dataset  # The class is speculators', and so is that of collate.
     collate: Any = loader.collate_fn
     return _setup_dataloader(
         ArrowDataset(like.max_len, folder, on_missing="raise", hidden_states_dtype=like.hidden_states_dtype),
@@ -95,21 +95,22 @@ def loader_like(loader: DataLoader, folder: Path) -> DataLoader:
 
 
 def check_measurable(folder: Path, *, train_data_ratio: float, total_seq_len: int, ttt_steps: int) -> None:
-    """Refuse data that holds no place to measure at.
+    """Refuse a data set whose held-out documents have no place at which a cycle can be measured.
 
     Args:
         folder: the data set.
-        train_data_ratio, total_seq_len, ttt_steps: speculators' flags: the share of the documents, the first ones, that
-            is not measured on, where it cuts documents, and K.
+        train_data_ratio: speculators' flag: the share of the documents, the first ones, that is only trained on.
+        total_seq_len: speculators' flag: the number of tokens to which a document is cut.
+        ttt_steps: speculators' flag: the number of draft steps K.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no such place.
     """
     documents = load_from_disk(folder).select_columns(["loss_mask", "seq_len"]).with_format("numpy")
     measured = documents.select(range(int(len(documents) * train_data_ratio), len(documents)))
     fitting = np.flatnonzero(measured["seq_len"][:] <= total_seq_len).tolist()
-    for i in fitting or range(len(measured)):  # speculators leaves longer documents out, unless all are longer
-        mask = measured[i]["loss_mask"][1 : total_seq_len + 1]  # it drops the first token, which has no state before it
+    for i in fitting or range(len(measured)):  # speculators leaves out longer documents, unless all are.
+        mask = measured[i]["loss_mask"][1 : total_seq_len + 1]  # It drops the first token, which has no state.
         if len(mask) > ttt_steps and cycle_starts(mask, ttt_steps).any():
             return
     raise CheckpointError(

@@ -1,8 +1,9 @@
-"""One training run, on the real trainer of speculators, from hidden states to a drafter that vLLM serves.
+"""Train a drafter with speculators, from hidden states to a folder that vLLM serves.
 
-speculators finds its preprocessing (``shift_batch``, without which tokens and states are one place apart and training
-runs on happily) and its EAGLE-3 defaults by the *name* "eagle3". So the run keeps that name, and for its length our
-model stands under it. Everything that is replaced in speculators is replaced in :func:`slimspec_in_speculators`.
+speculators finds its EAGLE-3 defaults and its preprocessing (``shift_batch``) by the *name* "eagle3". Without that
+preprocessing, tokens and states would be one place apart, and training would go on without an error. So the model of
+this package is registered under that name during a run. Every part of speculators that is replaced is replaced in
+:func:`slimspec_in_speculators`.
 """
 
 import json
@@ -49,7 +50,7 @@ from vllm_slimspec.train.trainer import ServerGone, SlimSpecTrainer, metrics_fil
 
 logger = logging.getLogger(__name__)
 
-# What makes a run another run: a checkpoint of one is not resumed with another.
+# The settings that identify a run. A checkpoint is only resumed by a run with the same ones.
 _IDENTITY = (
     "verifier_name_or_path",
     "data_path",
@@ -73,13 +74,13 @@ _IDENTITY = (
 
 @contextmanager
 def slimspec_in_speculators(others: Mapping[str, Path] | None = None) -> Iterator[list[SlimSpecTrainer]]:
-    """Inside, ``speculators train --speculator-type eagle3`` trains our model with our trainer.
+    """Make ``speculators train --speculator-type eagle3`` use the model and the trainer of this package.
 
     Args:
-        others: folders of hidden states to measure on beside the held-out documents, by name.
+        others: folders of further hidden states to measure on, by name.
 
     Yields:
-        The trainers made inside: speculators keeps them to itself, and with them the trained models.
+        A list of the trainers that are made while the context is open. speculators does not return them.
     """
     trainers: list[SlimSpecTrainer] = []
 
@@ -97,19 +98,19 @@ def slimspec_in_speculators(others: Mapping[str, Path] | None = None) -> Iterato
         for place, values in (
             (SpeculatorModel, {"registry": {**(SpeculatorModel.registry or {}), "eagle3": SlimSpecEagle3Model}}),
             (speculators_cli, {"Trainer": make_trainer, "setup_metric_logger": _setup_metrics}),
-            (speculators_cli, {"setup_root_logger": lambda: None}),  # how to log is the caller's
-            (speculators_trainer, {"tqdm": lambda loader, **_: loader}),  # one bar for the run, not one an epoch
+            (speculators_cli, {"setup_root_logger": lambda: None}),  # the caller decides how to log
+            (speculators_trainer, {"tqdm": lambda loader, **_: loader}),  # the run has one bar of its own
         ):
             stack.enter_context(replaced(place, **values))
         if not torch.accelerator.is_available():
-            # speculators waits for, and loads checkpoints to, a GPU without asking whether there is one
+            # speculators synchronizes with a GPU and loads checkpoints to it without asking whether there is one.
             stack.enter_context(replaced(torch.accelerator, synchronize=lambda: None))
             stack.enter_context(replaced(speculators_checkpointer, get_current_device=lambda: "cpu"))
             stack.enter_context(replaced(speculators_cli, maybe_setup_distributed=_setup_gloo))
             losses = speculators_losses._LOSS_FN_MAPS
             faster = {**losses, "eager": {**losses["eager"], "kl_div": on_cpu.kl_div_loss}}
             stack.enter_context(replaced(speculators_losses, _LOSS_FN_MAPS=faster))
-            stack.enter_context(replaced(eager_losses, kl_div_loss=on_cpu.kl_div_loss))  # for losses made of it
+            stack.enter_context(replaced(eager_losses, kl_div_loss=on_cpu.kl_div_loss))  # for losses that contain it
             stack.enter_context(replaced(torch, argmax=on_cpu.argmax))
         yield trainers
 
@@ -126,27 +127,28 @@ def fit(
     also_evaluate: Mapping[str, Path] | None = None,
     **flags: Any,
 ) -> DraftCheckpoint | None:
-    """Train a SlimSpec drafter for ``target`` and write it to ``output``.
+    """Train a SlimSpec drafter for ``target``, write it to ``output`` and return it.
 
     Args:
         target: Hugging Face folder or id.
-        data: a folder of hidden states, see :mod:`vllm_slimspec.train.states`; speculators' own will do.
-        output: the drafter; must not exist, or be empty. Everything else goes to ``<output>.run``: the checkpoints,
-            from which a run that was stopped or killed is resumed, metrics.jsonl and training.png.
-        head: ``dense`` for a drafter to compare with: the ordinary head, trained like the factors and served by vLLM.
-            ``target``: the target's own head, which is neither trained nor exported, because vLLM lends it.
-        rank: R of a low-rank head; default D // 8.
-        head_init: how the factors start, see :meth:`SlimSpecEagle3Model.init_head`.
-        also_evaluate: folders like ``data``, by name: after each epoch the acceptance length on them is measured too.
-        flags: any flag of ``speculators train``, with underscores; they win over :data:`RECIPE`.
+        data: folder of hidden states, written by :mod:`vllm_slimspec.train.states` or by speculators.
+        output: folder of the drafter, which must be missing or empty. Everything else goes to ``<output>.run``:
+            metrics.jsonl, training.png, and the checkpoints from which a stopped or killed run resumes.
+        head: ``low-rank``; ``dense``, an ordinary head for comparison, which is trained as the factors are and served
+            by vLLM; or ``target``, the target's own head, which is neither trained nor exported: vLLM shares it.
+        rank: R of a low-rank head; None takes D // 8.
+        head_init: first values of the head, see :meth:`SlimSpecEagle3Model.init_head`.
+        also_evaluate: further folders like ``data``, by name, on which the acceptance length is measured after
+            each epoch.
+        flags: any flag of ``speculators train``, with underscores. A flag wins over :data:`RECIPE`.
 
     Returns:
-        the drafter; None in all but the first process of torchrun.
+        The drafter; None in every process of torchrun but the first.
 
     Raises:
         OptionError: a value is not allowed.
-        CheckpointError: the data cannot be used, or the run there is another one.
-        OutputError: the output is taken, cannot be written, or another process writes it.
+        CheckpointError: the data cannot be used, or ``<output>.run`` holds another run.
+        OutputError: the output exists, cannot be written, or is being written by another process.
         OSError: the disk is full, or the vLLM server of ``on_missing="generate"`` is gone. Checkpoints are kept.
         KeyboardInterrupt: the run was interrupted; its checkpoint is kept.
     """
@@ -169,7 +171,7 @@ def fit(
             )
         check_measurable(folder, train_data_ratio=0, **sizes)
     output = Path(output)
-    process = int(os.environ.get("RANK", "0"))  # torchrun's, of which the first one writes the output
+    process = int(os.environ.get("RANK", "0"))  # Of torchrun's processes, the first one writes the output.
     with (
         claim_folder(output, run=beside(output, ".run")) if process == 0 else nullcontext(),
         progress("train fit", ends=False, silent=process > 0),
@@ -191,21 +193,23 @@ def _fit(config: SlimSpecTrainConfig, data: Path, output: Path, others: Mapping[
     if process == 0:
         _claim(output, run)
         if not knows_prompts(data):
-            logger.warning("%s: no prompt is known there, so every token is trained on and measured", data)
+            logger.warning(
+                "%s: the data do not say which tokens are prompts, so every token is trained on and measured", data
+            )
     with slimspec_in_speculators(others) as trainers:
         try:
             speculators_cli.main(config)
         except ServerGone as error:
             raise ConnectionError(
                 f"{run['vllm_endpoint']}: no hidden states any more ({error}); start vLLM again and repeat the "
-                "command, it goes on from here"
+                "command to resume"
             ) from None
     (trainer,) = trainers
     if trainer.interrupted:
         raise KeyboardInterrupt(f"stopped; the checkpoint is in {checkpoints}")
     if process:
         return None
-    # Not the model of the trainer, which torchrun may have wrapped or cut to pieces.
+    # The trainer's own model may be wrapped or sharded by torchrun, so the last checkpoint is read.
     last = max((path for path in checkpoints.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
     model = SlimSpecEagle3Model.from_pretrained(str(last))
     metrics = metrics_file(checkpoints)
@@ -235,7 +239,10 @@ def _fit(config: SlimSpecTrainConfig, data: Path, output: Path, others: Mapping[
 
 
 def _speed(model: SlimSpecEagle3Model, run: Mapping[str, Any], metrics: Path) -> dict[str, float]:
-    """Tokens and 1e12 operations a second on each device, by the median step; a plan takes the latter as --tflops."""
+    """Return the tokens and the 1e12 operations per second of each device, by the median step.
+
+    The number of operations is what a plan takes as ``--tflops``.
+    """
     steps = [line["tokens_per_s"] for line in read_metrics(metrics) if line["split"] == "train"]
     tokens = statistics.median(steps) if steps else 0.0
     operations = drafter_operations(model, run["ttt_steps"], run["total_seq_len"])
@@ -243,11 +250,11 @@ def _speed(model: SlimSpecEagle3Model, run: Mapping[str, Any], metrics: Path) ->
 
 
 def _claim(output: Path, run: Mapping[str, Any]) -> None:
-    """Make ``<output>.run`` the place of this run, unless it is that of another.
+    """Write the identity of this run to ``<output>.run``.
 
     Raises:
-        CheckpointError: it is another's.
-        OSError: a checkpoint does not fit the disk.
+        CheckpointError: the folder holds another run.
+        OSError: the disk refuses.
     """
     folder = beside(output, ".run")
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +271,7 @@ def _claim(output: Path, run: Mapping[str, Any]) -> None:
 
 
 def _setup_gloo() -> None:
-    """speculators' ``maybe_setup_distributed`` for torchrun on CPUs: it asks for an accelerator first."""
+    """Stand in for speculators' ``maybe_setup_distributed``, which asks for an accelerator, for torchrun on CPUs."""
     if "LOCAL_RANK" not in os.environ:
         return
     dist.init_process_group("gloo")
@@ -273,8 +280,8 @@ def _setup_gloo() -> None:
 
 
 def _setup_metrics(**options: Any) -> None:
-    """speculators' metrics for its own backends (``--logger tensorboard``), not a line a step for everybody's logs."""
-    # A caller who wants speculators' own lines sets a level on its logger first.
+    """Set up speculators' metrics for its backends (``--logger tensorboard``), without a log line for every step."""
+    # A caller who wants those lines sets a level on speculators' logger first.
     level = logging.getLogger("speculators").level or logging.WARNING
     setup_metric_logger(**options)
     logging.getLogger("speculators").setLevel(level)

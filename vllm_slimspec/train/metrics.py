@@ -1,15 +1,17 @@
-"""How a run goes: every step and every evaluation as a line of JSON, and a picture of them.
+"""Record a run: one line of JSON for every step and every evaluation, and a picture of them.
 
     {"split": "train", "step": 7, "epoch": 0, "loss": ..., "by_place": [...], "lr": ..., "tokens_per_s": ...}
     {"split": "held-out", "step": 230, "epoch": 0, "loss": ..., "by_place": [...], "alpha": [...],
      "length": ..., "low": ..., "high": ..., "accepted": [...], "cycles": ..., "documents": ...}
     {"split": NAME, "step": 230, "epoch": 0, "length": ..., ...}, of the documents in another folder
 
-``length`` is the acceptance length of the walk of cycles through the answers, as it is served, ``low`` to ``high`` its
-95% interval by resampling documents, ``accepted`` the share of its cycles whose drafts at positions 1, 2, ... were all
-accepted (:mod:`vllm_slimspec.train.held_out`). Over all places that are trained on, which is another mean, ``by_place``
-is the share where the drafts at positions 1, 2, ... are all the target's own best tokens, and ``alpha`` the mean of
-sum(min(p, q)) at each position, which is what sampling accepts.
+Three keys describe the cycles through the answers, as they would be served (:mod:`vllm_slimspec.train.held_out`).
+``length`` is the acceptance length, ``low`` to ``high`` is its 95% interval by resampling documents, and ``accepted``
+is the share of cycles whose drafts at positions 1, 2, ... were all accepted.
+
+Two keys are means over all places that are trained on. ``by_place`` is the share of places where the drafts at
+positions 1, 2, ... are all the target's own best tokens. ``alpha`` is the mean of sum(min(p, q)) at each position,
+which is the probability that sampling accepts a draft.
 """
 
 import json
@@ -27,12 +29,13 @@ METRICS = "speculators.metrics"  # the logger that speculators reports to
 
 
 class MetricsFile(logging.Handler):
-    """What speculators reports, as lines of a file.
+    """Write what speculators reports to a file, one line each.
 
     Args:
-        file: appended to, without the lines that a run wrote after the checkpoint that is resumed now.
-        step: optimizer steps of that checkpoint.
-        decay: by which speculators weights the loss of each further position.
+        file: the file to append to. Lines that were written after the checkpoint from which this run resumes are
+            removed.
+        step: number of optimizer steps of that checkpoint.
+        decay: factor by which speculators weights the loss of each further position.
     """
 
     def __init__(self, file: Path, step: int, decay: float) -> None:
@@ -44,7 +47,7 @@ class MetricsFile(logging.Handler):
         self._file = file.open("a", buffering=1)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, if the record is the report of a training step."""
+        """Write a line if the record reports a training step."""
         report: Any = record.msg
         if isinstance(report, Mapping) and "train" in report:
             measured = _of(report["train"], self.decay)
@@ -62,7 +65,11 @@ class MetricsFile(logging.Handler):
 
 
 def measure_cycles(counts: np.ndarray) -> dict[str, Any]:
-    """Return what a line says of cycles, int64 [documents, K + 1] (see :mod:`vllm_slimspec.common.walk`)."""
+    """Return the keys that describe cycles.
+
+    Args:
+        counts: counts of cycles, int64 [documents, K + 1], see :mod:`vllm_slimspec.common.walk`.
+    """
     length, (cycles, *accepted) = acceptance_length(counts), counts.sum(0).tolist()
     return {
         "length": length.value,
@@ -75,12 +82,12 @@ def measure_cycles(counts: np.ndarray) -> dict[str, Any]:
 
 
 def measure_places(report: Mapping[str, float], decay: float) -> dict[str, Any]:
-    """Return what a line says of an evaluation by speculators, whose loss ``decay`` weights by position."""
+    """Return the keys that describe an evaluation of speculators, which weights position i of a loss by decay**i."""
     return _of({name.removesuffix("_epoch"): value for name, value in report.items()}, decay)
 
 
 def describe(measured: Mapping[str, Any]) -> str:
-    """Say in a line what :func:`measure_cycles` found."""
+    """Return one line of text about what :func:`measure_cycles` found."""
     rates = " ".join(f"{rate:.2f}" for rate in measured["accepted"])
     return (
         f"acceptance length {measured['length']:.2f} (95%: {measured['low']:.2f} to {measured['high']:.2f}) at "
@@ -90,7 +97,7 @@ def describe(measured: Mapping[str, Any]) -> str:
 
 
 def _of(metrics: Mapping[str, float], decay: float) -> dict[str, Any]:
-    """Return speculators' metrics by our names."""
+    """Return speculators' metrics under the keys of this module."""
     found: dict[str, Any] = {"loss": metrics["loss"], "by_place": _by_position(metrics, "full_acc_{}")}
     distance = _by_position(metrics, "tv_loss_{}")
     if distance:
@@ -106,7 +113,7 @@ def _by_position(metrics: Mapping[str, float], name: str) -> list[float]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one that was torn by a kill is left out, a missing file has none."""
+    """Return the lines of a metrics file, without one that a kill has left unfinished. A missing file has no lines."""
     lines = []
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
@@ -122,7 +129,7 @@ def plot_metrics(file: Path, output: Path) -> None:
 
     lines = read_metrics(file)
     train, held_out = ([line for line in lines if line["split"] == split] for split in ("train", "held-out"))
-    # Version 0.1.0 wrote a mean over places by the name of the length, without an interval.
+    # Version 0.1.0 wrote a mean over places under the key "length", without an interval.
     walked = [line for line in lines if "low" in line]
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     loss, length = figure.subplots(1, 2)

@@ -1,6 +1,6 @@
-"""The EAGLE-3 model of speculators with a low-rank head: two factors, trained with the rest of the drafter.
+"""The EAGLE-3 model of speculators with a low-rank head, whose two factors are trained with the rest of the drafter.
 
-speculators freezes its dense head, a copy of the target's rows; here the factors start from that copy and learn.
+speculators freezes its dense head, which is a copy of the target's rows. Here the factors start from it and learn.
 """
 
 from pathlib import Path
@@ -24,19 +24,19 @@ from vllm_slimspec.train.store import read_final_states
 
 HeadInit = Literal["weighted-svd", "svd", "random"]
 
-# States that the weighted factorization is calibrated on; more changes nothing that can be measured.
+# Number of states for which the factorization is weighted. More of them change nothing that can be measured.
 _CALIBRATION_STATES = 40_000
 
 
 class LowRankHead(nn.Module):
-    """Hidden states [..., D] to logits [..., V] through ``down`` [R, D] and ``up`` [V, R]; no bias."""
+    """Map hidden states [..., D] to logits [..., V] by ``down`` [R, D] and then ``up`` [V, R], without a bias."""
 
     def __init__(self, hidden_size: int, rank: int, vocab_size: int):
         super().__init__()
         self.down = nn.Linear(hidden_size, rank, bias=False)
         self.up = nn.Linear(rank, vocab_size, bias=False)
         for factor in (self.down, self.up):
-            # As speculators does for its head: NaN until filled, and not to be filled at random by transformers.
+            # NaN shows a head that was never filled, and the flag keeps transformers from filling it at random.
             nn.init.constant_(factor.weight, torch.nan)
             factor._is_hf_initialized = True  # type: ignore[assignment]
 
@@ -45,14 +45,14 @@ class LowRankHead(nn.Module):
 
     @torch.no_grad()
     def fill(self, down: torch.Tensor, up: torch.Tensor) -> None:
-        """Take these factors, [R, D] and [V, R], as the weights."""
+        """Copy the factors ``down`` [R, D] and ``up`` [V, R] to the weights."""
         self.down.weight.copy_(down)
         self.up.weight.copy_(up)
 
 
 @SpeculatorModelConfig.register("slimspec_eagle3")
 class SlimSpecEagle3Config(Eagle3SpeculatorConfig):
-    """EAGLE-3's config with the rank of the head."""
+    """EAGLE-3's config, with the rank of the head and whether the head is the target's."""
 
     speculators_model_type: Literal["slimspec_eagle3"] = "slimspec_eagle3"
     lm_head_rank: int = Field(default=1, ge=0, description="Rows of lm_head.down: the R of the factors; 0: dense head")
@@ -61,7 +61,7 @@ class SlimSpecEagle3Config(Eagle3SpeculatorConfig):
 
 @SpeculatorModel.register("slimspec_eagle3")
 class SlimSpecEagle3Model(Eagle3DraftModel):
-    """EAGLE-3 whose ``lm_head`` is a :class:`LowRankHead`, or for comparison a dense one that learns as well."""
+    """EAGLE-3 with a :class:`LowRankHead` as its ``lm_head``, or with a dense head, trained or the target's."""
 
     config_class: ClassVar[type[Eagle3SpeculatorConfig]] = SlimSpecEagle3Config
     lm_head: LowRankHead | nn.Linear
@@ -74,15 +74,15 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             self.lm_head.requires_grad_(not config.head_is_targets)
 
     def forward(self, *args: Any, loss_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As speculators' model; in training on a CPU its logits are those of the places that the loss counts."""
+        """Call speculators' model. In training on a CPU, compute logits only at the places that the loss counts."""
         if not self.training or loss_mask is None or loss_mask.device.type != "cpu":
             return super().forward(*args, loss_mask=loss_mask, **kwargs)
         with answers_only(self.verifier_lm_head, self.lm_head, loss_mask):
             return super().forward(*args, loss_mask=loss_mask, **kwargs)
 
     def load_verifier_weights(self) -> None:
-        """Embeddings, final norm and teacher head from the target; the drafter's own head is left alone."""
-        # The parent also fills and freezes a dense `lm_head.weight`: let that be the teacher's, which it fills anyway.
+        """Load embeddings, final norm and teacher head from the target, but leave the drafter's own head as it is."""
+        # The parent also fills and freezes `lm_head.weight`. Here that is the teacher's weight, which it fills anyway.
         head, self.lm_head = self.lm_head, self.verifier_lm_head
         try:
             super().load_verifier_weights()
@@ -90,12 +90,13 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             self.lm_head = head
 
     def init_head(self, how: HeadInit, data_path: str | Path) -> None:
-        """Give the head its first values; the target's weights must be loaded.
+        """Give the head its first values. The target's weights must be loaded before.
 
         Args:
-            how: ``weighted-svd`` of the target's head, for the states in ``data_path``; plain ``svd``; or ``random``.
-                A dense head starts as the target's, unless ``random``.
-            data_path: a folder of :func:`vllm_slimspec.train.states.write_states`.
+            how: ``weighted-svd`` factorizes the target's head for the states in ``data_path``, ``svd`` without weights;
+                ``random`` does not use the target's head. A dense head starts as a copy of the target's unless
+                ``random`` is given.
+            data_path: a folder that was written by :func:`vllm_slimspec.train.states.write_states`.
         """
         if how == "random":
             head = self.lm_head
@@ -121,13 +122,13 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
     def from_training_args(
         cls, verifier_config: Any, t2d: torch.Tensor | None = None, d2t: torch.Tensor | None = None, **kwargs: Any
     ) -> "SlimSpecEagle3Model":
-        """A fresh drafter, its head from the target's; called by speculators with every flag of the run."""
+        """Return a fresh drafter. speculators calls this with every flag of the run."""
 
         def config(**fields: Any) -> SlimSpecEagle3Config:
             ours = {key: kwargs[key] for key in ("lm_head_rank", "head_is_targets")}
             return SlimSpecEagle3Config(**ours, **fields)
 
-        # The parent names its own config class; everything else it does is what we want.
+        # The parent builds a config of its own class, which does not know the rank.
         with replaced(eagle3_core, Eagle3SpeculatorConfig=config):
             model = super().from_training_args(verifier_config, t2d=t2d, d2t=d2t, **kwargs)
         model.init_head(kwargs["head_init"], kwargs["data_path"])
@@ -135,24 +136,24 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
 
     @staticmethod
     def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What ``forward`` is called with in training and in validation, which also measures alpha = 1 - TV."""
+        """Return the arguments of ``forward`` in training and in validation, which also measures alpha = 1 - TV."""
         training, validation = Eagle3DraftModel.get_trainer_kwargs(**kwargs)
         distance = resolve_loss_config("tv", kwargs["loss_implementation"])["tv"][0]
         return training, {**validation, "loss_config": {"tv": (distance, 0.0), **validation["loss_config"]}}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "SlimSpecEagle3Model":
-        """A trained drafter of this class.
+        """Load a trained drafter of this class.
 
         Raises:
-            CheckpointError: the checkpoint has no factors, where transformers would only warn and lose the head.
+            CheckpointError: the checkpoint has no factors. transformers would only warn, and the head would be lost.
         """
         folder = Path(pretrained_model_name_or_path)
         if cls.config_class.from_pretrained(
             str(folder)
         ).lm_head_rank and "lm_head.down.weight" not in list_checkpoint_keys(folder):
             raise CheckpointError(
-                f"{folder}: has no lm_head.down.weight; make it low-rank first with `slimspec convert`"
+                f"{folder}: has no lm_head.down.weight; make its head low-rank with `slimspec convert` first"
             )
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 

@@ -1,9 +1,12 @@
-"""What training on a CPU spends most of its time in, done in the order that a CPU likes.
+"""Replace the operations in which training on a CPU spends most of its time by versions that suit a CPU.
 
-speculators' own operations are written for a GPU. It computes logits at every place, and drops those of prompts and of
-padding only in the loss; here both heads see the places of answers only. Its eager divergence writes seven tensors of
-tokens times vocabulary to memory and reads them back; here a block of rows stays in the caches from its logits to its
-gradient. And PyTorch's ``argmax`` of bfloat16 is not vectorized, while its ``max`` is, and finds the same index.
+The operations of speculators are written for a GPU. Three of them are replaced:
+
+- speculators computes logits at every place, and drops those of prompts and padding only in the loss. Here both heads
+  compute logits at the places of answers only.
+- Its eager divergence writes seven tensors of tokens times vocabulary to memory and reads them back. Here a block of
+  rows stays in the caches from its logits to its gradient.
+- PyTorch's ``argmax`` of bfloat16 is not vectorized. Its ``max`` is, and finds the same index.
 """
 
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ from torch import nn
 
 from vllm_slimspec.train.replaced import replaced
 
-# At a vocabulary of 50,000 the float32 tensors of so many rows fit the caches of a core; further rows gain nothing.
+# At a vocabulary of 50,000 the float32 tensors of so many rows fit the caches of a core. More rows gain nothing.
 _ROWS = 16
 
 
@@ -47,25 +50,25 @@ class _Divergence(torch.autograd.Function):
 
 
 def kl_div_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return KL(softmax(targets) || softmax(logits)) of each place, float32 [...], as speculators' eager one does.
+    """Return KL(softmax(targets) || softmax(logits)) at each place, float32 [...], as speculators' eager loss does.
 
     Args:
-        logits: the drafter's, [..., V]; the gradient reaches them in their own dtype.
-        targets: the target's, [..., V]; no gradient reaches them.
+        logits: logits of the drafter, [..., V]. Their gradient has their dtype.
+        targets: logits of the target, [..., V]. They get no gradient.
     """
     return _Divergence.apply(logits, targets)
 
 
 @contextmanager
 def answers_only(teacher: nn.Module, head: nn.Module, loss_mask: torch.Tensor) -> Iterator[None]:
-    """Within it, one forward pass of speculators' EAGLE-3 model computes no logits that its loss would drop.
+    """Keep one forward pass of speculators' EAGLE-3 model from computing logits that its loss would drop.
 
-    At draft step k the logits behind place i are compared with the teacher's at place i + k.
+    At draft step k the drafter's logits at place i are compared with the teacher's at place i + k.
 
     Args:
-        teacher: the target's head, which is called once, with [1, T, D].
-        head: the drafter's, which is called at each draft step, with [1, T, D].
-        loss_mask: [1, T], 1 where a place of ``teacher`` counts.
+        teacher: the target's head, which the pass calls once, with [1, T, D].
+        head: the drafter's head, which the pass calls at each draft step, with [1, T, D].
+        loss_mask: [1, T], 1 at each place of ``teacher`` that the loss counts.
     """
     places = loss_mask[0].nonzero()[:, 0]
     step = count()
@@ -95,7 +98,7 @@ def _compute_metrics(
     *args: Any,
     **kw: Any,
 ) -> Any:
-    """Call speculators' ``compute_metrics`` with rows that are chosen and aligned already."""
+    """Call speculators' ``compute_metrics`` with rows that are already chosen and aligned."""
     rows = starts(k)
     correct = so_far[:, rows]
     with replaced(eagle3_metrics, align_for_step=lambda *aligned: aligned[:4]):
@@ -103,12 +106,12 @@ def _compute_metrics(
         found = eagle3_metrics.compute_metrics(
             logits, targets[:, targets.shape[1] - len(rows) :], everything, correct, k, *args, **kw
         )
-    so_far[:, rows] = correct  # it is updated in place
+    so_far[:, rows] = correct  # compute_metrics has changed it in place
     return found
 
 
 def argmax(values: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
-    """Return where the largest value along ``dim`` is, the first of several, as ``torch.argmax`` does."""
+    """Return the index of the largest value along ``dim``, as ``torch.argmax`` does. The first of equal values wins."""
     if dim is None:
         return values.argmax(keepdim=keepdim)
     return values.max(dim=dim, keepdim=keepdim).indices

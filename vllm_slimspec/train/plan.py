@@ -1,8 +1,9 @@
-"""What a run will come to, before anything is started: steps, memory, disk, operations.
+"""Estimate the steps, memory, disk space and operations of a training run before it is started.
 
-Parameters are counted on the models themselves, built without memory (torch's meta device). Operations are those of the
-matrix products and of attention (what a mask hides too, as torch counts), 2 for a multiply and add. The rest (norms,
-softmaxes, the optimizer) is left out, and so is what a device loses by waiting: the hours are for the throughput given.
+Parameters are counted on the models themselves, which are built without memory (torch's meta device). Operations are
+those of matrix products and of attention. A multiplication and an addition count as 2, and what a mask hides is counted
+as well, as torch does. Norms, softmaxes, the optimizer and the time that a device waits are left out. The hours are for
+the throughput that the user gives.
 """
 
 import argparse
@@ -22,17 +23,17 @@ from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.replaced import replaced
 
-AT_ONCE = 256  # requests that vLLM answers together, so often are the target's weights read for all of them
-_ADAM = 8  # bytes of both moments
-_FLOAT = 4
+AT_ONCE = 256  # requests that vLLM answers together; one read of the target's weights serves all of them
+_ADAM = 8  # bytes of both moments of a parameter
+_FLOAT = 4  # bytes of a number in float32
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on."""
+    """The size of the documents that are trained on."""
 
     lengths: list[int]  # tokens of each document
-    answered: int = 0  # of all tokens, those that the target has still to write
+    answered: int = 0  # number of all tokens that the target has still to write
 
     @property
     def tokens(self) -> int:
@@ -41,17 +42,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, on the whole data."""
+    """What one stage costs on all of the data."""
 
     name: str
     operations: float
     bytes_read: float  # of weights and states
-    disk: float  # bytes that it leaves
+    disk: float  # bytes that it leaves on the disk
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is not started."""
+    """What a run that is not started yet will cost."""
 
     documents: int
     tokens: int
@@ -60,31 +61,34 @@ class Plan:
     mean_length: float
     steps: int
     epochs: int
-    trained: int  # parameters
-    frozen: int
-    weights_bytes: int  # on each device: weights, gradients and moments
-    logits_bytes: int  # on each device: of all draft steps of a training step, kept for the backward pass
+    trained: int  # number of parameters
+    frozen: int  # number of parameters
+    weights_bytes: int  # on each device: weights, gradients and moments of the optimizer
+    logits_bytes: int  # on each device: logits of all draft steps, which the backward pass needs
     checkpoint_bytes: int
     stages: list[Stage]
     output: str
     beside: list[str]  # files in <output>.run
 
     def hours(self, stage: Stage, tflops: float, terabytes: float) -> float:
-        """Device hours at a sustained throughput, whichever of the two limits."""
+        """Return the device hours of a stage at a throughput in TFLOP/s and TB/s, whichever of the two limits it."""
         return max(stage.operations / tflops, stage.bytes_read / terabytes) / 1e12 / 3600
 
     def tables(self, tflops: float | None = None, terabytes: float | None = None) -> list[Table]:
-        """For a terminal."""
+        """Return the plan as tables for a terminal, with hours if both throughputs are given."""
         run = Table(show_header=False, box=None)
         for name, value in (
             ("data", f"{self.documents:,} documents, {self.tokens:,} tokens"),
             ("steps", f"{self.steps:,} in {self.epochs} epochs on {self.ranks} device(s)"),
-            ("tokens a step", f"{self.tokens_per_step:,}, or {self.tokens_per_step / self.mean_length:.0f} documents"),
-            ("a batch of 64", f"--total-seq-len {math.ceil(64 * self.mean_length / self.ranks):,}"),
-            ("trained", f"{self.trained:,} parameters, beside {self.frozen:,} frozen ones"),
-            ("memory a device", f"{_gb(self.weights_bytes)} weights, {_gb(self.logits_bytes)} logits (estimate)"),
-            ("a checkpoint", f"{_gb(self.checkpoint_bytes)}, the newest and the best are kept"),
-            ("written", f"{self.output}; {self.output}.run with {', '.join(self.beside)}"),
+            (
+                "tokens per step",
+                f"{self.tokens_per_step:,}, or {self.tokens_per_step / self.mean_length:.0f} documents",
+            ),
+            ("for a batch of 64 documents", f"--total-seq-len {math.ceil(64 * self.mean_length / self.ranks):,}"),
+            ("trained parameters", f"{self.trained:,}, besides {self.frozen:,} frozen ones"),
+            ("memory per device", f"{_gb(self.weights_bytes)} weights, {_gb(self.logits_bytes)} logits (estimate)"),
+            ("checkpoint", f"{_gb(self.checkpoint_bytes)} each; the newest and the best are kept"),
+            ("output", f"{self.output}; {self.output}.run with {', '.join(self.beside)}"),
         ):
             run.add_row(name, value)
         stages = Table("stage", "operations", "bytes read", "left on disk", box=None)
@@ -100,13 +104,13 @@ class Plan:
 
 @quiet()
 def make_plan(config: SlimSpecTrainConfig, data: Data, output: str | Path, *, ranks: int = 1) -> Plan:
-    """Count; the target's config.json is all that is read of it.
+    """Return the plan of a run. Only config.json of the target is read.
 
     Args:
-        config: of :func:`vllm_slimspec.train.launch.resolve`.
-        data: all of it, the held-out part too.
-        output: the drafter.
-        ranks: devices.
+        config: configuration of the run, from :func:`vllm_slimspec.train.config.resolve`.
+        data: sizes of all documents, held-out ones included.
+        output: folder of the drafter.
+        ranks: number of devices that train.
     """
     run = config.flatten()
     name = run["verifier_name_or_path"]
@@ -135,7 +139,7 @@ def make_plan(config: SlimSpecTrainConfig, data: Data, output: str | Path, *, ra
         ),
     ]
     if data.answered:
-        # A prompt is read as it is answered: every token passes through the target once.
+        # Every token passes through the target once, because prompts are read by the same engine that answers them.
         stages.insert(0, Stage("answers", target_operations(target, data.lengths), passes * weights, 8.0 * data.tokens))
     shards = ranks if run["fsdp_shard"] else 1
     return Plan(
@@ -149,7 +153,7 @@ def make_plan(config: SlimSpecTrainConfig, data: Data, output: str | Path, *, ra
         trained=trained,
         frozen=frozen,
         weights_bytes=(trained * (2 * _FLOAT + _ADAM) + frozen * _FLOAT) // shards,
-        # a draft step keeps its logits in bfloat16 and their softmax in float32; the target's are kept once
+        # A draft step keeps its logits in bfloat16 and their softmax in float32. The target's logits are kept once.
         logits_bytes=(run["ttt_steps"] + 1) * logits * (2 + _FLOAT),
         checkpoint_bytes=kept * _FLOAT + trained * _ADAM,
         stages=stages,
@@ -164,7 +168,7 @@ def make_plan(config: SlimSpecTrainConfig, data: Data, output: str | Path, *, ra
 
 
 def build_empty(config: SlimSpecTrainConfig) -> SlimSpecEagle3Model:
-    """The drafter of a run, without memory behind its tensors."""
+    """Return the drafter of a run with tensors that take no memory (torch's meta device)."""
     run = config.flatten()
     vocab = (
         run["draft_vocab_size"] or AutoConfig.from_pretrained(run["verifier_name_or_path"]).get_text_config().vocab_size
@@ -182,10 +186,18 @@ def build_empty(config: SlimSpecTrainConfig) -> SlimSpecEagle3Model:
 
 
 def target_operations(target: PreTrainedModel, lengths: list[int], *, head: bool = True) -> float:
-    """One forward pass of a dense causal language model over documents of these lengths."""
+    """Return the operations of one forward pass of a dense causal language model over documents.
+
+    Args:
+        target: the model.
+        lengths: tokens of each document.
+        head: whether the pass computes logits.
+    """
     config = target.config.get_text_config()
     looked_up, output = target.get_input_embeddings().weight, target.get_output_embeddings().weight
-    matrices = sum(p.numel() for p in target.parameters()) - looked_up.numel()  # a lookup is no product
+    matrices = (
+        sum(p.numel() for p in target.parameters()) - looked_up.numel()
+    )  # A lookup of embeddings multiplies nothing.
     matrices += output.numel() * (int(head) - int(output is not looked_up))
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -195,26 +207,26 @@ def target_operations(target: PreTrainedModel, lengths: list[int], *, head: bool
 
 
 def drafter_operations(drafter: SlimSpecEagle3Model, ttt_steps: int, length: int) -> float:
-    """Of one token in training: the forward pass over all draft steps, the teacher's logits, and the backward pass.
+    """Return the operations of one token in training: forward pass of all draft steps, teacher, and backward pass.
 
     Args:
-        drafter: as it is trained.
-        ttt_steps: draft steps.
-        length: tokens of a step; attention is computed over all of them and then masked.
+        drafter: the drafter that is trained.
+        ttt_steps: number of draft steps.
+        length: tokens of a training step. Attention is computed over all of them and then masked.
     """
     once = drafter.fc.weight.numel()
     every = sum(p.numel() for p in [*drafter.layers.parameters(), *drafter.lm_head.parameters()] if p.ndim == 2)
     teacher = drafter.verifier_lm_head.weight.numel()
     layer = drafter.config.transformer_layer_config
     width = layer.num_attention_heads * (layer.head_dim or layer.hidden_size // layer.num_attention_heads)
-    keys = sum(length * (step + 1) for step in range(ttt_steps))  # those of the earlier steps stay
+    keys = sum(length * (step + 1) for step in range(ttt_steps))  # Each step also sees the keys of the earlier ones.
     attention = 4.0 * layer.num_hidden_layers * width * keys
-    # a product costs two more on the way back
+    # The backward pass needs two products for each one of the forward pass.
     return 2.0 * (3 * once + 3 * ttt_steps * every + teacher) + 3 * attention
 
 
 def data_of(folder: Path) -> Data:
-    """The documents of a folder of states."""
+    """Return the sizes of the documents in a folder of hidden states."""
     return Data(list(load_from_disk(folder).with_format(None)["seq_len"]))
 
 

@@ -1,14 +1,14 @@
-"""Prompts without a data set: the target writes the questions that it will answer (Magpie, arXiv 2406.08464).
+"""Let the target write the questions that it will answer, so that no data set is needed (Magpie, arXiv 2406.08464).
 
-A chat model that is given its chat template up to the place where a user speaks goes on as a user would. What it writes
-there is a question; a question that it does not finish, or has written before, is dropped.
+A chat model gets its chat template up to the place where a user speaks, and goes on as a user would. What it writes
+there is a question. A question that it does not finish, or has written before, is dropped.
 
-OUTPUT.jsonl            {"messages": [...]}, a line for each different question
+OUTPUT.jsonl            {"messages": [...]}, one line for each different question
 OUTPUT.jsonl.json       what the questions were made from: target, sampling, openings
-OUTPUT.jsonl.partial    while the file grows; the same command goes on where it was killed
+OUTPUT.jsonl.partial    the questions so far, from which the same command resumes
 
-Left to itself a small model asks a narrow kind of question. ``openings.jsonl`` widens it: each of its lines is a system
-prompt, the first words of a question, or both, and the samples take its lines in turn.
+On its own, a small model asks only a few kinds of questions. ``openings.jsonl`` makes them more varied: each of its
+lines is a system prompt, the first words of a question, or both, and the samples take the lines in turn.
 """
 
 import hashlib
@@ -29,23 +29,23 @@ from vllm_slimspec.target import fingerprint
 from vllm_slimspec.train.answers import _claim, _engine, engine_failed
 
 OPENINGS = Path(__file__).with_name("openings.jsonl")
-_TOGETHER = 512  # samples that are asked together; so many are asked again after a kill, at the most
-_TRIES = 8  # samples for each wanted question; a model that needs more does not write questions
+_TOGETHER = 512  # samples in a batch, which is the most that is sampled again after a kill
+_TRIES = 8  # samples for each wanted question. A model that needs more cannot write questions.
 _FEWEST_WORDS = 3
-_REPLY_TOKENS = 192  # of an answer that another question follows
-_PLACE = "(here the user speaks)"  # goes through the chat template, to show where a user's words stand
+_REPLY_TOKENS = 192  # maximum length of an answer that another question follows
+_PLACE = "(here the user speaks)"  # shows where the chat template puts a user's words
 
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the target writes its questions. Sample i has ``temperatures[i % n]`` and the seed ``seed + i``."""
+    """How the target samples its questions. Sample i has ``temperatures[i % n]`` and the seed ``seed + i``."""
 
     temperatures: tuple[float, ...] = (1.0,)
     top_p: float = 0.95
-    min_p: float = 0.0  # on a CPU far cheaper than top_p, which sorts the whole vocabulary at every step
-    max_tokens: int = 256  # of a question; a longer one is dropped
+    min_p: float = 0.0  # far cheaper on a CPU than top_p, which sorts the whole vocabulary at every step
+    max_tokens: int = 256  # of a question. A longer one is dropped.
     second_turns: float = 0.15  # share of the questions that follow an answer of the target
     seed: int = 0
 
@@ -60,21 +60,22 @@ def write_prompts(
     engine: Mapping[str, Any] | None = None,
     dtype: Asked = "auto",
 ) -> None:
-    """Let the target write ``count`` different questions; called again with the same arguments it resumes.
+    """Let the target write ``count`` different questions to a file. A second call with the same arguments resumes.
 
     Args:
         target: Hugging Face folder or id of a chat model.
-        output: JSONL file of prompts, as :mod:`vllm_slimspec.engine.prompts` reads them.
-        count: questions to write.
-        sampling: see :class:`Sampling`.
-        openings: JSONL file, a line {"system": ..., "opening": ...} with either or both.
+        output: JSONL file to write, as :mod:`vllm_slimspec.engine.prompts` reads them.
+        count: number of questions.
+        sampling: how the questions are sampled.
+        openings: JSONL file of lines {"system": ..., "opening": ...}, of which either key may be left out.
         engine: further arguments of ``vllm.LLM``.
-        dtype: what the target computes in, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
+        dtype: dtype in which the target computes, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
 
     Raises:
-        CheckpointError: the target has no chat template, or a line of ``openings`` is not an opening.
-        CheckpointError: the output holds other prompts.
-        EngineError: vLLM failed, or the target does not write questions. What was written is kept.
+        CheckpointError: the target has no chat template, a line of ``openings`` is not an opening, or the output holds
+            other prompts.
+        OutputError: the output cannot be written, or is being written by another process.
+        EngineError: vLLM failed, or the target does not write questions. The questions so far are kept.
     """
     with claim_file(output) as claim, progress("train prompts", ends=False):
         _write_prompts(target, claim, count, sampling or Sampling(), Path(openings), dict(engine or {}), dtype)
@@ -129,7 +130,7 @@ def _write_prompts(
 
 
 class _Chat:
-    """The target's chat template, from both sides."""
+    """A target's chat template, with which the target speaks as the user and as the assistant."""
 
     def __init__(self, target: str | Path) -> None:
         from transformers import AutoTokenizer
@@ -142,7 +143,7 @@ class _Chat:
             raise CheckpointError(
                 f"{target}: has no chat template, so it cannot write questions; give prompts of your own with --prompts"
             )
-        # A turn ends with the token that the template writes behind a user's words, where that is a special one.
+        # Sampling stops at what the template writes behind a user's words: a special token, or else its text.
         after = self._render([{"role": "user", "content": _PLACE}]).partition(_PLACE)[2]
         ids = self._tokenizer(after, add_special_tokens=False)["input_ids"]
         self._stop = [i for i in ids[:1] if i in self._tokenizer.all_special_ids]
@@ -151,16 +152,16 @@ class _Chat:
     def questions(
         self, llm: Any, starts: Sequence[tuple[list[Message], str]], first: int, sampling: Sampling
     ) -> list[list[Message]]:
-        """Let the target speak as the user.
+        """Let the target speak as the user, and return the usable conversations that result.
 
         Args:
             llm: the engine.
-            starts: for each sample the messages so far, and the first words of the question.
-            first: the number of the first sample.
-            sampling: as of :func:`write_prompts`.
+            starts: for each sample, the messages so far and the first words of the question.
+            first: number of the first sample.
+            sampling: how the questions are sampled.
 
         Returns:
-            for each question that is finished and usable, the messages with the question as the last one.
+            For each finished and usable question, the messages with that question as the last one.
         """
         texts = []
         for messages, opening in starts:
@@ -177,7 +178,7 @@ class _Chat:
     def replies(
         self, llm: Any, conversations: Sequence[list[Message]], first: int, sampling: Sampling
     ) -> list[list[Message]]:
-        """Let the target answer; returns the conversations with their answers, without those that it did not finish."""
+        """Let the target answer, and return the conversations with their answers, without unfinished ones."""
         texts = [self._render(messages, add_generation_prompt=True) for messages in conversations]
         said = self._continue(llm, texts, first, sampling, _REPLY_TOKENS)
         return [
@@ -199,7 +200,7 @@ class _Chat:
     def _continue(
         self, llm: Any, texts: Sequence[str], first: int, sampling: Sampling, max_tokens: int
     ) -> list[str | None]:
-        """What the target writes after each text; None where it did not come to an end."""
+        """Return what the target writes after each text; None where it did not finish."""
         from vllm import SamplingParams
 
         params = [
@@ -219,14 +220,14 @@ class _Chat:
             outputs = llm.generate(
                 [{"prompt_token_ids": i} for i in ids], params, use_tqdm=counting(f"of {len(ids)} samples")
             )
-        except Exception as error:  # whatever a dying engine raises
+        except Exception as error:  # A dying engine may raise any class.
             raise engine_failed(error) from None
         ended = (output.outputs[0] for output in outputs)
         return [output.text if output.finish_reason == "stop" else None for output in ended]
 
 
 def _read_openings(file: Path) -> list[tuple[list[Message], str]]:
-    """For each line of a file of openings, its system prompt as messages, and the first words of a question."""
+    """Return for each line of a file of openings its system prompt, as messages, and the first words of a question."""
     starts: list[tuple[list[Message], str]] = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -253,7 +254,7 @@ def _read_openings(file: Path) -> list[tuple[list[Message], str]]:
 
 
 def _new(found: Sequence[list[Message]], seen: set[str]) -> list[list[Message]]:
-    """The conversations whose question is not in ``seen`` yet; their questions are added there."""
+    """Return the conversations whose last question is not in ``seen``, and add these questions to it."""
     fresh = []
     for messages in found:
         question = _normal(messages[-1]["content"])
@@ -268,7 +269,7 @@ def _normal(question: str) -> str:
 
 
 def _resume(part: Path) -> tuple[list[list[Message]], int]:
-    """The questions of a run that was killed, and how many samples they took; a torn batch is cut off."""
+    """Return the questions of a killed run and the number of samples they took, and cut off an unfinished batch."""
     kept: list[list[Message]] = []
     batch: list[list[Message]] = []
     tried = end = place = 0
@@ -276,7 +277,7 @@ def _resume(part: Path) -> tuple[list[list[Message]], int]:
         place += len(line)
         try:
             row = json.loads(line)
-        except ValueError:  # torn by the kill
+        except ValueError:  # The kill has left this line unfinished.
             break
         if "tried" in row:
             kept, batch, tried, end = kept + batch, [], row["tried"], place

@@ -1,4 +1,4 @@
-"""Training shows one progress bar a stage; here everything else that the libraries below it would print is silenced."""
+"""Silence what the libraries below training print, because each stage shows one progress bar of its own."""
 
 import logging
 import warnings
@@ -9,7 +9,7 @@ import datasets
 from loguru import logger as loguru_logger
 from transformers.utils import logging as transformers_logging
 
-# A CPU is no GPU; the default layers and the full vocabulary are what was asked for.
+# These warn of what a user of this package has chosen: a CPU, the default layers and the full vocabulary.
 _NO_NEWS = (
     ".*'pin_memory' argument is set as true",
     "In CPU autocast",
@@ -24,7 +24,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars of Hugging Face and without what speculators says of every run; warnings and errors stay."""
+    """Hide the progress bars of Hugging Face and what speculators logs in every run. Warnings and errors stay."""
     bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -1,4 +1,4 @@
-"""speculators has few switches; what it has no switch for is replaced for the length of a run, by name."""
+"""Replace attributes of speculators for the length of a run, where it has no switch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,14 @@ from typing import Any
 
 @contextmanager
 def replaced(place: Any, **values: Any) -> Iterator[None]:
-    """Within it, these attributes of a module or class have other values.
+    """Give attributes of a module or class other values while the context is open.
+
+    Args:
+        place: the module or class.
+        values: the new values, by the names of the attributes.
 
     Raises:
-        AttributeError: ``place`` has no such attribute: another version, and what was replaced is elsewhere now.
+        AttributeError: ``place`` has no such attribute, because another version of the library has moved it.
     """
     before = {name: getattr(place, name) for name in values}
     try:

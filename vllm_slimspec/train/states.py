@@ -1,6 +1,7 @@
-"""Running the target over documents, and keeping what a drafter learns from: its hidden states.
+"""Run the target over documents, and store its hidden states, from which a drafter learns.
 
-Plain transformers does it, so a small target needs no server. The layout on disk is :mod:`vllm_slimspec.train.store`'s.
+The target runs in plain transformers, so a small one needs no server. The layout on the disk is described in
+:mod:`vllm_slimspec.train.store`.
 """
 
 import hashlib
@@ -34,24 +35,24 @@ def write_states(
     tokens_per_batch: int = 2048,
     dtype: Asked = "auto",
 ) -> None:
-    """Run the target over documents and keep its hidden states.
+    """Run the target over documents, and write its hidden states to a folder.
 
-    Called again with the same arguments it resumes: documents whose states are there and whole are not run again.
+    A second call with the same arguments resumes: documents whose states are stored and whole are not run again.
 
     Args:
         target: Hugging Face folder or id.
-        documents: each of at least 2 tokens; those of its prompt are not trained on.
-        folder: where to write; empty, or the states of the same target, layers and documents.
-        layer_ids: the target layers whose inputs the drafter sees; default (2, n // 2, n - 3).
-        keep: states of so many documents only, where the others are to come from a server while training.
-        tokens_per_batch: padded tokens in one forward pass (a longer document goes alone).
-        dtype: what the target computes in, see :func:`vllm_slimspec.common.work_dtype.work_dtype`. Its states keep the
-            dtype that it is stored in, so that a folder's size and format are the same on every machine.
+        documents: documents of at least 2 tokens each. The tokens of their prompts are not trained on.
+        folder: folder to write, which is empty or holds states of the same target, layers and documents.
+        layer_ids: target layers whose inputs the drafter reads; None takes (2, n // 2, n - 3) of n layers.
+        keep: number of documents whose states are stored, if a server gives the others in training; None stores all.
+        tokens_per_batch: maximum number of padded tokens in one forward pass. A longer document has a pass of its own.
+        dtype: dtype in which the target computes, see :func:`vllm_slimspec.common.work_dtype.work_dtype`. The states
+            are stored in the dtype of the target's weights, so that a folder has one size on every machine.
 
     Raises:
         CheckpointError: a document is too short or holds an unknown token, the folder holds other states, or a layer
             does not exist.
-        OutputError: the folder cannot be written, or another process writes it.
+        OutputError: the folder cannot be written, or is being written by another process.
     """
     with claim_work(folder) as claim, progress("train states", ends=False):
         _write_states(target, documents, claim, layer_ids, keep, tokens_per_batch, dtype)
@@ -69,7 +70,7 @@ def _write_states(
     path = claim.path
     with progress("Loading the target"):
         model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
-    _blocks(model)  # before anything is written
+    _blocks(model)  # refuses the target before anything is written
     layers = resolve_target_layer_ids(layer_ids, str(target))
     vocab = model.config.get_text_config().vocab_size
     tokens = [document.tokens for document in documents]
@@ -77,14 +78,14 @@ def _write_states(
         if len(ids) < 2 or not 0 <= min(ids) <= max(ids) < vocab:
             raise CheckpointError(
                 f"document {i}: has {len(ids)} tokens, and must have 2 or more, with ids from 0 to {vocab - 1}; drop "
-                "it, or tokenize it by the target's tokenizer"
+                "it, or tokenize it with the target's tokenizer"
             )
     identity = {"target": str(target), "layer_ids": layers, "prompts": sum(d.prompt > 0 for d in documents)}
     _claim(path, {**identity, "sha256": _fingerprint(model, layers, documents)})
 
     chosen, stored = work_dtype(dtype, model.dtype), model.dtype
     chosen.log("hidden states")
-    if chosen.dtype != stored:  # anew, because Module.to() would round the rotary frequencies too
+    if chosen.dtype != stored:  # Module.to() would round the rotary frequencies as well, so the model is loaded again.
         model = AutoModelForCausalLM.from_pretrained(str(target), dtype=chosen.dtype).eval()
     model.to(torch.accelerator.current_accelerator() or "cpu")
     kept = tokens[:keep]
@@ -111,22 +112,22 @@ def _write_states(
 
 
 def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The decoder's layers.
+    """Return the layers of the target's decoder.
 
     Raises:
-        CheckpointError: it keeps them elsewhere.
+        CheckpointError: the decoder has no attribute ``layers``.
     """
     blocks = getattr(model.get_decoder(), "layers", None)
     if blocks is None:
         raise CheckpointError(
-            f"{type(model).__name__} keeps no decoder layers in .layers, so their inputs cannot be had; "
+            f"{type(model).__name__} keeps no decoder layers in .layers, so their inputs cannot be read; "
             "give a target such as Llama or Qwen3"
         )
     return blocks
 
 
 def _claim(path: Path, identity: dict[str, object]) -> None:
-    """Make the folder the one for these states, unless it is that already."""
+    """Write the identity of the states to the folder, or refuse a folder that holds other states."""
     file = path / "states.json"
     if file.exists() and json.loads(file.read_text())["sha256"] == identity["sha256"]:
         return
@@ -140,7 +141,7 @@ def _claim(path: Path, identity: dict[str, object]) -> None:
 
 
 def _fingerprint(model: PreTrainedModel, layer_ids: list[int], documents: Sequence[Document]) -> str:
-    """Return one hash of everything that the states and the loss mask depend on."""
+    """Return a hash of everything that determines the states and the loss mask."""
     digest = hashlib.sha256(f"{model.config.to_json_string()} {layer_ids}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -148,7 +149,7 @@ def _fingerprint(model: PreTrainedModel, layer_ids: list[int], documents: Sequen
     for document in documents:
         digest.update(torch.tensor([len(document.tokens), *document.tokens]).numpy().data)
     prompts = [document.prompt for document in documents]
-    if any(prompts):  # otherwise it is the hash that earlier versions wrote, which masked nothing
+    if any(prompts):  # Without prompts this stays the hash of earlier versions, which masked nothing.
         digest.update(torch.tensor(prompts).numpy().data)
     return digest.hexdigest()
 
@@ -157,12 +158,15 @@ def _fingerprint(model: PreTrainedModel, layer_ids: list[int], documents: Sequen
 def hidden_states(
     model: PreTrainedModel, batch: Sequence[torch.Tensor], layer_ids: Sequence[int]
 ) -> list[torch.Tensor]:
-    """What the target's layers see for each document, each [T, len(layer_ids) + 1, D] on the CPU.
+    """Return the inputs of the target's layers and the last output, for each document [T, len(layer_ids) + 1, D].
 
     Args:
         model: a causal language model of transformers whose decoder keeps its blocks in ``layers``.
-        batch: token ids int64 [T], of any lengths.
-        layer_ids: from 0 to the number of layers (which stands for the last layer's output).
+        batch: token ids of each document, int64 [T], of any lengths.
+        layer_ids: numbers of layers, from 0 to the number of layers, which stands for the output of the last one.
+
+    Returns:
+        The states of each document, on the CPU.
     """
     blocks = _blocks(model)
     seen: dict[int, torch.Tensor] = {}
@@ -176,7 +180,7 @@ def hidden_states(
     handles = [blocks[i].register_forward_pre_hook(enter(i), with_kwargs=True) for i in layer_ids if i < len(blocks)]
     handles.append(blocks[-1].register_forward_hook(leave))
     try:
-        # Padding on the right needs no mask: a causal model cannot look at it.
+        # Padding on the right needs no mask, because a causal model does not attend to later tokens.
         padded = torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True)
         model.get_decoder()(input_ids=padded.to(model.device), use_cache=False)
     finally:
@@ -187,7 +191,7 @@ def hidden_states(
 
 
 def _batches(indices: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Neighbors in one batch, as many as fit ``budget`` once padded to the longest."""
+    """Yield batches of neighboring documents, as many as fit ``budget`` tokens when padded to the longest."""
     batch: list[int] = []
     longest = 0
     for i, length in zip(indices, lengths, strict=True):

@@ -1,14 +1,14 @@
-"""The target's hidden states on disk, in the layout that speculators trains from.
+"""Read, write and check a target's hidden states on the disk, in the layout from which speculators trains.
 
     FOLDER/                                   a Hugging Face data set: input_ids, loss_mask, seq_len
-    FOLDER/states.json                        what they are the states of: target, its layers, documents, known prompts
-    FOLDER/token_freq.pt                      how often each token is asked for, to choose a truncated vocabulary
-    FOLDER/checked-0-of-1                     what the files looked like when all of them were whole
+    FOLDER/states.json                        what the states were made from: target, layers, documents, known prompts
+    FOLDER/token_freq.pt                      how often each token occurs in answers, to choose a truncated vocabulary
+    FOLDER/checked-0-of-1                     a hash of names, sizes and times of the files when all of them were whole
     FOLDER/hidden_states/hs_<i>.safetensors   hidden_states [T, n_aux + 1, D], token_ids int64 [T]
 
-Slot j < n_aux holds what *enters* target layer ``layer_ids[j]``, as vLLM hands it to the drafter; the last slot is the
-output of the last layer *before* the final norm. Our files carry a checksum in their metadata; those of
-``speculators generate-offline-data`` have none and are read as well.
+Slot j < n_aux holds what *enters* target layer ``layer_ids[j]``, as vLLM hands it to the drafter. The last slot is the
+output of the last layer *before* the final norm. Files of this package have a checksum in their metadata. Files of
+``speculators generate-offline-data`` have none, and are read as well.
 """
 
 import hashlib
@@ -31,12 +31,18 @@ from vllm_slimspec.errors import CheckpointError
 
 
 def state_file(folder: Path, i: int) -> Path:
-    """Where the states of document ``i`` are."""
+    """Return the file with the states of document ``i``."""
     return folder / "hidden_states" / f"hs_{i}.safetensors"
 
 
 def write_state(folder: Path, i: int, ids: torch.Tensor, states: torch.Tensor) -> None:
-    """Keep the states [T, n_aux + 1, D] of document ``i``, int64 [T]; the file is whole or not there.
+    """Write the states of document ``i`` to a file, which appears only when it is whole.
+
+    Args:
+        folder: the data set.
+        i: number of the document.
+        ids: its tokens, int64 [T].
+        states: their states, [T, n_aux + 1, D].
 
     Raises:
         OSError: the disk refuses.
@@ -45,13 +51,16 @@ def write_state(folder: Path, i: int, ids: torch.Tensor, states: torch.Tensor) -
     tensors = {"hidden_states": states, "token_ids": ids}
     metadata = {"crc32": str(_checksum(tensors))}
     try:
-        write_whole(file, lambda part: save_file(tensors, part, metadata), durable=False)  # the checksum tells
+        # The file is not synced to the disk, because the checksum shows what a crash of the machine has lost.
+        write_whole(file, lambda part: save_file(tensors, part, metadata), durable=False)
     except SafetensorError as error:
-        raise OSError(f"{file}: not written ({error}); what is there is kept, make room and repeat it") from None
+        raise OSError(
+            f"{file}: not written ({error}); what is there is kept, make room on the disk and repeat the command"
+        ) from None
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:
-    """``hidden_states`` and ``token_ids`` of one document.
+    """Return ``hidden_states`` and ``token_ids`` of one document.
 
     Raises:
         CheckpointError: the file is missing, truncated or changed.
@@ -69,7 +78,7 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
 
 
 def flaw(folder: Path, i: int, ids: Sequence[int]) -> str | None:
-    """What is wrong with the states of document ``i``, which are to be those of ``ids``; None if nothing is."""
+    """Return what is wrong with the states of document ``i``, whose tokens are ``ids``; None if nothing is."""
     try:
         check_hidden_states(read_state(state_file(folder, i)), list(ids))
     except ValueError as error:
@@ -78,18 +87,19 @@ def flaw(folder: Path, i: int, ids: Sequence[int]) -> str | None:
 
 
 def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, parts: int = 1) -> None:
-    """Read every file once, so that no run trains on a broken one or stops at it hours later.
+    """Read every file of states once, and refuse broken ones before a run trains on them or stops hours later.
 
-    What was found whole is not read again for as long as names, sizes and times are the same: it may be terabytes.
+    Files that were found whole are read again only if a name, a size or a time has changed, because they may be
+    terabytes.
 
     Args:
         folder: the data set.
-        missing_is_wrong: documents without states are errors.
-        part: of ``parts`` processes that share the work, this one.
-        parts: processes.
+        missing_is_wrong: whether a document without states is an error.
+        part: number of this process, of those that share the work.
+        parts: number of processes that share the work.
 
     Raises:
-        CheckpointError: names the first broken file.
+        CheckpointError: files are broken. The message names the first one.
     """
     if is_checked(folder, missing_is_wrong=missing_is_wrong, part=part, parts=parts):
         return
@@ -107,12 +117,12 @@ def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, 
             f"{flaws[0]} ({len(flaws)} of {len(documents)} files are broken); "
             "run `slimspec train states` again, it rewrites only those"
         )
-    with suppress(OSError):  # data that may only be read is read again
+    with suppress(OSError):  # In a read-only folder the result cannot be kept, and the next run checks again.
         write_whole(_checked(folder, part, parts), lambda file: file.write_text(seen))
 
 
 def is_checked(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, parts: int = 1) -> bool:
-    """Whether :func:`check_states` has found these very files whole before; arguments as there."""
+    """Return whether :func:`check_states`, with the same arguments, has found these very files whole before."""
     stamp = _checked(folder, part, parts)
     return stamp.exists() and stamp.read_text() == _look(folder, missing_is_wrong)
 
@@ -122,7 +132,7 @@ def _checked(folder: Path, part: int, parts: int) -> Path:
 
 
 def _look(folder: Path, missing_is_wrong: bool) -> str:
-    """One hash of what can be seen of the files without reading them."""
+    """Return a hash of the names, sizes and times of the files."""
     digest = hashlib.sha256(str(missing_is_wrong).encode())
     for file in sorted([*folder.glob("*.arrow"), *folder.glob("hidden_states/*")]):
         found = file.stat()
@@ -131,19 +141,19 @@ def _look(folder: Path, missing_is_wrong: bool) -> str:
 
 
 def read_layer_ids(folder: Path) -> list[int] | None:
-    """The target layers whose inputs these are; None if the folder is not one of ours."""
+    """Return the target layers whose inputs are stored; None if this package did not write the folder."""
     file = folder / "states.json"
     return json.loads(file.read_text())["layer_ids"] if file.exists() else None
 
 
 def knows_prompts(folder: Path) -> bool:
-    """Return whether the data masks the prompt of any document; data that is not ours is taken to."""
+    """Return whether the data mask the prompt of any document. Data of other tools are assumed to do so."""
     file = folder / "states.json"
     return not file.exists() or json.loads(file.read_text()).get("prompts", 0) > 0
 
 
 def read_final_states(folder: str | Path, limit: int) -> torch.Tensor:
-    """Up to ``limit`` outputs of the target's last layer (before its final norm), [N, D].
+    """Return up to ``limit`` outputs of the target's last layer, before its final norm, as [N, D].
 
     Raises:
         CheckpointError: the folder holds no hidden states, or a broken file.

@@ -1,7 +1,7 @@
-"""speculators' trainer, as this package needs it: the paper's betas, checkpoints that survive anything, and metrics.
+"""Extend speculators' trainer by the paper's betas, by checkpoints that survive a kill, and by metrics.
 
-A checkpoint is written beside the last one and takes its place only when it is whole. It holds float32 and the place in
-the epoch, so a run that was stopped or killed goes on as if it had not been: the same batches, the same steps.
+A checkpoint is written beside the last one, and takes its place only when it is whole. It holds float32 weights and the
+place in the epoch. A run that was stopped or killed therefore resumes with the batches and steps of an undisturbed run.
 """
 
 import logging
@@ -29,28 +29,28 @@ from vllm_slimspec.train.metrics import METRICS, MetricsFile, describe, measure_
 logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
-# Gigabytes each, of a real drafter: an epoch over few documents must not spend its time on them.
+# A checkpoint of a real drafter has gigabytes, on which an epoch over few documents must not spend its time.
 _STEPS_BETWEEN_CHECKPOINTS = 100
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 
 class ServerGone(RuntimeError):
-    """The server that gives hidden states while training does not answer any more."""
+    """The server that gives hidden states during training does not answer any more."""
 
 
 class _AllSteps(Exception):
-    """``max_steps`` are done."""
+    """All of ``max_steps`` are done."""
 
 
 class SlimSpecTrainer(Trainer):
-    """speculators' trainer; on a machine without an accelerator too."""
+    """The trainer of speculators with the changes of this module. It also runs without an accelerator."""
 
     held_out: dict[str, Any] | None = None  # what the last evaluation measured
     interrupted = False
-    _place: tuple[int, int] | None = None  # epoch and steps of it, inside of one
-    _saved = 0  # steps of the newest checkpoint
+    _place: tuple[int, int] | None = None  # number of the epoch and steps done in it; None between epochs
+    _saved = 0  # number of steps of the newest checkpoint
     _asked_to_stop = False
-    _metrics: MetricsFile | None = None  # of the first process
+    _metrics: MetricsFile | None = None  # only in the first process
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SlimSpecTrainer(Trainer):
     def setup_trainer(self) -> None:
         if not torch.accelerator.is_available():
             self.local_rank = self.device_type = "cpu"
-        # bf16 otherwise: a resumed run would not be the run that was stopped.
+        # speculators would save bfloat16, and a resumed run would differ from the one that was stopped.
         self.checkpointer.save_checkpoint = partial(self.checkpointer.save_checkpoint, float_dtype=torch.float32)
         super().setup_trainer()
         self._saved = self.global_step
@@ -94,20 +94,20 @@ class SlimSpecTrainer(Trainer):
                 with suppress(_AllSteps):
                     super().run_training()
                 shown.stopped = self.interrupted
-            if not self.interrupted and self.held_out is None:  # killed between the last step and its evaluation
+            if not self.interrupted and self.held_out is None:  # a kill came between the last step and its evaluation
                 self.val_epoch(max(self.current_epoch - 1, 0))
         finally:
             if self._metrics:
                 reports.removeHandler(self._metrics)
                 self._metrics.close()
-            for backend in reports.handlers:  # TensorBoard's would wait for two minutes
+            for backend in reports.handlers:  # TensorBoard's backend otherwise flushes only every two minutes.
                 backend.flush()
 
     def train_epoch(self, epoch: int) -> None:
         if self.config.max_steps is not None and self.global_step >= self.config.max_steps:
-            raise _AllSteps  # speculators would take one step more in every epoch that is left
+            raise _AllSteps  # speculators would take one more step in each epoch that is left.
         if not self.is_distributed:
-            # speculators would stop inside of a step, and never resume from there
+            # speculators would stop inside a step, from where it cannot resume.
             for sign in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(sign, self._ask_to_stop)
         self._place = (epoch, self._resume_local_step if epoch == self.current_epoch else 0)
@@ -116,7 +116,7 @@ class SlimSpecTrainer(Trainer):
         except RuntimeError as error:
             if "circuit breaker" not in str(error):
                 raise
-            self.maybe_save_checkpoint("interrupted")  # it is raised between two steps
+            self.maybe_save_checkpoint("interrupted")  # The error is raised between two steps.
             raise ServerGone(error) from None
         self._place = None
 
@@ -157,12 +157,14 @@ class SlimSpecTrainer(Trainer):
         last |= self.config.max_steps is not None and self.global_step >= self.config.max_steps
         if epoch == "interrupted":
             self.interrupted = True
-            if self._place is None or self.is_distributed:  # the ranks may be at different steps
+            if self._place is None or self.is_distributed:  # The processes may be at different steps.
                 return
             epoch, local_step = self._place
-            self.config: TrainerConfig = self.config._replace(checkpoint_freq=0.5, save_best=False)  # whatever it was
+            # Any frequency below 1 saves a checkpoint now, whatever frequency the user has set.
+            self.config: TrainerConfig = self.config._replace(checkpoint_freq=0.5, save_best=False)
         elif last:
-            self.config = self.config._replace(checkpoint_freq=0.5)  # every third epoch or so: the drafter is this one
+            # The drafter is exported from the last checkpoint, which a frequency of several epochs might not save.
+            self.config = self.config._replace(checkpoint_freq=0.5)
         elif self.config.checkpoint_freq < 1 and self.global_step - self._saved < self._between:
             return
         self._saved = self.global_step
@@ -170,10 +172,10 @@ class SlimSpecTrainer(Trainer):
         self.checkpointer.path = path / _UNFINISHED
         try:
             super().maybe_save_checkpoint(epoch, local_step)
-        except (OSError, RuntimeError, SafetensorError) as error:  # of pathlib, torch.save and safetensors
+        except (OSError, RuntimeError, SafetensorError) as error:  # from pathlib, torch.save and safetensors
             raise OSError(
-                f"{path}: a checkpoint was not written ({error}); the last one is whole, make room and repeat the "
-                "command"
+                f"{path}: a checkpoint was not written ({error}); the last one is whole, make room on the disk and "
+                "repeat the command"
             ) from None
         finally:
             self.checkpointer.path = path
@@ -181,11 +183,13 @@ class SlimSpecTrainer(Trainer):
             _publish(path, str(epoch))
 
     def maybe_update_best(self, epoch: int, val_metrics: dict[str, float] | None) -> None:
-        if self.config.save_best or self._saved == self.global_step:  # otherwise there is none of this epoch's end
+        if (
+            self.config.save_best or self._saved == self.global_step
+        ):  # otherwise the end of this epoch has no checkpoint
             super().maybe_update_best(epoch, val_metrics)
 
     def _of_call(self, name: str) -> Any:
-        """Return what the model is called with by this name."""
+        """Return the argument of this name with which the model is called in validation."""
         return (self.config.val_call_kwargs or {})[name]
 
     def _ask_to_stop(self, sign: int, frame: FrameType | None) -> None:
@@ -204,12 +208,12 @@ class SlimSpecTrainer(Trainer):
 
 
 def metrics_file(checkpoints: str | Path) -> Path:
-    """Where the metrics of the run with these checkpoints are."""
+    """Return the file with the metrics of the run whose checkpoints are in this folder."""
     return Path(checkpoints).parent / "metrics.jsonl"
 
 
 def _publish(path: Path, name: str) -> None:
-    """The unfinished checkpoint ``name``, if there is one, in the place of all others but the best."""
+    """Move the unfinished checkpoint ``name``, if there is one, to its place, and remove older ones but the best."""
     unfinished = path / _UNFINISHED / name
     published = unfinished.exists()
     if published:
@@ -224,11 +228,11 @@ def _publish(path: Path, name: str) -> None:
 
 
 def settle(path: str | Path) -> None:
-    """Put away what a run that was killed while it wrote a checkpoint has left in its folder."""
+    """Clean up what a run has left in its folder if it was killed while it wrote a checkpoint."""
     path = Path(path)
     shutil.rmtree(path / _UNFINISHED, ignore_errors=True)
     for replaced in path.glob(f"*{_REPLACED}"):
         if replaced.with_suffix("").exists():
             shutil.rmtree(replaced)
-        else:  # killed between the two renames
+        else:  # The kill came between the two renames.
             replaced.rename(replaced.with_suffix(""))
