@@ -1,4 +1,4 @@
-"""Colors and type of the pictures: one drawing for light and dark pages, and as PNG."""
+"""Colors and fonts of the figures. One drawing serves light pages, dark pages and PNG files."""
 
 import io
 import re
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# name -> (on light, on dark). Families of heads keep their color in every picture; their order is also one of
-# lightness, so that they can be told apart without it.
+# name -> (color on a light page, color on a dark page). A family of heads has the same color in every figure. The
+# families also differ in lightness, so that they can be told apart without color.
 COLORS = {
     "ink": ("#1b1f24", "#e8eaed"),
     "muted": ("#5b6470", "#a3abb5"),
@@ -28,13 +28,13 @@ COLORS = {
     "loss": ("#b3261e", "#f2857d"),
 }
 _FAMILIES = ("low-rank", "trim", "spec-vocab", "none")
-# Stand-ins that the SVG is drawn with, each replaced by a CSS variable of its name.
+# Placeholder colors with which the SVG is drawn. Each is then replaced by the CSS variable of the same name.
 _STAND_INS = {name: f"#fe{i:02x}0d" for i, name in enumerate(COLORS)}
 _SIZE = 9.5
 
 
 class Theme:
-    """Colors to draw with, by name."""
+    """The colors of a figure, by name."""
 
     def __init__(self, colors: dict[str, str]) -> None:
         self._colors = colors
@@ -43,7 +43,7 @@ class Theme:
         return self._colors[name]
 
     def head(self, name: str) -> str:
-        """The color of a head's family."""
+        """Return the color of the family that a head belongs to."""
         return self[next((family for family in _FAMILIES if name.startswith(family)), "full")]
 
 
@@ -52,18 +52,18 @@ INLINE = Theme(_STAND_INS)
 
 
 def css(dark: bool) -> str:
-    """The colors as CSS declarations."""
+    """Return the colors as CSS declarations."""
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLORS.items())
 
 
 @contextmanager
 def drawing(theme: Theme) -> Iterator[None]:
-    """Within it, figures have the theme's type and lines."""
+    """Draw figures with the theme's fonts, lines and colors while the context is open."""
     from matplotlib import rc_context
 
     settings: Any = {
         "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "slimspec",  # the same picture is the same file
+        "svg.hashsalt": "slimspec",  # the same figure always gives the same file
         "font.size": _SIZE,
         "axes.labelsize": _SIZE,
         "xtick.labelsize": _SIZE - 0.5,
@@ -91,7 +91,13 @@ def drawing(theme: Theme) -> Iterator[None]:
 
 
 def inline_svg(figure: "Figure", name: str, text: str) -> str:
-    """The figure as an SVG element for a page: its text alternative, colors as CSS variables, ids of its own."""
+    """Return a figure as an SVG element for an HTML page.
+
+    Args:
+        figure: the figure.
+        name: a prefix that makes the ids in the SVG unique on the page.
+        text: the text alternative.
+    """
     from html import escape
 
     buffer = io.StringIO()
@@ -112,5 +118,5 @@ def inline_svg(figure: "Figure", name: str, text: str) -> str:
 
 
 def save_png(figure: "Figure", path: Path) -> None:
-    """The figure on white."""
+    """Save a figure as PNG on a white ground."""
     figure.savefig(path, dpi=160, facecolor=LIGHT["ground"], metadata={"Software": None})
