@@ -762,7 +762,7 @@ def _bad(case: str, folder: Path) -> list[str]:
         ("negative count", "token 12 with count -3"),
         ("counts that are no object", "must be a JSON object"),
         ("text of another vocabulary", "p.jsonl:2: token ids are 0 to 127"),
-        ("text without a tokenizer", "no tokenizer to read the prompts by"),
+        ("text without a tokenizer", "no tokenizer to read the prompts with"),
         ("two counts", "give one"),
         ("counts for nothing", "belong to --vocab N"),
         ("sweep of what is not swept", "leave out --distill-steps"),
