@@ -51,7 +51,7 @@ def check_head(
         if tuple(actual) != shape:
             raise CheckpointError(
                 f"{where}: tensor {name} has shape {list(actual)} but config.json says {axes} = {list(shape)}; "
-                "make lm_head_rank, hidden_size and draft_vocab_size those of the tensors"
+                "make lm_head_rank, hidden_size and draft_vocab_size match the tensors"
             )
         if dtype not in allowed:
             raise CheckpointError(
