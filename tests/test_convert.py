@@ -734,7 +734,7 @@ def _bad(case: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("target for a drafter", "no EAGLE-3 drafter"),
+        ("target for a drafter", "not an EAGLE-3 drafter"),
         ("pickle", "pickle checkpoint can run code"),
         ("other hidden size", "made for a target of hidden size 64"),
         ("other vocabulary", "vocab_size=128 but"),

@@ -1,6 +1,7 @@
-"""What earlier versions of this package wrote wrongly, as far as a folder shows it.
+"""Signs of known faults in folders that earlier versions of this package wrote.
 
-``slimspec.json`` says which version wrote a folder. What it was made from is not opened, so most of this is suspicion.
+``slimspec.json`` says which version wrote a folder. The original drafter is not opened, so most findings are a
+suspicion.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,14 +17,14 @@ _AGAIN = f"convert the drafter again with vllm-slimspec {_MENDED} or newer"
 
 
 def past_faults(checkpoint: DraftCheckpoint, target_rope: Mapping[str, Any] | None = None) -> Iterator[tuple[str, str]]:
-    """Say what an earlier version may have got wrong in a drafter.
+    """Yield what an earlier version may have written wrongly in a drafter.
 
     Args:
         checkpoint: the drafter.
-        target_rope: the rope parameters of its target; None where they are not known.
+        target_rope: the rope parameters of the target; None if they are not known.
 
     Yields:
-        what, and its cure.
+        the fault, and its cure.
     """
     provenance = checkpoint.provenance()
     written = _version(provenance)
@@ -34,8 +35,8 @@ def past_faults(checkpoint: DraftCheckpoint, target_rope: Mapping[str, Any] | No
         yield from _map(checkpoint, written)
     elif provenance.get("held_out") is not None:
         yield (
-            f"vllm-slimspec {written} measured the held-out acceptance length that its slimspec.json states over all "
-            "places of the texts, which is more than is served",
+            f"vllm-slimspec {written} measured the held-out acceptance length in slimspec.json over all places of the "
+            "texts, so it is higher than in service",
             "measure it with `slimspec bench acceptance`",
         )
 
@@ -44,9 +45,9 @@ def _rope(checkpoint: DraftCheckpoint, written: Version, target: Mapping[str, An
     ours = plain_rope(checkpoint.flat, str(checkpoint.path))
     told = f"vllm-slimspec {written} lost rope parameters of some drafters"
     if ours["rope_theta"] == 10000.0 and ours["rope_type"] != "default":
-        yield f"{told}, and rope_theta is 10000 here beside a block of type {ours['rope_type']}", _AGAIN
+        yield f"{told}, and this one has rope_theta 10000 with a rope of type {ours['rope_type']}", _AGAIN
     elif target is not None and _essence(ours) != _essence(target):
-        yield f"{told}, and this one has {_essence(ours)}, its target {_essence(target)}", _AGAIN
+        yield f"{told}, and this one has {_essence(ours)}, but its target has {_essence(target)}", _AGAIN
 
 
 def _essence(rope: Mapping[str, Any]) -> str:
@@ -61,9 +62,9 @@ def _map(checkpoint: DraftCheckpoint, written: Version) -> Iterator[tuple[str, s
     d2t = checkpoint.load("d2t").long()
     told = f"vllm-slimspec {written} did not compare d2t with t2d"
     if not bool(d2t.any()):
-        yield f"{told}, and d2t is all zero here, which means the first {len(d2t)} tokens", _AGAIN
-    elif bool((d2t.diff() > 0).all()):  # offsets stay the same over tokens that follow each other
-        yield f"{told}, and d2t grows at every entry here, as ids do that were stored in the place of offsets", _AGAIN
+        yield f"{told}, and this d2t is all zero, which selects the first {len(d2t)} tokens", _AGAIN
+    elif bool((d2t.diff() > 0).all()):  # Offsets are equal for consecutive tokens, ids are not.
+        yield f"{told}, and this d2t grows at every entry, so it seems to hold ids instead of offsets", _AGAIN
 
 
 def _version(provenance: Mapping[str, Any]) -> Version | None:
