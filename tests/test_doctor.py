@@ -182,9 +182,9 @@ def test_plugin_left_out(monkeypatch):
 @pytest.mark.parametrize(
     ("version", "level", "words"),
     [
-        ("0.25.1", "problem", "does nothing before"),
+        ("0.25.1", "problem", "the plugin needs"),
         ("0.99.0", "warning", "later than"),
-        ("dev", "warning", "no version"),
+        ("dev", "warning", "not a version number"),
     ],
 )
 def test_other_vllm(monkeypatch, version, level, words):

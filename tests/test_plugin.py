@@ -335,7 +335,7 @@ def test_unknown_configuration_is_left_to_vllm(monkeypatch, warnings, speculativ
     folder = drafters.write(tmp_path / "d", written, drafters.dense(drafters.tensors()))
     assert speculative(model=str(folder), method="eagle3").method == "eagle3"
     assert len(warnings) == 1
-    assert "leaves it alone" in warnings[0]
+    assert "does not change it" in warnings[0]
 
 
 def test_one_warning_and_not_one_a_process(monkeypatch, warnings):
