@@ -189,12 +189,12 @@ def _pair(
         checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
         checkpoint.check_values()
         yield _head(checkpoint)
-        yield from _age(checkpoint)
+        yield from _writer(checkpoint)
     except CheckpointError as error:
         yield _refusal("drafter", error)
         return
     if target is None:
-        yield from _past(checkpoint, None)
+        yield from _past_faults(checkpoint, None)
         return
     try:
         verifier = Target.open(target)
@@ -205,7 +205,7 @@ def _pair(
         yield _refusal("target", error)
         return
     yield Finding("ok", "target", f"{verifier.vocab_size} tokens, hidden size {verifier.hidden_size}")
-    yield from _past(checkpoint, verifier.config)
+    yield from _past_faults(checkpoint, verifier.config)
     yield from _made_for(checkpoint, str(target))
     yield from _tokens(checkpoint, verifier)
     yield _aux_layers(checkpoint, layers)
@@ -225,7 +225,7 @@ def _head(checkpoint: DraftCheckpoint) -> Finding:
     )
 
 
-def _age(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
+def _writer(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
     """Yield which version of this package wrote the drafter, and keys that the installed version does not know."""
     newer = "upgrade vllm-slimspec"
     versions = checkpoint.provenance().get("versions")
@@ -243,7 +243,7 @@ def _age(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
         yield Finding("warning", "keys", f"config.json has {', '.join(unknown)}, unknown to this version", newer)
 
 
-def _past(checkpoint: DraftCheckpoint, target: Mapping[str, Any] | None) -> Iterator[Finding]:
+def _past_faults(checkpoint: DraftCheckpoint, target: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Yield what the version that wrote the drafter may have written wrongly."""
     try:
         rope = None if target is None else plain_rope(target, "target")
@@ -277,7 +277,7 @@ def _tokens(checkpoint: DraftCheckpoint, target: "Target") -> Iterator[Finding]:
             check_tokenizer(checkpoint.path)
             ours, theirs = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
         except Exception as error:  # tokenizers raises plain Exception.
-            yield Finding("warning", "tokenizer", _line(error), "copy the tokenizer.json of both again")
+            yield Finding("warning", "tokenizer", _line(error), "copy tokenizer.json again for drafter and target")
             return
         if other := sum(theirs.get(token) != i for token, i in ours.items()):
             yield Finding("problem", "tokenizer", f"{other} of {len(ours)} tokens have another id in the target", cure)

@@ -15,7 +15,7 @@ from vllm_slimspec.common.text_sizes import text_config
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.dense import StoredHead, stored_head
 
-_EDGE = 1 << 20  # bytes at the beginning and the end of a file that its fingerprint is made from
+_FINGERPRINTED = 1 << 20  # bytes at the beginning and the end of a file that its fingerprint is made from
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def fingerprint(name: str | os.PathLike[str]) -> str:
         if file.is_file():
             size = file.stat().st_size
             with file.open("rb") as handle:
-                digest.update(f"{file.name} {size} ".encode() + handle.read(_EDGE))
-                handle.seek(max(0, size - _EDGE))
+                digest.update(f"{file.name} {size} ".encode() + handle.read(_FINGERPRINTED))
+                handle.seek(max(0, size - _FINGERPRINTED))
                 digest.update(handle.read())
     return digest.hexdigest()

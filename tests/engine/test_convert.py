@@ -131,7 +131,7 @@ def test_collection_goes_on_where_it_was(material, tmp_path, monkeypatch):
     arguments = (p.target, drafter, states.path.parent / "prompts.jsonl", tmp_path / "s")
     with pytest.raises(KeyboardInterrupt):
         collect(*arguments, k=K, max_tokens=TOKENS, engine=OPTIONS)
-    with pytest.raises(CheckpointError, match="did not end"):
+    with pytest.raises(CheckpointError, match="is not complete"):
         HeadStates.open(tmp_path / "s")
     again = collect(*arguments, k=K, max_tokens=TOKENS, engine=OPTIONS)
     assert asked == [5, 5, 5, 2]

@@ -1,4 +1,4 @@
-"""What all commands share at the terminal: errors printed as one line, and options whose value is JSON."""
+"""Terminal code that all commands share: errors printed as one line, and options whose value is JSON."""
 
 import errno
 import json

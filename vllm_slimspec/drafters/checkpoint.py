@@ -1,4 +1,4 @@
-"""Reading, checking and writing of drafter checkpoints. No other module does this.
+"""Reading, checking and writing of drafter checkpoints.
 
 A SlimSpec drafter is a plain Hugging Face EAGLE-3 folder whose head is two factors (arXiv 2605.10453). The names of the
 keys and tensors were introduced by TorchSpec (lightseekorg/TorchSpec, pull request 185):

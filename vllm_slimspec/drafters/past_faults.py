@@ -12,8 +12,8 @@ from packaging.version import InvalidVersion, Version
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.rope import plain_rope
 
-_MENDED = Version("0.2.0")
-_AGAIN = f"convert the drafter again with vllm-slimspec {_MENDED} or newer"
+_FIXED_IN = Version("0.2.0")
+_CONVERT_AGAIN = f"convert the drafter again with vllm-slimspec {_FIXED_IN} or newer"
 
 
 def past_faults(checkpoint: DraftCheckpoint, target_rope: Mapping[str, Any] | None = None) -> Iterator[tuple[str, str]]:
@@ -28,7 +28,7 @@ def past_faults(checkpoint: DraftCheckpoint, target_rope: Mapping[str, Any] | No
     """
     provenance = checkpoint.provenance()
     written = _version(provenance)
-    if written is None or written >= _MENDED:
+    if written is None or written >= _FIXED_IN:
         return
     if isinstance(provenance.get("source"), Mapping):
         yield from _rope(checkpoint, written, target_rope)
@@ -45,12 +45,12 @@ def _rope(checkpoint: DraftCheckpoint, written: Version, target: Mapping[str, An
     ours = plain_rope(checkpoint.flat, str(checkpoint.path))
     told = f"vllm-slimspec {written} lost rope parameters of some drafters"
     if ours["rope_theta"] == 10000.0 and ours["rope_type"] != "default":
-        yield f"{told}, and this one has rope_theta 10000 with a rope of type {ours['rope_type']}", _AGAIN
-    elif target is not None and _essence(ours) != _essence(target):
-        yield f"{told}, and this one has {_essence(ours)}, but its target has {_essence(target)}", _AGAIN
+        yield f"{told}, and this one has rope_theta 10000 with a rope of type {ours['rope_type']}", _CONVERT_AGAIN
+    elif target is not None and _described(ours) != _described(target):
+        yield f"{told}, and this one has {_described(ours)}, but its target has {_described(target)}", _CONVERT_AGAIN
 
 
-def _essence(rope: Mapping[str, Any]) -> str:
+def _described(rope: Mapping[str, Any]) -> str:
     kind = str(rope.get("rope_type", rope.get("type", "default")))
     words = f"rope_theta {float(rope.get('rope_theta') or 10000.0):g}, type {kind}"
     return f"{words} by {rope['factor']:g}" if isinstance(rope.get("factor"), int | float) else words
@@ -62,9 +62,9 @@ def _map(checkpoint: DraftCheckpoint, written: Version) -> Iterator[tuple[str, s
     d2t = checkpoint.load("d2t").long()
     told = f"vllm-slimspec {written} did not compare d2t with t2d"
     if not bool(d2t.any()):
-        yield f"{told}, and this d2t is all zero, which selects the first {len(d2t)} tokens", _AGAIN
+        yield f"{told}, and this d2t is all zero, which selects the first {len(d2t)} tokens", _CONVERT_AGAIN
     elif bool((d2t.diff() > 0).all()):  # Offsets are equal for consecutive tokens, ids are not.
-        yield f"{told}, and this d2t grows at every entry, so it seems to hold ids instead of offsets", _AGAIN
+        yield f"{told}, and this d2t grows at every entry, so it seems to hold ids instead of offsets", _CONVERT_AGAIN
 
 
 def _version(provenance: Mapping[str, Any]) -> Version | None:

@@ -77,5 +77,5 @@ def _parameters(config: Mapping[str, Any], block: Any, where: str) -> dict[str, 
         parameters.setdefault("partial_rotary_factor", partial)
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     if config.get(_ORIGINAL) is not None and parameters["rope_type"] in ("llama3", "yarn", "longrope", "su"):
-        parameters[_ORIGINAL] = config[_ORIGINAL]  # it wins over the block's
+        parameters[_ORIGINAL] = config[_ORIGINAL]  # the key at the top wins over the one in the block
     return parameters

@@ -1,4 +1,4 @@
-"""What the plugin and the draft models both ask of vLLM's configuration and of its model classes."""
+"""Access to vLLM's configuration and model classes, for the plugin and the draft models."""
 
 import logging
 import sys

@@ -311,7 +311,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not file.is_file():
         begun = (path / "recipe.json").is_file()
         raise CheckpointError(
-            f"{path}: the collection did not end; run the same command again"
+            f"{path}: the collection is not complete; run the same command again"
             if begun
             else f"{file}: no such file; give a folder of head states (index.json, states-*.safetensors)"
         )

@@ -30,7 +30,7 @@ from vllm_slimspec.target import fingerprint
 
 _DOCUMENTS = 16  # answered together and stored in one file; up to 16 * max_tokens * K states are in memory
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-_KEPT = "what was recorded is kept, so run the command again"
+_RUN_AGAIN = "what was recorded is kept, so run the command again"
 
 
 def collect(
@@ -202,7 +202,7 @@ def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, 
             with every_core(), progress("Starting vLLM"):
                 llm = LLM(model=str(target), **options | ours)
         except Exception as error:  # vLLM may raise anything.
-            raise CheckpointError(f"{target}: vLLM does not start ({one_line(error)}); {_KEPT}") from None
+            raise CheckpointError(f"{target}: vLLM does not start ({one_line(error)}); {_RUN_AGAIN}") from None
         try:
             yield llm
         finally:
@@ -227,7 +227,7 @@ def _generate(llm: Any, prompts: Sequence[list[int]], lengths: Sequence[int], ig
             [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=counting(f"of {len(prompts)} requests")
         )
     except Exception as error:  # A failing engine may raise anything.
-        raise CheckpointError(f"vLLM failed ({one_line(error)}); {_KEPT}") from None
+        raise CheckpointError(f"vLLM failed ({one_line(error)}); {_RUN_AGAIN}") from None
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

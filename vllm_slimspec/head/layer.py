@@ -12,7 +12,7 @@ from vllm_slimspec.head import ops
 from vllm_slimspec.head.spec import DOWN, SCALE, UP, HeadSpec
 
 
-class _LaidOutAgain(UnquantizedEmbeddingMethod):
+class _LayOutAfterLoading(UnquantizedEmbeddingMethod):
     """vLLM's method for unquantized heads, which also lays the factors out again after an online update.
 
     vLLM calls it when all weights of a layer are loaded, the first time and after every online update.
@@ -44,7 +44,7 @@ class LowRankHead(ParallelLMHead):
     def __init__(self, spec: HeadSpec, prefix: str = "") -> None:
         super().__init__(spec.draft_vocab_size, spec.rank, prefix=prefix)
         self.spec = spec
-        self.quant_method = _LaidOutAgain()
+        self.quant_method = _LayOutAfterLoading()
         self.down = torch.nn.Parameter(
             torch.empty(spec.rank, spec.hidden_size, dtype=self.weight.dtype), requires_grad=False
         )
