@@ -1,4 +1,4 @@
-"""Scores of some vocabulary entries, and how the work is cut: shared by every kernel that reads `up`.
+"""Scoring of vocabulary entries and tiling of the work, shared by all kernels that read `up`.
 
 Letters, here and in every kernel: B rows (tokens being drafted), D hidden size, R rank, V draft vocabulary.
 """
@@ -18,22 +18,24 @@ from torch import Tensor
 from vllm_slimspec.head.quantized import QuantizedUp
 
 BATCH_BUCKETS = (16, 32, 64)
-"""Rows per program. One variant is compiled for each; more rows than the last are several programs. Below 16 a tensor
-core has nothing to gain, and a batch size is never compiled in."""
+"""The possible numbers of rows per program. One kernel variant is compiled for each. A batch of more rows than the last
+takes several programs. The smallest is 16, because tensor cores are not faster with fewer rows. The batch size itself
+is never compiled in."""
 
 GEMM_ROWS = 128
-"""From this many rows on, a GEMM and an argmax of its logits beat the fused kernel on a GPU: FlashSampling's finding on
-H100 and H200 (arXiv 2603.15854); a tuned table that measured it says otherwise."""
+"""From this many rows on, a GEMM followed by an argmax is faster on a GPU than the fused kernel, as FlashSampling found
+on H100 and H200 (arXiv 2603.15854). A tuned table with a measured value replaces it."""
 
 INTERPRETED = triton.knobs.runtime.interpret
-"""The interpreter keeps bfloat16 as raw bits and computes on those: under it, kernels widen what they load."""
+"""Whether Triton's interpreter runs the kernels. It computes with the raw bits of bfloat16, so the kernels convert
+loaded values to float32."""
 
 TUNED = Path(__file__).parent / "tuned"
-"""One JSON per device, written by ``slimspec tune``."""
+"""The folder of tuned tables: one JSON file for each device, written by ``slimspec tune``."""
 
 
 class Tiling(NamedTuple):
-    """How the work is cut: a program scores ``block_v`` entries for ``block_b`` rows, ``block_r`` ranks at a time."""
+    """The work of one program: it scores ``block_v`` entries for ``block_b`` rows, ``block_r`` ranks at a time."""
 
     block_v: int
     block_b: int
@@ -43,16 +45,16 @@ class Tiling(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """`up` as a kernel takes it."""
+    """The factor `up` in the form that kernels take."""
 
-    weight: Tensor  # fp8 as int8: the bits are decoded alike on every GPU, those without the type included
+    weight: Tensor  # fp8 is viewed as int8, because the kernels decode its bits on every GPU, also without fp8 support
     scale: Tensor | None
     kind: str  # "dense", "fp8", "int8" or "int4"
-    group: int  # columns that share a scale; 0: a scale a row, or none
+    group: int  # columns that share a scale; 0: one scale for each row, or no scale
 
 
 def factor_of(up: Tensor | QuantizedUp) -> Factor:
-    """What the kernels need of ``up``."""
+    """Return ``up`` in the form that kernels take."""
     if isinstance(up, Tensor):
         return Factor(up, None, "dense", 0)
     weight = up.weight.view(torch.int8) if up.kind == "fp8" else up.weight
@@ -60,33 +62,39 @@ def factor_of(up: Tensor | QuantizedUp) -> Factor:
 
 
 def as_float32(up: Tensor | QuantizedUp) -> Tensor:
-    """For the reference twins: the factor that ``up`` stands for -> float32 [V, R]."""
+    """Return the dequantized factor, float32 [V, R], for the reference implementations."""
     return up.dequantize() if isinstance(up, QuantizedUp) else up.float()
 
 
 def form_of(factor: Factor) -> str:
-    """The first column of a tuned table: "bfloat16", ..., "int4-g32"."""
+    """Return the name of a factor's form in tuned tables, such as "bfloat16" or "int4-g32"."""
     if factor.kind == "dense":
         return str(factor.weight.dtype).removeprefix("torch.")
     return f"{factor.kind}-g{factor.group}" if factor.group else factor.kind
 
 
 def bucket_of(batch: int) -> int:
-    """The smallest bucket that holds ``batch`` rows, or the largest there is."""
+    """Return the smallest bucket that holds ``batch`` rows, or else the largest bucket."""
     return next((bucket for bucket in BATCH_BUCKETS if batch <= bucket), BATCH_BUCKETS[-1])
 
 
 def default_tiling(batch: int, rank: int, form: str) -> Tiling:
-    """A tiling that fits the 99 KiB of shared memory of a consumer GPU for every rank and form, without spills."""
+    """Return a tiling that fits the 99 KiB of shared memory of a consumer GPU without register spills.
+
+    Args:
+        batch: the number of rows.
+        rank: R.
+        form: the form of the factor from :func:`form_of`.
+    """
     narrowest, widest, block_b = 16, 128, bucket_of(batch)
     block_v, num_warps, num_stages = 64, 4, 3
-    if form == "float32":  # is multiplied out of registers, not by tensor cores: small blocks
+    if form == "float32":  # Tensor cores are not used, and registers hold small blocks only.
         widest, block_b = 32, BATCH_BUCKETS[0]
-    elif form.startswith("int4"):  # two products of half the width, and a tensor core wants 16
+    elif form.startswith("int4"):  # The kernel multiplies two halves of the block, each of which needs 16 columns.
         narrowest = 32
-    if block_b == BATCH_BUCKETS[-1]:  # 64 entries are no more bytes than the 64 rows of z that come with them
+    if block_b == BATCH_BUCKETS[-1]:  # With 64 rows of z, a tile of 64 entries would read as many bytes of z as of up.
         block_v, num_warps, widest = 128, 8, 64
-    if "-g" in form:  # a block never leaves its group: more of the narrow ones in flight
+    if "-g" in form:  # A block stays inside one group. Narrow blocks need more stages in flight.
         widest = min(widest, int(form.partition("-g")[2]))
         num_stages = max(3, min(6, 256 // widest))
     block_r = max(narrowest, min(widest, triton.next_power_of_2(rank)))
@@ -94,7 +102,7 @@ def default_tiling(batch: int, rank: int, form: str) -> Tiling:
 
 
 def tiling_for(device: torch.device, batch: int, rank: int, factor: Factor) -> Tiling:
-    """The tuned tiling of this device and shape class, or the default one."""
+    """Return the tuned tiling for this device and these sizes, or else the default tiling."""
     return _tiling_for(device, bucket_of(batch), rank, form_of(factor))
 
 
@@ -107,7 +115,7 @@ def _tiling_for(device: torch.device, bucket: int, rank: int, form: str) -> Tili
 
 
 def gemm_wins(device: torch.device, batch: int, up: object) -> bool:
-    """Whether an unfused GEMM is faster for so many rows. Never with quantized factors, which it cannot read."""
+    """Return whether an unfused GEMM is faster for this many rows. It cannot read quantized factors."""
     return device.type == "cuda" and isinstance(up, Tensor) and batch >= _table(device).get("gemm_rows", GEMM_ROWS)
 
 
@@ -120,21 +128,24 @@ def _table(device: torch.device) -> dict:
 
 
 def tuned_path(device_name: str) -> Path:
-    """Where the table of a device lies: "NVIDIA H200" -> kernels/tuned/nvidia-h200.json."""
+    """Return the path of a device's tuned table: kernels/tuned/nvidia-h200.json for "NVIDIA H200"."""
     return TUNED / f"{re.sub('[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
 
 
 class Launch(NamedTuple):
-    """A pass over `up`: its inputs, how it is cut, and what every kernel is told of both."""
+    """The arguments of a kernel that passes over `up`."""
 
     inputs: tuple[Tensor, Tensor, Tensor | None]  # z [B, R], the weight of `up`, its scale
-    blocks: int  # of rows
-    tiles: int  # of entries
-    constants: dict[str, Any]
+    blocks: int  # the number of blocks of rows
+    tiles: int  # the number of tiles of entries
+    constants: dict[str, Any]  # compile-time arguments
 
     @property
     def grid(self) -> tuple[int]:
-        """A program for every tile and block, those of one tile side by side, so that it comes from memory once."""
+        """Return the grid: one program for every tile and block.
+
+        The programs of one tile are neighbors, so that the tile is read from memory only once.
+        """
         return (self.blocks * self.tiles,)
 
 
@@ -145,7 +156,10 @@ def launch_of(
     entries: int,
     tiling: Tiling | None,
 ) -> Launch:
-    """Project ``hidden`` and cut the first ``entries`` rows of ``up`` by ``tiling``, or by that of the device."""
+    """Compute ``z = down(hidden)`` and return the arguments of a pass over the first ``entries`` rows of ``up``.
+
+    ``tiling`` None means the tiling of the device.
+    """
     z = F.linear(hidden, down)
     batch, rank = z.shape
     factor = factor_of(up)
@@ -166,16 +180,16 @@ def launch_of(
 
 
 def rank_multiple(rank: int, group_size: int | None) -> int:
-    """What a rank is padded to a multiple of at load, so that no kernel needs a mask along R."""
+    """Return the number to a multiple of which a rank is padded at load, so that kernels need no mask along R."""
     return 1 if group_size else max(32, min(128, triton.next_power_of_2(rank)))
 
 
 @triton.jit
 def _widen(raw, like, KIND: tl.constexpr):
-    """Entries of `up` as they are stored -> the dtype of ``like``, still unscaled."""
+    """Return stored entries of `up` in the dtype of ``like``, unscaled. Those of fp8 are divided by 256."""
     if KIND == "fp8":
-        # sign, exponent and mantissa of e4m3 at their places in a float16, whose exponent is biased by 8 more:
-        # the value / 256, subnormal ones included
+        # Move sign, exponent and mantissa of e4m3 to their places in a float16. The exponent bias of float16 is larger
+        # by 8, so the result is the value / 256. This holds for subnormal numbers too.
         bits = (raw.to(tl.int16) << 7) & -16385
         return bits.to(tl.float16, bitcast=True).to(like.dtype)
     return raw.to(like.dtype)
@@ -198,30 +212,30 @@ def entry_scores(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``up[ids] @ z[rows].T`` -> scores float32 [BLOCK_V, BLOCK_B], 0 where an id or row is not ok."""
-    ids = ids.to(tl.int64)  # V * R may pass 2**31
+    """Return the scores ``up[ids] @ z[rows].T``, float32 [BLOCK_V, BLOCK_B], 0 where an id or row is not ok."""
+    ids = ids.to(tl.int64)  # V * R may exceed 2**31.
     z_rows = z_ptr + rows[None, :] * R
     scores = tl.zeros([BLOCK_V, BLOCK_B], tl.float32)
     for block in range(tl.cdiv(R, BLOCK_R)):
         part = scores
-        if GROUP > 0:  # asked for first, so that it arrives while the product waits for its own
+        if GROUP > 0:  # The scale is loaded first, so that it arrives while the product waits for its inputs.
             scale = tl.load(scale_ptr + ids * (R // GROUP) + block * BLOCK_R // GROUP, mask=ids_ok, other=0.0)
             part = tl.zeros([BLOCK_V, BLOCK_B], tl.float32)
         up_mask = ids_ok[:, None]
         z_mask = rows_ok[None, :]
         r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-        if R % BLOCK_R != 0:  # constexpr, so a rank that fills its blocks pays for no mask
+        if R % BLOCK_R != 0:  # This is known at compile time, so a padded rank needs no mask.
             z_mask &= (r < R)[:, None]
         z = tl.load(z_rows + r[:, None], mask=z_mask, other=0.0)
         if UPCAST:
             z = z.to(tl.float32)
-        # ieee below: float32 factors are not cut to tf32
+        # input_precision="ieee" below keeps float32 factors from being rounded to tf32.
         if KIND == "int4":
             c = block * (BLOCK_R // 2) + tl.arange(0, BLOCK_R // 2)
             if R % BLOCK_R != 0:
                 up_mask &= (c < R // 2)[None, :]
             pairs = tl.load(up_ptr + ids[:, None] * (R // 2) + c[None, :], mask=up_mask, other=0x88)
-            # z is loaded whole and split here: every other number of it is no load that a GPU can do ahead
+            # z is loaded whole and split here, because a GPU cannot prefetch a load of every second number.
             even, odd = tl.split(tl.trans(tl.reshape(z, [BLOCK_R // 2, 2, BLOCK_B]), (0, 2, 1)))
             low = (pairs & 15).to(tl.int8) - 8
             high = (pairs >> 4).to(tl.int8) - 8
@@ -259,7 +273,10 @@ def tile_scores(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """This program's tile -> (its number, scores float32 [BLOCK_V, BLOCK_B], -inf beyond V, ids int32, rows int32)."""
+    """Score this program's tile, and return its number, its scores, its ids (int32) and its rows (int32).
+
+    The scores are float32 [BLOCK_V, BLOCK_B], and -inf beyond V.
+    """
     tile = tl.program_id(0) // blocks
     ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.program_id(0) % blocks * BLOCK_B + tl.arange(0, BLOCK_B)

@@ -1,8 +1,9 @@
-"""The best vocabulary entry of each row under a low-rank head, without ever writing the logits.
+"""Argmax over the vocabulary under a low-rank head, without writing the logits.
 
-Three launches: ``z = down(h)`` (a GEMM of torch's), the best pair of every vocabulary tile, the best of those.
-The up-projection is where the bytes are: it is read once for every 64 rows, and only 12 bytes a tile and row come back.
-The idea of the fused argmax: FlashSampling (arXiv 2603.15854); the head: SlimSpec (arXiv 2605.10453).
+There are three launches: ``z = down(h)`` (a GEMM of torch), the best pair of every vocabulary tile, and the best of
+these pairs. Most of the bytes are those of `up`, which is read once for every 64 rows. Only 12 bytes for each tile and
+row are written. The fused argmax is the idea of FlashSampling (arXiv 2603.15854), and the head that of SlimSpec
+(arXiv 2605.10453).
 """
 
 import torch
@@ -16,8 +17,8 @@ from vllm_slimspec.kernels._tiles import Tiling, as_float32, launch_of, tile_sco
 from vllm_slimspec.kernels.reduce_pairs import reduce_pairs
 
 
-# What varies from call to call is never specialized: a batch or vocabulary of 1 or of a multiple of 16 would otherwise
-# be a variant of its own, compiled while serving.
+# Arguments that vary from call to call are not specialized. Otherwise Triton would compile a separate variant during
+# serving for a batch or vocabulary of 1 or of a multiple of 16.
 @triton.jit(do_not_specialize=["B", "V", "blocks", "tiles"])
 def _tile_argmax_kernel(
     z_ptr,  # [B, R]
@@ -53,10 +54,11 @@ def low_rank_argmax(
     valid_vocab: int,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Highest score and lowest id that has it, of the first ``valid_vocab`` entries -> (float32 [B], int64 [B]).
+    """Return the highest score of each row and the lowest id that has it, as (float32 [B], int64 [B]).
 
-    ``z = down(hidden)`` is rounded to the model dtype; scores are float32 and are compared unrounded. Safe under
-    CUDA-graph capture once the batch bucket has run. Arguments are checked by :mod:`vllm_slimspec.head.ops`.
+    Only the first ``valid_vocab`` entries count. ``z = down(hidden)`` is rounded to the model dtype, and scores are
+    compared in float32. The function can be captured in a CUDA graph once its batch bucket has run.
+    :mod:`vllm_slimspec.head.ops` checks the arguments.
     """
     launch = launch_of(hidden, down, up, valid_vocab, tiling)
     batch, tiles = hidden.shape[0], launch.tiles
@@ -71,7 +73,7 @@ def low_rank_argmax(
 def low_rank_argmax_reference(
     hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp, valid_vocab: int
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch, with every accumulation in float32."""
+    """Compute :func:`low_rank_argmax` in plain torch, with every accumulation in float32."""
     z = (hidden.float() @ down.float().T).to(hidden.dtype)
     scores = z.float() @ as_float32(up)[:valid_vocab].T
     values, ids = scores.max(dim=1)

@@ -1,4 +1,4 @@
-"""The logits of a low-rank head, for drafting that samples instead of taking the best."""
+"""The logits of a low-rank head, for drafting by sampling."""
 
 import torch
 import triton
@@ -39,16 +39,16 @@ def low_rank_logits(
     up: Tensor | QuantizedUp,  # [V, R], contiguous
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """``up(down(hidden))`` -> [B, V] in the model dtype, rounded once from a float32 sum."""
+    """Return the logits ``up(down(hidden))``, [B, V] in the model dtype, rounded once from a float32 sum."""
     launch = launch_of(hidden, down, up, up.shape[0], tiling)
     batch, vocab = hidden.shape[0], up.shape[0]
-    # the interpreter cannot round to bfloat16: let torch do it there
+    # The interpreter cannot round to bfloat16, so torch does it.
     logits = torch.empty(batch, vocab, dtype=torch.float32 if INTERPRETED else hidden.dtype, device=hidden.device)
     _logits_kernel[launch.grid](*launch.inputs, logits, batch, vocab, launch.blocks, **launch.constants)
     return logits.to(hidden.dtype)
 
 
 def low_rank_logits_reference(hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp) -> Tensor:
-    """The same in plain torch, with every accumulation in float32."""
+    """Compute :func:`low_rank_logits` in plain torch, with every accumulation in float32."""
     z = (hidden.float() @ down.float().T).to(hidden.dtype)
     return (z.float() @ as_float32(up).T).to(hidden.dtype)

@@ -1,20 +1,21 @@
-"""The k best vocabulary entries of each row under a low-rank head, and those rescored by a dense head.
+"""The k best vocabulary entries of each row under a low-rank head, and their scores under a dense head.
 
-After ``z = down(h)`` (a GEMM of torch's) four launches, or five with a dense head, each spread over the GPU:
+After ``z = down(h)`` (a GEMM of torch) there are four launches, or five with a dense head. Each uses the whole GPU:
 
-1. the best score of every group of 16 entries: the pass over `up`, which keeps no lists;
-2. the k best groups of every chunk of groups;
-3. a program for each of those: is it among the k best of the row, then the scores of its members;
-4. with a dense head: the exact scores of the k best members;
-5. every key to its place.
+1. compute the best score of every group of 16 entries, in one pass over `up`;
+2. find the k best groups in every chunk of groups;
+3. run a program for each of these groups: if it is among the k best of the row, compute the scores of its members;
+4. with a dense head, compute the exact scores of the k best members;
+5. write every entry to its place in the result.
 
-The k best groups hold all k of the best entries (were an entry's group worse than k others, k entries would be better
-than it), so the order of the vocabulary loses none. Keys are distinct, since each has an id in it: how many of a row
-are greater is a key's place, which nobody has to sort for, and two programs never write to one. Reranking is
-SpecVocab's idea (arXiv 2602.13836).
+The k best groups hold all of the k best entries: if k groups are better than the group of an entry, then k entries are
+better than this entry. So the order of the vocabulary does not matter. All keys are different, because each holds an
+id. So the place of a key is the number of greater keys in the row. No sort is needed, and two programs never write to
+the same place. Re-ranking is SpecVocab's idea (arXiv 2602.13836).
 
-Memory: the maxima are V / 4 bytes a row (50 KB at V = 200k, 3.2 MB at 64 rows), and the keys of the later steps a few
-KB. Scores kept from the pass would be 16 times that, written and read again where k * 16 rows of `up` are less to read.
+Memory: the maxima take V / 4 bytes for each row (50 KB at V = 200k, 3.2 MB for 64 rows), and the keys of the later
+steps a few KB. Storing the scores of the first pass would take 16 times as much memory, and reading k * 16 rows of `up`
+again moves fewer bytes.
 """
 
 import torch
@@ -26,10 +27,10 @@ from vllm_slimspec.head.quantized import QuantizedUp
 from vllm_slimspec.kernels._pairs import id_of, key_of, order_of, pack, unpack
 from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, Tiling, as_float32, entry_scores, launch_of, tile_scores
 
-MEMBERS = 16  # entries of a group: k * MEMBERS rows of `up` are read again
-CHUNK = 1024  # groups of a list: eight lists of a vocabulary of 128k
-RESCORED = 4  # members whose dense rows one program reads: few, because frequent tokens share their groups
-BLOCK_N = 256  # keys compared at a time
+MEMBERS = 16  # entries of a group; k * MEMBERS rows of `up` are read again
+CHUNK = 1024  # groups of a chunk; a vocabulary of 128k has eight chunks
+RESCORED = 4  # members for which one program reads dense rows; few, because frequent tokens are in the same groups
+BLOCK_N = 256  # keys that are compared at once
 
 
 @triton.jit(do_not_specialize=["B", "V", "blocks", "groups"])
@@ -72,7 +73,8 @@ def _best_groups_kernel(
 ):
     row = (tl.program_id(0) // lists).to(tl.int64)
     group = tl.program_id(0) % lists * CHUNK + tl.arange(0, CHUNK)
-    # a group that does not exist comes after those of -inf, with a number of its own: its members are beyond V
+    # A group that does not exist sorts after groups of -inf. Its own number makes its key different from all others,
+    # and its members are beyond V.
     order = tl.load(maxima_ptr + row * groups + group, mask=group < groups, other=-(2**31))
     out = listed_ptr + tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     tl.store(out, tl.topk(key_of(order, group), WIDTH))
@@ -80,7 +82,7 @@ def _best_groups_kernel(
 
 @triton.jit
 def _places(own, keys_ptr, count, BLOCK_N: tl.constexpr):
-    """How many of the ``count`` keys at ``keys_ptr`` are greater than each of ``own``."""
+    """Return how many of the ``count`` keys at ``keys_ptr`` are greater than each of ``own``."""
     places = tl.zeros(own.shape, tl.int32)
     for start in range(0, count, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -115,7 +117,7 @@ def _member_scores_kernel(
     if place < K:
         member = tl.arange(0, BLOCK_V)
         ids = id_of(own) * BLOCK_V + member
-        # the other columns of the product are empty: a tensor core takes no fewer
+        # Only the first column of the product is used, but a tensor core needs BLOCK_B of them.
         column = tl.arange(0, BLOCK_B)
         scores = entry_scores(
             z_ptr + row * R, up_ptr, scale_ptr, ids, ids < V, column, column < 1,
@@ -147,7 +149,7 @@ def _rescore_kernel(
     if tl.min(places, axis=0) < K:
         values, _ = unpack(own)
         ids = id_of(own)
-        scored = (places < K) & (values > float("-inf"))  # neither what is beyond V nor NaN, which stays
+        scored = (places < K) & (values > float("-inf"))  # not entries beyond V, nor NaN, which is kept
         dense_rows = ids
         if dense_rows_ptr is not None:
             dense_rows = tl.load(dense_rows_ptr + ids, mask=scored, other=0)
@@ -197,10 +199,10 @@ def low_rank_topk(
     dense_rows: Tensor | None = None,  # [V] int64
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` best of the first ``valid_vocab`` entries, best first -> (float32 [B, k], int64 [B, k]).
+    """Return the ``k`` best of the first ``valid_vocab`` entries, best first, as (float32 [B, k], int64 [B, k]).
 
-    With ``dense``, rescored by and sorted by ``hidden . dense[row]``. Safe under CUDA-graph capture once the batch
-    bucket has run. Arguments are checked by :mod:`vllm_slimspec.head.ops`.
+    With ``dense``, these entries are scored again as ``hidden . dense[row]`` and sorted by that score. The function can
+    be captured in a CUDA graph once its batch bucket has run. :mod:`vllm_slimspec.head.ops` checks the arguments.
     """
     launch = launch_of(hidden, down, up, valid_vocab, tiling)
     batch = hidden.shape[0]
@@ -218,7 +220,7 @@ def low_rank_topk(
     listed = empty(batch, lists * width)
     _best_groups_kernel[(batch * lists,)](maxima, listed, groups, lists, WIDTH=width, CHUNK=CHUNK, num_warps=4)
     keys = empty(batch, k * MEMBERS)
-    # a tile of one group and one row
+    # In the next kernel, a tile is one group and one row.
     cut = launch.constants | {"BLOCK_V": MEMBERS, "BLOCK_B": BATCH_BUCKETS[0], "num_warps": 2}
     _member_scores_kernel[(batch * lists * width,)](
         *launch.inputs, listed, keys, valid_vocab, lists * width, K=k, BLOCK_N=BLOCK_N, **cut
@@ -251,7 +253,10 @@ def low_rank_topk(
 def low_rank_topk_reference(
     hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp, k: int, valid_vocab: int
 ) -> tuple[Tensor, Tensor]:
-    """The top k in plain torch, with every accumulation in float32; without the cases of NaN, -inf and too few."""
+    """Compute :func:`low_rank_topk` without ``dense`` in plain torch, with every accumulation in float32.
+
+    NaN, -inf and fewer than k entries are not handled.
+    """
     z = (hidden.float() @ down.float().T).to(hidden.dtype)
     scores = z.float() @ as_float32(up)[:valid_vocab].T
     values, ids = scores.sort(dim=1, descending=True, stable=True)
@@ -261,7 +266,7 @@ def low_rank_topk_reference(
 def low_rank_rerank_reference(
     hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp, k: int, valid_vocab: int, dense: Tensor, dense_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same for a rerank: the top k by id, then sorted by their exact scores."""
+    """Compute :func:`low_rank_topk` with ``dense`` in plain torch, with every accumulation in float32."""
     ids = low_rank_topk_reference(hidden, down, up, k, valid_vocab)[1].sort(dim=1).values
     exact = (dense[dense_rows[ids]].float() * hidden.float()[:, None]).sum(dim=2)
     values, order = exact.sort(dim=1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Exact reduction of (value, id) pairs: of the tiles of one kernel, or of the ranks of a tensor-parallel group."""
+"""Exact reduction of (value, id) pairs from the tiles of a kernel or from the ranks of a tensor-parallel group."""
 
 import torch
 import triton
@@ -35,9 +35,9 @@ def reduce_pairs(
     values: Tensor,  # [B, N] float32
     ids: Tensor,  # [B, N] int64
 ) -> tuple[Tensor, Tensor]:
-    """Each row's highest value and its id -> (float32 [B], int64 [B]). Ids are below 2**31.
+    """Return the highest value of each row and its id, as (float32 [B], int64 [B]). Ids must be below 2**31.
 
-    The lowest id wins a tie; any NaN makes the row (NaN, 0); a row of -inf has id 0.
+    The lowest id wins a tie. A row with any NaN is (NaN, 0), and a row of -inf has id 0.
     """
     batch, count = values.shape
     best_values = torch.empty(batch, dtype=torch.float32, device=values.device)
@@ -49,7 +49,7 @@ def reduce_pairs(
 
 
 def reduce_pairs_reference(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, written as the definition: one row at a time."""
+    """Compute :func:`reduce_pairs` one row at a time, directly from its definition."""
     best_values, best_ids = torch.zeros(len(values)), torch.zeros(len(values), dtype=torch.int64)
     for row, pairs in enumerate(zip(values.tolist(), ids.tolist(), strict=True)):
         value, negated_id = max(

@@ -212,7 +212,7 @@ def test_the_load_generators_package_is_missed_first(servers, monkeypatch):
 @pytest.mark.parametrize(
     ("log", "words"),
     [
-        ("", "no word"),
+        ("", "no output"),
         ("Loading\n\nKilled\n", "Killed"),
         ("  raise ValueError(x)\nValueError: the head\n", "ValueError: the head"),
         (

@@ -66,13 +66,13 @@ BAD = [
     _case("stray norm before fc", "set norm_before_fc", _add(input_norm__weight=torch.ones(3 * D))),
     _case("stray norms of the layers", "set fc_norm", _add(fc_norm__0__weight=torch.ones(D))),
     _case("stray fc", "use_aux_hidden_state", eagle_config={"use_aux_hidden_state": False}),
-    _case("stray prefix", "take model. off", _add(model__norm__weight=torch.ones(D))),
+    _case("stray prefix", "remove the prefix model.", _add(model__norm__weight=torch.ones(D))),
     _case("stray thing", "remove it", _add(gate__weight=torch.ones(D))),
     _case("stray map", "remove it", _add(draft_id_to_target_id=torch.ones(V))),
-    _case("both spellings", "are one", _add(layers__0__input_layernorm__weight=torch.ones(D))),
+    _case("both spellings", "are the same parameter", _add(layers__0__input_layernorm__weight=torch.ones(D))),
     _case(
         "whole and in parts",
-        "is a part of midlayer.self_attn.qkv_proj.weight",
+        "is also a part of midlayer.self_attn.qkv_proj.weight",
         _add(midlayer__self_attn__qkv_proj__weight=torch.ones(Q + 2 * KV, 2 * D)),
     ),
     _case("embeddings too long", f"[{V + 8}, {D}]", _add(embed_tokens__weight=torch.ones(V + 8, D))),
@@ -129,9 +129,9 @@ BAD = [
     _case("Inf", "norm.weight holds 64 NaN or Inf", lambda t: t["norm.weight"].fill_(torch.inf)),
     _case("NaN embeddings", "embed_tokens.weight holds", _add(embed_tokens__weight=torch.full((V, D), torch.nan))),
     _case("no model type", "model_type is missing", model_type=None),
-    _case("another activation", "hidden_act='gelu', and vLLM's drafters know only silu", hidden_act="gelu"),
+    _case("another activation", "hidden_act='gelu', but vLLM's drafters support only silu", hidden_act="gelu"),
     _case(
-        "a rope for each layer", "have a block full_attention", rope_parameters={"full_attention": {"rope_theta": 1}}
+        "a rope for each layer", "an inner block full_attention", rope_parameters={"full_attention": {"rope_theta": 1}}
     ),
     _case("a rope of no angle", "rope_theta='1e6' must be a number", rope_theta="1e6"),
 ]

@@ -362,7 +362,7 @@ class TestRefusedFiles:
         """Catches: a whole language model described as a drafter."""
         config = drafters.config(architectures=["LlamaForCausalLM"], lm_head_rank=None)
         tensors = {"model.layers.0.mlp.down_proj.weight": torch.zeros(4, 4), "lm_head.weight": torch.zeros(V, D)}
-        assert "no EAGLE-3 drafter" in self._error(drafters.write(tmp_path / "d", config, tensors))
+        assert "not an EAGLE-3 drafter" in self._error(drafters.write(tmp_path / "d", config, tensors))
 
     def test_drafter_of_another_vocabulary_than_the_targets_is_refused(self, tmp_path):
         """Catches: a drafter for another vocabulary, whose ids would mean other tokens."""

@@ -746,7 +746,7 @@ def _bad(case: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("target for a drafter", "no EAGLE-3 drafter"),
+        ("target for a drafter", "not an EAGLE-3 drafter"),
         ("pickle", "pickle checkpoint can run code"),
         ("other hidden size", "made for a target of hidden size 64"),
         ("other vocabulary", "vocab_size=128 but"),
@@ -774,7 +774,7 @@ def _bad(case: str, folder: Path) -> list[str]:
         ("negative count", "token 12 with count -3"),
         ("counts that are no object", "must be a JSON object"),
         ("text of another vocabulary", "p.jsonl:2: token ids are 0 to 127"),
-        ("text without a tokenizer", "no tokenizer to read the prompts by"),
+        ("text without a tokenizer", "no tokenizer to read the prompts with"),
         ("two counts", "give one"),
         ("counts for nothing", "belong to --vocab N"),
         ("sweep of what is not swept", "leave out --distill-steps"),

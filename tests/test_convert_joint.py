@@ -183,7 +183,7 @@ def test_joint_training_learns_from_the_given_documents_only(target, states, tmp
     train_jointly(source, factors(), str(target), states, recipe, tmp_path / "run")
     assert steps[0][2] > 20  # steps an epoch: of 7 with the recorded answers
     assert (tmp_path / "data" / "states.json").exists()
-    with pytest.raises(CheckpointError, match=r"layers \[0, 1, 2\], and this drafter looks at \[1, 2, 3\]"):
+    with pytest.raises(CheckpointError, match=r"layers \[0, 1, 2\], but this drafter reads layers \[1, 2, 3\]"):
         train_jointly(
             source, factors(), str(target), states, replace(recipe, data=str(tmp_path / "others")), tmp_path / "again"
         )

@@ -83,7 +83,7 @@ def test_interrupted_collection_is_resumed(tmp_path):
     """Catches: an unfinished folder taken for a whole one, work done twice, or states of two recipes in one folder."""
     first = StatesWriter(tmp_path / "s", RECIPE)
     first.write(0, rows(0))
-    with pytest.raises(CheckpointError, match="did not end"):
+    with pytest.raises(CheckpointError, match="is not complete"):
         HeadStates.open(tmp_path / "s")
     second = StatesWriter(tmp_path / "s", RECIPE)
     assert [second.has(group) for group in (0, 1)] == [True, False]

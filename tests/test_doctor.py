@@ -183,9 +183,9 @@ def test_plugin_left_out_by_vllm_plugins_is_a_problem(monkeypatch):
 @pytest.mark.parametrize(
     ("version", "level", "words"),
     [
-        ("0.25.1", "problem", "does nothing before"),
+        ("0.25.1", "problem", "the plugin needs"),
         ("0.99.0", "warning", "later than"),
-        ("dev", "warning", "no version"),
+        ("dev", "warning", "not a version number"),
     ],
 )
 def test_untested_version_of_vllm_is_noticed(monkeypatch, version, level, words):

@@ -170,7 +170,7 @@ def test_pipe_in_the_place_of_weights_is_refused(tmp_path):
     folder = drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         DraftCheckpoint.open(folder)
 
 

@@ -117,7 +117,7 @@ def test_output_that_cannot_be_written_is_refused_before_any_work(name, app, wor
     (tmp_path / "file").write_text("mine")
     code, text = run(app, COMMANDS[name], work, tmp_path / "file" / "out")
     assert (code, text.count("\n")) == (1, 1), text
-    assert "file is no folder, so nothing can be written in it; choose another output" in text
+    assert "file is not a folder, so nothing can be written in it; choose another output" in text
     assert (tmp_path / "file").read_text() == "mine"
 
 

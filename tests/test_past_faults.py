@@ -44,7 +44,7 @@ def test_drafter_of_0_1_0_that_lost_its_theta_is_recognized(tmp_path):
     warning."""
     said = _said(_folder(tmp_path / "d", "0.1.0", CONVERTED, rope_scaling=LLAMA3))
     assert "vllm-slimspec 0.1.0 lost rope parameters of some drafters" in said
-    assert "rope_theta is 10000 here beside a block of type llama3" in said
+    assert "rope_theta 10000 with a rope of type llama3" in said
     assert "convert the drafter again with vllm-slimspec 0.2.0" in said
 
 
@@ -53,9 +53,9 @@ def test_drafter_of_0_1_0_that_lost_its_theta_is_recognized(tmp_path):
     [
         (
             {"rope_theta": 5e5, **LLAMA3},
-            "type default, its target rope_theta 500000, type llama3 by 8",
+            "type default, but its target has rope_theta 500000, type llama3 by 8",
         ),
-        ({"rope_theta": 5e5, "rope_type": "default"}, "its target rope_theta 500000, type default"),
+        ({"rope_theta": 5e5, "rope_type": "default"}, "its target has rope_theta 500000, type default"),
         ({"rope_theta": 1e4, "rope_type": "default"}, ""),
         (None, ""),
     ],
@@ -71,8 +71,8 @@ def test_drafter_of_0_1_0_whose_rope_differs_from_the_targets_is_recognized(tmp_
 @pytest.mark.parametrize(
     ("d2t", "words"),
     [
-        (torch.arange(0, 96, 3), "d2t grows at every entry"),
-        (torch.zeros(32, dtype=torch.int64), "d2t is all zero here, which means the first 32 tokens"),
+        (torch.arange(0, 96, 3), "this d2t grows at every entry"),
+        (torch.zeros(32, dtype=torch.int64), "this d2t is all zero, which selects the first 32 tokens"),
         (torch.arange(32) // 2, ""),
     ],
 )
@@ -87,7 +87,7 @@ def test_drafter_of_0_1_0_with_ids_instead_of_offsets_is_recognized(tmp_path, d2
 def test_acceptance_length_that_0_1_0_overstated_is_recognized(tmp_path):
     """Catches: an acceptance length over prompts and answers, as 0.1.0 stated it, taken for the one that is served."""
     said = _said(_folder(tmp_path / "d", "0.1.0", {"held_out": {"length": 2.14}}))
-    assert "over all places of the texts, which is more than is served" in said
+    assert "over all places of the texts, so it is higher than in service" in said
     assert "slimspec bench acceptance" in said
 
 

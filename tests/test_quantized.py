@@ -124,7 +124,7 @@ def test_batch_size_chooses_between_both_forms_of_a_quantized_factor():
         (
             lambda up: ops.low_rank_argmax(torch.ones(1, 4), *ops.pack(torch.ones(96, 4), up), impl="triton"),
             TypeError,
-            "down and up packed for torch cannot be read by impl='triton': pack them for it",
+            "down and up were packed for torch, which impl='triton' cannot read; pack them for triton",
         ),
     ],
 )

@@ -55,7 +55,7 @@ def test_drafter_that_vllm_would_not_load_is_refused_before_training(work, tmp_p
     """Catches: hours of training for an activation that no vLLM drafter has, reported only by the last step."""
     code, text = fit_command(work, tmp_path / "d", "--draft-hidden-act", "gelu")
     assert (code, "Traceback" in text) == (1, False)
-    assert "error: the drafter to be trained: hidden_act='gelu', and vLLM's drafters know only silu" in text
+    assert "error: the drafter to be trained: hidden_act='gelu', but vLLM's drafters support only silu" in text
     assert "--draft-hidden-act silu" in text
     assert not (tmp_path / "d").exists()
 

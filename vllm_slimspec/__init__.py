@@ -1,7 +1,7 @@
 """SlimSpec draft heads for vLLM: the LM head of an EAGLE-3 drafter as two low-rank factors (arXiv 2605.10453).
 
-Installing this package is enough: vLLM finds :func:`register` through its entry point. Importing it is cheap; torch,
-vLLM and Triton are imported only by the parts that use them.
+Installing the package is enough, because vLLM finds :func:`register` through an entry point. Importing the package is
+cheap: torch, vLLM and Triton are imported only by the modules that use them.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ if (_checkout / "setup.py").is_file() and (_checkout / "kernels").is_dir():
 
 
 def register() -> None:
-    """vLLM's plugin hook: called with no arguments in every process that vLLM starts; safe to call again."""
+    """Register the draft models with vLLM. vLLM calls this in each of its processes; it may be called repeatedly."""
     from vllm_slimspec import compat
 
     compat.install()

@@ -1,12 +1,12 @@
-"""Every touch of a vLLM internal that may move: symptom, upstream source, when to drop.
+"""All uses of vLLM internals that may change, and the plugin that vLLM loads.
 
-vLLM has no hook between "the user named a drafter" and "the proposer was built", so one method is wrapped:
-``EngineArgs.create_speculative_config`` (vllm/engine/arg_utils.py, the same from 0.25 to 0.33). While one of our models
-is built, the ``ParallelLMHead`` of its vLLM module is replaced. Everything else here is public vLLM: the plugin group,
-``ModelRegistry.register_model``, and fields of ``SpeculativeConfig``.
+vLLM has no hook between reading the name of the drafter and building the proposer. So one method is wrapped:
+``EngineArgs.create_speculative_config`` (vllm/engine/arg_utils.py, the same from 0.25 to 0.33). Also, the
+``ParallelLMHead`` of a vLLM module is replaced while one of our models is built. Everything else here is public vLLM:
+the plugin group, ``ModelRegistry.register_model``, and fields of ``SpeculativeConfig``.
 
-This code runs in every vLLM process of an environment that has the package, whatever is served there. So where vLLM
-is not what it was, a warning is all that happens: only a drafter that declares a low-rank head can be refused.
+This code runs in every vLLM process of an environment that has the package, also if no SlimSpec drafter is served. So
+if vLLM has changed, this code only warns. Only a drafter that declares a low-rank head can be refused.
 """
 
 import dataclasses
@@ -37,20 +37,20 @@ _SOURCE = "https://github.com/vllm-project/vllm/blob/v0.32.0/"
 
 @dataclasses.dataclass(frozen=True)
 class Touch:
-    """A vLLM internal that this package relies on, found by looking, not by a version number."""
+    """A vLLM internal that this package uses. Whether it exists is tested directly, not by vLLM's version."""
 
-    name: str  # dotted, within ``module``
+    name: str  # dotted name within ``module``
     module: str
-    symptom: str  # what is seen where it is missing
-    drop: str  # what vLLM would have to offer for it to be dropped
+    symptom: str  # what the user sees if it is missing
+    drop: str  # what vLLM would have to offer so that this package no longer needs it
 
     @property
     def upstream(self) -> str:
-        """Where vLLM has it."""
+        """Return the URL of the source file in vLLM."""
         return f"{_SOURCE}{self.module.replace('.', '/')}.py"
 
     def found(self) -> bool:
-        """Whether the installed vLLM has it; imports the module."""
+        """Import the module, and return whether the installed vLLM has this internal."""
         try:
             thing = importlib.import_module(self.module)
             for part in self.name.split("."):
@@ -65,54 +65,54 @@ TOUCHES = (
     Touch(
         "EngineArgs.create_speculative_config",
         "vllm.engine.arg_utils",
-        "SlimSpec drafters are not recognized: give method and use_local_argmax_reduction yourself",
+        "SlimSpec drafters are not recognized: set method and use_local_argmax_reduction yourself",
         "a draft model class can declare its method and its local argmax",
     ),
     Touch(
         "SpeculativeConfig.update_arch_",
         "vllm.config.speculative",
-        "a TorchSpec folder is served as a stock drafter, and fails on its head's tensors",
+        "a TorchSpec folder is served as a dense drafter, and fails on the tensors of its head",
         "an architecture can be chosen by the keys of config.json",
     ),
     Touch(
         "SpeculativeConfig.use_local_argmax_reduction",
         "vllm.config.speculative",
-        "drafting takes the dense path: right, and slower",
+        "drafting takes the dense path, which is correct but slower",
         "get_top_tokens is called wherever a draft model has it",
     ),
     Touch(
         "get_hf_file_to_dict",
         "vllm.transformers_utils.repo_utils",
-        "a drafter without a method is taken for a full draft model: give method yourself",
+        "without a method, vLLM treats a SlimSpec drafter as a full draft model: set method yourself",
         "an architecture can name its method",
     ),
     Touch(
         "ParallelLMHead",
         "vllm.model_executor.models.llama_eagle3",
         "the dense head is allocated for a moment while the drafter loads (1 GiB for V=128k, D=4096 in bfloat16)",
-        "Eagle3LlamaForCausalLM builds its head in a method of its own",
+        "Eagle3LlamaForCausalLM builds its head in a separate method",
     ),
     Touch(
         "UnquantizedEmbeddingMethod.process_weights_after_loading",
         "vllm.model_executor.layers.vocab_parallel_embedding",
-        "a drafter whose weights are updated while it serves may go on drafting by the old ones",
-        "a layer is told when it was loaded again",
+        "a drafter whose weights are updated during serving may keep drafting with the old weights",
+        "vLLM tells a layer when it was loaded again",
     ),
 )
 
 
 def install() -> None:
-    """Register the draft models and wrap the one method; does nothing in a process where that is done."""
+    """Register the draft models, and wrap vLLM's method unless that is already done in this process."""
     try:
         from vllm import ModelRegistry, __version__
 
         if not _supported(__version__):
             return
         for family in FAMILIES:
-            # By name: vLLM imports the class in a process of its own, and this one stays free of model code.
+            # Register by name, so that this process does not import model code.
             ModelRegistry.register_model(family.architecture, f"vllm_slimspec.drafters.served:{family.model}")
-    except Exception as error:  # an exception here would end a server that has nothing to do with us
-        _warn_once("this vLLM does not register models as it did (%r): SlimSpec drafters are not available.", error)
+    except Exception as error:  # An exception here would end servers that do not use this package.
+        _warn_once("this vLLM did not register the SlimSpec models (%r): SlimSpec drafters are not available.", error)
         return
     _wrap_create_speculative_config()
 
@@ -122,19 +122,19 @@ def _supported(version: str) -> bool:
         release = Version(Version(version).base_version)
     except InvalidVersion:
         return True
-    if release < Version("0.1.1"):  # 0.1.dev: a build from source that found no git tag says nothing of its age
+    if release < Version("0.1.1"):  # A build from source without git tags is 0.1.dev, whatever its age.
         return True
     if release < OLDEST:
         _warn_once(
             "vllm-slimspec needs vLLM %s or newer and found %s: SlimSpec drafters are not available, everything else "
-            "is untouched. Upgrade vLLM to serve them.",
+            "works as before. Upgrade vLLM to serve them.",
             OLDEST,
             version,
         )
         return False
     if release > NEWEST:
         _warn_once(
-            "vllm-slimspec knows vLLM %s to %s and found %s: if a SlimSpec drafter fails to load, look for a "
+            "vllm-slimspec was tested with vLLM %s to %s and found %s: if a SlimSpec drafter fails to load, look for a "
             "newer vllm-slimspec.",
             OLDEST,
             NEWEST,
@@ -144,17 +144,17 @@ def _supported(version: str) -> bool:
 
 
 def _warn_once(message: str, *args: object) -> None:
-    """A warning from the process that the user started, and not from each that vLLM starts."""
+    """Log a warning in the process that the user started, but not in the processes that vLLM starts."""
     if multiprocessing.parent_process() is None:
         logger.warning(message, *args)
 
 
 def _wrap_create_speculative_config() -> None:
-    """Recognise our drafters before vLLM guesses a method, and turn on its local argmax for them.
+    """Wrap vLLM's method so that it recognizes our drafters and turns on the local argmax for them.
 
-    Without "method" vLLM takes a folder without "eagle3" in its name for a full draft model; TorchSpec's folders carry
-    the stock architecture name; ``get_top_tokens`` is called only under ``use_local_argmax_reduction``, which both
-    proposers read before the draft model exists, so the model cannot ask for it.
+    Without "method", vLLM treats a folder without "eagle3" in its name as a full draft model. TorchSpec's folders name
+    the dense architecture. vLLM calls ``get_top_tokens`` only with ``use_local_argmax_reduction``, which both proposers
+    read before the draft model exists, so the model cannot turn it on itself.
     """
     try:
         from vllm.engine.arg_utils import EngineArgs
@@ -162,7 +162,7 @@ def _wrap_create_speculative_config() -> None:
         original = EngineArgs.create_speculative_config
     except (ImportError, AttributeError):
         _warn_once(
-            "this vLLM has no EngineArgs.create_speculative_config: give SlimSpec drafters "
+            "this vLLM has no EngineArgs.create_speculative_config: for SlimSpec drafters, set "
             '"method": "eagle3" and "use_local_argmax_reduction": true in --speculative-config yourself.'
         )
         return
@@ -187,15 +187,18 @@ def _wrap_create_speculative_config() -> None:
 
 @contextmanager
 def _left_to_vllm() -> Iterator[None]:
-    """Within it, a drafter may be refused; any other exception is a vLLM that we do not know, and only a warning."""
+    """Let a CheckpointError pass, and turn every other exception of this context into a warning.
+
+    Another exception means that this vLLM is not the one that we know.
+    """
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
         _warn_once(
-            "vllm-slimspec does not understand this vLLM's speculative configuration (%r) and leaves it alone; give a "
-            'SlimSpec drafter "method": "eagle3" and "use_local_argmax_reduction": true yourself.',
+            "vllm-slimspec does not understand this vLLM's speculative configuration (%r) and does not change it; for "
+            'SlimSpec drafters, set "method": "eagle3" and "use_local_argmax_reduction": true yourself.',
             error,
         )
 
@@ -203,7 +206,7 @@ def _left_to_vllm() -> Iterator[None]:
 def _choose_method(engine_args: Any, given: dict[str, Any]) -> None:
     model = given.get("model") or getattr(engine_args, "spec_model", None)
     method = given.get("method") or getattr(engine_args, "spec_method", None)
-    if not model or method in _METHODS:  # nothing is left to choose
+    if not model or method in _METHODS:
         return
     config = _drafter_config(model, given.get("revision"))
     if config is None or not is_low_rank(config):
@@ -218,25 +221,29 @@ def _choose_method(engine_args: Any, given: dict[str, Any]) -> None:
 
 
 def _drafter_config(model: str, revision: str | None) -> dict[str, Any] | None:
-    """A drafter's raw config.json by vLLM's own reader (folders and hub ids); None where vLLM should speak first."""
+    """Return the raw config.json of a drafter, a folder or a hub id, read with vLLM's own reader.
+
+    Return None if it cannot be read, because vLLM then reports the problem itself.
+    """
     from vllm import envs
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-    # "ngram", or the dotted path of somebody's proposer, is not for a hub to hear; nor is another hub's id.
+    # Do not ask the Hugging Face hub for names such as "ngram", for a private proposer's dotted path, or for an id of
+    # another hub.
     if not Path(model).is_dir() and ("/" not in model or envs.VLLM_USE_MODELSCOPE):
         return None
     try:
         return get_hf_file_to_dict("config.json", model, revision)
-    except Exception:  # offline, no such repository, not JSON: vLLM opens the same file next and says so
+    except Exception:  # vLLM opens the same file next, and reports that it is missing or broken.
         return None
 
 
 def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
-    """Give a low-rank drafter our architecture and the fused path; leave every other drafter alone."""
+    """Set our architecture and the fused path for a low-rank drafter. Do not change any other drafter."""
     draft = config.draft_model_config
     if config.method not in _METHODS or draft is None:
         return
-    if draft.hf_config.model_type == "speculators":  # of the keys at its top, vLLM's reader drops those of our head
+    if draft.hf_config.model_type == "speculators":  # vLLM's reader drops our head's keys at the top of this layout.
         for key, value in (_drafter_config(draft.model, draft.revision) or {}).items():
             if key in HEAD_KEYS:
                 setattr(draft.hf_config, key, value)
@@ -246,8 +253,8 @@ def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
     check_algorithm(declared, (), draft.model)
     if getattr(config, "parallel_drafting", False):
         raise CheckpointError(
-            f"{draft.model}: a SlimSpec drafter drafts step by step, so parallel_drafting is not for it; leave it out "
-            "of --speculative-config"
+            f"{draft.model}: a SlimSpec drafter drafts one token at a time, so it cannot use parallel_drafting; remove "
+            "parallel_drafting from --speculative-config"
         )
     where = f"{draft.model}/config.json"
     family, spec = known_family(declared, where), head_spec(flatten(declared, where), where)
@@ -261,7 +268,7 @@ def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
 
 
 def _check_on_disk(engine_args: Any, config: Any, spec: HeadSpec) -> None:
-    """Refuse a bad drafter here, in the front process, before any engine starts; and keep vLLM off pickle files."""
+    """Refuse a bad drafter in the front process, before any engine starts, and keep vLLM from opening pickle files."""
     draft, target = config.draft_model_config, config.target_model_config
     if target is not None:
         check_vocabulary(spec, target.get_vocab_size(), target.model, f"{draft.model}/config.json")
@@ -272,7 +279,8 @@ def _check_on_disk(engine_args: Any, config: Any, spec: HeadSpec) -> None:
     if Path(draft.model).is_dir():
         checkpoint = DraftCheckpoint.open(draft.model)
         stages = engine_args.pipeline_parallel_size
-        if stages > 1 and not checkpoint.has_embeddings:  # only the first stage has the target's, and V1 takes garbage
+        # Only the first stage holds the target's embeddings, and V1 would draft with uninitialized ones on the last.
+        if stages > 1 and not checkpoint.has_embeddings:
             raise CheckpointError(
                 f"{draft.model}: has no embeddings of its own, which pipeline parallelism ({stages} stages) needs; "
                 "serve with --tensor-parallel-size instead"
@@ -283,5 +291,5 @@ def _check_on_disk(engine_args: Any, config: Any, spec: HeadSpec) -> None:
         if text is not None and hasattr(text, "num_hidden_layers"):
             checkpoint.check_sizes(text.hidden_size, text.num_hidden_layers, target.model)
     elif own is None and hasattr(config, "draft_load_config"):
-        # From a hub, "auto" would settle for a .bin where there are no safetensors.
+        # With "auto", vLLM would load a .bin from a hub repository without safetensors.
         config.draft_load_config = dataclasses.replace(engine_args.create_load_config(), load_format="safetensors")

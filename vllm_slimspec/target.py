@@ -1,4 +1,4 @@
-"""A target on disk or from the Hugging Face hub: its sizes, and its head where a drafter borrows it."""
+"""A target model on disk or on the Hugging Face hub: reading its sizes, and its head for drafters that use it."""
 
 import hashlib
 import json
@@ -15,30 +15,33 @@ from vllm_slimspec.common.text_sizes import text_config
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.dense import StoredHead, stored_head
 
-_EDGE = 1 << 20  # bytes at both ends of a file that tell it from another one
+_FINGERPRINTED = 1 << 20  # bytes at the beginning and the end of a file that its fingerprint is made from
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the other parts need of a target: its sizes, and its head where a drafter borrows it."""
+    """A target's config, from which its sizes are read, and access to its head."""
 
     name: str
     path: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # with the keys of the language model at the top
 
     @classmethod
     def open(cls, target: str | os.PathLike[str]) -> "Target":
-        """Read a target's config.json.
+        """Read a target's config.json and return the target.
+
+        Args:
+            target: the folder or the Hugging Face id.
 
         Raises:
-            CheckpointError: no such folder or repository, or no sizes in its config.
+            CheckpointError: there is no such folder or repository, or its config has no sizes.
         """
         path = fetch(target, ["*.json"])
         return cls(str(target), path, text_config(read_config(path), path))
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, where chat models name all the tokens that end a text; empty without one."""
+        """Return generation_config.json, which names all tokens that end a text; empty if there is no such file."""
         file = self.path / "generation_config.json"
         try:
             config = json.loads(file.read_bytes()) if file.is_file() else {}
@@ -48,24 +51,26 @@ class Target:
 
     @property
     def hidden_size(self) -> int:
+        """Return the width of the hidden states."""
         return self.config["hidden_size"]
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of tokens in the vocabulary."""
         return self.config["vocab_size"]
 
     def head(self) -> torch.Tensor:
-        """The target's LM head [vocab, hidden], of which only the file that holds it is fetched.
+        """Read and return the target's LM head [vocab, hidden]. Only the file that holds the head is fetched.
 
         Raises:
-            CheckpointError: there is none of that shape, or it is in a form that is not read.
+            CheckpointError: there is no head of this shape, or it is stored in a form that is not supported.
         """
         stored, tensors = self._head
         return stored.read(lambda name: load_tensor(tensors[name], name))
 
     @property
     def head_is_plain(self) -> bool:
-        """Whether the head is stored as it is computed with; a head in float8 serves no drafter's re-ranking."""
+        """Return whether the head is stored in floats. A drafter cannot re-rank with the rows of a head in float8."""
         return self._head[0].scale is None
 
     @cached_property
@@ -74,7 +79,7 @@ class Target:
         described = {name: (info.dtype, info.shape) for name, info in tensors.items()}
         shape = (self.vocab_size, self.hidden_size)
         found = stored_head(described, shape, str(self.path), prefixed=True)
-        # A config that leaves tying to the default of its class: the tensors tell.
+        # If the config does not say whether the head is tied to the embeddings, a missing head shows that it is.
         if found is None and self.config.get("tie_word_embeddings") is not False:
             embeddings = {n.replace("embed_tokens", "lm_head"): n for n in tensors if n.endswith("embed_tokens.weight")}
             renamed = {name: described[n] for name, n in embeddings.items()}
@@ -85,7 +90,7 @@ class Target:
         return found, tensors
 
     def _find(self) -> dict[str, TensorInfo]:
-        """The tensors that may be the head, or tell that there is one."""
+        """Return the tensors that may be the head or, for a tied head, the embeddings."""
 
         def may_be(name: str) -> bool:
             return "lm_head" in name or name.endswith("embed_tokens.weight")
@@ -104,8 +109,11 @@ class Target:
         return {name: info for name, info in found.items() if may_be(name)}
 
     def nbytes(self, k: int) -> int:
-        """Bytes that one verification of ``k`` drafted tokens reads: every weight but the embeddings, as bfloat16, from
-        the config's sizes; of a mixture's experts, as many as k + 1 tokens choose that choose no expert twice."""
+        """Return the bytes that one verification of ``k`` drafted tokens reads, computed from the config's sizes.
+
+        They are those of every weight except the embeddings, in bfloat16. In a mixture of experts, each of the k + 1
+        tokens is assumed to choose other experts.
+        """
         c = self.config
 
         def first(*keys: str) -> int:
@@ -124,10 +132,14 @@ class Target:
 
 
 def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
-    """A local folder as it is, or the files of a Hugging Face repository, in its cache.
+    """Return the path of a local folder, or download files of a Hugging Face repository and return their folder.
+
+    Args:
+        name: the folder or the repository id.
+        patterns: the patterns of the files to download.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: there is no such folder, and the hub has no such repository or cannot be reached.
     """
     path = Path(name)
     if path.exists() or str(name).count("/") != 1:
@@ -136,15 +148,16 @@ def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except Exception as error:  # its own classes, httpx's, OSError: all say why in their first line
+    except Exception as error:  # The hub's classes, httpx's and OSError all give the reason in their first line.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name}: no such folder, and not from the Hugging Face hub: {reason}") from None
+        raise CheckpointError(f"{name}: no such folder, and not on the Hugging Face hub: {reason}") from None
 
 
 def fingerprint(name: str | os.PathLike[str]) -> str:
-    """What tells a model from another one under its name, without reading all of it.
+    """Return a text that changes when the model under a name changes, without reading the whole model.
 
-    Of a folder, its config, and the size, the header and the last weights of each file; from the hub, the revision.
+    For a folder it is the SHA-256 of the config and of the size, the beginning and the end of each file. For a model on
+    the hub it is the revision.
     """
     path = fetch(name, ["config.json"])
     if path.parent.name == "snapshots":
@@ -154,7 +167,7 @@ def fingerprint(name: str | os.PathLike[str]) -> str:
         if file.is_file():
             size = file.stat().st_size
             with file.open("rb") as handle:
-                digest.update(f"{file.name} {size} ".encode() + handle.read(_EDGE))
-                handle.seek(max(0, size - _EDGE))
+                digest.update(f"{file.name} {size} ".encode() + handle.read(_FINGERPRINTED))
+                handle.seek(max(0, size - _FINGERPRINTED))
                 digest.update(handle.read())
     return digest.hexdigest()

@@ -130,7 +130,7 @@ def test_interrupted_collection_is_resumed_with_the_same_documents(material, tmp
     arguments = (p.target, drafter, states.path.parent / "prompts.jsonl", tmp_path / "s")
     with pytest.raises(KeyboardInterrupt):
         collect(*arguments, k=K, max_tokens=TOKENS, engine=OPTIONS)
-    with pytest.raises(CheckpointError, match="did not end"):
+    with pytest.raises(CheckpointError, match="is not complete"):
         HeadStates.open(tmp_path / "s")
     again = collect(*arguments, k=K, max_tokens=TOKENS, engine=OPTIONS)
     assert asked == [5, 5, 5, 2]

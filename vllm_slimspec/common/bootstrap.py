@@ -1,4 +1,4 @@
-"""How far a figure would move with other prompts: the bootstrap."""
+"""The bootstrap: how far a measured value would move if other prompts had been measured."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,17 @@ import numpy as np
 def interval(
     n: int, statistic: Callable[[np.ndarray], np.ndarray], *, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic of ``n`` things, by drawing ``n`` of them with replacement, from a fixed seed.
+    """Return the percentile interval of a statistic, by drawing ``n`` items with replacement from a fixed seed.
 
     Args:
-        n: things that were measured, prompts or documents; those that are not independent of one another make the
-            interval too narrow.
-        statistic: from indices int64 [resamples, n] to a value for each row, float [resamples].
-        level: the interval's.
+        n: the number of measured items, such as prompts or documents. They must be independent of each other, or the
+            interval is too narrow.
+        statistic: maps indices, int64 [resamples, n], to the value of each row, float [resamples].
+        resamples: how many times the items are drawn.
+        level: the confidence level of the interval.
+
+    Returns:
+        the lower and the upper end of the interval.
     """
     drawn = np.random.default_rng(0).integers(n, size=(resamples, n))
     low, high = np.quantile(statistic(drawn), ((1 - level) / 2, (1 + level) / 2))

@@ -1,4 +1,4 @@
-"""What all commands share at the terminal: errors of one line, and options that hold JSON."""
+"""Terminal code that all commands share: errors printed as one line, and options whose value is JSON."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from vllm_slimspec.common import memory
 from vllm_slimspec.errors import SlimSpecError
 
 verbose = False
-"""Whether an error's traceback is printed too: the option --verbose."""
+"""Whether the traceback of an error is printed too. The option --verbose sets it."""
 
 _DISK = ("no space left on device", "disk quota exceeded", "file too large", "pytorchstreamwriter failed writing")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,7 +39,7 @@ _CURES = {
 
 
 class Dtype(StrEnum):
-    """What ``--dtype`` takes; what it means is :mod:`vllm_slimspec.common.work_dtype`'s, which imports torch."""
+    """The values of ``--dtype``. :mod:`vllm_slimspec.common.work_dtype`, which imports torch, gives them a meaning."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -59,12 +59,12 @@ DtypeOption = Annotated[
 
 @contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Within it, what this package logs, from information on, is printed to stderr."""
+    """Print what this package logs, at level INFO and above, to stderr while the context is open."""
     log = logging.getLogger("vllm_slimspec")
     handler = logging.StreamHandler(sys.stderr)
     before, handlers = log.level, list(log.handlers)
     log.setLevel(logging.INFO)
-    log.handlers = [handler]  # alone: commands call each other
+    log.handlers = [handler]  # One command may call another, and each line must be printed once.
     try:
         yield
     finally:
@@ -73,15 +73,15 @@ def log_on_stderr() -> Iterator[None]:
 
 
 class Terminated(KeyboardInterrupt):
-    """The command was asked to end, by SIGTERM."""
+    """SIGTERM asked the command to end."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within it, whatever is raised ends the command with one line on stderr.
+    """End the command with one line on stderr if the code in the context raises.
 
-    The exit code is 1, or for an interrupt 130, or for SIGTERM 143. SIGTERM unwinds the command as an interrupt does,
-    because an engine that is not shut down goes on computing without it.
+    The exit code is 1 for an error, 130 for an interrupt and 143 for SIGTERM. SIGTERM raises an exception, as an
+    interrupt does, so that the command can shut its engine down. Otherwise the engine would go on computing.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
@@ -91,7 +91,7 @@ def one_line_errors() -> Iterator[None]:
         terminated = isinstance(error, Terminated)
         _end(error, str(error) or ("terminated" if terminated else "interrupted"), 143 if terminated else 130)
     except Exception as error:
-        if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # the command line's own
+        if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # typer handles its own
             raise
         _end(error, f"error: {describe(error)}", 1)
     finally:
@@ -100,7 +100,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 def describe(error: Exception) -> str:
-    """Return one line: what went wrong, with its cure; the traceback of what nobody foresaw goes to a file."""
+    """Return one line that says what went wrong and how to fix it.
+
+    For an unexpected error, write the traceback to a file and name the file in the line.
+    """
     text = " ".join(str(error).split())
     if missing := next(filter(memory.ran_out, _chain(error)), None):
         detail = " ".join(str(missing).split()) or type(missing).__name__
@@ -124,7 +127,15 @@ def describe(error: Exception) -> str:
 
 
 def json_object(text: str, option: str) -> dict[str, Any]:
-    """The value of ``option``; typer.BadParameter where it is not a JSON object."""
+    """Parse the value of an option and return it.
+
+    Args:
+        text: the value, which must be a JSON object.
+        option: the name of the option, for the error.
+
+    Raises:
+        typer.BadParameter: the value is not a JSON object.
+    """
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -146,20 +157,20 @@ def _terminate(sign: int, frame: FrameType | None) -> NoReturn:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that it was raised for."""
+    """Yield the error, then the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised it, and so chose its words."""
+    """Return whether this package raised the error, so that its text is already a complete message."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__", "").partition(".")[0] == "vllm_slimspec"
 
 
 def _log(error: Exception) -> str:
-    """Write the traceback to a file, and say where it is."""
+    """Write the traceback to a file, and return a phrase that says where the file is."""
     try:
         with tempfile.NamedTemporaryFile("w", prefix="slimspec-", suffix=".log", delete=False) as file:
             traceback.print_exception(error, file=file)

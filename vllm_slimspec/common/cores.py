@@ -1,4 +1,4 @@
-"""Which cores a vLLM engine for CPUs computes on."""
+"""The choice of the cores on which a vLLM engine for CPUs computes."""
 
 import os
 from collections.abc import Iterator
@@ -10,10 +10,11 @@ _CHOICES = (_RESERVED, "VLLM_CPU_OMP_THREADS_BIND")
 
 @contextmanager
 def every_core() -> Iterator[None]:
-    """Start an offline engine in here, and on a CPU it computes on every core, unless the environment says otherwise.
+    """Let an offline engine that starts in this context compute on every core of a CPU.
 
-    vLLM keeps one core for its front end. That of an offline engine has next to nothing to do while the model computes,
-    and of two cores one is half of the machine.
+    By default vLLM reserves one core for its front end. The front end of an offline engine has almost no work while the
+    model computes, and on a machine with two cores the reserved one is half of it. Environment variables that the user
+    has set stay as they are.
     """
     if any(name in os.environ for name in _CHOICES):
         yield

@@ -1,4 +1,4 @@
-"""The name under which results speak of a device."""
+"""The name of a device in result files."""
 
 from pathlib import Path
 
@@ -6,7 +6,12 @@ import torch
 
 
 def device_name(device: torch.device, threads: int | None = None) -> str:
-    """How results name ``device``; a CPU with the threads that worked on it, by default this process's."""
+    """Return the name of a device for result files.
+
+    Args:
+        device: the device. The name of a CPU includes the number of threads and the instruction set.
+        threads: the number of threads that computed on the CPU; None for the number that this process uses.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -1,7 +1,8 @@
-"""Safe reading of folders that other people made: config.json, other JSON, and safetensors.
+"""Safe reading of untrusted checkpoint folders: config.json, other JSON files, and safetensors.
 
-Only safetensors are opened, no code of a folder is ever run, no link out of the folder is followed, and nothing larger
-than it can be is read into memory. Every refusal is a :class:`CheckpointError`: one line with the file and the cure.
+Weights are read from safetensors only. No code from a folder is ever run, no link out of the folder is followed, and a
+file that is larger than it can reasonably be is not read into memory. Every refusal is a :class:`CheckpointError`: one
+line with the file and the cure.
 """
 
 import json
@@ -19,7 +20,7 @@ from vllm_slimspec.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-_BYTES = {"F64": 8, "I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}  # any other type of ours has one
+_BYTES = {"F64": 8, "I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}  # every other type that is read has one byte
 _LARGEST_TOKENIZER = 64 << 20  # bytes
 
 
@@ -33,14 +34,15 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the tensor in bytes."""
         return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A drafter folder's config.json.
+    """Read and return the config.json of a model folder.
 
     Raises:
-        CheckpointError: there is none, or it is not a JSON object.
+        CheckpointError: the folder or the file does not exist, or the file is not a JSON object.
     """
     file = folder / "config.json"
     if not folder.is_dir():
@@ -52,10 +54,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """Name -> declared dtype and shape of every tensor in a folder's safetensors; no weights are read.
+    """Return the declared dtype and shape of every tensor in a folder's safetensors, by name. No weights are read.
 
     Raises:
-        CheckpointError: no safetensors there, one that is not whole, or a tensor that is in two files.
+        CheckpointError: the folder holds no safetensors, a file is incomplete, or two files hold the same tensor.
     """
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
@@ -69,21 +71,21 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Name -> declared dtype and shape of every tensor in a safetensors file.
+    """Return the declared dtype and shape of every tensor in a safetensors file, by name.
 
     Raises:
-        CheckpointError: it is not whole.
+        CheckpointError: the file is incomplete.
     """
     with _safe_open(file) as handle:
-        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - no mapping
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - the handle is not a mapping
         return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
 
 
 def load_tensor(info: TensorInfo, name: str) -> "torch.Tensor":
-    """One tensor, on the CPU, in its stored dtype.
+    """Load one tensor onto the CPU in its stored dtype, and return it.
 
     Raises:
-        CheckpointError: the file is not whole.
+        CheckpointError: the file is incomplete.
     """
     with _safe_open(info.file) as file:
         return file.get_tensor(name)
@@ -93,7 +95,7 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[
     """Write a safetensors file.
 
     Raises:
-        OSError: the disk refuses, which safetensors says by an error of its own.
+        OSError: the file cannot be written. safetensors raises an error class of its own for this.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -105,10 +107,10 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a drafter's tokenizer.json that is no file of its own folder, or of a size that no tokenizer has.
+    """Refuse a tokenizer.json that lies outside of its folder or is larger than any tokenizer. It may be absent.
 
     Raises:
-        CheckpointError: so it is; nothing of it was read. A folder without one is fine.
+        CheckpointError: the file must not be read; nothing of it has been read.
     """
     file = folder / "tokenizer.json"
     if not file.is_symlink() and not file.exists():
@@ -119,6 +121,11 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
+    """Read and return a JSON object of at most 1 MiB.
+
+    Raises:
+        CheckpointError: the file cannot be read, is too large, or holds something else.
+    """
     found = _read_json(file, 0)
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: holds {type(found).__name__}, must be a JSON object; copy the file again")
@@ -173,7 +180,7 @@ def _safe_open(file: Path) -> Iterator[Any]:
 
 
 def _read_json(file: Path, described: int) -> Any:
-    """A JSON file of any shape, of a size that suits the ``described`` bytes of weights."""
+    """Read and return any JSON value, from a file that is not too large for the ``described`` bytes of weights."""
     try:
         _check_size(file, file.stat().st_size, described)
         return json.loads(file.read_text(encoding="utf-8"))
@@ -186,7 +193,7 @@ def _read_json(file: Path, described: int) -> Any:
 
 
 def _check_size(file: Path, size: int, described: int) -> None:
-    """Refuse JSON that would take more memory, parsed (20 times its size at the worst), than what it describes."""
+    """Refuse JSON that would take more memory than the weights it describes (parsed, up to 20 times its size)."""
     most = max(1 << 20, described // 16)
     if size > most:
         raise CheckpointError(
@@ -196,7 +203,11 @@ def _check_size(file: Path, size: int, described: int) -> None:
 
 
 def check_place(file: Path) -> None:
-    """Refuse what is no regular file of its own folder: a checkpoint must not make its reader open anything else."""
+    """Refuse a file that is not a regular file in its own folder, so that a checkpoint cannot make us open others.
+
+    Raises:
+        CheckpointError: the file is a broken link, a link out of its folder, or not a regular file.
+    """
     try:
         real, root = file.resolve(strict=True), file.parent.resolve()
     except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
@@ -206,4 +217,4 @@ def check_place(file: Path) -> None:
     if not real.is_relative_to(root) and not (root.parent.name == "snapshots" and real.parent == blobs):
         raise CheckpointError(f"{file}: a link out of its folder, to {real}, is not followed; copy the file here")
     if not real.is_file():
-        raise CheckpointError(f"{file}: is no regular file; copy the checkpoint again")
+        raise CheckpointError(f"{file}: is not a regular file; copy the checkpoint again")

@@ -1,8 +1,8 @@
-"""Memory of large tensors on a CPU, kept for the next ones.
+"""Reuse of the memory of large CPU tensors.
 
-glibc maps every block of 32 MiB or more anew and unmaps it when it is freed, and Linux clears each of its pages at the
-first touch, while the process's other threads wait for its memory map. Logits over a vocabulary are such blocks, and
-training and scoring make a few dozen of them a step.
+By default glibc maps every block of 32 MiB or more anew, and unmaps it when it is freed. Linux then clears each page of
+a new block at its first use, and the other threads of the process wait meanwhile. Logits over a vocabulary are blocks
+of this size, and a step of training or scoring allocates a few dozen of them.
 """
 
 import ctypes
@@ -13,10 +13,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what large tensors give back, unless the environment tunes malloc itself.
+    """Let this process keep the memory of freed large tensors for new ones.
 
-    The peak of its memory grows by a quarter or so, because a tensor does not always fit where another one was. In work
-    of many steps, call :func:`return_holes` now and then.
+    This does nothing if environment variables tune malloc. Peak memory grows by about a quarter, because a new tensor
+    does not always fit into the place of a freed one. In work of many steps, call :func:`return_holes` now and then.
     """
     libc = _libc()
     if libc is not None:
@@ -25,14 +25,14 @@ def keep_freed_memory() -> None:
 
 
 def return_holes() -> None:
-    """Give Linux every page that no tensor uses now, so that places where none fits do not add up over hours."""
+    """Return every unused page to Linux, so that gaps too small for a tensor do not add up over hours."""
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
 
 
 def _libc() -> ctypes.CDLL | None:
-    """Return glibc, or None where there is another C library or the environment tunes it."""
+    """Return glibc; None if the C library is another one, or if environment variables tune malloc."""
     tuned = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
     if tuned or not sys.platform.startswith("linux"):
         return None

@@ -1,8 +1,8 @@
-"""Whether memory ran out, which every library says in words of its own."""
+"""Recognition of out-of-memory errors, which every library reports in its own words."""
 
 from pathlib import Path
 
-# torch, numpy, safetensors, CUDA, C++, Python and the loader of libraries.
+# The phrases of torch, numpy, safetensors, CUDA, C++, Python and the dynamic linker.
 _PHRASES = (
     "out of memory",
     "cannot allocate memory",
@@ -12,18 +12,21 @@ _PHRASES = (
     "bad_alloc",
     "can't start new thread",
     "failed to map segment",
-    "killed by signal: killed",  # a worker of a data loader
-    ") exited unexpectedly",  # the same, where its end was seen too late
+    "killed by signal: killed",  # a data loader's worker
+    ") exited unexpectedly",  # a data loader's worker whose end was noticed late
 )
 
 
 def ran_out(error: BaseException) -> bool:
-    """Return whether an error, whatever its class, is one of memory."""
+    """Return whether an error, of any class, says that memory ran out."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(phrase in text for phrase in _PHRASES)
 
 
 def raise_if_ran_out(error: BaseException, file: Path) -> None:
-    """Raise a MemoryError that names the file, if ``error`` is one of memory and so says nothing against the file."""
+    """Raise a MemoryError that names ``file`` if ``error`` says that memory ran out.
+
+    Call it before an error is reported as damage of the file, which may be sound.
+    """
     if ran_out(error):
         raise MemoryError(f"{file}: {error}") from None

@@ -1,10 +1,11 @@
-"""The one place that decides where a command writes: claimed before any work, written whole or not at all.
+"""Claims on the outputs of commands: an output is claimed before any work, and written completely or not at all.
 
-A claim is a folder of its own: ``.NAME.partial`` beside an output that is a file or is not there yet, and
-``.slimspec.partial`` inside a folder that is there (an empty one, the current one, a mount point). Its file ``lock``
-names the owner, who holds a lock on it that ends with the process. What is written grows beside that file and takes its
-place when it is whole. So two runs never share an output, only what a dead owner left behind is removed, and a place
-that cannot be written is refused before hours of work instead of after them.
+A claim is a folder. It is ``.NAME.partial`` beside the output if the output is a file or does not exist yet, and
+``.slimspec.partial`` inside the output if that is an existing folder (an empty one, the current one, a mount point).
+The file ``lock`` in the claim names the process that owns it. The owner holds a file lock on it, which ends with the
+process. New files are written into the claim, and move to the output when they are complete. So two runs never write
+one output, only leftovers of a dead owner are removed, and an output that cannot be written is refused before hours of
+work.
 """
 
 import errno
@@ -24,7 +25,7 @@ from vllm_slimspec.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 230  # bytes of a name: file systems take 255, and what is written beside it has a longer one
+_LONGEST = 230  # bytes of a name; file systems allow 255, and the claim's name is longer than the output's
 _INSIDE = ".slimspec.partial"
 _LOCK, _FILLING = "lock", "filling"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,28 +37,29 @@ Kind = Literal["folder", "file", "work"]
 
 @dataclass
 class Claim:
-    """An output that this process, and no other one, may write."""
+    """An output that only this process may write."""
 
     path: Path  # as the user gave it
-    real: Path  # without links, dots and dot-dots
+    real: Path  # the absolute path, with links resolved
     place: Path  # the folder of the claim
     kind: Kind
-    earlier: str | None
-    lock: int  # the descriptor that holds the lock
-    thread: int
-    made: list[Path]  # folders above the place that were made for it
-    keep: bool = False  # whether the place outlives the claim, because a finished output is left in it
+    earlier: str | None  # see claim_folder
+    lock: int  # the file descriptor that holds the lock
+    thread: int  # the thread that made the claim
+    made: list[Path]  # parent folders that were created for the claim
+    keep: bool = False  # whether `place` stays after the claim ends, because a finished output is still in it
 
     def write(self, make: Callable[[Path], Any], *, last: str = "config.json") -> None:
-        """Let ``make`` write a file, or fill an empty folder, that takes the output's place when it is whole.
+        """Call ``make`` to write the output beside its place, then move the output there.
 
         Args:
-            make: called with the path to write: a folder that is there, or a file that is not.
-            last: of a folder that is there already, the file that comes last: without it nothing is taken for whole.
+            make: called with a path that does not exist yet, at which it creates a file or a folder.
+            last: if the output is an existing folder, the file that is moved into it last. A reader takes the folder
+                for complete once this file is there.
 
         Raises:
-            Exception: what ``make`` raises; nothing of the new output is left, so a full disk gets its room back.
-            OutputError: the finished output cannot take its place; the message says where it is.
+            Exception: ``make`` raised it; nothing of the new output is left on the disk.
+            OutputError: the finished output cannot move to its place; the message says where it is.
         """
         new = self.place / f"new{self.real.suffix}"
         try:
@@ -68,7 +70,7 @@ class Claim:
             _remove(new)
             raise
         try:
-            if self.kind == "folder":  # somebody may have filled it meanwhile
+            if self.kind == "folder":  # Something else may have filled the folder meanwhile.
                 check_free(self.path, earlier=self.earlier)
             self._publish(new, last)
         except (OSError, OutputError) as error:
@@ -80,7 +82,7 @@ class Claim:
             ) from None
 
     def write_folder(self, fill: Callable[[Path], Any], *, last: str = "config.json") -> None:
-        """Like :meth:`write`, for a folder: ``fill`` is called with a new, empty one."""
+        """Create a new, empty folder, call ``fill`` to fill it, then move it to the output as :meth:`write` does."""
 
         def make(new: Path) -> None:
             new.mkdir()
@@ -90,19 +92,20 @@ class Claim:
 
     def _publish(self, new: Path, last: str) -> None:
         if new.is_dir() and self.real.is_dir():
-            # Not replaced by a rename: it may be a mount point, or the folder that somebody's shell is in.
+            # A rename must not replace this folder: it may be a mount point or the current folder of a shell.
             self._fill(sorted(new.iterdir(), key=lambda file: file.name == last))
         else:
             try:
                 new.rename(self.real)
             except OSError as error:
-                if new.is_dir() or error.errno not in (errno.EBUSY, errno.EXDEV):  # a single file may be mounted, too
+                # A mounted file cannot be replaced by a rename, but its content can.
+                if new.is_dir() or error.errno not in (errno.EBUSY, errno.EXDEV):
                     raise
                 shutil.copyfile(new, self.real)
         sync(self.real if self.real.is_dir() else self.real.parent)
 
     def _fill(self, files: list[Path]) -> None:
-        """Move files into the folder, all of them or none."""
+        """Move all files into the output folder. If one fails, move the others back."""
         names, moved = self.place / _FILLING, []
         names.write_text("\n".join(file.name for file in files))
         try:
@@ -121,7 +124,7 @@ _held: dict[Path, Claim] = {}
 
 
 def _forget() -> None:
-    """Leave the claims to the parent: a forked child that lives on must not keep its locks."""
+    """Drop all claims in a forked child, which must not keep the locks of its parent."""
     for claim in _held.values():
         os.close(claim.lock)
     _held.clear()
@@ -134,17 +137,17 @@ os.register_at_fork(after_in_child=_forget)
 def claim_folder(
     path: str | os.PathLike[str], *, run: Path | None = None, earlier: str | None = None
 ) -> Iterator[Claim]:
-    """Claim a folder that is written once, by :meth:`Claim.write_folder`; it must not exist, or be empty.
+    """Claim an output folder, which must be empty or not exist. Fill it with :meth:`Claim.write_folder`.
 
-    A claim inside a claim of the same thread on the same output is that claim.
+    If the same thread already holds a claim on the same output, that claim is returned.
 
     Args:
         path: the output.
-        run: a folder beside it for work in progress, which is claimed too.
-        earlier: a folder that holds a file of this name is an earlier output, which may be replaced.
+        run: a folder for work in progress, which is claimed too.
+        earlier: if the folder holds a file of this name, it is an earlier output and may be replaced.
 
     Raises:
-        OutputError: the folder is taken, cannot be written, or another process writes it.
+        OutputError: the folder is not empty, it cannot be written, or another process is writing it.
     """
     with ExitStack() as stack:
         claim = stack.enter_context(_claim(Path(path), "folder", earlier))
@@ -155,7 +158,7 @@ def claim_folder(
 
 @contextmanager
 def claim_file(path: str | os.PathLike[str], *, run: Path | None = None) -> Iterator[Claim]:
-    """Claim a file, which may exist and is then replaced; arguments and errors as for :func:`claim_folder`."""
+    """Claim an output file, which is replaced if it exists. Arguments and errors are those of :func:`claim_folder`."""
     with ExitStack() as stack:
         claim = stack.enter_context(_claim(Path(path), "file"))
         if run is not None:
@@ -165,16 +168,20 @@ def claim_file(path: str | os.PathLike[str], *, run: Path | None = None) -> Iter
 
 @contextmanager
 def claim_work(path: str | os.PathLike[str]) -> Iterator[Claim]:
-    """Claim a folder that a later run goes on with, whatever is in it; errors as for :func:`claim_folder`."""
+    """Claim a folder for work in progress, which may hold files of an earlier run. See :func:`claim_folder`."""
     with _claim(Path(path), "work") as claim:
         yield claim
 
 
 def check_free(path: str | os.PathLike[str], *, earlier: str | None = None) -> None:
-    """Refuse an output folder that exists and is not empty; nothing is written.
+    """Refuse an output folder that exists and is not empty. Nothing is written.
+
+    Args:
+        path: the output.
+        earlier: if the folder holds a file of this name, it is an earlier output and is accepted.
 
     Raises:
-        OutputError: it is not empty, or it is a file.
+        OutputError: the folder is not empty, or the path is a file.
     """
     if os.path.isdir(path):
         names = set(os.listdir(path)) - {_INSIDE}
@@ -187,22 +194,22 @@ def check_free(path: str | os.PathLike[str], *, earlier: str | None = None) -> N
 
 
 def beside(output: Path, suffix: str) -> Path:
-    """The path of ``output`` with ``suffix`` behind its name, also where it ends in a dot or in two."""
+    """Return the path of ``output`` with ``suffix`` added to its name, also if the path ends in ``.`` or ``..``."""
     return Path(f"{output if output.name not in ('', '..') else os.path.realpath(output)}{suffix}")
 
 
 def write_whole(file: Path, write: Callable[[Path], Any], *, durable: bool = True) -> None:
-    """Let ``write`` write beside the file and rename, so that a name is there only with all its bytes.
+    """Write a file beside its place, then rename it, so that the file never exists with half of its content.
 
-    For files in a folder that is claimed.
+    Use this for files in a claimed folder.
 
     Args:
-        file: the file, replaced if it is there.
+        file: the file, which is replaced if it exists.
         write: called with the path to write.
-        durable: whether to wait until the bytes are on the disk; without it, a power failure may leave a torn file.
+        durable: whether to wait until the bytes are on the disk. Otherwise a power failure may leave a damaged file.
 
     Raises:
-        Exception: what ``write`` raises; nothing is left behind, so a full disk gets its room back.
+        Exception: ``write`` raised it; nothing is left on the disk.
     """
     part = file.with_name(f".{file.name}.partial")
     try:
@@ -216,7 +223,7 @@ def write_whole(file: Path, write: Callable[[Path], Any], *, durable: bool = Tru
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk; some file systems know no waiting for folders, which is no error."""
+    """Wait until a file or folder is on the disk. Some file systems cannot do this for folders, which is ignored."""
     fd = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError) if path.is_dir() else nullcontext():
@@ -244,7 +251,7 @@ def _claim(path: Path, kind: Kind, earlier: str | None = None) -> Iterator[Claim
 
 
 def _acquire(path: Path, real: Path, place: Path, kind: Kind, earlier: str | None) -> Claim:
-    if kind == "folder" and not (place / _FILLING).exists():  # where it exists, half an output is in the folder
+    if kind == "folder" and not (place / _FILLING).exists():  # if it exists, _roll_back empties the folder first
         check_free(path, earlier=earlier)
     made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
     try:
@@ -261,7 +268,7 @@ def _acquire(path: Path, real: Path, place: Path, kind: Kind, earlier: str | Non
         _remove_leftovers(claim)
         os.ftruncate(lock, 0)
         os.write(lock, f"pid {os.getpid()} on {socket.gethostname()}".encode())
-        os.fsync(lock)  # a full disk says so now
+        os.fsync(lock)  # A full disk fails here, before any work.
     except BaseException:
         _release(claim)
         raise
@@ -272,7 +279,7 @@ def _release(claim: Claim) -> None:
     if _held.pop(claim.place, None) is None:  # in a forked child
         return
     if not claim.keep:
-        with suppress(OSError):  # what is left is removed by the next run
+        with suppress(OSError):  # The next run removes what is left.
             _remove_leftovers(claim)
             (claim.place / _LOCK).unlink(missing_ok=True)
     os.close(claim.lock)
@@ -280,7 +287,7 @@ def _release(claim: Claim) -> None:
 
 
 def _roll_back(claim: Claim) -> None:
-    """Take half an output out of its folder again, which a dead owner left there."""
+    """Remove the files of a half-written output that a dead owner left in the output folder."""
     filling = claim.place / _FILLING
     if filling.exists():
         for name in filling.read_text().splitlines():
@@ -295,7 +302,7 @@ def _remove_leftovers(claim: Claim) -> None:
 
 
 def _resolve(path: Path, kind: str) -> Path:
-    """The path without links and dots."""
+    """Return the absolute path with links resolved, and refuse one that cannot be an output of this kind."""
     for part in (path, *path.parents):
         if part.is_symlink() and not part.exists():
             raise OutputError(
@@ -314,14 +321,14 @@ def _resolve(path: Path, kind: str) -> Path:
 
 
 def _lock(path: Path, place: Path) -> int:
-    """Lock the place; the descriptor that is returned holds the lock for as long as it is open."""
+    """Lock the claim's folder and return the file descriptor, which holds the lock as long as it is open."""
     if place.is_dir() and not (place / _LOCK).exists() and any(place.iterdir()):
         raise OutputError(f"{path}: {place} is in the way, with other files in it; remove it or choose another output")
     while True:
         place.mkdir(exist_ok=True)
         try:
             lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the owner before has just gone, and its place with it
+        except FileNotFoundError:  # The previous owner has just removed the folder.
             continue
         try:
             _lock_or_refuse(path, place, lock)
@@ -335,7 +342,7 @@ def _lock(path: Path, place: Path) -> int:
 
 def _lock_or_refuse(path: Path, place: Path, lock: int) -> None:
     try:
-        if place in _held:  # by another thread, which some network file systems do not tell apart
+        if place in _held:  # Another thread holds it, and on some network file systems the lock would not show that.
             raise BlockingIOError
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -353,7 +360,7 @@ def _lock_or_refuse(path: Path, place: Path, lock: int) -> None:
 
 
 def _is_there(file: Path, descriptor: int) -> bool:
-    """Whether an open file still has its name: its owner before may have removed it."""
+    """Return whether an open file still has its name. The previous owner may have removed it."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.stat(file), os.fstat(descriptor))
     return False
@@ -374,7 +381,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """Within it, an error of the file system refuses the output."""
+    """Turn errors of the file system into an OutputError for ``path`` while the context is open."""
     try:
         yield
     except OSError as error:
@@ -382,14 +389,14 @@ def _refusals(path: Path) -> Iterator[None]:
 
 
 def _why(error: OSError, path: Path) -> str:
-    """Why an output cannot be written, and the cure."""
+    """Return why an output cannot be written, and the cure."""
     if error.errno in _NO_ROOM:
         return f"its disk has no room ({error.strerror}); make room or choose another output"
     if error.errno in _FORBIDDEN:
         return f"you may not write there ({error.strerror}: {error.filename}); choose another output"
     if error.errno in _NO_FOLDER:
         file = next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), error.filename)
-        return f"{file} is no folder, so nothing can be written in it; choose another output"
+        return f"{file} is not a folder, so nothing can be written in it; choose another output"
     if error.errno == errno.ENAMETOOLONG:
         return "the path is too long; choose a shorter output"
     return f"cannot be written ({error.strerror}: {error.filename}); choose another output"

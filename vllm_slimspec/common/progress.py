@@ -1,8 +1,8 @@
-"""How far long work is: a bar at a terminal, and plain lines everywhere else.
+"""Progress of long work: a bar at a terminal, and plain lines everywhere else.
 
 A file, a CI log and a notebook's pipe get one line at the start of the work, one every 15 seconds and one at its end,
-without escape codes. The lines come from a thread of their own, so that work which reports nothing for minutes (one
-call of an engine, a factorization) is not silent.
+without escape codes. A separate thread writes the lines, so that they also come while one call of an engine or one
+factorization takes minutes.
 """
 
 import io
@@ -16,10 +16,10 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 EVERY = 15.0  # seconds between two lines
-_REFRESH = 1.0  # seconds between two looks of a bar, whose clock goes on while the work reports nothing
+_REFRESH = 1.0  # seconds between two redraws of a bar, so that its clock runs while the work reports nothing
 
 T = TypeVar("T")
-_under_way: list["Progress"] = []  # the innermost work last
+_under_way: list["Progress"] = []  # the innermost one is last
 
 
 @contextmanager
@@ -33,17 +33,17 @@ def progress(
     silent: bool = False,
     stream: TextIO | None = None,
 ) -> Iterator["Progress"]:
-    """Show how far the work inside is.
+    """Show the progress of the work in this context.
 
     Args:
-        what: the work, as a line begins: ``Answers``.
-        total: steps of the work; None where nobody knows.
-        unit: a step: ``prompt``.
-        done: steps that an earlier run has done.
-        ends: write a line at the start and at the end. Work that is made of other work does not: it speaks only where
-            nothing inside of it does, and a terminal shows no bar of it.
-        silent: say nothing, for the further processes of one run.
-        stream: where to; default stderr.
+        what: the name of the work, with which each line begins, such as ``Answers``.
+        total: the number of steps; None if it is not known.
+        unit: the name of a step, such as ``prompt``.
+        done: the number of steps that an earlier run has done.
+        ends: whether to write a line at the start and at the end. Set it to False for work that consists of other work
+            with progress of its own: it then writes lines only while no inner work does, and shows no bar.
+        silent: whether to show nothing, as all processes of a run but the first do.
+        stream: where the progress is written; None for stderr.
     """
     shown = Progress(what, total, unit, done, None if silent else stream or sys.stderr, ends=ends)
     _under_way.append(shown)
@@ -59,7 +59,7 @@ def progress(
 
 
 def steps(items: Iterable[T], what: str, total: int, unit: str, **options: Any) -> Iterator[T]:
-    """Give the items one by one, and show how many of ``total`` are done; options as for :func:`progress`."""
+    """Yield the items, and show how many of ``total`` are done. Options are those of :func:`progress`."""
     with progress(what, total, unit, **options) as shown:
         for item in items:
             yield item
@@ -67,7 +67,7 @@ def steps(items: Iterable[T], what: str, total: int, unit: str, **options: Any) 
 
 
 class Progress:
-    """Work that is under way; see :func:`progress`."""
+    """The progress of one piece of work; see :func:`progress`."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Progress:
         every: float = EVERY,
     ) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
-        self.stopped = False  # set it where the work ends early without an exception
+        self.stopped = False  # The work sets it if it ends early without an exception.
         self._stream, self._ends, self._clock = stream, ends, clock
         self._before, self._start, self._note = done, clock(), ""
         self._over = threading.Event()
@@ -104,7 +104,7 @@ class Progress:
         self._teller.start()
 
     def update(self, count: int = 1) -> None:
-        """Count further steps."""
+        """Add ``count`` to the steps that are done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -120,7 +120,7 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
 
     def line(self) -> str:
-        """Return what a line says now: how far the work is, since when, and how long it will take."""
+        """Return the current line: the steps done, the time so far, and the estimated time to go."""
         taken = self._clock() - self._start
         parts = [self._count()] if self.unit else []
         parts.append(f"{_duration(taken)} so far")
@@ -130,7 +130,7 @@ class Progress:
         return f"{self.what}: {', '.join([*parts, *filter(None, [self._note])])}"
 
     def close(self, how: str) -> None:
-        """Say the last line: ``how`` (such as ``done in``) and the time."""
+        """Stop showing progress, and write the last line: ``how`` (such as ``done in``) and the time."""
         self._over.set()
         if self._stream is None:
             return
@@ -158,15 +158,16 @@ class Progress:
         assert self._stream is not None
         try:
             print(line, file=self._stream, flush=True)
-        except (OSError, ValueError):  # a closed pipe must not end the work
+        except (OSError, ValueError):  # A closed pipe must not end the work.
             self._over.set()
 
 
 def counting(part: str | None = None) -> Callable[..., tqdm] | bool:
-    """Return what ``use_tqdm`` of ``LLM.generate`` takes to count its answers in the work that is under way.
+    """Return a value for ``use_tqdm`` of ``LLM.generate`` that counts its answers in the innermost progress.
 
     Args:
-        part: such as "of 96 requests", for a note, where an answer is not what that work counts.
+        part: a text such as "of 96 requests". If it is given, the number of answers is shown as a note, because the
+            progress counts something else.
     """
     if not _under_way:
         return False
@@ -181,14 +182,14 @@ def counting(part: str | None = None) -> Callable[..., tqdm] | bool:
 
 
 def counted(answered: Callable[[int], Any]) -> Callable[..., tqdm]:
-    """Return a bar that is seen by nobody and calls ``answered`` with the number of answers that have come."""
+    """Return a tqdm class that shows nothing and calls ``answered`` with the number of new answers."""
 
     class Counted(tqdm):
         def __init__(self, iterable: Any = None, **options: Any) -> None:
             super().__init__(iterable, **options | {"file": io.StringIO()})
 
         def update(self, n: float | None = 1) -> bool | None:
-            if self.iterable is None:  # else it is the prompts that vLLM takes in, which are no answers yet
+            if self.iterable is None:  # With an iterable, vLLM counts the prompts that it takes in, not answers.
                 answered(int(n or 0))
             return super().update(n)
 

@@ -1,12 +1,12 @@
-"""What a draft head is worth in a whole cycle: eq. 4 of the SlimSpec paper (arXiv 2605.10453)."""
+"""The speedup of a draft head over a whole draft-and-verify cycle: eq. 4 of the SlimSpec paper (arXiv 2605.10453)."""
 
 
 def speedup(rho: float, kappa: float, nu: float) -> float:
-    """Tokens per second over those with the full head: rho / (1 - kappa + kappa / nu).
+    """Return tokens per second relative to those with the full head: rho / (1 - kappa + kappa / nu).
 
     Args:
-        rho: acceptance length / acceptance length with the full head.
-        kappa: share of a draft-and-verify cycle that the full head takes.
-        nu: how many times faster than the full head this one is.
+        rho: the acceptance length divided by that with the full head.
+        kappa: the share of the time of a draft-and-verify cycle that the full head takes.
+        nu: how many times faster this head is than the full one.
     """
     return rho / (1 - kappa + kappa / nu)

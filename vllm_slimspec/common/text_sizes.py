@@ -1,4 +1,4 @@
-"""The part of a target's config.json that describes its language model, found where vLLM finds it."""
+"""Find the part of a target's config.json that describes its language model, as vLLM does."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_slimspec.errors import CheckpointError
 
-# Where targets of several modalities keep it: transformers' names, and those of the classes that vLLM brings.
+# The keys under which multimodal targets keep this part: those of transformers and of vLLM's own config classes.
 _NESTED = (
     *("text_config", "thinker_config", "llm_config", "language_config", "wrapped_model_config", "vlm_config"),
     *("decoder_config", "decoder", "generator"),
@@ -15,14 +15,14 @@ _SIZES = ("hidden_size", "vocab_size")
 
 
 def text_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the keys of the language model, over those of what it is a part of.
+    """Return the keys of the language model, merged over the keys of the blocks around it.
 
     Args:
         config: the target's config.json.
-        folder: where it lies, for configs that leave sizes to the defaults of their class.
+        folder: the target's folder. vLLM reads it if the config leaves sizes to the defaults of its class.
 
     Raises:
-        CheckpointError: it says nothing of hidden_size or vocab_size, and vLLM does not know it either.
+        CheckpointError: hidden_size or vocab_size is missing, and vLLM does not know a default.
     """
     merged: dict[str, Any] = {}
     inner: Mapping[str, Any] | None = config
@@ -43,6 +43,6 @@ def _by_vllm(folder: Path, part: Mapping[str, Any]) -> dict[str, Any]:
         found = get_hf_text_config(get_config(folder, trust_remote_code=False)).to_dict()
         if all(isinstance(found.get(key), int) for key in _SIZES):
             return found
-    except Exception:  # of transformers and of any class of a config: what is wrong is that the key is missing
+    except Exception:  # The config's class may raise anything; the missing key is what the user can correct.
         pass
     raise CheckpointError(f"{folder / 'config.json'}: {missing} is missing; give the target's own folder")

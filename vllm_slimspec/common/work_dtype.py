@@ -1,8 +1,8 @@
-"""The dtype of work over many rows: a target's states, training, and the scores of a head over recorded states.
+"""The dtype of work over many rows: computing a target's states, training, and scoring recorded states with a head.
 
-A processor without instructions for bfloat16 converts every number on the way in and out, and such work takes several
-times as long there as in float32. A single row is another matter: its time goes into reading weights, and those of
-bfloat16 are half as large.
+A processor without bfloat16 instructions converts every number to float32 and back, so this work takes several times
+as long as in float32. A single row is different: most of its time goes into reading weights, and bfloat16 weights are
+half as large.
 """
 
 import logging
@@ -16,23 +16,23 @@ logger = logging.getLogger(__name__)
 
 Asked = Literal["auto", "float32", "bfloat16", "float16"]
 
-# What oneDNN may be limited to and still says that it supports bfloat16, which it then emulates.
+# With these limits oneDNN still reports bfloat16 support, but it emulates bfloat16.
 _EMULATING_LIMITS = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 class WorkDtype(NamedTuple):
-    """A dtype and why it was chosen."""
+    """A dtype and the reason why it was chosen."""
 
     dtype: torch.dtype
     reason: str
 
     @property
     def name(self) -> str:
-        """Return the dtype's name as an option takes it, such as ``float32``."""
+        """Return the dtype's name as a value of ``--dtype``, such as ``float32``."""
         return str(self.dtype).removeprefix("torch.")
 
     def log(self, work: str) -> None:
-        """Say in one line in which dtype ``work`` is done, and why."""
+        """Log one line that says in which dtype ``work`` is done, and why."""
         logger.info("%s: computing in %s, because %s", work, self.name, self.reason)
 
 
@@ -40,8 +40,8 @@ def work_dtype(asked: Asked, stored: torch.dtype) -> WorkDtype:
     """Choose the dtype of work over many rows.
 
     Args:
-        asked: the user's choice, which wins; ``auto`` leaves it to the processor.
-        stored: the dtype of the weights that the work is done with, which an accelerator takes as they are.
+        asked: the user's choice. ``auto`` chooses by the processor.
+        stored: the dtype of the stored weights, which an accelerator computes in.
     """
     if asked != "auto":
         return WorkDtype(getattr(torch, asked), "it was asked for")
@@ -53,9 +53,9 @@ def work_dtype(asked: Asked, stored: torch.dtype) -> WorkDtype:
 
 
 def engine_options(given: Mapping[str, Any], asked: Asked, work: str) -> dict[str, Any]:
-    """Return arguments of ``vllm.LLM`` for an engine that answers many requests at once: ``given``, and a dtype.
+    """Return the arguments ``given`` for ``vllm.LLM`` with a dtype for answering many requests at once.
 
-    A dtype in ``given`` stays, and on an accelerator ``auto`` leaves the choice to vLLM.
+    A dtype in ``given`` is kept. On an accelerator, ``auto`` leaves the choice to vLLM.
     """
     if "dtype" in given or (asked == "auto" and torch.accelerator.is_available()):
         return dict(given)
@@ -65,7 +65,7 @@ def engine_options(given: Mapping[str, Any], asked: Asked, work: str) -> dict[st
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether PyTorch and oneDNN have AVX512-BF16 or AMX to work with: in this processor, and not hidden."""
+    """Return whether PyTorch and oneDNN can use AVX512-BF16 or AMX on this processor under the environment's limits."""
     return (
         (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
         and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -1,4 +1,4 @@
-"""The drafters that a low-rank head can be put into: a file for each family, and one table of them.
+"""The families of drafters that can have a low-rank head: one file for each family, and a table of all families.
 
 Importing this package imports neither torch nor vLLM.
 """

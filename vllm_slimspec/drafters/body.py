@@ -1,8 +1,8 @@
-"""The tensors of a drafter's body: one table from its config.json, of names and shapes, as vLLM loads them.
+"""The tensors of a drafter's body: a table of their names and shapes, made from config.json, as vLLM loads them.
 
-vLLM's loader leaves a parameter that no tensor names at whatever is in memory, and drops a bias for which the model has
-no parameter, both without a word (vllm/model_executor/models/utils.py, AutoWeightsLoader). So a folder has all of the
-tensors in the table and no others, but for those that vLLM and training leave aside.
+If a tensor is missing, vLLM's loader leaves whatever is in memory in its parameter. If the model has no parameter for a
+bias, the loader drops the bias. It reports neither (vllm/model_executor/models/utils.py, AutoWeightsLoader). So a
+folder must have all tensors in the table, and no others except those that vLLM and training ignore.
 
 Letters: D hidden size of the drafter, i number of a layer.
 """
@@ -16,7 +16,7 @@ from vllm_slimspec.drafters.family import Family
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.spec import FLOATS, positive_int
 
-# What public folders hold and nothing here is made of: vLLM leaves out the first ones itself.
+# Tensors that public folders hold but that no drafter needs. vLLM itself skips those of the first list.
 _SKIPPED_PARTS = (
     "t2d",
     "rotary_emb.inv_freq",
@@ -27,27 +27,27 @@ _SKIPPED_PARTS = (
 _SKIPPED_PREFIXES = ("verifier_",)  # speculators' copies of the target's head and norm
 
 _EMBEDDINGS = "embed_tokens.weight"
-_UNREAD = "hidden_norm.weight"  # of any layer but the first
+_UNREAD = "hidden_norm.weight"  # is read in the first layer only
 
 _LAYER = re.compile(r"layers\.(0|[1-9]\d{0,8})\.(.+)")
 _QUANTIZED = re.compile(
     r"(scales?(_\d)?|_inv|packed|qweight|qzeros|zero_point|g_idx|absmax|quant\w*|amax|SCB|_shape)$", re.I
 )
-_UNQUANTIZED = (*FLOATS, "F64", "I64", "BOOL")  # dtypes that no packed weight has
+_UNQUANTIZED = (*FLOATS, "F64", "I64", "BOOL")  # dtypes that quantized weights never have
 _MOST_AUX_LAYERS = 1024
 _FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 _HINTS = {
-    "self_attn.q_norm": 'it belongs to a Qwen3 drafter, so name that in "architectures", or remove it',
-    "self_attn.k_norm": 'it belongs to a Qwen3 drafter, so name that in "architectures", or remove it',
+    "self_attn.q_norm": 'it belongs to a Qwen3 drafter, so name Qwen3 in "architectures", or remove it',
+    "self_attn.k_norm": 'it belongs to a Qwen3 drafter, so name Qwen3 in "architectures", or remove it',
     "fc_norm": "set fc_norm to true if the drafter was trained with it, or remove it",
     "input_norm": "set norm_before_fc to true if the drafter was trained with it, or remove it",
     "fc.weight": "set use_aux_hidden_state in eagle_config to true if the drafter was trained with it, or remove it",
-    "model": "take model. off the front of the names",
+    "model": "remove the prefix model. from the names",
 }
 
 
 class Shape(NamedTuple):
-    """The shape of a tensor, in numbers and in keys of config.json."""
+    """The shape of a tensor, as numbers and in terms of config.json's keys."""
 
     sizes: tuple[int, ...]
     axes: str
@@ -57,33 +57,33 @@ class Shape(NamedTuple):
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of this name may lie in a drafter's folder without a meaning."""
+    """Return whether a tensor of this name is ignored in a drafter's folder."""
     return name.startswith(_SKIPPED_PREFIXES) or any(part in name for part in _SKIPPED_PARTS)
 
 
 def in_body(name: str) -> bool:
-    """Whether a tensor of this name is to be found in the table: neither of the head, nor a map, nor skipped."""
+    """Return whether a tensor of this name belongs to the body: not to the head, not a map, and not ignored."""
     return "lm_head" not in name and name != "d2t" and not skipped(name)
 
 
 class Body:
-    """Every tensor that vLLM loads into the body of one drafter."""
+    """All tensors that vLLM loads into the body of one drafter."""
 
     def __init__(self, config: Mapping[str, Any], family: Family, where: str) -> None:
-        """Read the sizes.
+        """Read the sizes of the body.
 
         Args:
-            config: of :func:`vllm_slimspec.drafters.config.flatten`.
-            family: whose layers these are.
-            where: how errors name the drafter.
+            config: the config from :func:`vllm_slimspec.drafters.config.flatten`.
+            family: the family of the drafter.
+            where: the name of the drafter, for errors.
 
         Raises:
-            CheckpointError: a size is missing or no positive integer.
+            CheckpointError: a size is missing or not a positive integer, or vLLM cannot serve such a body.
         """
         self.where, self.family, self._config = where, family, config
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise CheckpointError(
-                f"{where}: hidden_act={activation!r}, and vLLM's drafters know only silu; train one with "
+                f"{where}: hidden_act={activation!r}, but vLLM's drafters support only silu; train a drafter with "
                 "--draft-hidden-act silu"
             )
         self.hidden_size = positive_int(config, "hidden_size", where)
@@ -93,7 +93,7 @@ class Body:
         if self.aux_count > _MOST_AUX_LAYERS:
             raise CheckpointError(
                 f"{where}: the drafter would read {self.aux_count} layers of its target, at most {_MOST_AUX_LAYERS} "
-                "are served; correct num_aux_hidden_states"
+                "are allowed; correct num_aux_hidden_states"
             )
         heads = positive_int(config, "num_attention_heads", where)
         kv_heads, head_dim = self._size("num_key_value_heads", heads), self._size("head_dim", self.hidden_size // heads)
@@ -108,13 +108,14 @@ class Body:
         self._first, self._other = dict(self._layer(first=True)), dict(self._layer(first=False))
 
     def check(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Refuse a body that is not the one of the table.
+        """Refuse a body whose tensors are not those of the table.
 
         Args:
-            tensors: name -> (safetensors dtype, shape) of everything in the drafter.
+            tensors: the safetensors dtype and shape of every tensor in the drafter, by name.
 
         Raises:
-            CheckpointError: names the first tensor that is wrong, too much or missing, and the key to change.
+            CheckpointError: a tensor is wrong, missing or not in the table; the message names the first one, and the
+                key to change.
         """
         body = {name: tensor for name, tensor in tensors.items() if in_body(name)}
         for name, (dtype, _) in body.items():
@@ -125,10 +126,10 @@ class Body:
         self.check_whole(body)
 
     def check_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor that is not in the table, or not of its shape.
+        """Refuse a tensor that is not in the table, or whose shape or dtype does not fit.
 
         Raises:
-            CheckpointError: so it is.
+            CheckpointError: the tensor does not fit.
         """
         self._check_plain(name, dtype)
         expected = self._expected(name)
@@ -146,23 +147,28 @@ class Body:
             )
 
     def check_whole(self, names: Iterable[str]) -> None:
-        """Refuse a body that lacks a tensor of the table, or has one twice.
+        """Refuse a body that lacks a tensor of the table, or has a tensor twice.
+
+        Args:
+            names: the names of the body's tensors.
 
         Raises:
-            CheckpointError: names the first one.
+            CheckpointError: a tensor is missing or there twice; the message names the first one.
         """
         present: dict[str, str] = {}
         for name in names:
             key = _canonical(name)
             if key in present:
-                raise CheckpointError(f"{self.where}: tensors {present[key]} and {name} are one; remove one of them")
+                raise CheckpointError(
+                    f"{self.where}: tensors {present[key]} and {name} are the same parameter; remove one of them"
+                )
             present[key] = name
         midlayer = any(name.startswith("midlayer.") for name in present.values())
         for key, shape in self.table():
             fused = _fused(key)
             if fused in present and key in present:
                 raise CheckpointError(
-                    f"{self.where}: tensor {present[key]} is a part of {present[fused]}; remove one of them"
+                    f"{self.where}: tensor {present[key]} is also a part of {present[fused]}; remove one of them"
                 )
             if key not in present and fused not in present:
                 missing = key.replace("layers.0.", "midlayer.") if midlayer else key
@@ -172,10 +178,11 @@ class Body:
                 )
 
     def table(self) -> Iterator[tuple[str, Shape]]:
-        """Every tensor that must be there, in the longer of vLLM's two spellings.
+        """Yield the name and shape of every tensor that must be there.
 
-        Left out are the drafter's own embeddings, in whose place the target's may be, and the hidden_norm of layers
-        after the first, which nothing reads.
+        Names of the first layer begin with ``layers.0.``, not with vLLM's other spelling ``midlayer.``. The drafter's
+        embeddings are left out, because vLLM can use the target's. The hidden_norm of layers after the first is left
+        out, because nothing reads it.
         """
         yield from ((name, shape) for name, shape in self._outside.items() if name != _EMBEDDINGS)
         yield from ((f"layers.0.{part}", shape) for part, shape in self._first.items())
@@ -183,7 +190,7 @@ class Body:
             yield from ((f"layers.{i}.{part}", s) for part, s in self._other.items() if part != _UNREAD)
 
     def _size(self, key: str, default: int) -> int:
-        """A size that may be left out."""
+        """Return the size under ``key``, or ``default`` if the config leaves it out."""
         return positive_int(self._config, key, self.where) if self._config.get(key) else default
 
     def _outside_layers(self) -> Iterator[tuple[str, Shape]]:
@@ -201,7 +208,7 @@ class Body:
                 yield f"fc_norm.{i}.weight", Shape((self.target_size,), "fc_norm [target_hidden_size]")
 
     def _layer(self, first: bool) -> Iterator[tuple[str, Shape]]:
-        """The first layer reads the embeddings beside the states."""
+        """Yield the tensors of a layer. The first layer is wider, because it reads embeddings and hidden states."""
         d, q, kv, inner = self.hidden_size, self._q, self._kv, self._inner
         wide = (2 * d, "2 * hidden_size") if first else (d, "hidden_size")
         of_q, of_kv = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
@@ -246,64 +253,65 @@ class Body:
         rows = sum(piece.sizes[0] for piece in pieces if piece is not None)
         whole = pieces[0]
         assert whole is not None
-        return Shape((rows, *whole.sizes[1:]), f"{' + '.join(_FUSED[module])} of it")
+        return Shape((rows, *whole.sizes[1:]), f"{' + '.join(_FUSED[module])}")
 
     def _check_plain(self, name: str, dtype: str) -> None:
-        """Refuse a quantized body by the names and the types of its tensors."""
+        """Refuse a tensor of a quantized body, which its name or its dtype shows."""
         if _QUANTIZED.search(name) or dtype not in _UNQUANTIZED:
             raise CheckpointError(
-                f"{self.where}: tensor {name} ({dtype}) belongs to a quantized body, which is not read; use the "
+                f"{self.where}: tensor {name} ({dtype}) belongs to a quantized body, which is not supported; use the "
                 "drafter from which it was quantized"
             )
 
     def _check_depth(self, names: Iterable[str]) -> None:
-        """Refuse a config of more layers, or of fewer, than there are."""
+        """Refuse a config whose number of layers is not that of the tensors."""
         found = [int(match[1]) for name in names if (match := _LAYER.fullmatch(_canonical(name)))]
         depth = max(found, default=0) + 1
         if depth != self.layers:
             rest = f"layers.{depth} and on are missing" if depth < self.layers else "some would not be read"
             raise CheckpointError(
-                f"{self.where}: config.json says num_hidden_layers={self.layers}, and the weights hold {depth}, so "
-                f"{rest}; set num_hidden_layers={depth}, or copy the drafter again"
+                f"{self.where}: config.json says num_hidden_layers={self.layers}, but the weights hold {depth} layers, "
+                f"so {rest}; set num_hidden_layers={depth}, or copy the drafter again"
             )
 
     def _why_not(self, name: str) -> str:
-        """What is wrong with a name that is not in the table, and the cure."""
+        """Return what is wrong with a name that is not in the table, and the cure."""
         if name.endswith(".bias"):
             key = "mlp_bias" if ".mlp." in name else "attention_bias"
             if self._config.get(key):
                 return (
-                    f"is a bias that vLLM's {self.family.name} drafters do not have, and would drop; use one without it"
+                    f"is a bias that vLLM's {self.family.name} drafters do not have, so vLLM would drop it; use a "
+                    "drafter without it"
                 )
             return (
                 f"is a bias that config.json does not announce, which vLLM would drop; set {key} to true if the "
-                f"drafter's {self.family.name} layers were trained with all of their biases, or remove it"
+                f"drafter's {self.family.name} layers were trained with all of their biases, or remove the tensor"
             )
         key = re.sub(r"^layers\.\d+\.", "", _canonical(name))
         hint = next((hint for start, hint in _HINTS.items() if key.startswith(start)), None)
         return (
-            f"is no part of the {self.family.name} drafter that config.json describes; "
+            f"is not part of the {self.family.name} drafter that config.json describes; "
             f"{hint or 'remove it, or correct the config'}"
         )
 
     def _size_cure(self, name: str, shape: tuple[int, ...]) -> str:
         if _canonical(name) != "fc.weight" or len(shape) != 2 or shape[0] != self.hidden_size:
-            return "make these keys those of the tensors"
+            return "make these keys match the tensors"
         cures = []
         if shape[1] % self.aux_count == 0:
             cures.append(f"add target_hidden_size={shape[1] // self.aux_count}, the width of the target")
         if shape[1] % self.target_size == 0:
             cures.append(f"add num_aux_hidden_states={shape[1] // self.target_size}, the layers that are read")
-        return ", or ".join(cures) or "make these keys those of the tensors"
+        return ", or ".join(cures) or "make these keys match the tensors"
 
 
 def _canonical(name: str) -> str:
-    """The name by which vLLM loads a tensor."""
+    """Return the name under which vLLM loads a tensor."""
     return name.replace("midlayer.", "layers.0.", 1)
 
 
 def _fused(key: str) -> str:
-    """The name under which a tensor may be stored together with others; nothing where it may not."""
+    """Return the name of the fused tensor that may hold this one; an empty string if there is none."""
     prefix, _, kind = key.rpartition(".")
     for module, pieces in _FUSED.items():
         parent, _, _ = module.partition(".")

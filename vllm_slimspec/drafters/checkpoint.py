@@ -1,22 +1,24 @@
-"""The one place that reads, checks and writes drafter checkpoints.
+"""Reading, checking and writing of drafter checkpoints.
 
-A SlimSpec drafter is a plain Hugging Face EAGLE-3 folder whose head is two factors (arXiv 2605.10453); the names are
-those TorchSpec introduced (lightseekorg/TorchSpec, pull request 185):
+A SlimSpec drafter is a plain Hugging Face EAGLE-3 folder whose head is two factors (arXiv 2605.10453). The names of the
+keys and tensors were introduced by TorchSpec (lightseekorg/TorchSpec, pull request 185):
 
     config.json    lm_head_rank: R   (TorchSpec: lm_head_rank_divisor, R = D // divisor)
                    draft_vocab_size: V   (below vocab_size with a d2t map; absent means vocab_size)
-                   lm_head_rerank: k   (optional: the k best are scored again, by the rows of a dense head)
-                   lm_head_rerank_rows: "target"   (optional: those rows are the target's; absent means lm_head.weight)
+                   lm_head_rerank: k   (optional: the k best are scored again with the rows of a dense head)
+                   lm_head_rerank_rows: "target"   (optional: the target has those rows; absent means lm_head.weight)
                    lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
     *.safetensors  lm_head.down.weight [R, D], lm_head.up.weight [V, R], d2t [V] int64, and EAGLE-3's body
-                   lm_head.weight [V, D]   (re-rank by own rows)
-                   lm_head.up.scale [V, R / group] float32   (a quantized lm_head.up.weight; one a row without a group)
+                   lm_head.weight [V, D]   (for re-ranking with the drafter's own rows)
+                   lm_head.up.scale [V, R / group] float32   (for a quantized up; [V, 1] without a group)
 
 A quantized up is float8_e4m3fn or int8 [V, R], or uint8 [V, R / 2] with the even column of int4 in the low nibble and
-value = nibble - 8; weight = value * scale. An up in floats under ``lm_head_quantization`` is quantized at load.
+value = nibble - 8; weight = value * scale. An up in floats is quantized at load if ``lm_head_quantization`` is set.
 
-Letters: D hidden size of the drafter, R rank, V draft vocabulary. Only safetensors are opened, and no code from a
-checkpoint is ever run. Every refusal is a :class:`CheckpointError`: one line with the file, the key and the cure.
+Letters: D hidden size of the drafter, R rank, V draft vocabulary.
+
+Weights are read from safetensors only, and no code from a checkpoint is ever run. Every refusal is a
+:class:`CheckpointError`: one line with the file, the key and the cure.
 """
 
 import json
@@ -63,9 +65,10 @@ Format = Literal["slimspec", "torchspec", "speculators", "eagle3"]
 
 @dataclass(frozen=True)
 class DraftCheckpoint:
-    """An EAGLE-3 drafter on disk, headers read and checked, weights untouched.
+    """An EAGLE-3 drafter on disk. Its config and the headers of its tensors are read and checked, its weights are not.
 
-    ``spec`` is None for a dense drafter, which this package can describe but leaves to vLLM to serve.
+    ``spec`` is None for a drafter with a dense head. This package can describe such a drafter, but vLLM's own code
+    serves it.
     """
 
     path: Path
@@ -76,10 +79,10 @@ class DraftCheckpoint:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "DraftCheckpoint":
-        """Read config.json and the safetensors headers, and refuse what could not be served.
+        """Read config.json and the safetensors headers, and refuse a drafter that could not be served.
 
         Raises:
-            CheckpointError: the folder is no EAGLE-3 drafter, or its tensors contradict its config.
+            CheckpointError: the folder is not an EAGLE-3 drafter, or its tensors contradict its config.
         """
         path = Path(folder)
         config, tensors = read_config(path), read_headers(path)
@@ -93,26 +96,26 @@ class DraftCheckpoint:
             checkpoint._check_dense()
         else:
             check_head(spec, checkpoint.described, str(path))
-        if checkpoint.family is not None:  # of any other, only vLLM knows what it is made of
+        if checkpoint.family is not None:  # Only vLLM knows the body of other families.
             checkpoint._check_body(checkpoint.family)
         return checkpoint
 
     @property
     def family(self) -> Family | None:
-        """Whose body this is; None for one that only vLLM knows."""
+        """Return the family of the drafter; None for a family that only vLLM knows."""
         return family(self.config)
 
     @property
     def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> safetensors dtype and shape of every tensor."""
+        """Return the safetensors dtype and shape of every tensor, by name."""
         return {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
 
     @cached_property
     def dense_head(self) -> StoredHead | None:
-        """The dense head of a drafter without factors; None where that is the target's.
+        """Return the dense head of a drafter without factors; None if the drafter uses the target's head.
 
         Raises:
-            CheckpointError: it is in a form that is not read.
+            CheckpointError: the head is stored in a form that is not supported.
         """
         flat, where = self.flat, str(self.path / "config.json")
         vocab = "draft_vocab_size" if flat.get("draft_vocab_size") else "vocab_size"
@@ -120,7 +123,7 @@ class DraftCheckpoint:
         return stored_head(self.described, shape, str(self.path))
 
     def _check_dense(self) -> None:
-        """Refuse what is no dense EAGLE-3 drafter."""
+        """Refuse a folder without factors that is not a dense EAGLE-3 drafter."""
         path, tensors = self.path, self.tensors
         eagle3 = any(name.endswith(".hidden_norm.weight") for name in tensors)
         if "fc.weight" in tensors and not eagle3:
@@ -130,8 +133,8 @@ class DraftCheckpoint:
             )
         if not eagle3:
             raise CheckpointError(
-                f"{path}: no tensor *.hidden_norm.weight, so this is no EAGLE-3 drafter; give the drafter's folder, "
-                "not the target's"
+                f"{path}: no tensor *.hidden_norm.weight, so this is not an EAGLE-3 drafter; give the drafter's "
+                "folder, not the target's"
             )
         if UP in tensors or DOWN in tensors:
             raise CheckpointError(
@@ -142,15 +145,15 @@ class DraftCheckpoint:
             _ = self.dense_head
 
     def _check_body(self, kind: Family) -> None:
-        """Refuse a body, or a map of its vocabulary, that vLLM would load in part or take for something else."""
+        """Refuse a body or a vocabulary map that vLLM would load incompletely or misread."""
         file, flat = self.path / "config.json", self.flat
         if not is_speculators(self.config) and not isinstance(self.config.get("model_type"), str):
-            raise CheckpointError(f"{file}: model_type is missing, without which vLLM reads nothing; add {kind.name!r}")
+            raise CheckpointError(f"{file}: model_type is missing, and vLLM needs it; add model_type {kind.name!r}")
         Body(flat, kind, str(self.path)).check(self.described)
-        for key in ("quantization_config", "compression_config"):  # vLLM would build other layers
+        for key in ("quantization_config", "compression_config"):  # vLLM would build quantized layers
             if (self.config | flat).get(key):
                 raise CheckpointError(
-                    f"{file}: {key} says that the drafter is quantized, and its tensors are not; remove the key, or "
+                    f"{file}: {key} says that the drafter is quantized, but its tensors are not; remove the key, or "
                     "use the drafter as it was before its quantization"
                 )
         vocab = flat["vocab_size"]
@@ -161,10 +164,10 @@ class DraftCheckpoint:
             check_map(self.load("d2t"), t2d, vocab, str(self.path))
 
     def check_values(self) -> None:
-        """Read every weight, which takes a second for a drafter of an 8B target, and refuse those that are not finite.
+        """Read every weight and refuse NaN and Inf. This takes a second for the drafter of an 8B target.
 
         Raises:
-            CheckpointError: NaN or Inf in a tensor that is served.
+            CheckpointError: a tensor that is served holds NaN or Inf.
         """
         for name in self.tensors:
             if not skipped(name):
@@ -172,14 +175,14 @@ class DraftCheckpoint:
 
     @property
     def flat(self) -> dict[str, Any]:
-        """config.json with the layer's keys of speculators' format at the top."""
+        """Return config.json as a flat mapping, see :func:`vllm_slimspec.drafters.config.flatten`."""
         return flatten(self.config, str(self.path / "config.json"))
 
     def provenance(self) -> dict[str, Any]:
-        """slimspec.json: how this checkpoint came to be; empty where another tool wrote it.
+        """Return slimspec.json, which says how this checkpoint was made; empty if another tool made it.
 
         Raises:
-            CheckpointError: it is not a JSON object.
+            CheckpointError: the file is not a JSON object.
         """
         file = self.path / "slimspec.json"
         if not os.path.lexists(file):
@@ -188,7 +191,11 @@ class DraftCheckpoint:
         return read_json_object(file)
 
     def check_target(self, vocab_size: int, target: str) -> None:
-        """Refuse a target whose vocabulary is not the one this drafter was made for.
+        """Refuse a target whose vocabulary size is not that of this drafter.
+
+        Args:
+            vocab_size: the target's vocabulary size.
+            target: the name of the target, for errors.
 
         Raises:
             CheckpointError: the sizes differ.
@@ -197,23 +204,24 @@ class DraftCheckpoint:
             check_vocabulary(self.spec, vocab_size, target, str(self.path / "config.json"))
 
     def aux_layers(self) -> tuple[int, list[Any] | None]:
-        """How many of the target's layers the drafter reads, and which (None: vLLM's choice for the target)."""
+        """Return how many of the target's layers the drafter reads, and their ids (None: vLLM chooses them)."""
         return aux_layers(self.flat, self.family)
 
     @property
     def has_embeddings(self) -> bool:
-        """Whether the drafter brings its own, or reads the target's."""
+        """Return whether the drafter has embeddings of its own. Otherwise it uses the target's."""
         return "embed_tokens.weight" in self.tensors
 
     def check_sizes(self, hidden_size: int, layers: int | None, target: str) -> None:
-        """Refuse a target whose hidden states or embeddings do not fit: a model of another size with one tokenizer.
+        """Refuse a target whose hidden states or embeddings do not fit, such as another size of the same model.
 
         Args:
-            hidden_size: the target's.
-            layers: how many it has; None where that is not known.
+            hidden_size: the target's hidden size.
+            layers: the target's number of layers; None if it is not known.
+            target: the name of the target, for errors.
 
         Raises:
-            CheckpointError: the drafter reads other widths, or layers that are not there.
+            CheckpointError: the drafter needs states or embeddings of another width, or layers that do not exist.
         """
         cure = "use the drafter that was made for this target"
         count, ids = self.aux_layers()
@@ -238,18 +246,18 @@ class DraftCheckpoint:
             )
 
     def load(self, name: str) -> "torch.Tensor":
-        """One tensor, on the CPU, in its stored dtype."""
+        """Load one tensor onto the CPU in its stored dtype, and return it."""
         return load_tensor(self.tensors[name], name)
 
     @property
     def head_bytes(self) -> int:
-        """Bytes that a draft step reads: both factors and the scales, or a dense head."""
+        """Return the bytes of the head that a draft step reads: both factors and the scales, or a dense head."""
         names = (DENSE,) if self.spec is None else (DOWN, UP, SCALE)
         return sum(self.tensors[name].nbytes for name in names if name in self.tensors)
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the [V, D] head that the factors replace, in their dtype."""
+        """Return the bytes of the dense [V, D] head that the factors replace, in the dtype of the factors."""
         if self.spec is None:
             return self.head_bytes
         return self.spec.dense_parameters * FLOATS[self.tensors[DOWN].dtype]
@@ -262,19 +270,19 @@ def write_checkpoint(
     provenance: Mapping[str, Any],
     card: str | None = None,
 ) -> DraftCheckpoint:
-    """Write a drafter, low-rank or dense, whole or not at all.
+    """Write a low-rank or dense drafter and return it. The folder is written completely or not at all.
 
     Args:
-        folder: the new drafter; must not exist, or be empty.
-        config: config.json, with the keys of this module's docstring.
-        tensors: contiguous or not, any device; written as model.safetensors.
-        provenance: slimspec.json: how this checkpoint came to be.
-        card: README.md, the model card, if there is one.
+        folder: the folder of the new drafter, which must be empty or not exist.
+        config: the content of config.json, with the keys of this module's docstring.
+        tensors: the tensors by name, contiguous or not, on any device. They are written as model.safetensors.
+        provenance: the content of slimspec.json, which says how this checkpoint was made.
+        card: the content of README.md, the model card; None for no card.
 
     Raises:
-        OutputError: the folder is taken.
-        CheckpointError: what was written would not be accepted by :meth:`DraftCheckpoint.open`.
-        OSError: the disk refuses; nothing is left behind.
+        OutputError: the folder is not empty, or cannot be written.
+        CheckpointError: :meth:`DraftCheckpoint.open` refuses the new drafter.
+        OSError: the disk refuses to write; nothing is left on it.
     """
 
     def fill(new: Path) -> None:

@@ -1,7 +1,7 @@
-"""What vLLM makes of a drafter's config.json: one flat mapping, whichever layout the file has.
+"""Reading of a drafter's config.json as vLLM reads it. The result is a flat mapping for both layouts of the file.
 
-The plain layout is read by the transformers class of its model type, with that class's defaults. Of speculators' layout
-vLLM reads the ``transformer_layer_config`` without defaults and a few named keys from the top, and nothing else there
+vLLM reads the plain layout with the transformers class of the model type and that class's defaults. From speculators'
+layout, vLLM reads the block ``transformer_layer_config`` without defaults, and a few keys at the top
 (vllm/transformers_utils/configs/speculators/algos.py, update_eagle3).
 """
 
@@ -22,15 +22,16 @@ _BY_ARCHITECTURE = {
 _BY_MODEL_TYPE = {family.name: family for family in FAMILIES}
 
 _AUX_IDS = "eagle_aux_hidden_state_layer_ids"
-# Of speculators' layout, the keys that vLLM takes from the top or not at all.
+# In speculators' layout, vLLM reads these keys at the top only.
 TOP_KEYS = ("draft_vocab_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _TOP_DEFAULTS = {"norm_before_residual": True, "norm_before_fc": False, "fc_norm": False, "norm_output": False}
-# And those that it takes from the top where they say something.
+# vLLM reads these keys at the top first, and else in the block of the layer.
 TOP_OVERRIDES = ("target_hidden_size", _AUX_IDS)
 
-_LAYOUT_TYPES = ("eagle3", "slimspec_eagle3")  # the second is what training continues from
+_LAYOUT_TYPES = ("eagle3", "slimspec_eagle3")  # training writes and continues from the second one
 _PARALLEL_KEYS = ("ptd_token_id", "pard_token", "parallel_drafting")
-# Part of an architecture or a type in small letters -> the drafter that it means. EAGLE comes last: others contain it.
+# A part of an architecture or type in lower case -> the algorithm that it means. EAGLE is last, because names of other
+# algorithms contain it.
 _ALGORITHMS = {
     "peagle": "P-EAGLE (parallel drafting)",
     "dflash": "DFlash",
@@ -44,12 +45,12 @@ _ALGORITHMS = {
 
 
 def is_speculators(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json has the layout of speculators."""
+    """Return whether this config.json has the layout of speculators."""
     return "speculators_config" in config or "speculators_model_type" in config
 
 
 def is_low_rank(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json declares a low-rank head, well-formed or not."""
+    """Return whether this config.json declares a low-rank head, even a malformed one."""
     layer = config.get("transformer_layer_config")
     nested = layer if isinstance(layer, Mapping) else {}
     return names_our_model(config) or any(
@@ -58,15 +59,19 @@ def is_low_rank(config: Mapping[str, Any]) -> bool:
 
 
 def names_our_model(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json names one of our draft models."""
+    """Return whether this config.json names one of this package's draft models."""
     return not _OURS.isdisjoint(map(str, _architectures(config)))
 
 
 def flatten(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
-    """Return the config in the plain layout, with the meaning that vLLM gives it in its own; null keys are left out.
+    """Return the config in the plain layout, with the meaning that it has for vLLM. Keys that are null are left out.
+
+    Args:
+        config: the content of config.json, in either layout.
+        where: the name of the file, for errors.
 
     Raises:
-        CheckpointError: its rope parameters are none that vLLM could read.
+        CheckpointError: vLLM could not read the rope parameters.
     """
     if is_speculators(config):
         return _flatten_speculators(config, where)
@@ -77,7 +82,7 @@ def flatten(config: Mapping[str, Any], where: str = "config.json") -> dict[str, 
 
 
 def family(config: Mapping[str, Any]) -> Family | None:
-    """Return the family that a config names, dense or low-rank; None if it names none that is known."""
+    """Return the family that a config names, dense or low-rank; None if the family is not known."""
     if is_speculators(config):
         return _BY_MODEL_TYPE.get(str(_layer(config).get("model_type", "llama")))
     return next((_BY_ARCHITECTURE[a] for a in map(str, _architectures(config)) if a in _BY_ARCHITECTURE), None)
@@ -86,8 +91,12 @@ def family(config: Mapping[str, Any]) -> Family | None:
 def known_family(config: Mapping[str, Any], where: str) -> Family:
     """Return the family that a config names.
 
+    Args:
+        config: the content of config.json, in either layout.
+        where: the name of the file, for errors.
+
     Raises:
-        CheckpointError: it names none that is known.
+        CheckpointError: the family is not known.
     """
     found = family(config)
     if found is not None:
@@ -104,22 +113,22 @@ def known_family(config: Mapping[str, Any], where: str) -> Family:
 
 
 def check_algorithm(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
-    """Refuse a drafter that is none of EAGLE-3's, or that drafts all its tokens in one pass.
+    """Refuse a drafter of another algorithm than EAGLE-3, such as one that drafts all its tokens in one pass.
 
     Args:
-        config: its config.json, in either layout.
-        names: of its tensors, as far as they are known.
-        where: how errors name it.
+        config: the content of config.json, in either layout.
+        names: the names of the drafter's tensors, as far as they are known.
+        where: the name of the drafter, for errors.
 
     Raises:
-        CheckpointError: names what it is.
+        CheckpointError: the drafter is of another algorithm; the message names it.
     """
     found = _other_algorithm(config, names)
     if found is not None:
         why, algorithm = found
         raise CheckpointError(
             f"{where}: {why}, so this is a drafter of {algorithm}, which this package neither serves nor converts; "
-            "give an EAGLE-3 drafter, or serve this one by vLLM's own code"
+            "give an EAGLE-3 drafter, or serve this one with vLLM's own code"
         )
     declared = config.get("speculators_model_type")
     if is_speculators(config) and declared not in _LAYOUT_TYPES:
@@ -130,11 +139,11 @@ def check_algorithm(config: Mapping[str, Any], names: Iterable[str], where: str)
 
 
 def aux_layers(flat: Mapping[str, Any], family: Family | None) -> tuple[int, list[Any] | None]:
-    """How many of the target's layers the drafter reads, and which (None: vLLM's choice for the target)."""
+    """Return how many of the target's layers the drafter reads, and their ids (None: vLLM chooses them)."""
     eagle = eagle_config(flat)
     named, inner = flat.get(_AUX_IDS), eagle.get(_AUX_IDS)
     ids = named or inner or eagle.get("layer_ids")
-    # What vLLM sizes fc by: qwen3_eagle3.py looks at two keys more than llama_eagle3.py does.
+    # vLLM computes the width of fc from these keys. qwen3_eagle3.py reads two keys more than llama_eagle3.py.
     keys = family.aux_count_keys if family else ("num_aux_hidden_states",)
     count = next((flat[key] for key in keys if key in flat), None)
     counted = named or inner if family and family.counts_named_layers else inner
@@ -144,13 +153,13 @@ def aux_layers(flat: Mapping[str, Any], family: Family | None) -> tuple[int, lis
 
 
 def eagle_config(flat: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The block ``eagle_config``; empty where there is none."""
+    """Return the block ``eagle_config`` of a config; an empty one if there is none."""
     found = flat.get("eagle_config")
     return found if isinstance(found, Mapping) else {}
 
 
 def sliding_layers(flat: Mapping[str, Any]) -> list[Any] | None:
-    """Return the ``layer_types`` of a plain Qwen3 config; None where transformers' class gives it no sliding window."""
+    """Return the ``layer_types`` of a plain Qwen3 config; None if transformers' class uses no sliding window."""
     if not flat.get("use_sliding_window"):
         return None
     types, first = flat.get("layer_types"), flat["max_window_layers"]
@@ -168,7 +177,7 @@ def _flatten_speculators(config: Mapping[str, Any], where: str) -> dict[str, Any
     flat |= {key: config[key] for key in top if config.get(key) not in (None, [])}
     model_type = flat.setdefault("model_type", "llama")
     flat["architectures"] = [known.dense_architecture if known else str(model_type)]
-    # What vLLM assumes here, and transformers' classes otherwise.
+    # vLLM assumes these values for this layout. transformers' classes have other defaults.
     hidden, heads = flat.get("hidden_size"), flat.get("num_attention_heads")
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         flat.setdefault("head_dim", hidden // heads)
@@ -181,7 +190,7 @@ def _flatten_speculators(config: Mapping[str, Any], where: str) -> dict[str, Any
 
 
 def _other_algorithm(config: Mapping[str, Any], names: Iterable[str]) -> tuple[str, str] | None:
-    """What shows that a drafter is of another algorithm, and which; None for EAGLE-3."""
+    """Return what shows that a drafter is of another algorithm, and the name of the algorithm; None for EAGLE-3."""
     said = [("architectures", arch) for arch in _architectures(config)]
     said += [(key, config.get(key)) for key in ("speculators_model_type", "model_type")]
     described = config.get("speculators_config")
@@ -192,7 +201,9 @@ def _other_algorithm(config: Mapping[str, Any], names: Iterable[str]) -> tuple[s
         if "eagle3" in word.replace("peagle", ""):
             continue
         for part, algorithm in _ALGORITHMS.items():
-            if part in word and not (key == "model_type" and word == "eagle"):  # vLLM's own wrapper has this one
+            if part in word and not (
+                key == "model_type" and word == "eagle"
+            ):  # vLLM's own config wrapper has this type
                 return f"{key} names {value!r}", algorithm
     parallel = next((k for k in _PARALLEL_KEYS if config.get(k) is not None and config[k] is not False), None)
     if parallel is not None:

@@ -1,4 +1,4 @@
-"""What makes a draft model of vLLM a SlimSpec one: the same body, with a head slot in the place of its dense head."""
+"""The mixin that makes a SlimSpec draft model from vLLM's: the body stays, and a head slot replaces the dense head."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -22,18 +22,18 @@ from vllm_slimspec.head.spec import DENSE, head_spec
 if TYPE_CHECKING:
     from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM as _Eagle3
 else:
-    _Eagle3 = object  # vllm_slimspec.drafters.served puts the family's vLLM class behind the mixin
+    _Eagle3 = object  # vllm_slimspec.drafters.served adds the vLLM class of the family as a second base
 
 
 class LowRankDraft(_Eagle3):
-    """Mixin over vLLM's Eagle3*ForCausalLM: the same drafter body under a :class:`LowRankHead`.
+    """A mixin for vLLM's Eagle3*ForCausalLM, which gives the drafter's body a :class:`LowRankHead`.
 
-    vLLM calls :meth:`get_top_tokens` (fused, no logits) when ``use_local_argmax_reduction`` is on, which the plugin
-    sees to, and :meth:`compute_logits` otherwise.
+    vLLM calls :meth:`get_top_tokens` (fused, without logits) if ``use_local_argmax_reduction`` is on, and otherwise
+    :meth:`compute_logits`. The plugin turns the option on.
     """
 
-    # On the class, because --load-format dummy never calls load_weights, where vLLM would set it: a False here at the
-    # end of loading, and the target's head takes our head's place (vllm/v1/spec_decode, "_maybe_share_lm_head").
+    # If this is False after loading, vLLM replaces our head by the target's (vllm/v1/spec_decode,
+    # "_maybe_share_lm_head"). vLLM sets it in load_weights, which --load-format dummy never calls, so the class has it.
     has_own_lm_head = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -51,15 +51,16 @@ class LowRankDraft(_Eagle3):
         batch = vllm_config.scheduler_config.max_num_seqs
         self.slot = HeadSlot(spec, batch, draft.model, maybe_prefix(prefix, "low_rank_head"))
         self.low_rank_head = self.slot.head
-        # Without re-rank nothing here reads `lm_head`, but Model Runner V2 compares its weight with the target's.
+        # Without re-ranking nothing here reads `lm_head`, but Model Runner V2 compares its weight with the target's.
         self.lm_head = self.low_rank_head
         if spec.rerank is not None and spec.rerank_rows == "own":
             self.lm_head = ParallelLMHead(
                 spec.draft_vocab_size, spec.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
             )
-            self.own_rows = weakref.ref(self.lm_head)  # weak: vLLM drops rows that are the target's, to save memory
+            # The reference is weak, because vLLM drops rows that equal the target's to save memory.
+            self.own_rows = weakref.ref(self.lm_head)
         elif spec.rerank is not None:
-            self.has_own_lm_head = False  # the one case where vLLM shall put the target's head into `lm_head`
+            self.has_own_lm_head = False  # so that vLLM puts the target's head into `lm_head`, in this case only
             if spec.truncated and self.low_rank_head.tp_size > 1:
                 raise CheckpointError(
                     f'{draft.model}: lm_head_rerank_rows="target" with draft_vocab_size={spec.draft_vocab_size} below '
@@ -67,7 +68,7 @@ class LowRankDraft(_Eagle3):
                     "ranks; convert again with rows of its own, or serve with one rank"
                 )
         if not spec.truncated:
-            self.draft_id_to_target_id = None  # vLLM before 0.32 keeps a map of zeros and pays a scatter for it
+            self.draft_id_to_target_id = None  # vLLM before 0.32 would keep a map of zeros and run a scatter with it
         self.announced: set[str] = set()
         logger.info("%s", _headline(self.slot, speculative))
 
@@ -78,33 +79,42 @@ class LowRankDraft(_Eagle3):
         hidden_states: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Both runners pass here with dummy inputs before they capture graphs, and V1 meets the head itself for the
-        # first time in a live request: this is where its kernels get compiled.
+        # Compile the head's kernels here: both runners call forward with dummy inputs before they capture graphs, but
+        # V1 first calls the head itself in a live request.
         if not self.slot.prepared and not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.slot.prepare(self.lm_head, self.draft_id_to_target_id)
         for_head, for_next_step = super().forward(input_ids, positions, hidden_states, inputs_embeds)
         return hand_over(for_head, hidden_states.dtype), hand_over(for_next_step, hidden_states.dtype)
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return what drafting starts from, made of the target's hidden states: [B, 3 * D] -> [B, D]."""
+        """Return the input of the first draft step, made of the target's hidden states: [B, 3 * D] -> [B, D]."""
         return hand_over(super().combine_hidden_states(hidden_states), hidden_states.dtype)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The draft token of each row, without logits: [B, D] -> int64 [B], ids of the target's vocabulary."""
+        """Return the draft token of each row without computing logits: [B, D] -> int64 [B], target ids."""
         self._announce("fused", "the fused path (get_top_tokens)")
         return self.slot.top_tokens(hidden_states, self.draft_id_to_target_id)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[B, D] -> [B, target vocabulary], -inf where a truncated draft vocabulary has no row. Never re-ranks."""
+        """Return logits, [B, D] -> [B, target vocabulary]. They are never re-ranked.
+
+        Tokens that are not in a truncated draft vocabulary get -inf.
+        """
         self._announce("dense", "the dense path (compute_logits)")
         return self.slot.logits(hidden_states, self.logits_processor, self.draft_id_to_target_id)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load the head ourselves and hand the body to vLLM; refuse a drafter that is not whole and finite.
+        """Load the head, pass the body on to vLLM, and refuse a drafter that is incomplete or not finite.
 
-        Into a running engine, whose captured graphs never pass `forward` again, any part may be loaded. In an online
-        update (vllm/model_executor/model_loader/reload) the parameters are on the meta device meanwhile, and vLLM has
-        the head laid out again when all of it is there.
+        When a running engine is updated, any part may be loaded, and captured graphs do not call `forward` again. In an
+        online update (vllm/model_executor/model_loader/reload), the parameters are on the meta device until all weights
+        are there, and then vLLM has the head laid out again.
+
+        Args:
+            weights: names and tensors of the drafter.
+
+        Raises:
+            CheckpointError: a tensor is missing, does not fit or is not finite.
         """
         first = not self.slot.prepared and not self.slot.in_update
         head: dict[str, torch.Tensor] = {}
@@ -140,9 +150,10 @@ class LowRankDraft(_Eagle3):
 
     @torch.no_grad()
     def _forget_body(self) -> None:
-        """Make every parameter of the body NaN, so that :meth:`_check_filled` sees what no tensor fills."""
+        """Set every parameter of the body to NaN, so that :meth:`_check_filled` finds those that no tensor fills."""
         for name, parameter in self._body_parameters():
-            if name != "embed_tokens.weight":  # most drafters have none, and memory that is written to is taken
+            # Most drafters have no embeddings, and writing to this parameter would make Linux allocate its memory.
+            if name != "embed_tokens.weight":
                 parameter.fill_(torch.nan)
 
     def _check_filled(self, own_embeddings: bool) -> None:
@@ -151,13 +162,13 @@ class LowRankDraft(_Eagle3):
                 continue
             if count := count_not_finite(parameter):
                 raise CheckpointError(
-                    f"{self.source}: {count} values of the parameter {name} are NaN or Inf, or were filled by no "
-                    "tensor of the drafter; look at it with `slimspec doctor`, and copy or convert it again"
+                    f"{self.source}: {count} values of the parameter {name} are NaN or Inf, or no tensor of the "
+                    "drafter fills them; check the drafter with `slimspec doctor`, and copy or convert it again"
                 )
 
     def _body_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in self.model.named_parameters():
-            # Only the first layer reads its hidden_norm, and drafters of several layers have only that one.
+            # Only the first layer reads its hidden_norm, and drafters with several layers store only that one.
             unread = name.endswith(".hidden_norm.weight") and not name.startswith("layers.0.")
             if parameter.is_floating_point() and not unread:
                 yield name, parameter
@@ -169,7 +180,7 @@ class LowRankDraft(_Eagle3):
 
 
 def _base(model: type) -> type:
-    """The vLLM class under the mixin."""
+    """Return the vLLM class among the bases of a draft model."""
     return next(c for c in model.__mro__ if c.__module__.startswith("vllm."))
 
 

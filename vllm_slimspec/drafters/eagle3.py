@@ -1,4 +1,4 @@
-"""EAGLE-3 drafters (arXiv 2503.01840): one layer over the target's hidden states, and a head on top."""
+"""The families of EAGLE-3 drafters (arXiv 2503.01840): one layer over the target's hidden states, and a head."""
 
 from vllm_slimspec.drafters.family import Family
 
@@ -20,7 +20,7 @@ LLAMA = Family(
     },
     outer_biases=True,
 )
-"""Most public EAGLE-3 drafters, whatever their target."""
+"""The family of most public EAGLE-3 drafters, for targets of every architecture."""
 
 QWEN3 = Family(
     name="qwen3",
@@ -48,4 +48,4 @@ QWEN3 = Family(
     counts_named_layers=True,
     query_key_norms=True,
 )
-"""Drafters with a Qwen3 layer, whose queries and keys are normalized."""
+"""The family of drafters with a Qwen3 layer, which normalizes queries and keys."""

@@ -1,9 +1,10 @@
-"""The rotary embedding that a drafter's config.json means, spelled so that every reader reads the same.
+"""The rotary embedding parameters of a drafter's config.json, and a spelling of them that every reader understands.
 
-Configs put the base frequency beside the block of parameters or inside it, call the block ``rope_parameters`` or
-``rope_scaling``, and its type ``rope_type`` or ``type``. vLLM reads the plain layout by transformers' class of the
-model type, and speculators' layout by a bare class without defaults, so one set of keys can mean two things.
-``rope_theta`` with ``rope_scaling`` beside it means one thing in both, under every transformers that is supported.
+Configs differ. The base frequency is beside the block of parameters or inside it, the block is called
+``rope_parameters`` or ``rope_scaling``, and its type ``rope_type`` or ``type``. vLLM reads the plain layout with
+transformers' class of the model type, and speculators' layout with a bare class without defaults, so the same keys can
+mean different things. ``rope_theta`` with ``rope_scaling`` beside it means the same in both layouts and in every
+supported version of transformers.
 """
 
 from collections.abc import Mapping
@@ -18,34 +19,34 @@ _THETA = 10000.0  # transformers' default
 
 
 def plain_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the parameters that vLLM reads from a config in the plain layout.
+    """Return the rope parameters that vLLM reads from a config in the plain layout.
 
     Raises:
-        CheckpointError: they are none that vLLM could read.
+        CheckpointError: vLLM could not read the parameters.
     """
     return _parameters(config, config.get("rope_scaling") or config.get("rope_parameters"), where)
 
 
 def speculators_rope(layer: Mapping[str, Any], silent_theta: float, where: str) -> dict[str, Any]:
-    """Return the parameters that vLLM reads from the ``transformer_layer_config`` of speculators' layout.
+    """Return the rope parameters that vLLM reads from the ``transformer_layer_config`` of speculators' layout.
 
     Args:
-        layer: that block.
-        silent_theta: vLLM's base frequency where the block says nothing of its rope.
-        where: how errors name the file.
+        layer: the block ``transformer_layer_config``.
+        silent_theta: vLLM's base frequency for a block without rope parameters.
+        where: the name of the file, for errors.
 
     Raises:
-        CheckpointError: they are none that vLLM could read.
+        CheckpointError: vLLM could not read the parameters.
     """
     named = [key for key in layer if key in _BLOCKS]
     if not named and layer.get("rope_theta") is None:
         return {"rope_theta": silent_theta, "rope_type": "default"}
-    # There both names are one attribute, so the later of them is what counts.
+    # vLLM's class stores both names in the same attribute, so the later one wins.
     return _parameters(layer, layer[named[-1]] if named else None, where)
 
 
 def rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of config.json that give these parameters in either layout."""
+    """Return keys of config.json that mean these parameters in both layouts."""
     block = {key: value for key, value in parameters.items() if key != "rope_theta"}
     theta = {"rope_theta": parameters["rope_theta"]}
     return theta if block == {"rope_type": "default"} else theta | {"rope_scaling": block}
@@ -63,7 +64,7 @@ def _parameters(config: Mapping[str, Any], block: Any, where: str) -> dict[str, 
     for name, value in parameters.items():
         if isinstance(value, Mapping):
             raise CheckpointError(
-                f"{where}: the rope parameters have a block {name} of their own, which vLLM's drafters do not read; "
+                f"{where}: the rope parameters have an inner block {name}, which vLLM's drafters do not read; "
                 f"move its keys up to where {name} is"
             )
     theta = config.get("rope_theta")
@@ -76,5 +77,5 @@ def _parameters(config: Mapping[str, Any], block: Any, where: str) -> dict[str, 
         parameters.setdefault("partial_rotary_factor", partial)
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     if config.get(_ORIGINAL) is not None and parameters["rope_type"] in ("llama3", "yarn", "longrope", "su"):
-        parameters[_ORIGINAL] = config[_ORIGINAL]  # it wins over the block's
+        parameters[_ORIGINAL] = config[_ORIGINAL]  # the key at the top wins over the one in the block
     return parameters

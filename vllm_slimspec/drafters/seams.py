@@ -1,4 +1,4 @@
-"""What the plugin and the draft models both ask of vLLM's configuration and of its model classes."""
+"""Access to vLLM's configuration and model classes, for the plugin and the draft models."""
 
 import logging
 import sys
@@ -11,12 +11,12 @@ logger = logging.getLogger("vllm.slimspec")
 
 
 def declared_config(hf_config: Any) -> dict[str, Any]:
-    """Return a drafter's config.json as vLLM holds it; transformers leaves the architectures out of its mapping."""
+    """Return a drafter's config.json as vLLM holds it, with the architectures that transformers' to_dict leaves out."""
     return hf_config.to_dict() | {"architectures": list(hf_config.architectures)}
 
 
 def dense_reason(speculative_config: Any) -> str | None:
-    """Why this engine needs the drafter's logits and not only the best id of each row; None if it does not."""
+    """Return why this engine needs the drafter's logits; None if the best id of each row is enough."""
     if getattr(speculative_config, "draft_sample_method", "greedy") != "greedy":
         return f"draft_sample_method={speculative_config.draft_sample_method} samples from them"
     for field in ("enable_adaptive_verification", "use_heterogeneous_vocab"):
@@ -27,12 +27,12 @@ def dense_reason(speculative_config: Any) -> str | None:
 
 @contextmanager
 def without_dense_head(model: type) -> Iterator[None]:
-    """Within it, ``model.__init__`` allocates no [V, D] head, which Eagle3*ForCausalLM builds first, for us to drop."""
+    """Keep ``model.__init__`` from allocating a dense [V, D] head in this context, because we would drop the head."""
     import torch
 
     module = sys.modules[model.__module__]
     original = getattr(module, "ParallelLMHead", None)
-    if original is None:  # a vLLM that builds it elsewhere: the allocation is transient, the result the same
+    if original is None:  # This vLLM builds the head elsewhere. It is allocated for a moment, with the same result.
         yield
         return
     module.ParallelLMHead = lambda *args, **kwargs: torch.nn.Identity()  # type: ignore[attr-defined]

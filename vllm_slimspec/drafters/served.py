@@ -1,14 +1,14 @@
-"""The draft models that vLLM serves, one for each family: ``served.SlimSpecLlamaForCausalLM`` and so on.
+"""The draft model classes that vLLM serves, one for each family, such as ``served.SlimSpecLlamaForCausalLM``.
 
-vLLM imports a draft model by the name of a module and a class, in every process that runs it. A class is made when it
-is asked for, because its base is vLLM's own draft model, and the process that a user starts stays free of model code.
+vLLM imports a draft model by the names of its module and class, in every process that runs it. A class is created at
+its first use, because its base is vLLM's own draft model, and the process that the user starts must not import that.
 """
 
 from importlib import import_module
 
 from vllm_slimspec.drafters import FAMILIES, Family
 
-RELEASE = "0.2.0"  # vLLM caches what it finds out of a class under a hash of this file alone
+RELEASE = "0.2.0"  # a release must change this file, because vLLM caches what it learns of a class under its hash
 
 
 def __getattr__(name: str) -> type:

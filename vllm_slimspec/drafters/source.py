@@ -1,10 +1,10 @@
-"""Every public form of an EAGLE-3 drafter, read as one: a config in this package's format, a body, and a dense head.
+"""Reading of every public form of an EAGLE-3 drafter as a config in this package's format, a body, and a dense head.
 
-    EAGLE, SafeAILab       midlayer.*, lm_head.weight of its own, d2t and t2d
-    SpecForge              the same; d2t and t2d also where they map nothing
-    speculators            layers.0.*, keys of the layer in transformer_layer_config, lm_head.weight (the target's rows)
-    no head                either body; the head is the target's
-    TorchSpec, SlimSpec    lm_head.down.weight and lm_head.up.weight: low-rank already, passed through
+    EAGLE, SafeAILab       midlayer.*, its own lm_head.weight, d2t and t2d
+    SpecForge              as EAGLE, but with d2t and t2d also for a full vocabulary
+    speculators            layers.0.*, layer keys in transformer_layer_config, lm_head.weight (the target's rows)
+    no head                any of these bodies; the head is the target's
+    TorchSpec, SlimSpec    lm_head.down.weight and lm_head.up.weight, already low-rank; the factors are kept
 
 Letters: D hidden size of the drafter, V its vocabulary.
 """
@@ -33,7 +33,7 @@ from vllm_slimspec.target import Target, fetch
 logger = logging.getLogger(__name__)
 
 _CHUNK = 8192
-_MAX_RESIDUAL = 0.1  # of a least-squares map, relative, on rows that it was not fitted to, less their mean
+_MAX_RESIDUAL = 0.1  # the largest relative residual of a least-squares map, on centered rows that it was not fitted to
 _NOT_OURS = (
     "transformer_layer_config",
     "speculators_config",
@@ -45,26 +45,27 @@ _NOT_OURS = (
 
 @dataclass(frozen=True)
 class Drafter:
-    """A drafter with a dense head, whatever form it came in."""
+    """A drafter with a dense head, which was read from any of the forms."""
 
     path: Path
-    config: dict[str, Any]  # ours, without the keys of the head
-    body: dict[str, TensorInfo]  # what stays as it is
+    config: dict[str, Any]  # in this package's format, without the keys of the head
+    body: dict[str, TensorInfo]  # the tensors that conversion does not change
     head: torch.Tensor  # [V, D]
-    factors: tuple[torch.Tensor, torch.Tensor] | None  # down [R, D], up [V, R] of one that is low-rank already
-    d2t: torch.Tensor | None  # int64 [V], None where draft ids are the target's
-    target_rows: bool  # whether the head was tested to be the target's rows (False: or not tested)
+    factors: tuple[torch.Tensor, torch.Tensor] | None  # down [R, D] and up [V, R] of a head that is already low-rank
+    d2t: torch.Tensor | None  # int64 [V], target id - draft id; None if the ids are equal
+    target_rows: bool  # whether a comparison showed that the head is the target's rows
 
     @classmethod
     def open(cls, drafter: str | os.PathLike[str], target: Target | None = None) -> "Drafter":
         """Read a drafter from a folder or the Hugging Face hub (safetensors only).
 
         Args:
-            drafter: folder or repository id.
-            target: checked against the drafter, and compared with its head; needed where the drafter has no head.
+            drafter: the folder or the repository id.
+            target: the drafter's target, which is checked and whose head is compared. It is required if the drafter
+                has no head.
 
         Raises:
-            CheckpointError: no drafter, or not of this target.
+            CheckpointError: the drafter cannot be used, or it was made for another target.
         """
         path = fetch(drafter, ["*.json", "*.safetensors"])
         if path != Path(drafter) and not any(path.glob("*.safetensors")):
@@ -76,7 +77,8 @@ class Drafter:
         sizes = head_sizes(config, f"{where}/config.json")
         if target is not None:
             _check_target(checkpoint, config, target)
-        d2t = checkpoint.load("d2t").long() if sizes.truncated else None  # SpecForge writes maps that map nothing, too
+        # SpecForge stores a d2t for a full vocabulary too, which is ignored.
+        d2t = checkpoint.load("d2t").long() if sizes.truncated else None
         ids = None if d2t is None else target_ids(d2t)
         factors = None if checkpoint.spec is None else (checkpoint.load(DOWN), checkpoint.load(UP))
         if SCALE in checkpoint.tensors:
@@ -105,31 +107,31 @@ class Drafter:
 
     @property
     def ids(self) -> torch.Tensor | None:
-        """int64 [V], the target id of each draft id; None where they are the same."""
+        """Return the target id of each draft id, int64 [V]; None if the ids are equal."""
         return None if self.d2t is None else target_ids(self.d2t)
 
     @property
     def body_bytes(self) -> int:
-        """Bytes that a draft step reads besides the head."""
+        """Return the bytes that a draft step reads besides the head."""
         return sum(info.nbytes for name, info in self.body.items() if not name.startswith("embed_tokens"))
 
     def body_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that conversion leaves alone."""
+        """Yield the names and tensors of the body, which conversion does not change."""
         for name, info in self.body.items():
             with safe_open(str(info.file), framework="pt") as handle:
                 yield name, handle.get_tensor(name)
 
     def full_vocabulary(self, target: Target) -> tuple["Drafter", float]:
-        """This drafter with a row for every token of the target.
+        """Return this drafter with a row for every token of the target.
 
-        Where the head is the target's rows, the rest are taken from there. Otherwise the least-squares map M with
-        head ~ target[ids] M, both without their means, makes them, and the rows that are there stay as they are.
+        If the head is the target's rows, the missing rows are copied from the target. Otherwise a least-squares map M
+        with head ~ target[ids] M, both centered, computes the missing rows. Existing rows stay as they are.
 
         Returns:
             the drafter, and the map's relative residual on rows that it was not fitted to (0 without a map).
 
         Raises:
-            CheckpointError: the residual is too large for a map to mean anything.
+            CheckpointError: the residual is too large for the map to be useful.
         """
         if self.ids is None:
             return self, 0.0
@@ -148,7 +150,11 @@ class Drafter:
         return Drafter(self.path, config, self.body, head, None, None, self.target_rows), residual
 
     def truncated(self, keep: torch.Tensor) -> "Drafter":
-        """This drafter with only these draft ids, int64 [N], ascending."""
+        """Return this drafter with a subset of its draft vocabulary.
+
+        Args:
+            keep: the draft ids to keep, int64 [N], ascending.
+        """
         if len(keep) == len(self.head):
             return self
         ids = keep if self.ids is None else self.ids[keep]
@@ -158,7 +164,7 @@ class Drafter:
 
 
 def _no_safetensors(name: str) -> str:
-    """What to do with a repository that nothing can be read from without running it."""
+    """Return the message for a repository without safetensors, whose pickled weights are not opened."""
     return (
         f"{name}: has no safetensors on the Hugging Face hub; pickled weights can run code and are not opened: "
         f"convert them where you trust them, and give the folder: hf download {name} "
@@ -168,12 +174,12 @@ def _no_safetensors(name: str) -> str:
 
 
 def normalized(checkpoint: DraftCheckpoint) -> dict[str, Any]:
-    """config.json as this package writes it, without the keys of the head."""
+    """Return a drafter's config.json as this package writes it, without the keys of the head."""
     config = checkpoint.flat
     eagle, ids = config.get("eagle_config"), "eagle_aux_hidden_state_layer_ids"
     nested = (eagle.get(ids) or eagle.get("layer_ids")) if isinstance(eagle, dict) else None
     if nested and not config.get(ids):
-        config[ids] = nested  # where vLLM looks next, each runner for one of the two names, and trainers do not
+        config[ids] = nested  # vLLM reads the ids in eagle_config too, but trainers read them only here
     return {k: v for k, v in config.items() if k not in (*_NOT_OURS, *HEAD_KEYS)} | {"tie_word_embeddings": False}
 
 
@@ -189,7 +195,7 @@ def _check_target(checkpoint: DraftCheckpoint, config: dict[str, Any], target: T
     tokenizers = [_vocabulary(folder / "tokenizer.json") for folder in (Path(where), target.path)]
     if all(tokenizers) and tokenizers[0] != tokenizers[1]:
         raise CheckpointError(
-            f"{where}: its tokenizer is not that of {target.name}; give the target that it was made for"
+            f"{where}: its tokenizer is not that of {target.name}; give the target that this drafter was made for"
         )
 
 
@@ -209,8 +215,10 @@ def _is_target_rows(head: torch.Tensor, target: Target, ids: torch.Tensor | None
         rows = target.head()
         if not target.head_is_plain:
             return False
-    except CheckpointError as error:  # of a quantized target, say: the drafter's own rows are as good
-        logger.warning("the head is taken to be the drafter's own, for the target's cannot be compared: %s", error)
+    except CheckpointError as error:  # The drafter's own rows can be used without a comparison.
+        logger.warning(
+            "the head is treated as the drafter's own, because the target's head cannot be compared: %s", error
+        )
         return False
     ids = torch.arange(len(rows)) if ids is None else ids
     pieces = zip(head.split(_CHUNK), ids.split(_CHUNK), strict=True)
@@ -218,10 +226,19 @@ def _is_target_rows(head: torch.Tensor, target: Target, ids: torch.Tensor | None
 
 
 def _mapped(head: torch.Tensor, source: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """``source`` [vocab, D'] mapped to the space of ``head`` [V, D], with the rows ``ids`` as they are in ``head``."""
-    fitted = torch.arange(len(ids)) % 10 != 0  # a tenth of the rows judges the map
+    """Map ``source`` [vocab, D'] to the space of ``head`` [V, D] by least squares, and keep the rows of ``head``.
+
+    Args:
+        head: the drafter's head.
+        source: the target's head.
+        ids: the target id of each row of ``head``, int64 [V].
+
+    Returns:
+        the mapped rows [vocab, D] with the rows ``ids`` as they are in ``head``, and the relative residual.
+    """
+    fitted = torch.arange(len(ids)) % 10 != 0  # The residual is measured on the other tenth of the rows.
     wide = source.shape[1]
-    # Centered: rows share a large mean, by which a map that says nothing about any of them explains them all.
+    # The rows are centered, because they share a large mean, and a map to that mean alone would have a small residual.
     mean_x, mean_y = _mean(source, ids[fitted]), _mean(head, fitted.nonzero()[:, 0])
     gram = torch.zeros(wide, wide, dtype=torch.float64)
     cross = torch.zeros(wide, head.shape[1], dtype=torch.float64)
@@ -240,6 +257,6 @@ def _mapped(head: torch.Tensor, source: torch.Tensor, ids: torch.Tensor) -> tupl
 
 
 def _mean(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Of these rows, float64 [width]."""
+    """Return the mean of some rows of a matrix, float64 [width]."""
     parts = [matrix[piece].sum(0, dtype=torch.float64) for piece in rows.split(_CHUNK)]
     return torch.stack(parts).sum(0) / len(rows)

@@ -1,4 +1,4 @@
-"""How many draft tokens the target accepted, from vLLM's own counters."""
+"""Read from vLLM's own counters how many draft tokens the target accepted."""
 
 from dataclasses import dataclass
 
@@ -9,20 +9,20 @@ _PREFIX = "vllm:spec_decode_num_"
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Counters of speculative decoding, since the engine started or between two readings."""
+    """Counters of speculative decoding, either since the engine started or between two readings."""
 
-    drafts: int
-    accepted: int
-    accepted_per_position: tuple[int, ...]
+    drafts: int  # draft-and-verify cycles
+    accepted: int  # accepted draft tokens
+    accepted_per_position: tuple[int, ...]  # accepted draft tokens at position 1, 2, ...
 
     @property
     def length(self) -> float:
-        """Mean acceptance length tau: tokens a draft-and-verify cycle yields, the target's own one included."""
+        """Return the mean acceptance length tau: tokens per draft-and-verify cycle, with the target's own token."""
         return 1 + self.accepted / self.drafts if self.drafts else float("nan")
 
     @property
     def per_position(self) -> tuple[float, ...]:
-        """Share of the cycles whose draft token at position 1, 2, ... was accepted."""
+        """Return the share of cycles whose draft token at position 1, 2, ... was accepted."""
         return tuple(n / self.drafts for n in self.accepted_per_position) if self.drafts else ()
 
     def __sub__(self, earlier: "Acceptance") -> "Acceptance":
@@ -35,7 +35,11 @@ class Acceptance:
 
 
 def from_server(url: str) -> Acceptance:
-    """Read the counters of a running ``vllm serve`` at ``url`` (without a path), from its /metrics."""
+    """Read the counters of a running ``vllm serve`` from its /metrics.
+
+    Args:
+        url: the server's address without a path.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
     totals: dict[str, int] = {}
@@ -52,7 +56,7 @@ def from_server(url: str) -> Acceptance:
 
 
 def from_engine(llm) -> Acceptance:
-    """Read the counters of an offline ``vllm.LLM``, started with ``disable_log_stats=False``."""
+    """Read the counters of an offline ``vllm.LLM`` that was started with ``disable_log_stats=False``."""
     totals: dict[str, int] = {}
     positions: list[int] = []
     for metric in llm.get_metrics():

@@ -1,7 +1,8 @@
-"""A target's answers, alone or with a drafter, from a vLLM engine in a process of its own.
+"""The answers of a target, with or without a drafter, from a vLLM engine in a separate process.
 
-An engine does not give all of its memory back, so each one gets a process, and a file with what it found. A file that
-was made by the same question is read instead of asking again: what was killed goes on where it was.
+An engine does not release all of its memory when it ends, so each engine runs in its own process and writes its answers
+to a file. If the file already answers the same question, it is read and no engine starts. So a run that was killed can
+continue.
 """
 
 import hashlib
@@ -22,14 +23,14 @@ from vllm_slimspec.common.progress import counted, progress
 from vllm_slimspec.engine.acceptance import Acceptance, from_engine
 from vllm_slimspec.errors import EngineError
 
-_TOP = 8  # log-probabilities kept of the target alone
+_TOP = 8  # log-probabilities kept at each place when the target answers without a drafter
 
 
 class Question(BaseModel):
-    """What one engine is asked. ``drafter`` is None for the target alone."""
+    """The prompts and settings for one engine."""
 
     target: str
-    drafter: str | None
+    drafter: str | None  # None: the target answers without a drafter
     num_speculative_tokens: int
     prompts: list[list[int]]
     temperatures: list[float]
@@ -39,24 +40,28 @@ class Question(BaseModel):
 
 
 class Answers(BaseModel):
-    """All prompts at one temperature, in their order."""
+    """The answers to all prompts at one temperature, in the order of the prompts."""
 
     tokens: list[list[int]]
-    accepted: list[Acceptance] | None  # None for the target alone
-    top: list[list[dict[int, float]]] | None  # its best tokens' log-probabilities, of the target alone
+    accepted: list[Acceptance] | None  # None without a drafter
+    top: list[list[dict[int, float]]] | None  # log-probabilities of the best tokens; None with a drafter
 
 
 class Found(BaseModel):
-    """What one engine answered, an entry for each temperature."""
+    """The answers of one engine, with one entry for each temperature."""
 
-    made_from: str
+    made_from: str  # SHA-256 of the question and of the state of the models' files
     device: str
     dtype: str
     answers: list[Answers]
 
 
 def ask(question: Question, file: Path) -> Found:
-    """Start an engine, ask it, and keep what it answers in ``file`` (its log beside it).
+    """Start an engine, ask it the question, and return its answers.
+
+    Args:
+        question: the prompts and settings.
+        file: where the answers are kept. The engine's log is written beside it.
 
     Raises:
         EngineError: the engine failed.
@@ -83,7 +88,8 @@ def _run(question: Question, answered: Callable[[int], Any]) -> tuple[Any, list[
     from vllm.engine.arg_utils import EngineArgs
 
     options: dict[str, Any] = {"enable_prefix_caching": False, "disable_log_stats": False} | question.engine
-    # Since vLLM 0.32; before, prompts are asked one by one and the engine's counters are read after each.
+    # vLLM 0.32 and later count for each request. With older versions, prompts are asked one by one and the engine's
+    # counters are read after each.
     by_request = "per_request_spec_decode_metrics" in {field.name for field in fields(EngineArgs)}
     if question.drafter is not None:
         options["speculative_config"] = {
@@ -136,13 +142,13 @@ def _ask(llm: Any, question: Question, temperature: float, by_request: bool, ans
 
 
 def _of_histogram(cycles: Sequence[int]) -> Acceptance:
-    """From the number of cycles in which 0, 1, ... K drafts were accepted."""
+    """Return the counters for ``cycles``, the numbers of cycles in which 0, 1, ... K drafts were accepted."""
     at_least = [sum(cycles[j:]) for j in range(1, len(cycles))]
     return Acceptance(sum(cycles), sum(at_least), tuple(at_least))
 
 
 def _fingerprint(question: Question) -> bytes:
-    """Changes with the files of the models, where they are folders."""
+    """Return bytes that change when a file of a model changes, if the model is a local folder."""
     marks: list[Mapping[str, Any]] = []
     for model in filter(None, (question.target, question.drafter)):
         for file in sorted(Path(model).glob("*")) if Path(model).is_dir() else ():
@@ -152,9 +158,12 @@ def _fingerprint(question: Question) -> bytes:
 
 
 def main() -> None:
-    """In the process of one engine: QUESTION FOUND MADE_FROM DESCRIPTOR, which gets a byte for every answer."""
+    """Run one engine in this process.
+
+    The arguments are QUESTION FOUND MADE_FROM DESCRIPTOR. One byte per answer is written to the file descriptor.
+    """
     asked, file, made_from, ticks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    # On a CPU: not most of the machine's memory for the cache, and no process for the model beside this one.
+    # On a CPU, vLLM would take most of the machine's memory for its cache, and run the model in another process.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     import torch

@@ -1,14 +1,16 @@
-"""Head states on disk: the exact inputs of a draft head, with what the target wanted there.
+"""Head states on disk: the exact inputs of a draft head, and the token that the target chooses at each of them.
 
     index.json                 {"format": 1, "D", "dtype", "K", "target", "drafter", "sha256s", "rows"}
     states-NNNNN.safetensors   hidden [N, D]; step uint8, doc int32, pos int32, next_token int64, all [N];
-                               tokens int64 [T] and documents int64 [n, 3] (doc, its tokens, those of the prompt)
+                               tokens int64 [T]; documents int64 [n, 3] (number, all tokens, tokens of the prompt)
 
-A row is the head's input at draft step ``step`` (0 to K - 1), when it drafts the token at place ``pos`` of document
-``doc``; ``next_token`` is the target's own greedy token there (-1: unknown). The drafter was fed the target's greedy
-tokens before it, so rows (pos, 0), (pos + 1, 1), ... are one cycle that starts at ``pos``, on an accepted prefix.
-Files from elsewhere need index.json with ``format`` and ``hidden`` only; the folder of a collection that did not end
-has no index.json.
+A row is the input of the head at draft step ``step`` (0 to K - 1), where it drafts the token at place ``pos`` of
+document ``doc``. ``next_token`` is the greedy token of the target at that place, or -1 if it is unknown. Up to there
+the drafter was fed the greedy tokens of the target. So the rows (pos, 0), (pos + 1, 1), ... are one cycle that starts
+at ``pos``, and all tokens before each row were accepted.
+
+Files that another tool writes need only index.json with ``format``, and ``hidden``. A folder without index.json is a
+collection that did not finish.
 """
 
 import hashlib
@@ -28,15 +30,15 @@ from vllm_slimspec.common.output import write_whole
 from vllm_slimspec.errors import CheckpointError
 
 FORMAT = 1
-_HELD_OUT = 5  # one document in five
-_BLOCK = 256  # rows that stand for a document where `doc` is not recorded
+_HELD_OUT = 5  # one document in five is held out
+_BLOCK = 256  # rows that count as one document if `doc` is not recorded
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COLUMNS = {"step": torch.uint8, "doc": torch.int32, "pos": torch.int32, "next_token": torch.int64}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a collection, of any split: ``hidden`` [N, D] and the columns, int64 [N] or None."""
+    """Rows of a collection: ``hidden`` [N, D] and the columns, each int64 [N] or None."""
 
     hidden: torch.Tensor
     doc: torch.Tensor
@@ -55,16 +57,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Document:
-    """What was answered, and how: a prompt and the target's greedy answer."""
+    """A prompt and the target's greedy answer to it."""
 
     number: int
     tokens: list[int]  # the prompt and the answer
-    prompt: int  # tokens of the prompt
+    prompt: int  # the number of tokens in the prompt
 
 
 @dataclass(frozen=True)
 class HeadStates:
-    """A folder of head states, checked, read one file at a time: memory is one file's rows."""
+    """A checked folder of head states. It is read one file at a time, so memory holds the rows of one file."""
 
     path: Path
     index: dict[str, Any]
@@ -75,10 +77,12 @@ class HeadStates:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "HeadStates":
-        """Read the index and the headers, and sum up the files: ``index["sha256s"]`` is of what is there.
+        """Read and check the index and the headers, and return the collection.
+
+        ``index["sha256s"]`` of the result holds the checksums of the files as they are now.
 
         Raises:
-            CheckpointError: not a folder of head states, another format, or a file that is not what was written.
+            CheckpointError: the folder holds no head states or another format, or a file has changed.
         """
         path = Path(folder)
         index = _read_index(path)
@@ -100,11 +104,15 @@ class HeadStates:
 
     @property
     def steps(self) -> int | None:
-        """K, the draft steps of a cycle, where it was recorded."""
+        """Return K, the number of draft steps in a cycle; None if it was not recorded."""
         return self.index.get("K")
 
     def check_head(self, hidden_size: int, drafter: str) -> None:
-        """Refuse states of another width than the head's.
+        """Refuse states whose width is not the hidden size of the head.
+
+        Args:
+            hidden_size: D of the head.
+            drafter: the name of the drafter, for the error.
 
         Raises:
             CheckpointError: the sizes differ.
@@ -116,10 +124,10 @@ class HeadStates:
             )
 
     def read(self, held_out: bool) -> Iterator[Rows]:
-        """The rows of one split, a file at a time: one document in five is held out.
+        """Yield the rows of one split, one file at a time. One document in five is held out.
 
         Raises:
-            CheckpointError: a state is NaN or Inf.
+            CheckpointError: a state holds NaN or Inf.
         """
         before = 0
         for file in self.files:
@@ -136,7 +144,9 @@ class HeadStates:
             yield rows[(rows.doc % _HELD_OUT == 0) == held_out]
 
     def sample(self, held_out: bool, limit: int) -> Rows:
-        """About ``limit`` rows of one split, as whole documents spread over the collection (all, if there are fewer).
+        """Return about ``limit`` rows of one split, or all rows if there are fewer.
+
+        The rows belong to whole documents, which are spread evenly over the collection.
 
         Raises:
             CheckpointError: the split is empty.
@@ -153,10 +163,10 @@ class HeadStates:
         return concatenate([rows for rows in parts if len(rows)])
 
     def documents(self, held_out: bool) -> list[Document]:
-        """The documents of one split that were answered to record the states.
+        """Return the documents of one split over which the states were recorded.
 
         Raises:
-            CheckpointError: they were not kept.
+            CheckpointError: the documents were not stored with the states.
         """
         found = []
         for file in self.files:
@@ -185,7 +195,7 @@ class HeadStates:
 
 
 def concatenate(parts: list[Rows]) -> Rows:
-    """The rows of all parts, in order; a column is kept where every part has it."""
+    """Return the rows of all parts, in order. A column is kept if every part has it."""
 
     def column(name: str) -> torch.Tensor | None:
         found = [getattr(part, name) for part in parts]
@@ -196,7 +206,10 @@ def concatenate(parts: list[Rows]) -> Rows:
 
 
 def common(one: Rows, other: Rows) -> tuple[Rows, Rows]:
-    """The rows of both at the places and draft steps that both have, in one order; the columns must be known."""
+    """Return the rows of two collections at the places and draft steps that both have, in the same order.
+
+    ``pos`` and ``step`` must be known in both.
+    """
     keys = []
     for rows in (one, other):
         assert rows.pos is not None
@@ -208,9 +221,14 @@ def common(one: Rows, other: Rows) -> tuple[Rows, Rows]:
 
 
 class StatesWriter:
-    """Writes a collection group by group; a run that was killed goes on with the first group that is not there.
+    """A writer of a collection, which is written in groups. A run that was killed continues at the first missing group.
 
-    ``recipe`` is what makes two runs the same collection; a folder begun with another one is refused.
+    Args:
+        folder: the collection's folder.
+        recipe: the settings that identify the collection.
+
+    Raises:
+        CheckpointError: the folder holds other files, or a collection that was begun with another recipe.
     """
 
     def __init__(self, folder: str | os.PathLike[str], recipe: dict[str, Any]) -> None:
@@ -223,7 +241,7 @@ class StatesWriter:
             raise CheckpointError(f"{self.path}: holds other files; remove them or choose another folder")
         else:
             return
-        # A model is the same under another name or path: what counts are the fingerprints beside the names.
+        # A model may have moved to another path, so its fingerprint is compared and its name is not.
         changed = sorted(key for key in recipe if found.get(key) != recipe[key] and f"{key}_fingerprint" not in recipe)
         if changed:
             values = ", ".join(f"{key} ({found.get(key)!r} there, {recipe[key]!r} now)" for key in changed)
@@ -231,15 +249,15 @@ class StatesWriter:
 
     @property
     def complete(self) -> bool:
-        """Whether the whole collection is there."""
+        """Return whether the whole collection is there."""
         return (self.path / "index.json").is_file()
 
     def has(self, group: int) -> bool:
-        """Whether this group was written."""
+        """Return whether this group was written."""
         return self._file(group).is_file()
 
     def write(self, group: int, rows: Rows, documents: Sequence[Document] = ()) -> None:
-        """Keep the rows of a group, which may be none, and what they are of; the first one makes the folder."""
+        """Write the rows of a group, which may be empty, and their documents. Create the folder if it is missing."""
         if not (self.path / "recipe.json").is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self._recipe)
@@ -254,11 +272,11 @@ class StatesWriter:
         write_whole(self._file(group), lambda part: save_tensors(tensors, part))
 
     def count(self) -> int:
-        """Rows written so far, by this run and those before it."""
+        """Return the number of rows that this run and earlier ones have written."""
         return sum(_check_file(file)[0] for file in self.path.glob("states-*.safetensors"))
 
     def finish(self) -> HeadStates:
-        """Write the index: from now on this is a collection."""
+        """Write index.json, which makes the collection complete, and return the collection."""
         files = sorted(self.path.glob("states-*.safetensors"))
         shapes = [_check_file(file) for file in files]
         index = {
@@ -275,7 +293,7 @@ class StatesWriter:
         return HeadStates.open(self.path)
 
     def _others(self) -> Iterator[Path]:
-        """Files that no run of this class left there, killed or not."""
+        """Yield the files that are not temporary files of a killed run."""
         return (file for file in self.path.iterdir() if not file.name.endswith(".partial"))
 
     def _file(self, group: int) -> Path:
@@ -283,7 +301,7 @@ class StatesWriter:
 
 
 def sha256(file: Path) -> str:
-    """Of a file's bytes."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -293,7 +311,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not file.is_file():
         begun = (path / "recipe.json").is_file()
         raise CheckpointError(
-            f"{path}: the collection did not end; run the same command again"
+            f"{path}: the collection is not complete; run the same command again"
             if begun
             else f"{file}: no such file; give a folder of head states (index.json, states-*.safetensors)"
         )
@@ -308,12 +326,12 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _check_file(file: Path) -> tuple[int, int, torch.dtype]:
-    """Rows, D and dtype from the header."""
+    """Check the header of a states file, and return its number of rows, D and dtype."""
     try:
         with safe_open(str(file), framework="pt") as handle:
             parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             header = {name: (part.get_dtype(), list(part.get_shape())) for name, part in parts.items()}
-    except Exception as error:  # safetensors raises its own and plain OSErrors
+    except Exception as error:  # safetensors raises its own class and OSError
         memory.raise_if_ran_out(error, file)
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
     dtype, shape = header.get("hidden", ("nothing", []))
@@ -324,6 +342,7 @@ def _check_file(file: Path) -> tuple[int, int, torch.dtype]:
     for name in _COLUMNS.keys() & header.keys():
         if header[name][1] != shape[:1] or not header[name][0].startswith(("I", "U")):
             raise CheckpointError(
-                f"{file}: {name} is {header[name]}, must be integers [{shape[0]}], one a row of hidden; save it so"
+                f"{file}: {name} is {header[name]}, must be integers [{shape[0]}], one for each row of hidden; save it "
+                "that way"
             )
     return shape[0], shape[1], _DTYPES[dtype]

@@ -1,6 +1,6 @@
-"""JSONL files of prompts, the one form in which text comes in: to be answered, or to be counted.
+"""Reading of JSONL files of prompts, the only form in which this package takes text.
 
-A line is one of ``{"prompt": text}``, ``{"messages": [...]}`` (by the chat template), ``{"text": document}`` and
+A line is ``{"prompt": text}``, ``{"messages": [...]}`` (the chat template is applied), ``{"text": document}`` or
 ``{"input_ids": [...]}``.
 """
 
@@ -13,14 +13,14 @@ from vllm_slimspec.errors import CheckpointError
 
 _FORMS: dict[str, type] = {"input_ids": list, "messages": list, "text": str, "prompt": str}
 
-Line = tuple[int, dict[str, Any]]  # its number in the file, and the object there
+Line = tuple[int, dict[str, Any]]  # the number of the line in the file, and its JSON object
 
 
 def read_prompts(file: Path) -> list[Line]:
-    """The lines of a file, with their numbers; empty ones are left out.
+    """Read a file and return its lines with their numbers. Empty lines are left out.
 
     Raises:
-        CheckpointError: no such file, nothing in it, or a line that is none of the forms.
+        CheckpointError: the file does not exist or is empty, or a line has none of the allowed forms.
     """
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; give a JSONL file of prompts")
@@ -39,15 +39,19 @@ def read_prompts(file: Path) -> list[Line]:
             )
         rows.append((number, row))
     if not rows:
-        raise CheckpointError(f"{file}: holds no prompt; write one JSON object a line")
+        raise CheckpointError(f"{file}: holds no prompt; write one JSON object on each line")
     return rows
 
 
 def open_tokenizer(rows: Sequence[Line], name: str) -> Any:
-    """The tokenizer of this name, or None where every line holds token ids already.
+    """Load and return a tokenizer; return None if every line already holds token ids.
+
+    Args:
+        rows: the lines from :func:`read_prompts`.
+        name: the folder or Hugging Face id of the tokenizer.
 
     Raises:
-        CheckpointError: it cannot be loaded.
+        CheckpointError: the tokenizer cannot be loaded.
     """
     if all(_form(row) == "input_ids" for _, row in rows):
         return None
@@ -57,22 +61,22 @@ def open_tokenizer(rows: Sequence[Line], name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers, tokenizers and the hub raise classes of their own
         raise CheckpointError(
-            f"{name}: no tokenizer to read the prompts by ({one_line(error)}); copy the target's tokenizer.json beside "
-            "its weights, or give prompts as input_ids"
+            f"{name}: no tokenizer to read the prompts with ({one_line(error)}); copy the target's tokenizer.json "
+            "beside its weights, or give prompts as input_ids"
         ) from None
 
 
 def tokens_of(rows: Sequence[Line], tokenizer: Any, vocab_size: int, file: Path) -> Iterator[tuple[int, list[int]]]:
-    """The number and the token ids of each line.
+    """Yield the number and the token ids of each line.
 
     Args:
-        rows: of :func:`read_prompts`.
-        tokenizer: of :func:`open_tokenizer`.
-        vocab_size: of the target; ids are below it.
-        file: how errors name the file.
+        rows: the lines from :func:`read_prompts`.
+        tokenizer: the tokenizer from :func:`open_tokenizer`.
+        vocab_size: the target's vocabulary size. Every id must be below it.
+        file: the name of the file, for errors.
 
     Raises:
-        CheckpointError: the chat template refuses a line, or an id is not one of the target's.
+        CheckpointError: the chat template refuses a line, or an id is not in the target's vocabulary.
     """
     for number, row in rows:
         try:
@@ -90,14 +94,15 @@ def tokens_of(rows: Sequence[Line], tokenizer: Any, vocab_size: int, file: Path)
 
 
 def tokenize(rows: Sequence[Line], tokenizer: Any, vocab_size: int, max_length: int, file: Path) -> list[list[int]]:
-    """Token ids of each different prompt, to be answered by a model that takes ``max_length`` of them.
+    """Return the token ids of each prompt, without duplicates.
 
     Args:
         rows, tokenizer, vocab_size, file: as for :func:`tokens_of`.
-        max_length: a ``text`` is cut there, its beginning being the prompt; any other that is longer is refused.
+        max_length: the most tokens that a prompt may have. A longer ``text`` is cut to its beginning; a longer prompt
+            of another form is refused.
 
     Raises:
-        CheckpointError: as :func:`tokens_of`; or a prompt is empty or too long.
+        CheckpointError: :func:`tokens_of` refuses a line, or a prompt is empty or too long.
     """
     documents: dict[tuple[int, ...], None] = {}
     for (number, ids), (_, row) in zip(tokens_of(rows, tokenizer, vocab_size, file), rows, strict=True):
@@ -129,5 +134,5 @@ def _tokens(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
 
 
 def one_line(error: Exception) -> str:
-    """What an error of somebody else's says."""
+    """Return the text of another library's error as one line."""
     return " ".join(str(error).split()) or type(error).__name__

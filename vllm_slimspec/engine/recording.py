@@ -1,10 +1,11 @@
-"""Head states from the real engine: the target and the stock drafter in vLLM, watched at the draft head.
+"""Recording of head states in a real vLLM engine: the target and a drafter run, and the draft head's inputs are kept.
 
-Each document is answered by the target, greedily. It is then asked again K + 1 times, from K + 1 neighboring places of
-that answer, with the draft head's own answers replaced by the tokens that the target is known to want. Every draft is
-then accepted, each request moves K + 1 places a cycle, and together they start a cycle at every place of the answer. So
-every recorded state has the prefix it would have in service, where a draft step is reached only if all before it were
-accepted; and from the states of every place, the walk of any head through the documents can be followed exactly.
+First the target answers each prompt greedily. Then it is asked again K + 1 times, from K + 1 neighboring places of that
+answer. This time the draft head's own tokens are replaced by the target's known tokens, so every draft is accepted and
+each request moves K + 1 places in a cycle. Together the K + 1 requests start a cycle at every place of the answer.
+
+In service a draft step counts only if all drafts before it were accepted, and every recorded state has such a prefix.
+Since the states of all places are known, the walk of any head through the documents can be computed exactly.
 """
 
 import gc
@@ -27,9 +28,9 @@ from vllm_slimspec.engine.prompts import one_line, open_tokenizer, read_prompts,
 from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.target import fingerprint
 
-_DOCUMENTS = 16  # in flight together, and in one file: 16 * max_tokens * K states in memory
+_DOCUMENTS = 16  # answered together and stored in one file; up to 16 * max_tokens * K states are in memory
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-_KEPT = "what was recorded is kept, run it again"
+_RUN_AGAIN = "what was recorded is kept, so run the command again"
 
 
 def collect(
@@ -44,23 +45,25 @@ def collect(
     engine: dict[str, Any] | None = None,
     dtype: Asked = "auto",
 ) -> HeadStates:
-    """Record head states while the target answers prompts; a run that was killed goes on where it was.
+    """Record head states while the target answers prompts. A run that was killed continues where it stopped.
 
     Args:
         target: Hugging Face folder or id.
-        drafter: an EAGLE-3 drafter that vLLM serves: its head's *inputs* are kept, whatever the head.
-        prompts: JSONL, see :mod:`vllm_slimspec.engine.prompts`. They are asked in a random order, always the same one:
-            files are often sorted, and ``max_states`` comes long before their end. Documents have the file's numbers.
-        folder: where the states go.
-        k: draft steps of a cycle, as it will be served.
-        max_tokens: of each answer, at most.
-        max_states: stop after the group of documents that reaches it.
+        drafter: an EAGLE-3 drafter that vLLM serves, with any head, since only the head's *inputs* are kept.
+        prompts: a JSONL file, see :mod:`vllm_slimspec.engine.prompts`. The order of the prompts is random but always
+            the same, because files are often sorted and ``max_states`` is reached long before their end. Documents
+            keep the numbers of the file.
+        folder: where the states are written.
+        k: the number of draft steps in a cycle, as in service.
+        max_tokens: the most tokens of an answer.
+        max_states: recording stops after the group of documents that reaches this number of states.
         engine: arguments of ``vllm.LLM``.
-        dtype: what both models compute in, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
+        dtype: the dtype in which both models compute, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
 
     Raises:
-        CheckpointError: the prompts are no use, the folder holds something else, nothing could be recorded, or vLLM
-            failed.
+        CheckpointError: the prompts cannot be used, the folder holds something else, nothing could be recorded, or
+            vLLM failed.
+        OptionError: ``engine`` asks for several devices or processes.
     """
     check_engine(engine or {})
     rows = read_prompts(Path(prompts))
@@ -77,7 +80,7 @@ def collect(
         return HeadStates.open(folder)
     options = engine or {}
     vocab_size, max_model_len = limits(target, options)
-    # An engine that stops after max_tokens has drafted up to k - 1 tokens beyond them.
+    # An engine that stops after max_tokens has drafted up to k - 1 tokens more.
     length = max_model_len - max_tokens - 2 * k
     tokenizer = open_tokenizer(rows, str(options.get("tokenizer", target)))
     documents = tokenize(rows, tokenizer, vocab_size, length, Path(prompts))
@@ -115,10 +118,11 @@ def collect_again(
 
     Args:
         target, drafter, folder, k, engine, dtype: as for :func:`collect`.
-        documents: of :meth:`HeadStates.documents`; they keep their numbers.
+        documents: the documents from :meth:`HeadStates.documents`; they keep their numbers.
 
     Raises:
         CheckpointError: the folder holds something else, or vLLM failed.
+        OptionError: ``engine`` asks for several devices or processes.
     """
     check_engine(engine or {})
     writer = StatesWriter(folder, {**_models(target, drafter), "K": k})
@@ -138,20 +142,24 @@ def collect_again(
 
 
 def limits(target: str | Path, options: dict[str, Any]) -> tuple[int, int]:
-    """The target's vocabulary and the longest sequence, as an engine with these options will have them."""
+    """Return the target's vocabulary size and longest sequence length in an engine with these options.
+
+    Raises:
+        CheckpointError: vLLM refuses the target.
+    """
     from vllm import EngineArgs
 
     try:
         config = EngineArgs(model=str(target), **options).create_model_config()
     except Exception as error:  # pydantic, transformers and vLLM raise classes of their own
         raise CheckpointError(
-            f"{target}: vLLM does not take it as a target ({one_line(error)}); check --target and --engine-args"
+            f"{target}: vLLM refuses this target ({one_line(error)}); check --target and --engine-args"
         ) from None
     return config.get_vocab_size(), config.max_model_len
 
 
 def _models(target: str | Path, drafter: str | Path) -> dict[str, str]:
-    """Both by name, and by what is there: a folder may be trained anew under its name."""
+    """Return the names of both models and their fingerprints, because the model under a name may change."""
     return {
         "target": str(target),
         "drafter": str(drafter),
@@ -161,10 +169,10 @@ def _models(target: str | Path, drafter: str | Path) -> dict[str, str]:
 
 
 def check_engine(options: Mapping[str, Any]) -> None:
-    """Refuse arguments of ``vllm.LLM`` that put the draft head into another process, out of reach.
+    """Refuse arguments of ``vllm.LLM`` with which the draft head runs in another process and cannot be watched.
 
     Raises:
-        CheckpointError: names the argument.
+        OptionError: an argument asks for several devices or processes; the message names it.
     """
     asked = {key: options[key] for key in _PARALLEL if options.get(key) not in (None, 1)}
     if options.get("distributed_executor_backend") not in (None, "uni"):
@@ -179,9 +187,11 @@ def check_engine(options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, Any]) -> Iterator[Any]:
-    """An offline engine in this process, where its draft head can be reached; on Model Runner V1, which calls the head
-    from Python at every step (V2 replays it from CUDA graphs)."""
-    # Only before vLLM has read them, and only for the time of the engine.
+    """Run an offline engine in this process, where its draft head can be watched.
+
+    It uses Model Runner V1, which calls the head from Python at every step. V2 replays the head from CUDA graphs.
+    """
+    # vLLM reads these variables when it starts, so they are set before, and removed when the engine ends.
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     with patch.dict(os.environ, environment):
         from vllm import LLM
@@ -191,8 +201,8 @@ def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, 
         try:
             with every_core(), progress("Starting vLLM"):
                 llm = LLM(model=str(target), **options | ours)
-        except Exception as error:  # out of memory, or whatever vLLM raises
-            raise CheckpointError(f"{target}: vLLM does not start ({one_line(error)}); {_KEPT}") from None
+        except Exception as error:  # vLLM may raise anything.
+            raise CheckpointError(f"{target}: vLLM does not start ({one_line(error)}); {_RUN_AGAIN}") from None
         try:
             yield llm
         finally:
@@ -216,32 +226,33 @@ def _generate(llm: Any, prompts: Sequence[list[int]], lengths: Sequence[int], ig
         outputs = llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=counting(f"of {len(prompts)} requests")
         )
-    except Exception as error:  # whatever a dying engine raises
-        raise CheckpointError(f"vLLM failed ({one_line(error)}); {_KEPT}") from None
+    except Exception as error:  # A failing engine may raise anything.
+        raise CheckpointError(f"vLLM failed ({one_line(error)}); {_RUN_AGAIN}") from None
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 @dataclass
 class _Request:
-    """One walk through an answer; place c is the index of the token that a cycle drafts first."""
+    """One walk of cycles through an answer. The place of a cycle is the index of the first token that it drafts."""
 
     tokens: list[int]
-    first: int  # its first cycle
-    next: int  # its next one, if all drafts are accepted
-    cycles: dict[int, torch.Tensor] = field(default_factory=dict)  # c -> [K, D]
+    first: int  # the place of the first cycle
+    next: int  # the place of the next cycle, if all drafts are accepted
+    cycles: dict[int, torch.Tensor] = field(default_factory=dict)  # place -> states [K, D]
 
     def wanted(self, place: int) -> int:
+        """Return the target's token at a place; beyond the answer's end, its last token."""
         return self.tokens[place] if place < len(self.tokens) else self.tokens[-1]
 
 
 class _Watcher:
-    """Stands before a live draft head: keeps what goes in, and answers with the tokens that the target wants."""
+    """A wrapper around a running draft head. It keeps the head's inputs and returns the target's tokens as drafts."""
 
     def __init__(self, llm: Any, k: int) -> None:
         self._runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         self._k = k
         self._vocab = self._runner.model_config.get_vocab_size()
-        self._walks: dict[tuple[int, ...], _Request] = {}  # by prompt: the engine's own ids are its business
+        self._walks: dict[tuple[int, ...], _Request] = {}  # by prompt, because the engine chooses the request ids
         self._batch: list[_Request] = []
         self._states: list[torch.Tensor] = []
         self._places: list[int] = []
@@ -252,7 +263,7 @@ class _Watcher:
         model.register_forward_pre_hook(self._look_at_positions, with_kwargs=True)
 
     def record(self, llm: Any, answered: Sequence[Document]) -> Rows:
-        """Ask for each answer again from K + 1 places, and return the states of every cycle, document by document."""
+        """Ask for each answer again from K + 1 places, and return the states of all cycles, document by document."""
         walks: list[list[_Request]] = []
         prompts: list[list[int]] = []
         for document in answered:
@@ -283,11 +294,14 @@ class _Watcher:
         return propose(*args, **kwargs)
 
     def _look_at_positions(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """The positions of draft step 1 say where the cycle really is: prefills in chunks, preempted requests and
-        rejected drafts move it from where it was expected."""
+        """Read the place of each cycle from the positions of draft step 1.
+
+        Chunked prefill, preemption and rejected drafts move a cycle from its expected place.
+        """
         if len(self._states) == 1:
             positions = kwargs["positions"]
-            places = positions[0] if positions.ndim == 2 else positions  # of M-RoPE, which is the same for text
+            # M-RoPE has several rows of positions, which are equal for text.
+            places = positions[0] if positions.ndim == 2 else positions
             self._places = (places[: len(self._batch)] + 1).tolist()
 
     def _top_tokens(self, original: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -319,8 +333,10 @@ class _Watcher:
 
 
 def _forget_after_divergence(walk: _Request, tokens: list[int]) -> None:
-    """Drop cycles behind the first token that the target chose differently the second time: a near tie, in half
-    precision and another batch."""
+    """Drop the cycles after the first token that differs between the two answers of the target.
+
+    Near ties are decided differently in another batch, because the target computes in half precision.
+    """
     differing = [i for i, (a, b) in enumerate(zip(walk.tokens, tokens, strict=False)) if a != b]
     if differing:
         walk.cycles = {place: state for place, state in walk.cycles.items() if place <= differing[0]}

@@ -1,4 +1,4 @@
-"""A `vllm serve` of one's own: started on loopback, waited for, and never left behind."""
+"""A `vllm serve` process on the loopback interface, which is started, waited for and always stopped."""
 
 import os
 import shutil
@@ -17,17 +17,17 @@ from vllm_slimspec.errors import EngineError
 
 
 class Server:
-    """``vllm serve`` as a context manager.
+    """A ``vllm serve`` process as a context manager.
 
     Args:
         model: the target.
         arguments: further arguments of ``vllm serve``.
-        log: where its output goes; replaced.
-        env: added to the environment.
-        timeout: seconds until it must answer.
+        log: the file that gets the server's output; it is replaced.
+        env: variables that are added to the environment.
+        timeout: seconds within which the server must answer.
 
     Raises (on entry):
-        EngineError: it exited, or did not answer in time. Nothing keeps running.
+        EngineError: the server exited, or did not answer in time. No process is left running.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Server:
     def __enter__(self) -> "Server":
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
-            # A session of its own: the engine's processes are in it, and Ctrl-C reaches them through __exit__ only.
+            # The new session holds the engine's processes. Ctrl-C does not reach them; __exit__ stops them.
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
             )
@@ -83,7 +83,7 @@ class Server:
         self.process = None
 
     def output(self) -> str:
-        """What it has printed so far."""
+        """Return what the server has printed so far."""
         return self.log.read_text(errors="replace")
 
     def _wait(self) -> None:
@@ -102,10 +102,10 @@ class Server:
 
 
 def vllm_command() -> str:
-    """The `vllm` beside this Python, or the one on PATH.
+    """Return the path of the `vllm` command beside this Python, or else on PATH.
 
     Raises:
-        EngineError: neither is there.
+        EngineError: there is no such command.
     """
     found = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if found is None:

@@ -1,7 +1,7 @@
-"""Whether the tensors of a head are those that its spec describes, and finite.
+"""Checks that the tensors of a head match its spec and are finite.
 
-A head is described by the safetensors dtype and the shape of each tensor, so that a folder's headers and the tensors
-that a running engine is sent pass the same checks.
+The checks take the safetensors dtype and the shape of each tensor. So they serve both the headers of a folder and the
+tensors that are sent to a running engine.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,23 +14,24 @@ from vllm_slimspec.head.vocabulary import check_map_shape
 if TYPE_CHECKING:
     import torch
 
-_PIECE = 1 << 20  # numbers of a tensor that are looked at in one go
+_PIECE = 1 << 20  # numbers of a tensor that are checked at once
 
 
 def check_head(
     spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str, *, whole: bool = True
 ) -> None:
-    """Refuse a set of tensors whose head is not the one that ``spec`` describes.
+    """Refuse tensors that do not make up the head that ``spec`` describes.
 
     Args:
-        spec: what config.json says.
-        tensors: name -> (safetensors dtype, shape) of everything in the checkpoint.
-        where: how errors name the checkpoint.
-        whole: False for an update of a head that is there: anything may be missing, but an `up` or its scale alone.
+        spec: the head that config.json describes.
+        tensors: the safetensors dtype and shape of every tensor in the checkpoint, by name.
+        where: the name of the checkpoint, for errors.
+        whole: whether all tensors of the head must be there. With False, for an update of a loaded head, tensors may be
+            missing, but a quantized `up` and its scale must come together.
 
     Raises:
-        CheckpointError: a factor or d2t is missing, has another shape or dtype, or a dense head is there as well, or
-            anything else that calls itself an lm_head.
+        CheckpointError: a factor or d2t is missing or has another shape or dtype, or there is a dense head or another
+            tensor with lm_head in its name that does not belong to the head.
     """
     quantized = UP in tensors and tensors[UP][0] not in FLOATS
     if not whole and quantized != (SCALE in tensors):
@@ -50,19 +51,19 @@ def check_head(
         if tuple(actual) != shape:
             raise CheckpointError(
                 f"{where}: tensor {name} has shape {list(actual)} but config.json says {axes} = {list(shape)}; "
-                "make lm_head_rank, hidden_size and draft_vocab_size those of the tensors"
+                "make lm_head_rank, hidden_size and draft_vocab_size match the tensors"
             )
         if dtype not in allowed:
             raise CheckpointError(
                 f"{where}: tensor {name} has dtype {dtype}, allowed are {', '.join(allowed)}; save it as one of these"
             )
     if strays := sorted(n for n in tensors if "lm_head" in n and n not in (DOWN, UP, SCALE, DENSE)):
-        raise CheckpointError(f"{where}: tensor {strays[0]} is no part of a low-rank head; remove it")
+        raise CheckpointError(f"{where}: tensor {strays[0]} is not part of a low-rank head; remove it")
     if DENSE in tensors and (spec.rerank is None or spec.rerank_rows == "target"):
         without = "without lm_head_rerank" if spec.rerank is None else 'with lm_head_rerank_rows="target"'
         raise CheckpointError(
             f"{where}: holds both the dense {DENSE} and the factors {DOWN}, {UP}, {without}; "
-            "remove the one that is not meant"
+            "remove the head that is not wanted"
         )
     if SCALE in tensors and not quantized:
         raise CheckpointError(
@@ -76,7 +77,7 @@ def check_head(
 def _expected(
     spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, tuple[tuple[int, ...], str, Iterable[str]]]:
-    """Name -> (shape, the shape in words, allowed dtypes) of the head's tensors."""
+    """Return the shape, the shape in words and the allowed dtypes of the head's tensors, by name."""
     v, r, d = spec.draft_vocab_size, spec.rank, spec.hidden_size
     out: dict[str, tuple[tuple[int, ...], str, Iterable[str]]] = {DOWN: ((r, d), "[rank, hidden_size]", FLOATS)}
     stored = tensors.get(UP, ("", ()))[0]
@@ -93,7 +94,13 @@ def _expected(
 
 
 def check_vocabulary(spec: HeadSpec, vocab_size: int, target: str, where: str) -> None:
-    """Refuse a target of another vocabulary.
+    """Refuse a target whose vocabulary size is not the one in ``spec``.
+
+    Args:
+        spec: the head.
+        vocab_size: the target's vocabulary size.
+        target: the name of the target, for errors.
+        where: the name of the drafter, for errors.
 
     Raises:
         CheckpointError: the sizes differ.
@@ -106,10 +113,15 @@ def check_vocabulary(spec: HeadSpec, vocab_size: int, target: str, where: str) -
 
 
 def check_finite(name: str, tensor: "torch.Tensor", where: str) -> None:
-    """Refuse a tensor that would spoil the drafts.
+    """Refuse a tensor that holds NaN or Inf.
+
+    Args:
+        name: the name of the tensor, for errors.
+        tensor: the tensor.
+        where: the name of the checkpoint, for errors.
 
     Raises:
-        CheckpointError: it holds NaN or Inf.
+        CheckpointError: the tensor holds NaN or Inf.
     """
     if count := count_not_finite(tensor):
         raise CheckpointError(
@@ -119,14 +131,14 @@ def check_finite(name: str, tensor: "torch.Tensor", where: str) -> None:
 
 
 def count_not_finite(tensor: "torch.Tensor") -> int:
-    """How many numbers of a tensor are NaN or Inf."""
+    """Return how many numbers of a tensor are NaN or Inf."""
     import torch
 
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return 0
     count = 0
-    # In pieces: this runs while the target fills the memory of the machine. The extremes are a hundred times faster
-    # than a look at each number, and not finite where any number is not.
+    # The tensor is checked in pieces, because the target already fills the machine's memory. The minimum and maximum
+    # are not finite if any number is not, and they are a hundred times faster than a check of each number.
     for part in tensor.flatten().split(_PIECE):
         part = part.float() if part.dtype.itemsize == 1 else part
         if not bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()):
@@ -135,7 +147,7 @@ def count_not_finite(tensor: "torch.Tensor") -> int:
 
 
 def describe(tensor: "torch.Tensor") -> tuple[str, tuple[int, ...]]:
-    """A tensor's dtype, by safetensors' name, and shape, as :func:`check_head` takes them."""
+    """Return the safetensors name of a tensor's dtype, and its shape, as :func:`check_head` takes them."""
     import torch
 
     names = {

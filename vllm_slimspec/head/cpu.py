@@ -1,10 +1,9 @@
-"""Factors in the layouts that CPUs read fastest, made once at load.
+"""The factors in the layouts that CPUs read fastest. They are made once, at load.
 
-A bfloat16 factor is reordered by oneDNN, which then reads it at memory speed (the row-major one it does not). A
-quantized `up` keeps two forms: the ATen kernel for weight-only integers, which wins for the few rows of a small batch
-because it reads fewer bytes, and beside it the dequantized bfloat16 one, which wins from then on because its
-arithmetic is faster: both integer kernels take rows four at a time, and the fifth is one too many
-(docs/results/crossover-cpu.json, by `slimspec tune`).
+oneDNN reorders a bfloat16 factor and then reads it at memory speed, which it does not reach with a row-major one. A
+quantized `up` is kept in two forms. For up to four rows, ATen's weight-only integer kernels are faster, because they
+read fewer bytes. For more rows the dequantized bfloat16 form is faster, because its arithmetic is, and because the
+integer kernels process four rows at a time (docs/results/crossover-cpu.json, from `slimspec tune`).
 """
 
 from typing import NamedTuple
@@ -16,13 +15,13 @@ from torch import Tensor
 from vllm_slimspec.head.quantized import QuantizedUp
 
 INTEGER_ROWS = 4
-"""Up to this many rows the kernels for weight-only integers beat bfloat16."""
+"""Up to this many rows, the weight-only integer kernels are faster than bfloat16."""
 
 RANK_MULTIPLE = 32
-"""What the integer kernels want R to be a multiple of (the int8 one crashes on anything but a multiple of 16)."""
+"""The integer kernels need R to be a multiple of this. (The int8 kernel crashes if R is not a multiple of 16.)"""
 
 _INT4_GROUPS = (256, 128, 64, 32)
-_INT4_ENTRIES = 16  # rows of a block: V is padded to a multiple of it
+_INT4_ENTRIES = 16  # rows of a block; V is padded to a multiple of it
 
 
 class _Int8(NamedTuple):
@@ -34,7 +33,7 @@ class _Int8(NamedTuple):
 
 
 class _Int4(NamedTuple):
-    weight: Tensor  # opaque
+    weight: Tensor  # in ATen's packed layout
     scale_and_zero: Tensor  # [R / group, V, 2]
     group_size: int
 
@@ -43,13 +42,13 @@ class _Int4(NamedTuple):
 
 
 class PackedFactor:
-    """A factor [N, K] as :func:`vllm_slimspec.ops.pack` makes it: it only multiplies, ``x @ factor.T``."""
+    """A factor [N, K] from :func:`vllm_slimspec.ops.pack`. It can only be multiplied: ``x @ factor.T``."""
 
     def __init__(self, factor: Tensor | QuantizedUp, dtype: torch.dtype) -> None:
         self.shape = torch.Size(factor.shape)
         self.dtype = dtype
         self.device = factor.device
-        self.integer_rows = 0  # up to so many rows the integer form multiplies
+        self.integer_rows = 0  # the integer form is used for up to this many rows
         self._small: _Int8 | _Int4 | None = None
         self._scale: Tensor | None = None  # [N]
         if isinstance(factor, QuantizedUp):
@@ -57,7 +56,7 @@ class PackedFactor:
                 self._small = _integer_form(factor)
                 self.integer_rows = INTEGER_ROWS if self._small else 0
             if dtype == torch.bfloat16 and factor.group_size is None:
-                # every entry is a bfloat16 number, its product with the scale is not
+                # Every entry is exact in bfloat16, but its product with the scale is not, so scale the result instead.
                 self._scale = factor.scale.squeeze(1).to(dtype)
                 factor = factor.integers().to(dtype)
             else:
@@ -67,7 +66,7 @@ class PackedFactor:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(factor.contiguous(), 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, K] -> [B, N], rounded to the dtype."""
+        """Return ``x @ factor.T`` in the factor's dtype: [B, K] -> [B, N]."""
         if 0 < x.shape[0] <= self.integer_rows:
             assert self._small is not None
             return self._small(x.contiguous())[:, : self.shape[0]]

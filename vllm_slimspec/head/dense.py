@@ -1,7 +1,8 @@
-"""A dense head as it is stored: which tensors are one that can be read, and which are refused by name.
+"""Finding and reading a stored dense head, and refusing forms that cannot be read.
 
-A head in floats is ``lm_head.weight``. A head in float8 has ``lm_head.weight_scale`` beside it, one number for all or
-one a row, and is multiplied out. Every other packing, and a bias, would be lost or taken for something else.
+A head in floats is the tensor ``lm_head.weight``. A head in float8 also has ``lm_head.weight_scale``, one number for
+all rows or one for each row, and is dequantized. Every other quantization and a bias are refused, because they would be
+dropped or misread.
 
 Letters: D hidden size, V rows of the head.
 """
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
-_ROWS = 4096  # that are multiplied out in one go
+_ROWS = 4096  # rows that are dequantized at once
 
 Described = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors dtype, shape
 
@@ -27,10 +28,14 @@ class StoredHead:
     """The names of a dense head's tensors."""
 
     weight: str
-    scale: str | None  # of float8
+    scale: str | None  # of a head in float8; None for a head in floats
 
     def read(self, load: Callable[[str], "torch.Tensor"]) -> "torch.Tensor":
-        """The head in floats, [V, D]; in bfloat16 where it is stored in float8."""
+        """Load the head and return it in floats, [V, D]. A head stored in float8 becomes bfloat16.
+
+        Args:
+            load: returns the tensor of a name.
+        """
         import torch
 
         weight = load(self.weight)
@@ -42,19 +47,20 @@ class StoredHead:
 
 
 def stored_head(tensors: Described, shape: tuple[int, int], where: str, *, prefixed: bool = False) -> StoredHead | None:
-    """Find the dense head among a model's tensors.
+    """Find the dense head among a model's tensors and return the names of its tensors.
 
     Args:
-        tensors: of the model, or only those that have lm_head in their names.
+        tensors: the safetensors dtype and shape of the model's tensors, or only of those with lm_head in their names.
         shape: [V, D] of the head.
-        where: how errors name the model.
-        prefixed: whether the head may be the part of something (of a target it may; vLLM's drafters have it on top).
+        where: the name of the model, for errors.
+        prefixed: whether the names may have a prefix. A target's may; vLLM looks for a drafter's head without one.
 
     Returns:
-        the names of its tensors; None where no tensor has lm_head in its name.
+        the names of the head's tensors; None if no tensor has lm_head in its name.
 
     Raises:
-        CheckpointError: names a tensor that is quantized in a way that is not read, or a bias, or of another shape.
+        CheckpointError: a tensor has another shape, is quantized in an unsupported way, or is a bias; the message names
+            it.
     """
     names = sorted(name for name in tensors if "lm_head" in name and not name.startswith("verifier_"))
     if not names:
@@ -78,14 +84,14 @@ def stored_head(tensors: Described, shape: tuple[int, int], where: str, *, prefi
     if actual != shape:
         raise CheckpointError(
             f"{where}: tensor {weight} has shape {list(actual)}, but config.json says [draft_vocab_size, hidden_size] "
-            f"= {list(shape)} (of a target vocab_size); make these keys those of the tensors"
+            f"= {list(shape)} (for a target: vocab_size); make these keys match the tensors"
         )
     if in_float8:
         scale_dtype, scale_shape = tensors[scale]
         if scale_dtype not in FLOATS or scale_shape not in ((), (1,), (1, 1), (shape[0],), (shape[0], 1)):
             raise CheckpointError(
-                f"{where}: tensor {scale} is {scale_dtype} {list(scale_shape)}, and a head in float8 is read with one "
-                "scale for all or one a row, in floats; use the model from which it was quantized"
+                f"{where}: tensor {scale} is {scale_dtype} {list(scale_shape)}, but a head in float8 needs one scale "
+                "for all rows or one for each row, in floats; use the model from which it was quantized"
             )
     return StoredHead(weight, scale if in_float8 else None)
 
@@ -96,6 +102,6 @@ def _refusal(name: str, dtype: str, where: str) -> str:
             f"{where}: tensor {name} is the bias of a head, which vLLM's drafters do not add; use a model without one"
         )
     return (
-        f"{where}: tensor {name} ({dtype}) belongs to a quantized head in a form that is not read; use the model from "
-        "which it was quantized"
+        f"{where}: tensor {name} ({dtype}) belongs to a quantized head in a form that is not supported; use the model "
+        "from which it was quantized"
     )

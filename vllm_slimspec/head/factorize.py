@@ -1,23 +1,26 @@
-"""A dense LM head as two factors, by a weighted singular value decomposition that never sees the whole matrix.
+"""Factorize a dense LM head by a weighted singular value decomposition that never holds the whole matrix in float64.
 
-Plain SVD keeps the directions in which the *weights* are large. Drafts are made from hidden states, which fill only a
-few of those directions, and most vocabulary rows are almost never the answer; so the error is measured where it counts:
+Plain SVD keeps the directions in which the *weights* are large. But drafts are made from hidden states, which fill only
+a few of those directions, and most rows of the vocabulary are almost never chosen. So the error is weighted by both:
 
     minimize  sum over v of  p[v] * E[ ((W' - up down)[v] . h)^2 ],   W' = W - 1 mean,   mean = sum over v of p[v] W[v]
 
-with p the mean softmax probability of each token and E over hidden states. Subtracting one row from all others shifts
-every logit alike, so it changes neither argmax nor softmax. With S = E[h h^T]^(1/2) the optimum is the truncated SVD of
-sqrt(p) W' S, undone on both sides; its right singular vectors are the eigenvectors of the D x D Gram matrix, which is
-accumulated over chunks of the vocabulary. Letters: N states, D hidden size, R rank, V vocabulary.
+Here p is the mean softmax probability of each token, and E is the mean over hidden states. Subtracting the same row
+from all rows shifts all logits equally, so neither argmax nor softmax changes. With S = E[h h^T]^(1/2), the optimum is
+the truncated SVD of sqrt(p) W' S, with sqrt(p) and S then divided out again. Its right singular vectors are the
+eigenvectors of the D x D Gram matrix, which is accumulated over chunks of the vocabulary.
+
+Letters: N states, D hidden size, R rank, V vocabulary.
 """
 
 import torch
 
-# Rows to work on at once: [8192, 4096] is 256 MiB in float64.
+# Rows that are processed at once: [8192, 4096] is 256 MiB in float64.
 _CHUNK = 8192
-# A token that the calibration states never make likely still keeps this share of a uniform token's weight.
+# A token to which the calibration states give no probability keeps this share of the weight of a uniform token.
 _FLOOR = 0.1
-# Of the mean variance, added to each direction: states that do not span the space must not make S singular.
+# This share of the mean variance is added to each direction, so that S is not singular if the states do not span the
+# space.
 _DAMPING = 1e-6
 
 
@@ -28,21 +31,23 @@ def factorize(
     second_moment: torch.Tensor | None = None,
     probabilities: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best ``up @ down`` of this rank for ``weight``, up to one row added to all (which no draft can see).
+    """Factorize a dense head and return the best ``down`` and ``up`` of this rank.
+
+    ``up @ down`` approximates ``weight`` minus one row that is subtracted from all rows, which changes no draft.
 
     Args:
-        weight: dense head [V, D], any floating dtype and device.
+        weight: the dense head [V, D], in any floating dtype and on any device.
         rank: R, 1 to min(V, D).
-        second_moment: E[h h^T] [D, D] of the states the head will meet; see :func:`second_moment`. None: identity.
-        probabilities: mean probability of each token, [V]; see :func:`token_probabilities`. None: all rows count
-            alike and no row is subtracted, so that with ``second_moment=None`` this is the plain truncated SVD.
+        second_moment: E[h h^T] [D, D] of the states in service; see :func:`second_moment`. None: the identity.
+        probabilities: the mean probability of each token, [V]; see :func:`token_probabilities`. None: all rows have the
+            same weight and no row is subtracted. If ``second_moment`` is None too, this is the plain truncated SVD.
 
     Returns:
-        down [R, D] and up [V, R] in the dtype of ``weight``, each row of ``down`` with the root mean square of its
-        column of ``up`` (an optimizer that steps both alike then moves both alike).
+        down [R, D] and up [V, R] in the dtype of ``weight``. Each row of ``down`` has the same root mean square as its
+        column of ``up``, so that an optimizer changes both at the same rate.
 
     Raises:
-        ValueError: a shape or the rank does not fit, or the weights are not finite.
+        ValueError: a shape or the rank does not fit, or a value is not finite.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, must be a floating-point [V, D]; pass a head")
@@ -65,19 +70,19 @@ def factorize(
     for rows, share in zip(weight.split(_CHUNK), row_weights.split(_CHUNK), strict=True):
         centered = rows.double() - mean
         gram += centered.T @ (share[:, None] * centered)
-    # Both factors S of the Gram matrix stand outside of the sum over the vocabulary: half the work.
+    # S is multiplied on both sides after the sum over the vocabulary, which halves the work.
     directions = torch.linalg.eigh(root @ gram @ root).eigenvectors[:, -rank:].flip(1)  # [D, R], largest first
 
     down = directions.T @ inverse_root
     lift = root @ directions
     up = torch.cat([(rows.double() - mean) @ lift for rows in weight.split(_CHUNK)])
     balance = (_rms(up, 0) / _rms(down, 1)).sqrt()
-    balance = torch.where(balance > 0, balance, 1.0)  # a direction the head does not have
+    balance = torch.where(balance > 0, balance, 1.0)  # 0 where the rank of the head is below R
     return (down * balance[:, None]).to(weight.dtype), (up / balance).to(weight.dtype)
 
 
 def second_moment(states: torch.Tensor) -> torch.Tensor:
-    """E[h h^T] of states [N, D], uncentered, as float64 [D, D]."""
+    """Return the uncentered second moment E[h h^T] of states [N, D], as float64 [D, D]."""
     _check_states(states)
     total = states.new_zeros(states.shape[1], states.shape[1], dtype=torch.float64)
     for chunk in states.split(_CHUNK):
@@ -86,7 +91,7 @@ def second_moment(states: torch.Tensor) -> torch.Tensor:
 
 
 def token_probabilities(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Mean softmax probability of each token for states [N, D] under the head [V, D], as float64 [V]."""
+    """Return the mean softmax probability of each token, float64 [V], for states [N, D] under the head [V, D]."""
     _check_states(states)
     total = weight.new_zeros(weight.shape[0], dtype=torch.float64)
     for chunk in states.split(max(1, 2**25 // weight.shape[0])):  # at most 128 MiB of float32 logits
@@ -95,7 +100,7 @@ def token_probabilities(weight: torch.Tensor, states: torch.Tensor) -> torch.Ten
 
 
 def _roots(moment: torch.Tensor | None, hidden: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """S = moment^(1/2) and its inverse, float64 [D, D]."""
+    """Return S = moment^(1/2) and its inverse, float64 [D, D]."""
     if moment is None:
         eye = torch.eye(hidden, dtype=torch.float64, device=device)
         return eye, eye

@@ -1,14 +1,14 @@
-"""The form of every tensor that a draft model hands to vLLM: contiguous, and of the dtype that vLLM reads.
+"""The form of every tensor that a draft model returns to vLLM: contiguous, and in the dtype that vLLM reads.
 
-Model Runner V2 reads ids, hidden states and logits in Triton kernels that are given no stride of the last dimension,
-such as ``tl.load(draft_tokens_ptr + req_idx)`` (tests/contract.py has every such line). What lies in memory between the
-entries of a view is drafted for the other requests of the batch, if a view is what they are given. Verification
-rejects those tokens, so that no answer shows it.
+Model Runner V2 reads ids, hidden states and logits in Triton kernels that assume a stride of 1 in the last dimension,
+such as ``tl.load(draft_tokens_ptr + req_idx)`` (tests/contract.py has every such line). With a strided view, these
+kernels read the memory between its entries, and draft wrong tokens for other requests of the batch. Verification
+rejects those tokens, so the fault would not show in the answers.
 """
 
 import torch
 
 
 def hand_over(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``tensor`` as it may go to vLLM; nothing is copied where it has that form already."""
+    """Return ``tensor`` in the form that vLLM may read. It is copied only if it does not have that form yet."""
     return tensor.to(dtype).contiguous()

@@ -12,15 +12,18 @@ from vllm_slimspec.head import ops
 from vllm_slimspec.head.spec import DOWN, SCALE, UP, HeadSpec
 
 
-class _LaidOutAgain(UnquantizedEmbeddingMethod):
-    """vLLM's own; its last word on a layer that was loaded, and after an online update was loaded again, in pieces."""
+class _LayOutAfterLoading(UnquantizedEmbeddingMethod):
+    """vLLM's method for unquantized heads, which also lays the factors out again after an online update.
+
+    vLLM calls it when all weights of a layer are loaded, the first time and after every online update.
+    """
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
         assert isinstance(layer, LowRankHead)
-        if layer.factors is None:  # the first load: `prepare` is still to come
+        if layer.factors is None:  # At the first load, `prepare` lays the factors out later.
             return
-        if missing := {DOWN, UP} - layer.fresh:  # vLLM keeps nothing of a layer that is loaded again
+        if missing := {DOWN, UP} - layer.fresh:  # vLLM has discarded the old weights of the layer.
             raise CheckpointError(
                 f"an update of the draft head came without {', '.join(sorted(missing))}; send {DOWN} and {UP} together"
             )
@@ -30,35 +33,37 @@ class _LaidOutAgain(UnquantizedEmbeddingMethod):
 class LowRankHead(ParallelLMHead):
     """A [V, D] head as two factors: ``weight`` is up [V, R], ``down`` is [R, D].
 
-    ``weight`` is an ordinary vocabulary-parallel head over R, so padding, sharding and the gathering of logits are
-    vLLM's own. ``down`` is replicated (R * D numbers: 4 MB at D=4096), and a plain parameter, because vLLM's CPU
-    backend empties the weights of its linear layers once it has packed them.
+    ``weight`` is an ordinary vocabulary-parallel head with hidden size R, so vLLM pads it, shards it and gathers its
+    logits. ``down`` is replicated on every rank (R * D numbers: 4 MB at D=4096). It is a plain parameter, because
+    vLLM's CPU backend empties the weights of a linear layer after packing them.
 
-    Drafting reads ``factors``: the same two, quantized if the checkpoint says so, in the layout of the device. What
-    they are made of may come all at once or, into a running engine, in pieces.
+    Drafting reads ``factors``: the same two factors in the device's fastest layout, quantized if the checkpoint says
+    so. Their tensors are loaded all at once, or in pieces when a running engine is updated.
     """
 
     def __init__(self, spec: HeadSpec, prefix: str = "") -> None:
         super().__init__(spec.draft_vocab_size, spec.rank, prefix=prefix)
         self.spec = spec
-        self.quant_method = _LaidOutAgain()
+        self.quant_method = _LayOutAfterLoading()
         self.down = torch.nn.Parameter(
             torch.empty(spec.rank, spec.hidden_size, dtype=self.weight.dtype), requires_grad=False
         )
         self.down.weight_loader = self.weight_loader  # type: ignore[attr-defined]
-        self.device = self.weight.device  # while an engine is updated, the parameters are on none
+        self.device = self.weight.device  # kept, because the parameters are on the meta device during an online update
         shard = self.shard_indices
         self.first_id = shard.org_vocab_start_index
         self.local_vocab = shard.org_vocab_end_index - shard.org_vocab_start_index  # rows that are not padding
-        self.quantized: ops.QuantizedUp | None = None  # as the checkpoint stores it, until it is laid out
+        self.quantized: ops.QuantizedUp | None = None  # `up` as the checkpoint stores it, until `lay_out` reads it
         self.factors: tuple[ops.Down, ops.Up] | None = None
-        self.fresh: set[str] = set()  # which of the two came since they were laid out
+        self.fresh: set[str] = set()  # the factors that were loaded since the last `lay_out`
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take what a checkpoint, or a piece of one, has of the head; this rank keeps its rows.
+        """Load the head's tensors from a checkpoint or a piece of one, and keep this rank's rows.
 
-        By the loaders of the parameters, in whose place vLLM puts its own while an engine is updated. A quantized `up`
-        comes with its scale.
+        The parameters' own loaders are called, because vLLM replaces them during an online update.
+
+        Args:
+            tensors: any of the head's tensors by name; a quantized `up` together with its scale.
         """
         self.fresh |= {DOWN, UP} & tensors.keys()
         if UP in tensors:
@@ -74,16 +79,16 @@ class LowRankHead(ParallelLMHead):
     def prepare(
         self, max_batch: int, dense: torch.Tensor | None = None, dense_rows: torch.Tensor | None = None
     ) -> None:
-        """Lay the factors out, and compile and run every kernel variant that up to ``max_batch`` rows can need.
+        """Lay the factors out, and compile and run every kernel variant that batches of up to ``max_batch`` rows need.
 
-        Call it once, before graph capture, with what :meth:`argmax` will be given.
+        Call it once, before graph capture, with the ``dense`` and ``dense_rows`` of later :meth:`argmax` calls.
         """
         self.lay_out()
         assert self.factors is not None
         ops.prepare(*self.factors, max_batch, k=self.spec.rerank, dense=dense, dense_rows=dense_rows)
 
     def lay_out(self) -> None:
-        """Make ``factors`` of what was loaded; loaded again, they stay where captured graphs read them."""
+        """Make ``factors`` from the loaded tensors. Reuse existing memory, which captured graphs read."""
         up = self.weight.data
         if self.spec.quantization is None:
             factors = ops.pack(self.down.data, up)
@@ -96,28 +101,28 @@ class LowRankHead(ParallelLMHead):
             return
         self.factors = factors
         if isinstance(factors[1], ops.QuantizedUp):
-            # No parameter has these numbers: as buffers they outlive a sleep of level 2, which keeps only those.
+            # No parameter holds these numbers. A sleep of level 2 keeps buffers only.
             self.register_buffer("up_weight", factors[1].weight, persistent=False)
             self.register_buffer("up_scale", factors[1].scale, persistent=False)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, D] -> [B, R], rounded to the model dtype."""
+        """Return the hidden states projected by ``down``, in the model dtype: [B, D] -> [B, R]."""
         return F.linear(hidden, self.down)
 
     def argmax(
         self, hidden: torch.Tensor, dense: torch.Tensor | None = None, dense_rows: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best draft id of each row and its score, over all tensor-parallel ranks.
+        """Return the best draft id of each row and its score, over all tensor-parallel ranks.
 
-        Where it re-ranks, every rank scores the k best of its own entries again.
+        If the head re-ranks, each rank scores the k best of its own entries again.
 
         Args:
-            hidden: [B, D], the model dtype.
-            dense: [N, D], for a head that re-ranks: this rank's rows of the dense head.
-            dense_rows: int64 [V], the row of each of this rank's draft ids; None if they are the same.
+            hidden: the hidden states [B, D] in the model dtype.
+            dense: this rank's rows [N, D] of the dense head, for a head that re-ranks; otherwise None.
+            dense_rows: int64 [V], the row in ``dense`` of each of this rank's draft ids; None if row i belongs to id i.
 
         Returns:
-            values float32 [B], ids int64 [B] in the draft vocabulary; the lowest id wins a tie.
+            scores float32 [B], and ids int64 [B] in the draft vocabulary. The lowest id wins a tie.
         """
         assert self.factors is not None, "prepare() comes first"
         if dense is None:
@@ -130,24 +135,27 @@ class LowRankHead(ParallelLMHead):
             values, ids = (tensor[:, 0] for tensor in best)
         if self.tp_size == 1:
             return values, ids
-        # One collective of float32, the one dtype that every backend gathers. The ids travel as bits, not as numbers,
-        # which float32 would round above 2**24.
+        # One collective gathers scores and ids as float32, the only dtype that every backend gathers. The ids travel
+        # as bits, because float32 would round numbers above 2**24.
         bits = (ids + self.first_id).int().view(torch.float32)
         pairs = tensor_model_parallel_all_gather(torch.stack([values, bits], dim=-1), dim=-1)
         values, bits = pairs.view(-1, self.tp_size, 2).unbind(dim=-1)
         return ops.reduce_pairs(values, bits.contiguous().view(torch.int32).long())
 
     def _shard(self, up: ops.QuantizedUp) -> ops.QuantizedUp:
-        """This rank's rows, with rows of zeros for padding."""
+        """Return this rank's rows, padded with rows of zeros."""
         rows = slice(self.first_id, self.first_id + self.local_vocab)
         padding = (0, 0, 0, self.weight.shape[0] - self.local_vocab)
-        raw = up.weight[rows].view(torch.uint8)  # F.pad knows no float8
+        raw = up.weight[rows].view(torch.uint8)  # F.pad does not support float8
         weight = F.pad(raw, padding).view(up.weight.dtype)
         return ops.QuantizedUp(weight, F.pad(up.scale[rows], padding), up.group_size).to(self.device)
 
 
 def in_place(old: tuple[ops.Down, ops.Up], new: tuple[ops.Down, ops.Up]) -> tuple[ops.Down, ops.Up]:
-    """``new`` in the memory of ``old``; where their layouts are a CPU's, which captures no graphs, just ``new``."""
+    """Copy ``new`` into the memory of ``old`` and return ``old``.
+
+    Return ``new`` itself if the factors are packed for a CPU, which captures no graphs.
+    """
     for kept, fresh in zip(old, new, strict=True):
         if isinstance(kept, ops.QuantizedUp) and isinstance(fresh, ops.QuantizedUp):
             kept.weight.view(torch.uint8).copy_(fresh.weight.view(torch.uint8))

@@ -1,17 +1,18 @@
 """Low-rank LM-head operations on plain tensors, without vLLM.
 
-Letters in every signature: B rows (tokens being drafted), D hidden size, R rank, V draft vocabulary. A head is two
-factors, ``down`` [R, D] and ``up`` [V, R]: ``z = down(hidden)`` is rounded to the model dtype, a score is
-``z . up[v]``. Everywhere ``up`` may also be a :class:`QuantizedUp`, and the two factors may be what :func:`pack` made
-of them at load, which is what to serve with.
+Letters in every signature: B rows (tokens being drafted), D hidden size, R rank, V draft vocabulary.
+
+A head is two factors, ``down`` [R, D] and ``up`` [V, R]. ``z = down(hidden)`` is rounded to the model dtype, and the
+score of entry v is ``z . up[v]``. Every function also takes a :class:`QuantizedUp` as ``up``. To serve a head, pass the
+two factors that :func:`pack` returned at load.
 
 Every function takes ``impl``: "torch" (any device), "triton" (a GPU, or a CPU under ``TRITON_INTERPRET=1``) or "auto",
-which is Triton on a GPU and torch elsewhere; the environment variable ``SLIMSPEC_IMPL`` decides for "auto".
-Triton is imported on its first use. Arguments are checked in microseconds and nothing synchronizes with the device,
-so that after :func:`prepare` every function can be captured in a CUDA graph.
+which is the value of the environment variable ``SLIMSPEC_IMPL``, or else Triton on a GPU and torch elsewhere. Triton is
+imported on its first use. Arguments are checked in microseconds and nothing synchronizes with the device, so after
+:func:`prepare` every function can be captured in a CUDA graph.
 
-In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and -inf comes with id 0. Results are
-contiguous.
+In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and a score of -inf has id 0. Results
+are contiguous.
 """
 
 import functools
@@ -56,15 +57,16 @@ def low_rank_logits(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Logits of every vocabulary entry -> [B, V] in the dtype of ``hidden``.
+    """Return the logits of every vocabulary entry, [B, V] in the dtype of ``hidden``.
 
-    Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or ``impl`` does not fit; the message names the argument.
     """
     if _check(hidden, down, up, impl) == "triton":
         from vllm_slimspec.kernels.low_rank_logits import low_rank_logits as kernel
 
         return kernel(hidden, down, up)
-    return _product(_product(hidden, down), up).contiguous()  # a packed factor may have padded V, and gives a view
+    return _product(_product(hidden, down), up).contiguous()  # a packed factor with padded V returns a view
 
 
 def low_rank_argmax(
@@ -75,15 +77,19 @@ def low_rank_argmax(
     valid_vocab: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Best vocabulary entry of each row -> (scores float32 [B], ids int64 [B]).
+    """Return the best vocabulary entry of each row, as (scores float32 [B], ids int64 [B]).
 
-    Entries at and beyond ``valid_vocab`` (padding) never win; with ``valid_vocab=0`` every row is (-inf, 0). Triton
-    compares float32 scores, torch scores rounded to the model dtype, which may tie or swap entries closer than that
-    rounding. From the batch on where an unfused GEMM is faster on a GPU (128 rows, or what its tuned table says; never
-    with a quantized ``up``), that is what runs: a row may draft another of two such entries than in a smaller batch.
-    The idea of the fused argmax: FlashSampling (arXiv 2603.15854); the head: SlimSpec (arXiv 2605.10453).
+    Entries at and beyond ``valid_vocab`` (padding) never win. With ``valid_vocab=0`` every row is (-inf, 0).
 
-    Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
+    Triton compares float32 scores. Torch compares scores that are rounded to the model dtype, so entries closer than
+    that rounding may tie or swap. On a GPU an unfused torch GEMM runs for batches where it is faster: from 128 rows on,
+    or as the tuned table says, and never with a quantized ``up``. So a row may draft another of two such entries in a
+    large batch than in a small one.
+
+    The fused argmax is the idea of FlashSampling (arXiv 2603.15854), and the head that of SlimSpec (arXiv 2605.10453).
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or ``impl`` does not fit; the message names the argument.
     """
     implementation = _check(hidden, down, up, impl)
     valid_vocab = _check_valid_vocab(valid_vocab, up)
@@ -97,7 +103,7 @@ def low_rank_argmax(
         batch = hidden.shape[0]
         return hidden.new_full((batch,), float("-inf"), dtype=torch.float32), hidden.new_zeros(batch, dtype=torch.int64)
     values, ids = best_of(_product(_product(hidden, down), up)[:, :valid_vocab])
-    return values, torch.where(values > float("-inf"), ids, 0)  # false for NaN too
+    return values, torch.where(values > float("-inf"), ids, 0)  # the comparison is false for NaN too
 
 
 def low_rank_topk(
@@ -109,14 +115,14 @@ def low_rank_topk(
     valid_vocab: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` best entries of each row, best first -> (scores float32 [B, k], ids int64 [B, k]).
+    """Return the ``k`` best entries of each row, best first, as (scores float32 [B, k], ids int64 [B, k]).
 
-    The exact top-k, whatever the order of the vocabulary: no entry is lost because better ones sit beside it. Where
-    fewer than ``k`` entries are valid, the rest is (-inf, 0). Triton compares float32 scores at every
-    batch, torch rounded ones.
+    The top-k is exact for every order of the vocabulary. If fewer than ``k`` entries are valid, the rest is (-inf, 0).
+    Triton compares float32 scores at every batch size, torch compares scores rounded to the model dtype.
 
-    Raises TypeError or ValueError naming the argument where a dtype, shape, device, ``k`` (1 to 64, at most V) or
-    ``impl`` does not fit.
+    Raises:
+        TypeError, ValueError: a dtype, shape, device, ``k`` (1 to 64, at most V) or ``impl`` does not fit; the message
+            names the argument.
     """
     implementation = _check(hidden, down, up, impl)
     valid_vocab = _check_valid_vocab(valid_vocab, up)
@@ -139,14 +145,18 @@ def low_rank_rerank(
     valid_vocab: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`low_rank_topk` rescored by a dense head -> (scores float32 [B, k], ids int64 [B, k]), best first.
+    """Score the entries of :func:`low_rank_topk` again with a dense head, and return them best first.
 
-    A score is ``hidden . dense[row]``, accumulated in float32; the row of entry i is i, or ``dense_rows[i]`` (int64,
-    below N; not checked, since that would wait for the device). Column 0 is the dense head's argmax over the
-    candidates: SpecVocab's draft (arXiv 2602.13836).
+    A score is ``hidden . dense[row]``, accumulated in float32. The row of entry i is i, or ``dense_rows[i]`` (int64,
+    below N; this is not checked, because the check would wait for the device). Column 0 of the result is the dense
+    head's argmax over the candidates, which SpecVocab drafts (arXiv 2602.13836).
 
-    Raises TypeError or ValueError naming the argument where a dtype, shape, device, ``k`` (1 to 64, at most V) or
-    ``impl`` does not fit.
+    Returns:
+        scores float32 [B, k], ids int64 [B, k].
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device, ``k`` (1 to 64, at most V) or ``impl`` does not fit; the message
+            names the argument.
     """
     implementation = _check(hidden, down, up, impl)
     valid_vocab = _check_valid_vocab(valid_vocab, up)
@@ -166,11 +176,12 @@ def reduce_pairs(
     *,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Each row's highest value (float32) and its id (int64, below 2**31) -> (float32 [B], int64 [B]).
+    """Return the highest value of each row and its id, as (float32 [B], int64 [B]).
 
-    Exact, for the (value, global id) pairs of N tensor-parallel ranks in any order.
+    The pairs may be those of N tensor-parallel ranks, with global ids below 2**31, in any order. The result is exact.
 
-    Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or ``impl`` does not fit; the message names the argument.
     """
     if values.dtype != torch.float32:
         raise TypeError(f"values must be float32, got {values.dtype}")
@@ -188,7 +199,7 @@ def reduce_pairs(
         return kernel(values, ids)
     best = values.amax(dim=1)
     best_ids = torch.where(values == best[:, None], ids, torch.iinfo(torch.int64).max).amin(dim=1)
-    return best, torch.where(best > float("-inf"), best_ids, 0)  # false for NaN too
+    return best, torch.where(best > float("-inf"), best_ids, 0)  # the comparison is false for NaN too
 
 
 def pack(
@@ -197,13 +208,15 @@ def pack(
     *,
     impl: str = "auto",
 ) -> tuple[Down, Up]:
-    """The two factors in the layout their device reads fastest, for every function here. Call it once, at load.
+    """Return the two factors in the layout that their device reads fastest. Call it once, at load.
 
-    On a GPU the rank is padded with zeros to what the kernels read at a time; a factor that needs nothing is returned
-    as it is. On a CPU both become a :class:`PackedFactor`, which costs a copy of the factor (and a bfloat16 copy beside
-    a quantized one): drop the originals if nothing else reads them. Never store the result.
+    Every function of this module takes the result; never store it in a checkpoint. On a GPU the rank is padded with
+    zeros to a multiple of what the kernels read at once, and a factor that needs no padding is returned as it is. On a
+    CPU both become a :class:`PackedFactor`, which copies the factor (a quantized one also gets a bfloat16 copy), so
+    drop the originals if nothing else reads them.
 
-    Raises TypeError or ValueError naming the argument where a dtype, shape, device or ``impl`` does not fit.
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or ``impl`` does not fit; the message names the argument.
     """
     implementation = _check(down.new_empty(0, down.shape[-1]), down, up, impl)
     rank = up.shape[1]
@@ -234,9 +247,12 @@ def prepare(
 ) -> None:
     """Compile and launch every kernel variant that batches of 1 to ``max_batch`` rows can need.
 
-    Those of :func:`low_rank_argmax`, with ``k`` those of :func:`low_rank_topk`, and with ``dense`` (and ``dense_rows``)
-    those of :func:`low_rank_rerank`; give what will be served. Call it once, outside of CUDA-graph capture; afterwards
-    nothing compiles on that path. Torch needs none of it.
+    The variants are those of :func:`low_rank_argmax`, also of :func:`low_rank_topk` if ``k`` is given, and also of
+    :func:`low_rank_rerank` if ``dense`` is given. Pass the arguments of the calls in service. Call it once, outside of
+    CUDA-graph capture; afterwards these functions compile nothing. With torch it does nothing.
+
+    Raises:
+        ValueError: ``max_batch`` is below 1, or ``impl`` does not fit.
     """
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
@@ -246,7 +262,7 @@ def prepare(
 
     batches = {min(bucket, max_batch) for bucket in BATCH_BUCKETS}
     if gemm_wins(down.device, max_batch, up):
-        batches.add(max_batch)  # torch loads the kernels of a GEMM when it first runs one
+        batches.add(max_batch)  # torch loads the kernels of a GEMM at its first run
     for batch in sorted(batches):
         hidden = torch.zeros(batch, down.shape[1], dtype=down.dtype, device=down.device)
         low_rank_argmax(hidden, down, up, impl="triton")
@@ -257,9 +273,10 @@ def prepare(
 
 
 def resolve_impl(device: torch.device | str, impl: str = "auto") -> str:
-    """Which implementation runs on ``device`` -> "torch" or "triton".
+    """Return the implementation that runs on ``device``: "torch" or "triton".
 
-    Raises ValueError for an unknown name, listing the choices, and for Triton where it cannot run.
+    Raises:
+        ValueError: ``impl`` or ``SLIMSPEC_IMPL`` is not a known name, or names Triton where it cannot run.
     """
     name = "impl"
     if impl == "auto":
@@ -280,7 +297,7 @@ def _has_triton() -> bool:
 
 
 def _product(x: Tensor, factor: Up) -> Tensor:
-    """``x @ factor.T``, rounded to the dtype of ``x``."""
+    """Return ``x @ factor.T``, rounded to the dtype of ``x``."""
     if isinstance(factor, PackedFactor):
         return factor(x)
     if isinstance(factor, QuantizedUp):
@@ -289,7 +306,10 @@ def _product(x: Tensor, factor: Up) -> Tensor:
 
 
 def _check(hidden: Tensor, down: Down, up: Up, impl: str) -> str:
-    """Attribute comparisons only, since this runs at every draft step -> the implementation."""
+    """Check the arguments and return the implementation to use.
+
+    Only attributes are compared, because this runs at every draft step.
+    """
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden must be a tensor, got {type(hidden).__name__}")
     if not isinstance(down, Tensor | PackedFactor):
@@ -316,7 +336,7 @@ def _check(hidden: Tensor, down: Down, up: Up, impl: str) -> str:
         raise ValueError(f"up must be [V, R={down.shape[0]}] with V, R >= 1, got {tuple(up.shape)}")
     implementation = resolve_impl(hidden.device, impl)
     if implementation == "triton" and (isinstance(down, PackedFactor) or isinstance(up, PackedFactor)):
-        raise TypeError("down and up packed for torch cannot be read by impl='triton': pack them for it")
+        raise TypeError("down and up were packed for torch, which impl='triton' cannot read; pack them for triton")
     return implementation
 
 

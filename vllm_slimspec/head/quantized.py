@@ -1,4 +1,4 @@
-"""Weight-only quantized `up` factors: the formats, and how a factor becomes one.
+"""Weight-only quantized `up` factors: their formats, and the quantization of a factor.
 
 =====  ======================  ==========================================================
 kind   weight                  value of an entry
@@ -8,7 +8,7 @@ int8   int8 [V, R]             ``weight * scale``, symmetric
 int4   uint8 [V, R / 2]        ``(nibble - 8) * scale``, even columns in the low nibbles
 =====  ======================  ==========================================================
 
-``scale`` is float32: [V, 1], one a row, or [V, R / group_size].
+``scale`` is float32: [V, 1] with one scale for each row, or [V, R / group_size].
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,25 @@ from vllm_slimspec.head.spec import GROUPS, QUANTIZED
 
 KINDS = tuple(QUANTIZED)
 _WEIGHT_DTYPE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
-_LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.5}  # -8 to 7, so that both ends are off by half a step at most
+# 7.5 lies between the ends of int4, -8 and 7, so that both are off by half a step at most.
+_LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.5}
 
-_ROWS = 16384  # quantized at a time: a head in float32 is twice its size, several times over
+_ROWS = 16384  # rows that are quantized at once, because the work needs several copies in float32
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedUp:
-    """An `up` factor of one of :data:`KINDS`; the formats are those of the checkpoint (see this module's table).
+    """A quantized `up` factor in one of the formats of this module's table, which checkpoints use too.
 
-    Raises TypeError or ValueError naming the field whose dtype, shape or device does not fit. Values are taken as they
-    are: whoever reads them from a file checks that they are finite.
+    Values are not checked here. The reader of a file checks that they are finite.
+
+    Raises:
+        TypeError, ValueError: the dtype, shape or device of a field does not fit; the message names the field.
     """
 
     weight: Tensor  # [V, R], int4: [V, R / 2]
     scale: Tensor  # [V, 1] or [V, R / group_size]
-    group_size: int | None = None
+    group_size: int | None = None  # columns that share a scale; None: all columns of a row
 
     def __post_init__(self) -> None:
         if self.weight.dtype not in _WEIGHT_DTYPE.values():
@@ -60,38 +63,38 @@ class QuantizedUp:
 
     @cached_property
     def kind(self) -> str:
-        """Which of :data:`KINDS`."""
+        """Return the name of the format, one of :data:`KINDS`."""
         return next(kind for kind, dtype in _WEIGHT_DTYPE.items() if dtype == self.weight.dtype)
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """(V, R)."""
+        """Return (V, R), the shape of the factor before quantization."""
         rows, columns = self.weight.shape
         return rows, 2 * columns if self.kind == "int4" else columns
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Return the device of the tensors."""
         return self.weight.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weight and scale."""
+        """Return the bytes of weight and scale together."""
         return self.weight.nbytes + self.scale.nbytes
 
     def to(self, device: torch.device | str) -> "QuantizedUp":
-        """The same on ``device``."""
+        """Return a copy of the factor on ``device``."""
         return QuantizedUp(self.weight.to(device), self.scale.to(device), self.group_size)
 
     def integers(self) -> Tensor:
-        """The entries before scaling -> float32 [V, R]."""
+        """Return the entries before scaling, float32 [V, R]."""
         if self.kind != "int4":
             return self.weight.float()
         nibbles = torch.stack([self.weight & 15, self.weight >> 4], dim=-1)
         return nibbles.flatten(1).float() - 8
 
     def dequantize(self) -> Tensor:
-        """The factor that this one stands for -> float32 [V, R]."""
+        """Return the dequantized factor, float32 [V, R]."""
         entries = self.integers().unflatten(1, (self.scale.shape[1], -1))
         return (entries * self.scale[:, :, None]).flatten(1)
 
@@ -101,12 +104,18 @@ def quantize_up(
     kind: str,
     group_size: int | None = None,
 ) -> QuantizedUp:
-    """Round ``up`` to the nearest entries of ``kind`` ("fp8", "int8", "int4"), scaled per row or per group of columns.
+    """Quantize ``up`` by rounding to the nearest entries, with a scale for each row or each group of columns.
 
-    The scales are bfloat16 numbers, kept as float32: backends that take bfloat16 scales then lose nothing.
+    The scales are rounded to bfloat16 and kept as float32, so backends that take bfloat16 scales compute the same.
 
-    Raises TypeError or ValueError naming the argument where a dtype, shape, ``kind`` or ``group_size`` does not fit,
-    and for an ``up`` that is not finite.
+    Args:
+        up: the factor [V, R] in floats.
+        kind: "fp8", "int8" or "int4".
+        group_size: the number of columns that share a scale; None for one scale for each row.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, ``kind`` or ``group_size`` does not fit, or ``up`` is not finite; the
+            message names the argument.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -116,7 +125,7 @@ def quantize_up(
         raise ValueError(f"up must have 2 dimensions, none empty, got shape {tuple(up.shape)}")
     rank = up.shape[1]
     if kind == "int4" and rank % 2:
-        raise ValueError(f"up must have an even rank R for int4, which keeps two columns a byte, got R={rank}")
+        raise ValueError(f"up must have an even rank R for int4, which stores two columns in a byte, got R={rank}")
     if group_size is not None:
         _check_group(group_size, rank)
     parts = [_quantize_rows(rows, kind, group_size or rank) for rows in up.split(_ROWS)]
@@ -141,7 +150,7 @@ def _quantize_rows(up: Tensor, kind: str, group_size: int) -> tuple[Tensor, Tens
 
 
 def pad_rank(up: QuantizedUp, rank: int) -> QuantizedUp:
-    """The same with zero columns up to ``rank``; with groups, a multiple of the group size."""
+    """Return the factor padded with zero columns to ``rank``, a multiple of the group size if there are groups."""
     extra = rank - up.shape[1]
     if extra == 0:
         return up

@@ -1,26 +1,28 @@
-"""Choosing among scores in torch: the best entry of each row, its k best, and those scored again by dense rows.
+"""Selection among scores in torch: the best entry of each row, the k best, and the k best scored again by dense rows.
 
-In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and -inf comes with id 0 (which
-:func:`best_of` leaves to its caller).
+In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and a score of -inf has id 0.
+:func:`best_of` is an exception: its caller sets the id of NaN and -inf to 0.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BEST_GROUP = 1024  # entries whose maximum is taken first; CPUs vectorize that, and not the search for its place
-_TOP_GROUP = 128  # near sqrt(V / k), where choosing groups and choosing inside them cost the same
+_BEST_GROUP = 1024  # entries whose maximum is taken first, because CPUs vectorize a maximum but not an argmax
+_TOP_GROUP = 128  # near sqrt(V / k), where choosing the groups and choosing inside of them take the same time
 
 
 def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's highest of ``scores`` [B, V] and the first place that has it -> (float32 [B], int64 [B]), in torch.
+    """Return the highest score of each row of ``scores`` [B, V] and its first place, as (float32 [B], int64 [B]).
 
-    Faster on a CPU than ``scores.float().max(dim=1)``, since a maximum is vectorized there and its place is not.
+    This is faster on a CPU than ``scores.float().max(dim=1)``, because a maximum is vectorized there but an argmax is
+    not.
     """
     rows, columns = scores.shape
     count = max(1, columns // _BEST_GROUP)
     stride = columns // count
-    # equal groups that overlap where the count does not divide V: no tail to treat, and the first place still wins
+    # The groups have equal size and overlap if their count does not divide V, so there is no tail. The first place of
+    # the maximum still wins.
     groups = scores.unfold(1, stride + columns % count, stride)
     values, best = groups.amax(dim=2).max(dim=1)
     place = groups[torch.arange(rows, device=scores.device), best].max(dim=1).indices
@@ -28,10 +30,10 @@ def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_of(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The exact k best of each row of ``scores`` [B, V], best first -> (float32 [B, k], int64 [B, k]).
+    """Return the exact k best entries of each row of ``scores`` [B, V], best first, as (float32 [B, k], int64 [B, k]).
 
-    The k groups with the best maxima hold all k of them: were an entry's group worse than k others, k entries would be
-    better than it.
+    The k groups with the highest maxima hold all of them: if k groups have a higher maximum than the group of an entry,
+    then k entries are better than this entry.
     """
     count = scores.shape[1]
     if count <= k * _TOP_GROUP:
@@ -58,26 +60,36 @@ def rescored(
     dense: Tensor,  # [N, D]
     dense_rows: Tensor | None,  # [V]
 ) -> tuple[Tensor, Tensor]:
-    """The candidates of :func:`top_of` by their exact scores, in float32 -> (float32 [B, k], int64 [B, k])."""
+    """Score the candidates of :func:`top_of` again with the dense head, in float32, and return them best first.
+
+    Returns:
+        scores float32 [B, k], ids int64 [B, k].
+    """
     rows = dense[ids if dense_rows is None else dense_rows[ids]]  # [B, k, D]
     exact = torch.bmm(rows.float(), hidden.float()[:, :, None]).squeeze(2)
-    exact = torch.where(screened > float("-inf"), exact, screened)  # a row of NaN stays one
+    exact = torch.where(screened > float("-inf"), exact, screened)  # a row of NaN stays NaN
     return _best_first(exact, ids, ids.shape[1], exact.isnan().any(dim=1, keepdim=True))
 
 
 def _best_first(values: Tensor, ids: Tensor, k: int, poisoned: Tensor) -> tuple[Tensor, Tensor]:
-    """The k best of float32 ``values`` [B, N], or (-inf, 0) beyond N; (NaN, 0) where ``poisoned`` [B, 1]."""
+    """Return the k best of float32 ``values`` [B, N], padded with (-inf, 0) if N < k.
+
+    Rows for which ``poisoned`` [B, 1] is true become (NaN, 0).
+    """
     places = _keys(values, ids).topk(min(k, values.shape[1]), dim=1).indices
     values, ids = values.gather(1, places), ids.gather(1, places)
     if values.shape[1] < k:
         missing = (0, k - values.shape[1])
         values, ids = F.pad(values, missing, value=float("-inf")), F.pad(ids, missing)
     values = values.masked_fill(poisoned, float("nan"))
-    return values, torch.where(values > float("-inf"), ids, 0)  # false for NaN too
+    return values, torch.where(values > float("-inf"), ids, 0)  # the comparison is false for NaN too
 
 
 def _keys(values: Tensor, ids: Tensor) -> Tensor:
-    """One int64 for each (float32 score, id below 2**31), in the order of score, then lowest id. NaN has no order."""
+    """Return int64 keys that sort pairs (float32 score, id below 2**31) by score, then by lowest id.
+
+    The place of NaN in this order is undefined.
+    """
     bits = (values + 0.0).view(torch.int32)  # -0.0 ties with 0.0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return torch.add(-ids, order, alpha=1 << 32)

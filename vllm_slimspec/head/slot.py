@@ -1,7 +1,7 @@
-"""The place in a draft model that a head fills: loaded, laid out, and asked for ids or for logits.
+"""The low-rank head of a draft model: loading it, laying it out, and computing ids or logits with it.
 
-A slot knows nothing of the model around it. What vLLM shares with a draft model, or reads of it, stays an attribute
-of that model and is an argument here: the rows that re-ranking scores by (``lm_head``), and the map ``d2t``.
+A slot does not know the model around it. What vLLM shares with the draft model or reads from it stays an attribute of
+the model, and the slot's methods take it as an argument: ``lm_head``, whose rows re-ranking uses, and the map ``d2t``.
 
 Letters: B rows (tokens being drafted), D hidden size, V draft vocabulary.
 """
@@ -22,39 +22,40 @@ from vllm_slimspec.head.vocabulary import check_map, target_ids
 
 
 class HeadSlot:
-    """One low-rank head in a draft model."""
+    """The place of one low-rank head in a draft model."""
 
     def __init__(self, spec: HeadSpec, max_batch: int, source: str, prefix: str = "") -> None:
-        """Build the head, empty, in the default dtype and on the default device.
+        """Build an empty head in the default dtype and on the default device.
 
         Args:
-            spec: what it is.
-            max_batch: rows that it will be asked for at once, at most.
-            source: how errors name the drafter.
+            spec: the sizes of the head.
+            max_batch: the most rows of one call.
+            source: the name of the drafter, for errors.
             prefix: the name of the head in the draft model.
 
         Raises:
-            MemoryError: the device has no room for it.
+            MemoryError: the device has no memory for the head.
         """
         self.spec, self.max_batch, self.source = spec, max_batch, source
         with _memory_for(source, spec.bytes(torch.get_default_dtype().itemsize)):
             self.head = LowRankHead(spec, prefix)
         self.prepared = False
-        self.dense: tuple[torch.Tensor, torch.Tensor | None] | None = None  # re-rank: rows, and which of them
+        self.dense: tuple[torch.Tensor, torch.Tensor | None] | None = None  # for re-ranking, see `_dense_rows`
 
     @property
     def in_update(self) -> bool:
-        """Whether vLLM is loading the head again, in pieces, and will have it laid out when all of it is there."""
+        """Return whether an online update is going on: vLLM loads the head in pieces, then has it laid out."""
         return self.head.down.is_meta
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Refuse tensors that are not those of the head; before :meth:`prepare` all of them must be there.
+        """Refuse tensors that do not fit the head. Before :meth:`prepare`, all tensors of the head must be there.
 
         Args:
-            tensors: everything whose name has lm_head in it, d2t and t2d.
+            tensors: d2t, t2d and all tensors with lm_head in their names.
 
         Raises:
-            CheckpointError: names the first one that is missing, misshapen or not finite.
+            CheckpointError: a tensor is missing, has a wrong shape or dtype, or is not finite; the message names the
+                first one.
         """
         described = {name: describe(tensor) for name, tensor in tensors.items()}
         check_head(self.spec, described, self.source, whole=not self.prepared)
@@ -64,7 +65,7 @@ class HeadSlot:
             check_map(tensors["d2t"], tensors.get("t2d"), self.spec.vocab_size, self.source)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take what :meth:`check` accepted; a head that is prepared drafts by it at once."""
+        """Load tensors that :meth:`check` accepted. A prepared head drafts with them at once."""
         in_update = self.in_update
         self.head.load(tensors)
         if self.prepared and not in_update and {DOWN, UP} & tensors.keys():
@@ -72,17 +73,17 @@ class HeadSlot:
         if "d2t" in tensors and self.dense is not None and self.dense[1] is not None:
             _fill_rows(self.dense[1], tensors["d2t"])
 
-    @torch.inference_mode(False)  # what is kept is written to again by loads, which run outside of inference mode
+    @torch.inference_mode(False)  # Later loads write to these tensors outside of inference mode.
     def prepare(self, lm_head: torch.nn.Module | None = None, d2t: torch.Tensor | None = None) -> None:
-        """Lay the head out and compile every kernel that it will need; call it once, before graphs are captured.
+        """Lay the head out and compile every kernel that it needs. Call it once, before graphs are captured.
 
         Args:
-            lm_head: where the rows are that a re-ranking head scores by.
-            d2t: int64 [V], the target's id of each draft id less the draft id; None where they are the same.
+            lm_head: the module whose rows a re-ranking head scores with.
+            d2t: int64 [V], target id - draft id for each draft id; None if the ids are equal.
 
         Raises:
-            CheckpointError: a head that re-ranks by the target's rows does not find them in ``lm_head``.
-            MemoryError: the device has no room for another layout of the factors.
+            CheckpointError: the head re-ranks with the target's rows, but ``lm_head`` does not hold them.
+            MemoryError: the device has no memory for another layout of the factors.
         """
         if self.spec.rerank is not None:
             assert lm_head is not None
@@ -92,17 +93,17 @@ class HeadSlot:
         self.prepared = True
 
     def top_tokens(self, hidden: torch.Tensor, d2t: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the best token of each row, without logits: [B, D] -> int64 [B], ids of the target's vocabulary."""
+        """Return the best token of each row without computing logits: [B, D] -> int64 [B], target ids."""
         _, ids = self.head.argmax(hidden, *(self.dense or ()))
         return hand_over(ids if d2t is None else ids + d2t[ids], torch.int64)
 
     def logits(
         self, hidden: torch.Tensor, processor: LogitsProcessor, d2t: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Return logits of the target's vocabulary, [B, D] -> [B, vocabulary]; they are never re-ranked.
+        """Return logits over the target's vocabulary: [B, D] -> [B, vocabulary]. They are never re-ranked.
 
-        Tokens without a row in a truncated draft vocabulary get -inf. On tensor-parallel ranks where vLLM gathers no
-        logits, the result is None.
+        Tokens that are not in a truncated draft vocabulary get -inf. The result is None on tensor-parallel ranks to
+        which vLLM gathers no logits.
         """
         logits = processor(self.head, self.head.project(hidden))
         if logits is None:
@@ -110,12 +111,15 @@ class HeadSlot:
         if d2t is not None:
             scores, logits = logits, logits.new_full((logits.shape[0], self.spec.vocab_size), float("-inf"))
             logits[:, target_ids(d2t)] = scores
-        return hand_over(logits, logits.dtype)  # the model's dtype, or the head_dtype that a user asked vLLM for
+        return hand_over(logits, logits.dtype)  # the model's dtype, or the head_dtype that the user gave to vLLM
 
     def _dense_rows(
         self, lm_head: torch.nn.Module, d2t: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What re-ranking scores by: rows [N, D], and the row of each draft id (int64 [V]; None: the same number)."""
+        """Return the rows [N, D] that re-ranking scores with, and the row of each draft id.
+
+        The second is int64 [V or more], or None if row i belongs to draft id i.
+        """
         head, spec = self.head, self.spec
         if spec.rerank_rows == "own":
             return cast(torch.Tensor, lm_head.weight).data, None
@@ -127,15 +131,15 @@ class HeadSlot:
         rows = cast(torch.Tensor, lm_head.weight).data
         if d2t is None:
             return rows, None
-        ids = torch.zeros(head.weight.shape[0], dtype=torch.int64, device=d2t.device)  # padding: never a candidate
+        ids = torch.zeros(head.weight.shape[0], dtype=torch.int64, device=d2t.device)  # padding is never a candidate
         _fill_rows(ids, d2t)
         return rows, ids
 
     def _unfit_rows(self, lm_head: torch.nn.Module) -> str | None:
-        """What vLLM put into `lm_head` in the place of the target's rows; None where these are there."""
+        """Return what ``lm_head`` holds instead of the target's rows, in words; None if it holds them."""
         head, rows = self.head, getattr(lm_head, "weight", None)
         if lm_head is head:
-            return "no lm_head that vLLM would share"
+            return "no lm_head that vLLM shares"
         if not isinstance(rows, torch.Tensor):
             return "no plain weight"
         if rows.dtype != head.down.dtype or rows.shape[1:] != (self.spec.hidden_size,):
@@ -152,7 +156,7 @@ def _fill_rows(rows: torch.Tensor, d2t: torch.Tensor) -> None:
 
 @contextmanager
 def _memory_for(source: str, size: int) -> Iterator[None]:
-    """Within it, an allocation that fails says what it was for."""
+    """Turn a failed allocation in this context into a MemoryError that names the head and its size."""
     try:
         yield
     except RuntimeError as error:

@@ -1,12 +1,13 @@
-"""What a low-rank head is, in numbers: the keys of config.json that describe one, and the names of its tensors.
+"""The sizes of a low-rank head: the keys of config.json that describe it, and the names of its tensors.
 
     lm_head_rank: R   (TorchSpec: lm_head_rank_divisor, R = D // divisor)
     draft_vocab_size: V   (below vocab_size with a d2t map; absent means vocab_size)
-    lm_head_rerank: k   (optional: the k best are scored again, by the rows of a dense head)
-    lm_head_rerank_rows: "target"   (optional: those rows are the target's; absent means lm_head.weight)
+    lm_head_rerank: k   (optional: the k best are scored again with the rows of a dense head)
+    lm_head_rerank_rows: "target"   (optional: the target has those rows; absent means lm_head.weight)
     lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
 
-Letters: D hidden size of the drafter, R rank, V draft vocabulary. No drafter family is known here, and no torch.
+Letters: D hidden size of the drafter, R rank, V draft vocabulary. This module does not depend on a drafter family and
+does not import torch.
 """
 
 import math
@@ -23,8 +24,8 @@ DENSE = "lm_head.weight"
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a number, by safetensors' name
 QUANTIZED = {"fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}  # how each kind is stored, by safetensors' name
-GROUPS = (32, 64, 128)  # columns of `up` that may share a scale
-MAX_K = 64  # candidates that are scored again, at most: what the kernels keep of each row
+GROUPS = (32, 64, 128)  # allowed numbers of columns of `up` that share a scale
+MAX_K = 64  # the most candidates that are scored again, which is the most that the kernels keep of each row
 
 HEAD_KEYS = frozenset(
     {
@@ -44,12 +45,12 @@ class HeadSizes:
 
     @property
     def truncated(self) -> bool:
-        """Whether draft ids are a subset of the target's, mapped by d2t."""
+        """Return whether the draft vocabulary is a subset of the target's, mapped by d2t."""
         return self.draft_vocab_size != self.vocab_size
 
     @property
     def dense_parameters(self) -> int:
-        """Numbers in a dense head: V * D."""
+        """Return the number of parameters of a dense head: V * D."""
         return self.draft_vocab_size * self.hidden_size
 
 
@@ -61,15 +62,19 @@ class HeadSpec(HeadSizes):
     rerank: int | None = None  # k
     rerank_rows: Literal["own", "target"] = "own"
     quantization: Literal["fp8", "int8", "int4"] | None = None
-    quantization_group: int | None = None  # columns of up that share a scale; None: all of a row
+    quantization_group: int | None = None  # columns of `up` that share a scale; None: all columns of a row
 
     @property
     def parameters(self) -> int:
-        """Numbers in the two factors: R * D + V * R."""
+        """Return the number of parameters of the two factors: R * D + V * R."""
         return self.rank * (self.hidden_size + self.draft_vocab_size)
 
     def bytes(self, element_size: int) -> int:
-        """Bytes that a draft step reads of the factors and scales, in a model dtype of ``element_size`` bytes."""
+        """Return the bytes of factors and scales that a draft step reads.
+
+        Args:
+            element_size: bytes of one number in the model dtype.
+        """
         if self.quantization is None:
             return self.parameters * element_size
         halves = 1 if self.quantization == "int4" else 2
@@ -82,8 +87,8 @@ def head_sizes(config: Mapping[str, Any], where: str = "config.json") -> HeadSiz
     """Return the sizes of the head that a config describes.
 
     Args:
-        config: one flat mapping, see :func:`vllm_slimspec.drafters.config.flatten`.
-        where: how errors name the file.
+        config: the config as a flat mapping, see :func:`vllm_slimspec.drafters.config.flatten`.
+        where: the name of the file, for errors.
 
     Raises:
         CheckpointError: a key is missing, has the wrong type or an impossible value.
@@ -106,8 +111,8 @@ def head_spec(config: Mapping[str, Any], where: str = "config.json") -> HeadSpec
     """Return the low-rank head that a config describes.
 
     Args:
-        config: one flat mapping, see :func:`vllm_slimspec.drafters.config.flatten`.
-        where: how errors name the file.
+        config: the config as a flat mapping, see :func:`vllm_slimspec.drafters.config.flatten`.
+        where: the name of the file, for errors.
 
     Raises:
         CheckpointError: a key is missing, has the wrong type or an impossible value.
@@ -123,17 +128,22 @@ def head_spec(config: Mapping[str, Any], where: str = "config.json") -> HeadSpec
 
 
 def positive_int(config: Mapping[str, Any], key: str, where: str) -> int:
-    """Return a size of the config.
+    """Return a size from a config.
+
+    Args:
+        config: the config as a flat mapping.
+        key: the key of the size.
+        where: the name of the file, for errors.
 
     Raises:
-        CheckpointError: it is missing, or no positive integer below 2**31.
+        CheckpointError: the key is missing, or its value is not a positive integer below 2**31.
     """
     value = config.get(key)
     if value is None:
         raise CheckpointError(f"{where}: {key} is missing; add it (a positive integer)")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"{where}: {key}={value!r} must be a positive integer; correct it")
-    if value >= 1 << 31:  # ids travel as int32
+    if value >= 1 << 31:  # Ids are exchanged as int32.
         raise CheckpointError(f"{where}: {key}={value} must be below 2**31; correct it")
     return value
 
@@ -154,7 +164,7 @@ def _rank(config: Mapping[str, Any], hidden: int, where: str) -> int:
         if rank is not None and rank != hidden // divisor:
             raise CheckpointError(
                 f"{where}: lm_head_rank={rank!r} but hidden_size // lm_head_rank_divisor = {hidden // divisor}; "
-                "keep only the one that is right"
+                "keep only the key that is right"
             )
         rank = hidden // divisor
     rank = positive_int({"lm_head_rank": rank}, "lm_head_rank", where)
@@ -199,7 +209,7 @@ def _quantization(config: Mapping[str, Any], rank: int, where: str) -> dict[str,
     if group is not None and (not isinstance(group, int) or group not in GROUPS or rank % group):
         raise CheckpointError(
             f"{where}: lm_head_quantization_group={group!r} must be one of {', '.join(map(str, GROUPS))} and divide "
-            f"lm_head_rank={rank}; choose another, or remove it for one scale a row"
+            f"lm_head_rank={rank}; choose another, or remove it for one scale for each row"
         )
     if kind == "int4" and rank % 2:
         raise CheckpointError(f"{where}: lm_head_rank={rank} must be even for int4, which stores two columns in a byte")

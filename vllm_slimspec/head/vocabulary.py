@@ -1,7 +1,7 @@
-"""The map of a truncated draft vocabulary: ``d2t``, the target's id of each draft id less the draft id.
+"""The map ``d2t`` of a truncated draft vocabulary: d2t[draft id] = target id - draft id.
 
-Trainers keep ``t2d`` beside it, whether each of the target's tokens is in the draft vocabulary. vLLM reads d2t alone,
-in any order, so t2d is what shows a map that was stored wrongly: with ids in the place of offsets, or never filled.
+Trainers also store ``t2d``, which says for each token of the target whether it is in the draft vocabulary. vLLM reads
+only d2t, in any order. So t2d can show that d2t was stored wrongly, with ids instead of offsets or never filled.
 """
 
 from typing import TYPE_CHECKING
@@ -11,27 +11,27 @@ from vllm_slimspec.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("I64", "I32")  # by safetensors' name; vLLM casts the second
+DTYPES = ("I64", "I32")  # safetensors' names; vLLM converts I32
 
 
 def target_ids(d2t: "torch.Tensor") -> "torch.Tensor":
-    """The target's id of each draft id, int64 [V]."""
+    """Return the target id of each draft id, int64 [V]."""
     import torch
 
     return d2t.long() + torch.arange(len(d2t), device=d2t.device)
 
 
 def check_map_shape(found: tuple[str, tuple[int, ...]] | None, draft_vocab: int, vocab: int, where: str) -> None:
-    """Refuse a map that is missing where one is needed, or is no list of so many integers.
+    """Refuse a map that is missing but needed, or that has a wrong dtype or shape.
 
     Args:
-        found: safetensors dtype and shape of d2t; None where there is none.
+        found: the safetensors dtype and the shape of d2t; None if the drafter has no d2t.
         draft_vocab: V, as config.json says.
-        vocab: of the target.
-        where: how errors name the drafter.
+        vocab: the target's vocabulary size.
+        where: the name of the drafter, for errors.
 
     Raises:
-        CheckpointError: so it is.
+        CheckpointError: the map is missing, or has a wrong dtype or shape.
     """
     if found is None:
         if draft_vocab != vocab:
@@ -49,17 +49,17 @@ def check_map_shape(found: tuple[str, tuple[int, ...]] | None, draft_vocab: int,
 
 
 def check_map(d2t: "torch.Tensor", t2d: "torch.Tensor | None", vocab_size: int, where: str) -> None:
-    """Refuse a map that is not one to one, or is contradicted.
+    """Refuse a map that is not one to one, or that contradicts t2d or the size of the vocabulary.
 
     Args:
         d2t: integers [V].
-        t2d: of any type, not zero for the tokens of the draft vocabulary; None where there is none.
-        vocab_size: of the target.
-        where: how errors name the drafter.
+        t2d: nonzero for the tokens of the draft vocabulary, in any dtype; None if the drafter has no t2d.
+        vocab_size: the target's vocabulary size.
+        where: the name of the drafter, for errors.
 
     Raises:
-        CheckpointError: an entry leaves the target's vocabulary, two are one token, t2d marks other tokens, or the
-            vocabulary is whole and yet mapped.
+        CheckpointError: a target id is outside of the vocabulary or occurs twice, t2d marks other tokens, or d2t is
+            not zero although the vocabulary is not truncated.
     """
     d2t = d2t.cpu().long()
     if len(d2t) == vocab_size:
@@ -95,11 +95,12 @@ def check_map(d2t: "torch.Tensor", t2d: "torch.Tensor | None", vocab_size: int, 
         return
     if not bool(d2t.any()):
         raise CheckpointError(
-            f"{where}: d2t is all zero, which means the first {len(d2t)} tokens, and t2d marks "
-            f"{len(marked) or 'none at all'}, others; the map was never filled, so rebuild it from the trainer's"
+            f"{where}: d2t is all zero, which selects the first {len(d2t)} tokens, but t2d marks "
+            f"{f'{len(marked)} other tokens' if len(marked) else 'none'}; the map was never filled, so rebuild it from "
+            "the trainer's"
         )
     if len(marked):
         raise CheckpointError(
-            f"{where}: d2t maps to other tokens than those {len(marked)} that t2d marks; rebuild both from the "
-            "trainer's map"
+            f"{where}: d2t maps to other tokens than the {len(marked)} that t2d marks; rebuild both from the trainer's "
+            "map"
         )
