@@ -63,7 +63,7 @@ demo: install target-smollm2 questions-smollm2
 include experiments/smollm2/rules.mk
 
 report-check: install
-	$(PY) tests/report_check.py build/report-check docs/results/*.json
+	$(PY) tools/report_check.py build/report-check docs/results/*.json
 
 test: test-unit test-engine
 
@@ -76,23 +76,23 @@ test-engine: install
 # The same environment with another vLLM's CPU build in front, one test file after another.
 test-compat: install
 	@test -n "$(VLLM)" || { echo "usage: make test-compat VLLM=0.28.0"; exit 2; }
-	$(PY) tests/compat_run.py $(VLLM) --json docs/results/versions.json
-	$(PY) tests/documents.py
+	$(PY) tools/compat_run.py $(VLLM) --json docs/results/versions.json
+	$(PY) tools/documents.py
 
 soak: install
-	$(PY) tests/soak.py --seconds 600 --json docs/results/soak.json
-	$(PY) tests/documents.py
+	$(PY) tools/soak.py --seconds 600 --json docs/results/soak.json
+	$(PY) tools/documents.py
 
 faults: install
-	$(PY) tests/faults_run.py --json docs/results/faults.json
-	$(PY) tests/documents.py
+	$(PY) tools/faults_run.py --json docs/results/faults.json
+	$(PY) tools/documents.py
 
 documents: install
-	$(PY) tests/documents.py
+	$(PY) tools/documents.py
 
 dist-check: install
-	$(PY) tests/dist_check.py --json docs/results/dist.json
-	$(PY) tests/documents.py
+	$(PY) tools/dist_check.py --json docs/results/dist.json
+	$(PY) tools/documents.py
 
 # With PY=python. Writes kernels/tuned/DEVICE.json, docs/results/head-gpu.json and docs/roofline-gpu.md: commit them.
 gpu: install

@@ -81,7 +81,7 @@ compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 	$(STATES) $(MADE) --drafter slimspec=$(SHIPPED) --rerank svd=2048 --rerank weighted=16,64,256 \
 		--rerank distilled=16,64,256 --json docs/results/smollm2-states.json
 	$(SLIMSPEC) bench acceptance $(ANSWERING) -k 3 $(ENGINE) --json docs/results/smollm2-acceptance.json
-	$(PY) tests/documents.py
+	$(PY) tools/documents.py
 
 # Every head behind `vllm serve` and in the cycle of one engine.
 LISTED = --drafter trim=$(WORK)/heads/vocab-trim-16384 --drafter trim-argmax=$(WORK)/heads/vocab-trim-16384
@@ -93,7 +93,7 @@ serve-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 	$(PY) benchmarks/cycle.py --target $(SMOLLM2) --drafter $(DENSE) -k 3 --batches 1,8 \
 		--heads full,full-argmax,full-int8,trim-32k,trim-32k-scatter,spec-vocab,low-rank,low-rank-int8,low-rank-int4,low-rank-rerank \
 		--json docs/results/smollm2-cycle.json
-	$(PY) tests/documents.py
+	$(PY) tools/documents.py
 
 # What examples/ ships, out of what the targets above made.
 ship-smollm2:

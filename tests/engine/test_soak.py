@@ -1,4 +1,4 @@
-"""A soak of one minute by ``tests/soak.py``."""
+"""A soak of one minute by ``tools/soak.py``."""
 
 import soak
 

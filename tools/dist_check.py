@@ -4,7 +4,7 @@ Built twice, in two places: the same bytes. Installed from the built file into e
 a vLLM that this package does not know: nothing that was there changes. Every dependency has a license that may be used
 beside Apache-2.0.
 
-    python tests/dist_check.py --json docs/results/dist.json
+    python tools/dist_check.py --json docs/results/dist.json
 """
 
 import argparse

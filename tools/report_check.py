@@ -1,6 +1,6 @@
 """`make report-check`: the report in a real browser, wide and on a phone.
 
-    python tests/report_check.py build/report-check docs/results/head-cpu.json ...
+    python tools/report_check.py build/report-check docs/results/head-cpu.json ...
 
 Writes the report of these files and a screenshot of each way to see it, and fails on anything that the page asks of the
 network, on anything that the console says, and on a page that is wider than its screen. Without a Chromium on the

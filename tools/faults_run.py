@@ -1,6 +1,6 @@
 """`make faults`: the tests that break things on purpose, and a count of what they broke.
 
-    python tests/faults_run.py --json docs/results/faults.json
+    python tools/faults_run.py --json docs/results/faults.json
 
 A test says what it brought about by the fixture ``injected``; one that fails is counted as such, whatever it said.
 """

@@ -1,6 +1,6 @@
 """A SlimSpec drafter under load: `vllm serve`, concurrent OpenAI clients, and every answer compared with the target's.
 
-    python tests/soak.py --seconds 600 --json docs/results/soak.json      (`make soak`)
+    python tools/soak.py --seconds 600 --json docs/results/soak.json      (`make soak`)
 
 The target alone answers every prompt once, and is then loaded for two fifths of the time, to see what its own memory
 does. Then it is served with its drafter, with a key-value cache so small that

@@ -5,7 +5,7 @@ has the torch of this environment, it is put in front of the environment's own v
 tests run, each file in a process of its own, because several engines in one take more memory than a small machine has.
 Otherwise the contract is all that is tested, and the table says "static".
 
-    python tests/compat_run.py 0.31.0 --json docs/results/versions.json
+    python tools/compat_run.py 0.31.0 --json docs/results/versions.json
 """
 
 import argparse

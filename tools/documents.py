@@ -1,6 +1,6 @@
 """The figures in README.md and docs/, out of the JSON that the commands beside them wrote.
 
-    python tests/documents.py        (`make documents`)
+    python tools/documents.py        (`make documents`)
 
 A figure stands between ``<!-- name: begin -->`` and ``<!-- name: end -->``; a test holds that no hand changed it.
 """

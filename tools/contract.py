@@ -1,6 +1,6 @@
 """What this package relies on in vLLM, read from a wheel's sources by ``ast``: no import, no installation.
 
-    python tests/contract.py vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
+    python tools/contract.py vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
 writes ``tests/contracts/0.33.0.json``: every symbol of ``RELIED_ON`` with its parameters or fields as that version has
 them, or null, and every line of its kernels that reads what a draft model returned without a stride.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-CONTRACTS = Path(__file__).parent / "contracts"
+CONTRACTS = Path(__file__).resolve().parent.parent / "tests" / "contracts"
 
 # module:symbol -> parameters or fields that must be there. An empty list asks for the symbol alone.
 RELIED_ON: dict[str, list[str]] = {
