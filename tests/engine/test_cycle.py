@@ -10,6 +10,7 @@ import cycle
 from cycle_engine import Engine, Plan, measure
 from heads import HEADS, heads_of
 from random_pairs import write_drafter, write_target
+from vllm_slimspec.head.slot import HeadSlot
 from vllm_slimspec.measure.arms import TRIMMED, trimmed_offsets
 from vllm_slimspec.measure.shapes import SHAPES
 
@@ -93,11 +94,9 @@ def test_the_drafter_asks_the_head_that_is_in(running, head):
 
 def test_a_wrong_head_is_not_timed(running, monkeypatch):
     """Catches: a faster head that drafts something else."""
-    from vllm_slimspec.drafters.draft import LowRankDraft
-
     engine, _, _ = running
-    right = LowRankDraft.get_top_tokens
-    monkeypatch.setattr(LowRankDraft, "get_top_tokens", lambda self, hidden: right(self, hidden) + 1)
+    right = HeadSlot.top_tokens
+    monkeypatch.setattr(HeadSlot, "top_tokens", lambda self, hidden: right(self, hidden) + 1)
     with pytest.raises(ValueError, match="low-rank-int8 is wrong at batch 2"):
         engine.ask("slimspec_make", ["null", "full", "low-rank-int8"], SHAPE.rank, [2])
     monkeypatch.undo()
