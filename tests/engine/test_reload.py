@@ -177,5 +177,5 @@ def test_rows_of_its_own(build):
 def test_target_without_a_head(build, rank):
     """Catches: re-ranking by the factors themselves, which have the shape of the target's rows where R = D."""
     keys = {"lm_head_rank": rank, "lm_head_rerank": 4, "lm_head_rerank_rows": "target"}
-    with pytest.raises(CheckpointError, match="no lm_head that vLLM would share; convert again"):
+    with pytest.raises(CheckpointError, match="no lm_head that vLLM shares; convert again"):
         build(drafters.tensors(rank=rank), **keys)
