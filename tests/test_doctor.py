@@ -125,7 +125,7 @@ def test_tokenizer_of_another_order_is_a_problem(target, drafter):
     assert "a link out of its folder" in _examine(drafter, target)["tokenizer"].detail
     (drafter / "tokenizer.json").unlink()
     _change_config(drafter, eos_token_id=7)
-    assert "eos_token_id is 7, the target's is 2" in _examine(drafter, target)["tokenizer"].detail
+    assert "eos_token_id is 7, but the target's is 2" in _examine(drafter, target)["tokenizer"].detail
 
 
 def test_drafter_that_names_another_target_is_noticed(target, drafter):

@@ -177,5 +177,5 @@ def test_online_update_reaches_the_drafters_own_rows(build):
 def test_rerank_by_target_rows_is_refused_where_the_target_has_no_head(build, rank):
     """Catches: re-ranking by the factors themselves, which have the shape of the target's rows where R = D."""
     keys = {"lm_head_rank": rank, "lm_head_rerank": 4, "lm_head_rerank_rows": "target"}
-    with pytest.raises(CheckpointError, match="no lm_head that vLLM would share; convert again"):
+    with pytest.raises(CheckpointError, match="no lm_head that vLLM shares; convert again"):
         build(drafters.tensors(rank=rank), **keys)
