@@ -7,9 +7,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 
-# Files whose docstrings are still to be rewritten: remove each name with its rewrite, and the set with the last one.
-NOT_YET = {"test_bench_cycle.py", "test_bench_head.py", "test_bench_parts.py", "test_bench_tune.py", "test_cycle.py"}
-
 
 def pytest_collection_modifyitems(items):
     """Refuse a run with a test whose docstring does not say which bug the test would catch."""
@@ -17,7 +14,7 @@ def pytest_collection_modifyitems(items):
     silent = [
         f"{path}::{name}"
         for (path, name), function in tests.items()
-        if path.name not in NOT_YET and not (function.__doc__ or "").lstrip().startswith("Catches:")
+        if not (function.__doc__ or "").lstrip().startswith("Catches:")
     ]
     if silent:
         raise pytest.UsageError("\n".join(['tests whose docstring does not begin with "Catches:"', *silent]))

@@ -297,7 +297,7 @@ def test_an_engine_that_fails_names_its_log(toy, engine, tmp_path, monkeypatch):
     assert not json_path.exists()
 
 
-def test_command(toy, tmp_path, monkeypatch):
+def test_cycle_command_writes_the_rows_of_every_engine(toy, tmp_path, monkeypatch):
     """Catches: rows of one K under another, a file that its own model refuses or that waits for the last of many
     engines, a table without the prediction."""
     asked = []
@@ -371,7 +371,7 @@ def test_a_busy_machine_is_told(toy, tmp_path, monkeypatch):
         (["--acceptance", "a.json"], "a.json: vLLM's CPU backend cannot imitate acceptance"),
     ],
 )
-def test_wrong_usage(arguments, message, monkeypatch):
+def test_cycle_command_refuses_wrong_usage_before_timing(arguments, message, monkeypatch):
     """Catches: minutes of timing before a typing mistake is found, or a table that has nothing to compare with."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run = CliRunner().invoke(cycle.app, [*arguments])
@@ -393,7 +393,7 @@ def test_documented_bytes_are_those_of_the_heads_that_run(toy):
     assert SHAPE.vocab_size > SPEC_VOCAB_K  # of which spec-vocab takes the smaller
 
 
-def test_eq_4():
+def test_speedup_is_eq_4_of_the_paper():
     """Catches: another formula; the head of the full one's speed and acceptance gains nothing, one that costs nothing
     removes kappa, and at the least ratio nothing is left of a gain."""
     assert speedup(1, 0.25, 1) == 1

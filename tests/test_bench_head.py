@@ -40,7 +40,7 @@ def test_the_gate_sees_a_wrong_head(weights, name):
         bench.check(wrong, hidden)
 
 
-def test_command(tmp_path):
+def test_head_command_writes_what_it_timed(tmp_path):
     """Catches: rows that are missing, bytes that are not those read, a file that its own model refuses."""
     path = tmp_path / "results" / "head.json"
     heads = "full,trim-32k,low-rank,low-rank-int8,low-rank-rerank"
@@ -72,14 +72,14 @@ def test_command(tmp_path):
         (["head", "--batches", "1,0"], 2, "'1,0' is not a list of batch sizes"),
     ],
 )
-def test_wrong_usage(arguments, code, message):
+def test_head_command_refuses_wrong_usage_before_timing(arguments, code, message):
     """Catches: a traceback, or minutes of timing before a typing mistake is found."""
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == code
     assert message in run.output
 
 
-def test_a_missing_file_is_named():
+def test_roofline_names_a_missing_file():
     """Catches: a traceback of the roofline where a path is wrong."""
     run = CliRunner().invoke(roofline.app, ["nowhere.json"])
     assert run.exit_code == 1

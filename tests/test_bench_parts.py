@@ -31,7 +31,7 @@ def test_the_parts_are_those_of_the_head(name):
     assert read == arm.bytes + len(hidden) * arm.bytes_per_row
 
 
-def test_command(tmp_path, monkeypatch):
+def test_parts_command_writes_every_part(tmp_path, monkeypatch):
     """Catches: parts that are missing from the file, or a page that leaves them out."""
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     path = tmp_path / "parts.json"
@@ -64,7 +64,7 @@ def test_command(tmp_path, monkeypatch):
     assert "tiny, batch 2:" in page.output
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
+def test_roofline_refuses_parts_of_another_kind(tmp_path):
     """Catches: a roofline of nothing, or a traceback."""
     wrong = tmp_path / "wrong.json"
     wrong.write_text("{}")

@@ -172,7 +172,7 @@ def test_row_of_the_load_generator():
         (["--target", "t", "--drafter", "a=b", "--prompts", "p"], 1, "error: t: no such folder"),
     ],
 )
-def test_wrong_usage(arguments, code, message, servers, monkeypatch):
+def test_serve_command_refuses_wrong_usage_before_a_server_starts(arguments, code, message, servers, monkeypatch):
     """Catches: a server started, minutes spent, before a mistake in the command is found."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run = CliRunner().invoke(app, ["serve", *arguments])
@@ -191,7 +191,7 @@ def test_wrong_usage(arguments, code, message, servers, monkeypatch):
         (["--shape", "llama-3.2-1b", "--acceptance", "a.json"], "vLLM's CPU backend cannot imitate acceptance"),
     ],
 )
-def test_wrong_usage_of_random_weights(arguments, message, servers, monkeypatch):
+def test_serve_random_refuses_wrong_usage_before_it_writes(arguments, message, servers, monkeypatch):
     """Catches: gigabytes of random weights written before a mistake in the command is found."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run = CliRunner().invoke(serve_random.app, arguments)

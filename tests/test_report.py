@@ -11,9 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
-from cycle import least_ratio
 from vllm_slimspec import cli
-from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.errors import CheckpointError, OutputError
 from vllm_slimspec.measure.report import KINDS, read, write_report
 from vllm_slimspec.measure.results import (
@@ -228,7 +226,7 @@ def test_the_page_needs_nothing_else(written):
         assert not re.search(r'href="(?!#)|@import|url\((?!#)', chart)
 
 
-def test_the_page_is_for_everyone(written):
+def test_page_has_words_for_charts_and_fits_a_phone(written):
     """Catches: charts without words, a page that a phone shows as a desk's, a dark page with dark charts."""
     text = (written / "index.html").read_text()
     page = Page(text)
@@ -302,15 +300,6 @@ def test_devices_are_not_mixed_by_accident(tmp_path):
     assert first < page.index("one.json") < second < page.index("two.json")
 
 
-def test_eq_4():
-    """Catches: another formula; the head of the full one's speed and acceptance gains nothing, one that costs nothing
-    removes kappa, and at the least ratio nothing is left of a gain."""
-    assert speedup(1, 0.25, 1) == 1
-    assert speedup(1, 0.25, float("inf")) == pytest.approx(4 / 3)
-    assert speedup(0.97, 0.25, 4.5) == pytest.approx(0.97 / (0.75 + 0.25 / 4.5))
-    assert speedup(least_ratio(0.3, 7), 0.3, 7) == pytest.approx(1)
-
-
 def test_heads_are_compared_with_the_full_one():
     """Catches: the ratio upside down, or of two batches; a missing head as a zero; no table without a full head."""
     results = heads()
@@ -366,7 +355,7 @@ def test_servers_that_failed_are_seen():
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_every_kind_alone(kind, tmp_path):
+def test_report_shows_each_kind_of_result_alone(kind, tmp_path):
     """Catches: a page that needs two kinds of file."""
     MADE[kind]().write(tmp_path / "a.json")
     assert write_report([tmp_path / "a.json"], tmp_path / "report") == []
@@ -398,7 +387,7 @@ def _no_alpha(results):
         ("states", _no_alpha, "a.json: its numbers cannot be shown (division by zero); measure again"),
     ],
 )
-def test_numbers_that_nobody_measured(kind, spoil, message, tmp_path, monkeypatch):
+def test_report_refuses_impossible_numbers_in_one_line(kind, spoil, message, tmp_path, monkeypatch):
     """Catches: a traceback for a file that holds what its format allows and no measurement gives."""
     monkeypatch.chdir(tmp_path)
     results = MADE[kind]()
@@ -422,7 +411,7 @@ def test_numbers_that_nobody_measured(kind, spoil, message, tmp_path, monkeypatc
         (["other.json"], "nothing to report in other.json (convert)"),
     ],
 )
-def test_bad_files(files, message, tmp_path, monkeypatch):
+def test_report_refuses_bad_files_and_writes_nothing(files, message, tmp_path, monkeypatch):
     """Catches: a traceback, or half a report."""
     monkeypatch.chdir(tmp_path)
     Path("text.json").write_text("hello")
@@ -462,7 +451,7 @@ def test_head_times_as_one_picture(name, start, tmp_path):
     assert "no head 'full' for llama-3.2-1b at batch 3" in run.output
 
 
-def test_without_its_libraries(tmp_path, monkeypatch):
+def test_report_names_the_extra_that_is_missing(tmp_path, monkeypatch):
     """Catches: a traceback, or an error without its cure, where the extra was not installed."""
     monkeypatch.setitem(sys.modules, "jinja2", None)
     arguments = ["report", str(ROOT / "docs/results/head-cpu.json"), "--output-path", str(tmp_path / "report")]
