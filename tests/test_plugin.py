@@ -365,9 +365,14 @@ def test_listed_vllm_internal_is_found_and_its_absence_is_noticed(touch):
     assert not dataclasses.replace(touch, module="vllm.no_such_module").found()
 
 
-def test_info_line_of_ours_reaches_the_output():
+def test_info_line_of_ours_reaches_the_output(target):
     """Catches: our lines under a logger name that vLLM does not configure, so that nobody sees them."""
-    code = "import vllm.logger; from vllm_slimspec import compat; compat.logger.info('a line of ours')"
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "from vllm_slimspec import compat\n"
+        f"EngineArgs(model={str(target)!r}, skip_tokenizer_init=True, max_model_len=128).create_engine_config()\n"
+        "compat.logger.info('a line of ours')"
+    )
     settings = {"CONFIGURE_LOGGING": "1", "LOGGING_LEVEL": "INFO", "LOGGING_STREAM": "ext://sys.stdout"}
     assert _python(code, **{f"VLLM_{name}": value for name, value in settings.items()}).endswith("a line of ours")
 
