@@ -185,6 +185,35 @@ def served(result: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{failed} of {sum(row['completed'] for row in result['rows']) + failed:,} requests failed."]
 
 
+RUN_WORDS = {
+    "probe-adamw-1e-3": "AdamW, learning rate 1e-3",
+    "probe-adamw-2e-3": "AdamW, learning rate 2e-3",
+    "probe-muon": "Muon at 0.02, AdamW at 2e-3 for the rest",
+    "probe-150-steps": "the recipe",
+    "probe-from-target": "the recipe, from the target's last layer",
+    "probe-an-eighth": "the recipe, over 320 of the documents",
+    "dense": "the dense drafter",
+    "low-rank": "the drafter with the low-rank head",
+}
+
+
+def runs(result: dict[str, Any]) -> list[str]:
+    """What every training run measured on held-out answers, epoch by epoch."""
+    found = {row["run"]: row for row in result["rows"]}
+    lines = [
+        "| run | steps | loss, trained on | loss, held out | acceptance length, K = 3 (95%) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, words in RUN_WORDS.items():
+        if (row := found.get(name)) is None:
+            continue
+        for i, steps in enumerate(row["steps"]):
+            length = f"{row['length'][i]:.2f} ({row['low'][i]:.2f} to {row['high'][i]:.2f})"
+            losses = f"{row['train_loss'][i]:.2f} | {row['loss'][i]:.2f}"
+            lines.append(f"| {words if i == 0 else ''} | {steps:,} | {losses} | {length} |")
+    return lines
+
+
 def real_size(result: dict[str, Any]) -> list[str]:
     """A conversion at the size of an 8B model."""
     (row,) = result["rows"]
@@ -312,6 +341,7 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
         "served": ("smollm2-serve", served),
         "cycles": ("smollm2-cycle", cycles),
     },
+    "experiments/smollm2/README.md": {"runs": ("smollm2-runs", runs)},
     "examples/smollm2-135m-instruct/README.md": {"card": ("smollm2-acceptance", card("slimspec"))},
     "examples/smollm2-135m-instruct-dense/README.md": {"card": ("smollm2-acceptance", card("full"))},
     "docs/convert.md": {
