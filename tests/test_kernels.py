@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from factors import head, integer_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,19 +50,6 @@ def poison():
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, poisoned(getattr(owner, name)))
         yield
-
-
-def head(batch, vocab, rank, dtype=torch.float32, hidden_size=32):
-    generator = torch.Generator().manual_seed(batch * vocab + rank)
-    shapes = ((batch, hidden_size), (rank, hidden_size), (vocab, rank))
-    return tuple((torch.randn(shape, generator=generator) / shape[1] ** 0.25).to(dtype) for shape in shapes)
-
-
-def integer_head(batch, vocab, rank, dtype=torch.float32, hidden_size=4, seed=0):
-    """Return a head of small integers: every score is exact in every dtype, and most rows have ties."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, hidden_size), (rank, hidden_size), (vocab, rank))
-    return tuple(torch.randint(-1, 2, shape, generator=generator).to(dtype) for shape in shapes)
 
 
 def check_argmax(hidden, down, up, block_v=None):

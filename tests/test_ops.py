@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from factors import head, positive_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,17 +15,6 @@ from vllm_slimspec.head.quantized import KINDS
 from vllm_slimspec.head.selection import best_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def head(batch, vocab, rank, hidden_size=32, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, hidden_size), (rank, hidden_size), (vocab, rank))
-    return tuple((torch.randn(shape, generator=generator) / shape[1] ** 0.25).to(dtype) for shape in shapes)
-
-
-def positive_head(scores):
-    """Return a head whose logits are exactly ``scores`` [V] in one row: rank 1, z = 1."""
-    return torch.ones(1, 1), torch.ones(1, 1), torch.tensor(scores)[:, None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

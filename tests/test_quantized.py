@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from factors import head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,17 +17,11 @@ STEPS = {"fp8": 2**-4, "int8": 0.51 / 127, "int4": 0.54 / 7.5}
 """Largest error against the largest entry of a row: half a step, and what rounding the scale adds."""
 
 
-def head(batch, vocab, rank, dtype=torch.bfloat16, hidden_size=48):
-    generator = torch.Generator().manual_seed(vocab + rank)
-    shapes = ((batch, hidden_size), (rank, hidden_size), (vocab, rank))
-    return tuple((torch.randn(shape, generator=generator) / shape[1] ** 0.25).to(dtype) for shape in shapes)
-
-
 @pytest.mark.parametrize("group_size", [None, *GROUPS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantization_rounds_each_entry_within_half_a_step(kind, group_size):
     """Catches: a wrong scale, nibble order or sign, by which an entry is further from the original than half a step."""
-    up = head(1, 70, 256)[2].float()
+    up = head(1, 70, 256)[2].bfloat16().float()
     up[3] = 0
     up[5, 7] = 100.0  # an outlier costs its own row or group only
     quantized = quantize_up(up, kind, group_size)
@@ -54,7 +49,7 @@ def test_stored_bytes_mean_the_documented_values():
 @pytest.mark.parametrize(("rank", "group_size"), [(30, None), (64, None), (96, 32)])
 def test_padding_of_a_quantized_rank_is_zero(kind, rank, group_size):
     """Catches: padding of int4 that is not zero, because the nibble that stands for zero is 8."""
-    quantized = quantize_up(head(1, 20, rank)[2], kind, group_size)
+    quantized = quantize_up(head(1, 20, rank, torch.bfloat16)[2], kind, group_size)
     padded = pad_rank(quantized, 128).dequantize()
     assert torch.equal(padded[:, :rank], quantized.dequantize())
     assert (padded[:, rank:] == 0).all()
@@ -88,7 +83,7 @@ def test_packed_head_gives_the_logits_of_its_factors(batch, vocab, rank, kind, g
 def test_top_1_of_a_packed_quantized_head_agrees_with_its_factor(kind, batch):
     """Catches: a quantized head that drafts another token than its factor does, by more than the rounding of a
     score."""
-    hidden, down, up = head(batch, 5000, 128)
+    hidden, down, up = head(batch, 5000, 128, torch.bfloat16)
     quantized = quantize_up(up, kind)
     values, ids = ops.low_rank_argmax(hidden, *ops.pack(down, quantized))
     scores = torch.nn.functional.linear(hidden, down).float() @ quantized.dequantize().T
@@ -101,7 +96,7 @@ def test_top_1_of_a_packed_quantized_head_agrees_with_its_factor(kind, batch):
 def test_batch_size_chooses_between_both_forms_of_a_quantized_factor():
     """Catches: a quantized head that uses one of its two products for every batch; they round differently, so they can
     be told apart."""
-    _, _, up = head(1, 4000, 128)
+    _, _, up = head(1, 4000, 128, torch.bfloat16)
     packed = PackedFactor(quantize_up(up, "int8"), torch.bfloat16)
     z = torch.randn(INTEGER_ROWS + 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert not torch.equal(packed(z[:INTEGER_ROWS]), packed(z)[:INTEGER_ROWS])
