@@ -32,6 +32,12 @@ def test_importing_the_package_imports_nothing_heavy():
     assert _python(f"import sys, vllm_slimspec; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
+def test_command_line_starts_without_what_comes_with_vllm():
+    """Catches: `slimspec --version` that fails in an environment without vLLM, or that takes seconds to start."""
+    brought = "{'torch', 'vllm', 'tqdm', 'transformers', 'numpy', 'httpx', 'matplotlib'}"
+    assert _python(f"import sys, vllm_slimspec.cli; print(sorted({brought} & set(sys.modules)))") == "[]"
+
+
 PROBE = """
 from vllm.plugins import load_general_plugins
 from vllm import ModelRegistry

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vllm_slimspec.common.output import claim_file
-from vllm_slimspec.common.progress import progress
 from vllm_slimspec.errors import OptionError
 
 if TYPE_CHECKING:
@@ -63,5 +62,7 @@ def claim_results(json: Path | None, *, run: Path | None = None) -> AbstractCont
 @contextmanager
 def turns(total: int | None, what: str) -> Iterator[Callable[[], None]]:
     """Show how many turns of a measurement are done; call what it gives after each."""
+    from vllm_slimspec.common.progress import progress  # tqdm comes with vLLM, and `slimspec --help` works without
+
     with progress(what, total, "turn") as shown:
         yield shown.update
