@@ -210,7 +210,7 @@ def test_line_of_another_format_is_refused_and_nothing_is_written(line, message,
     ("arguments", "code", "message"),
     [
         (["--drafter", "full"], 2, "'full' is not NAME=FOLDER"),
-        (["--drafter", "a=x", "--drafter", "a=y"], 2, "'a=y' is there twice"),
+        (["--drafter", "a=x", "--drafter", "a=y"], 2, "'a=y' repeats a name"),
         (["--drafter", "a=x", "--temperature", "hot"], 2, "'hot' is not a list of temperatures"),
         (["--drafter", "a=x", "--engine-args", "[]"], 2, "must be a JSON object"),
         (["--drafter", "a=nowhere", "--temperature", "0,1"], 1, "--temperature 1: vLLM's CPU backend"),

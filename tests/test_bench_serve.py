@@ -167,7 +167,7 @@ def test_row_of_the_load_generator():
         (
             ["--target", "t", "--drafter", "a=b", "--prompts", "p", "--local-argmax", "c"],
             2,
-            "'c' is the name of no --drafter",
+            "'c' is not the name of a --drafter",
         ),
         (["--target", "t", "--drafter", "a=b", "--prompts", "p"], 1, "error: t: no such folder"),
     ],
