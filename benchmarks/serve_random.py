@@ -68,7 +68,7 @@ def main(
     dtypes: ServedDtypes = None,
     json: Json = None,
 ) -> None:
-    """Measure the throughput of `vllm serve` with random weights: the target alone, and with a drafter for each head."""
+    """Measure the throughput of `vllm serve` with random weights: the target alone, and a drafter for each head."""
     if acceptance is not None and not torch.cuda.is_available():
         raise typer.BadParameter(f"{acceptance}: {NO_SYNTHETIC}", param_hint="--acceptance")
     if shape not in TARGETS:
