@@ -3,7 +3,7 @@
     python tools/release.py            # builds into dist/ and makes the tag v0.2.0
     python tools/release.py --check    # only says whether a release could be made
 
-The notes are the section of CHANGELOG.md that is headed by the version and a date. Nothing is uploaded.
+The notes are the section of CHANGELOG.md whose heading has the version and a date. Nothing is uploaded.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def notes(changelog: str, version: str) -> str:
     if found is None:
         raise OptionError(f"CHANGELOG.md: has no section '## {version} (DATE)'; write it")
     if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", found[1]):
-        raise OptionError(f"CHANGELOG.md: version {version} has the date ({found[1]}); write one such as 2026-01-31")
+        raise OptionError(f"CHANGELOG.md: version {version} has no date but ({found[1]}); write one as 2026-01-31")
     return found[2].strip() + "\n"
 
 
