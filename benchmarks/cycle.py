@@ -1,9 +1,10 @@
-"""Time one draft-and-verify cycle of the real engine under every head, side by side.
+"""Time draft-and-verify cycles of the real engine with each draft head, side by side.
 
-Eq. 4 of the paper (arXiv 2605.10453) says what a head ought to give: with kappa, the share of a cycle that the full
-head takes, and nu, how many times faster another head is, that head's cycle takes 1 - kappa + kappa / nu of the full
-one. Here kappa comes from cycles (those of a head that returns a constant id take nothing for a head), nu from the
-heads timed alone, and the prediction can be held against the cycle that was measured.
+Eq. 4 of the paper (arXiv 2605.10453) predicts how long a cycle takes. Let kappa be the share of a cycle that the full
+head takes, and nu how many times faster another head is. Then a cycle with that head takes 1 - kappa + kappa / nu of a
+cycle with the full head. Here kappa comes from the cycles of the full head and of the head `null`, which returns a
+constant id and takes next to no time. nu comes from the heads timed alone. The prediction is then compared with the
+measured cycle.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,56 +36,61 @@ from vllm_slimspec.measure.shapes import SHAPES
 from vllm_slimspec.target import Target
 
 _COMPARED_WITH = ("null", "full")
-_STEADY = 1.25  # p80 over p20 of cycles that nothing disturbs is below it
+_STEADY = 1.25  # undisturbed cycles have a ratio of p80 to p20 below this
 
 
 class Pair(NamedTuple):
-    """A real target and its dense drafter, whose rows the other heads are made of, in the place of random weights."""
+    """A real target and its dense drafter, instead of random weights. All heads are made from the drafter's rows."""
 
     target: str
     drafter: str
 
     @property
     def name(self) -> str:
-        """What a row calls its shape."""
+        """The name of the pair in the column `shape` of the results."""
         return Path(self.target).name
 
     @property
     def rank(self) -> int:
-        """R = D / 8 of its low-rank heads."""
+        """The rank R = D / 8 of the pair's low-rank heads."""
         return Target.open(self.target).hidden_size // 8
 
 
 class Options(NamedTuple):
-    """What is measured, and how often; the flags of the command line."""
+    """The options of ``cycle.py``."""
 
     shapes: Sequence[str]
     heads: Sequence[str]
-    ks: Sequence[int]
-    batches: Sequence[int]
-    contexts: Sequence[int]
+    ks: Sequence[int]  # numbers of draft tokens per cycle
+    batches: Sequence[int]  # numbers of requests that run at the same time
+    contexts: Sequence[int]  # numbers of tokens of each prompt
     rounds: int
-    cycles: int
-    repeats: int
-    work: Path  # random drafters and the engines' logs
-    acceptance: AcceptanceResults | None = None  # on a GPU: vLLM accepts as often as these drafters' targets did
-    dtypes: Sequence[str] | None = None  # None: on a CPU both, where they fit into memory, and bfloat16 on a GPU
-    pair: Pair | None = None  # in the place of the shapes
+    cycles: int  # timed cycles of each head in a round
+    repeats: int  # timed calls of each head alone
+    work: Path  # folder that keeps random drafters and the logs of the engines
+    acceptance: AcceptanceResults | None = None  # measured acceptance, which vLLM imitates on a GPU
+    dtypes: Sequence[str] | None = None  # None: on a CPU both, if they fit into memory, and bfloat16 on a GPU
+    pair: Pair | None = None  # takes the place of the shapes
 
     def rank(self, shape: str) -> int:
-        """R of the low-rank heads of a shape."""
+        """Return the rank of the low-rank heads of a shape."""
         return SHAPES[shape].rank if self.pair is None else self.pair.rank
 
 
 def measure(
     options: Options, ticking: Callable[[int], AbstractContextManager[Callable[[], None]]]
 ) -> Iterator[CycleResults]:
-    """Run every head at every shape, K, batch and context, in engines of their own; ``ticking`` shows progress.
+    """Time every head at every shape, K, batch and context, and yield all results so far after each shape and K.
 
-    Gives what is known after each shape and K: on a GPU there are hours between them.
+    On a GPU a shape and K takes hours, so that partial results are worth keeping.
+
+    Args:
+        options: the options of the command.
+        ticking: takes the number of turns, and returns a context that shows progress and gives the function to call
+            after each turn.
 
     Raises:
-        EngineError: an engine failed, or refused a head because it drafts wrong tokens; the message names its log.
+        EngineError: an engine failed, or a head drafted wrong tokens in it; the message names the log.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plans = {
@@ -119,11 +125,13 @@ def _dtypes(options: Options, shape: str, device: str) -> list[str]:
 
 
 def plan(options: Options, shape: str, k: int, device: str, dtype: str = DTYPE) -> list[Plan]:
-    """Plan the engines of a shape and K: on a CPU one, in which the heads take turns; on a GPU one a head and round.
+    """Return the plans of the engines for a shape and K.
 
-    A GPU's engines keep a head in their CUDA graphs, where it cannot be exchanged.
+    On a CPU one engine runs all heads in turns. On a GPU each head and round has an engine of its own, because a head
+    is captured in CUDA graphs and cannot be exchanged.
 
-    Raises CheckpointError for a head of unknown acceptance, where acceptance is asked for.
+    Raises:
+        CheckpointError: ``options.acceptance`` is given and has no row for a head.
     """
     rank, folder, pair = options.rank(shape), options.work / shape, options.pair
 
@@ -174,10 +182,11 @@ def rows_of(
     acceptance: AcceptanceResults | None = None,
     dtype: str = DTYPE,
 ) -> list[CycleRow]:
-    """Make a row for each head, batch and context of what the engines of one shape and K found.
+    """Return a row for each head, batch and context, from what the engines of one shape and K measured.
 
-    Tokens per second are those of the ``acceptance`` that vLLM imitated: it draws, and a few hundred cycles would put
-    its luck into the comparison. ``accepted`` is what it drew.
+    Where vLLM imitated an ``acceptance``, tokens per second are computed from its acceptance length and the median
+    cycle. The tokens that vLLM accepted are drawn at random, and over a few hundred cycles chance would disturb the
+    comparison. ``accepted`` in a row counts them all the same.
     """
     turns = [turn for one in found for turn in one.turns]
     calls = [alone for one in found for alone in one.alone]
@@ -185,7 +194,7 @@ def rows_of(
     for batch, context in dict.fromkeys((turn.batch, turn.context) for turn in turns):
         here = [turn for turn in turns if (turn.batch, turn.context) == (batch, context)]
         heads = list(dict.fromkeys(turn.head for turn in here))
-        # the round with clocks in it is not one of those that are timed
+        # The round with clocks around the parts is left out, because the clocks take time.
         rounds = {h: [turn.ms for turn in here if turn.head == h and turn.parts is None] for h in heads}
         times = {h: [ms for turn in rounds[h] for ms in turn] for h in heads}
         alone = {h: median(us for a in calls if (a.head, a.batch) == (h, batch) for us in a.us) for h in heads}
@@ -229,12 +238,20 @@ def rows_of(
 
 
 def least_ratio(kappa: float, nu: float) -> float:
-    """Return the cost of a head's cycle, in cycles of the full head: the share of acceptance from which on it pays."""
+    """Return the predicted time of a head's cycle, relative to a cycle of the full head (eq. 4).
+
+    It is also the ratio of acceptance lengths from which the head is faster than the full head.
+    """
     return 1 - kappa + kappa / nu
 
 
 def _ratio_interval(mine: Sequence[Sequence[float]], full: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95% of the ratio of medians, by drawing rounds of [rounds, cycles] anew, the same ones for both heads."""
+    """Return the 95% interval of the ratio of median cycles, by resampling the same rounds for both heads.
+
+    Args:
+        mine: milliseconds of the cycles of one head, [rounds, cycles].
+        full: milliseconds of the cycles of the full head, [rounds, cycles].
+    """
     ours, theirs = np.array(mine), np.array(full)
 
     def ratio(drawn: np.ndarray) -> np.ndarray:
@@ -256,52 +273,75 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 )
 def cycle(
     shapes: Annotated[
-        str, typer.Option(help=f"Targets to time: all, or some of {', '.join(TARGETS)}.")
+        str,
+        typer.Option(help=f"Targets whose shapes are timed with random weights: all, or some of {', '.join(TARGETS)}."),
     ] = "llama-3.2-1b",
     heads: Annotated[
         str,
-        typer.Option(help=f"Heads to time: all of this device, or some of {', '.join(HEADS)}; null and full always."),
+        typer.Option(
+            help=f"Heads to time: all that this device can run, or some of {', '.join(HEADS)}. The heads null and full "
+            "are always timed, since the others are compared with them."
+        ),
     ] = "all",
     num_speculative_tokens: Annotated[
-        str, typer.Option("-k", "--num-speculative-tokens", help="Numbers of draft tokens of a cycle (K).")
+        str,
+        typer.Option(
+            "-k",
+            "--num-speculative-tokens",
+            help="Numbers of tokens that are drafted in each cycle (K), such as 5 or 5,3. Each one is timed.",
+        ),
     ] = "5",
-    batches: Annotated[str, typer.Option(help="Batch sizes: requests at once.")] = "1",
-    contexts: Annotated[str, typer.Option("--context", help="Numbers of tokens of each prompt.")] = "128",
+    batches: Annotated[
+        str, typer.Option(help="Batch sizes: numbers of requests that run at the same time, such as 1,8.")
+    ] = "1",
+    contexts: Annotated[
+        str, typer.Option("--context", help="Numbers of tokens in each prompt, such as 128 or 128,1024.")
+    ] = "128",
     rounds: Annotated[
-        int, typer.Option(min=1, help="Turns of every head; on a GPU, engines of every head (3 by default).")
+        int,
+        typer.Option(
+            min=1,
+            help="Number of turns of each head. On a GPU each turn starts an engine, and the default is 3.",
+        ),
     ] = 3 if torch.cuda.is_available() else 15,
-    cycles: Annotated[int, typer.Option(min=1, help="Timed cycles of a turn; give 50 or more on a GPU.")] = 4,
+    cycles: Annotated[
+        int, typer.Option(min=1, help="Number of timed cycles in each turn of a head. Give 50 or more on a GPU.")
+    ] = 4,
     repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of each head alone.")] = 21,
     acceptance: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file of `slimspec bench acceptance`: vLLM then accepts as often as there, which gives tokens "
-            "per second. GPU only."
+            help="JSON file of `slimspec bench acceptance`. vLLM then imitates the acceptance in it, so that tokens "
+            "per second can be computed. Works on a GPU only."
         ),
     ] = None,
-    work_path: Annotated[Path, typer.Option(help="Folder that keeps random drafters and the engines' logs.")] = Path(
-        "build/cycle"
-    ),
+    work_path: Annotated[
+        Path, typer.Option(help="Folder that keeps the random drafters and the logs of the engines.")
+    ] = Path("build/cycle"),
     dtypes: Annotated[
         str | None,
         typer.Option(
-            help="Data types to time, such as bfloat16,float32.", show_default="these two on a CPU, bfloat16 on a GPU"
+            help="Data types to time: some of bfloat16, float32 and float16, separated by commas.",
+            show_default="bfloat16,float32 on a CPU; bfloat16 on a GPU",
         ),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", "--verifier", help="A real target, a folder or an id, in the place of --shapes. CPU only."
+            "--target",
+            "--verifier",
+            help="A real target, as a local folder or a Hugging Face id, instead of --shapes. Works on a CPU only.",
         ),
     ] = None,
     drafter: Annotated[
-        str | None, typer.Option(help="Its dense EAGLE-3 drafter, whose rows all heads are made of.")
+        str | None,
+        typer.Option(help="The dense EAGLE-3 drafter of --target, a folder or an id. All heads are made of its rows."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
 ) -> None:
-    """Time a draft-and-verify cycle of the real engine under every head.
+    """Time draft-and-verify cycles of the real engine with each draft head.
 
-    Without --target and --drafter the pairs have true shapes and random weights.
+    Without --target and --drafter the models have the shapes of public models and random weights.
     """
     allowed = heads_of("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choices(heads, allowed, "--heads")
@@ -311,11 +351,12 @@ def cycle(
     if acceptance is not None and not torch.cuda.is_available():
         raise typer.BadParameter(f"{acceptance}: {NO_SYNTHETIC}", param_hint="--acceptance")
     if (target is None) != (drafter is None):
-        raise typer.BadParameter("give --target and --drafter together, or neither for random weights")
+        raise typer.BadParameter("give both --target and --drafter, or neither of them for random weights")
     pair = None if target is None or drafter is None else Pair(target, drafter)
     if pair is not None and torch.cuda.is_available():
         raise typer.BadParameter(
-            "an engine of a GPU keeps one head in its graphs; measure a real pair by `slimspec bench serve`",
+            "is not supported on a GPU, where the heads of one engine cannot be exchanged; measure a real pair with "
+            "`slimspec bench serve`",
             param_hint="--target",
         )
     options = Options(
@@ -373,12 +414,14 @@ def _print(results: CycleResults) -> None:
             table.add_row(row.head, *cells)
         console.print(table)
     if results.acceptance:
-        words = "tokens/s: of the acceptance length that was measured with"
-        console.print(f"{words} {results.acceptance}, at the median cycle; accepted: draft tokens a cycle, as counted")
+        console.print(
+            f"tokens/s is computed from the acceptance length that was measured with {results.acceptance} and the "
+            "median cycle. accepted counts the draft tokens per cycle."
+        )
     busy = sum(row.cycle_ms_p80 > _STEADY * row.cycle_ms_p20 for row in results.rows)
     if busy:
         spread = f"spread by more than {_STEADY:g}x from p20 to p80"
-        console.print(f"{busy} of {len(results.rows)} rows {spread}: other programs ran too")
+        console.print(f"{busy} of {len(results.rows)} rows {spread}: other programs ran too, so measure again")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One engine of ``benchmarks/cycle.py``, in a process of its own: runs cycles, and says how long each took.
+"""An engine of ``benchmarks/cycle.py``, which runs cycles in a process of its own and reports how long each took.
 
-A cycle, K draft steps and their verification, is one step of the engine. Random weights accept next to nothing, so that
-it gives one token a request.
+A cycle is K draft steps and their verification, and is one step of the engine. With random weights next to nothing is
+accepted, so that a cycle gives one token per request.
 """
 
 import itertools
@@ -25,23 +25,23 @@ _HERE = str(Path(__file__).resolve().parent)
 
 
 class Plan(BaseModel):
-    """What one engine has to run."""
+    """The work of one engine."""
 
     target: str
     drafter: str
-    heads: list[str]  # exchanged in this engine; a single one is the drafter's own
+    heads: list[str]  # on a CPU the heads that take turns in this engine; on a GPU the drafter's own head
     rank: int
     num_speculative_tokens: int
     batches: list[int]
     contexts: list[int]
     rounds: int
-    cycles: int  # timed at each turn of a head
+    cycles: int  # timed cycles at each turn of a head
     repeats: int  # timed calls of each head alone
     device: str
-    speculative: dict[str, Any]  # more of vLLM's speculative_config
+    speculative: dict[str, Any]  # further keys of vLLM's speculative_config
     dtype: str = DTYPE  # of both models
-    load_format: str = "dummy"  # of the target; auto: it has weights
-    seed: int = 0  # of the engine: what vLLM's synthetic acceptance draws
+    load_format: str = "dummy"  # how vLLM gets the target's weights: "dummy" are random, "auto" are read from files
+    seed: int = 0  # seed of the engine, from which vLLM draws imitated acceptance
 
     @property
     def exchange(self) -> bool:
@@ -50,42 +50,42 @@ class Plan(BaseModel):
 
     @property
     def untimed(self) -> int:
-        """Cycles before the timed ones of a turn: a host that runs ahead of a GPU takes a few to fall in step."""
+        """The number of untimed cycles that begin a turn. A GPU needs some until host and device are in step."""
         return 1 if self.exchange else 5
 
     @property
     def ticks(self) -> int:
-        """Turns that it will report."""
+        """The number of turns that the engine will report."""
         return len(self.batches) * len(self.contexts) * (self.rounds + self.exchange) * len(self.heads)
 
     @property
     def max_model_len(self) -> int:
-        """Room for a round even if every draft token were accepted."""
+        """The length that a round needs if every draft token is accepted, in tokens."""
         cycles = len(self.heads) * (self.cycles + self.untimed) + 2 + max(self.batches)
         return max(self.contexts) + (self.num_speculative_tokens + 1) * cycles
 
 
 class Turn(BaseModel):
-    """A head's cycles in one round."""
+    """The cycles of one head in one round."""
 
     head: str
     batch: int
     context: int
-    ms: list[float]
-    tokens: int  # that they yielded
-    parts: list[dict[str, float]] | None  # ms of each part of each cycle, in the round with clocks around them
+    ms: list[float]  # time of each cycle
+    tokens: int  # tokens that all of the cycles gave
+    parts: list[dict[str, float]] | None  # ms of each part of each cycle; None in a round without clocks
 
 
 class Alone(BaseModel):
-    """Calls of a head by itself."""
+    """The calls of a head alone."""
 
     head: str
     batch: int
-    us: list[float]
+    us: list[float]  # time of each call
 
 
 class Found(BaseModel):
-    """What an engine ran."""
+    """The measurements of one engine."""
 
     threads: int
     turns: list[Turn]
@@ -93,8 +93,9 @@ class Found(BaseModel):
 
 
 def find_benchmarks() -> None:
-    """Let every process that is started from this one import the modules of this folder: the engine, its workers, and
-    the process in which vLLM looks at the architecture of the rivals.
+    """Add this folder to the PYTHONPATH of all processes that this one starts.
+
+    The engine, its workers, and the process in which vLLM inspects the class of the rivals import modules from it.
     """
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if _HERE not in path:
@@ -102,10 +103,10 @@ def find_benchmarks() -> None:
 
 
 def run(plan: Plan, log: Path, tick: Callable[[], None] = lambda: None) -> Found:
-    """Start an engine in a process of its own and run ``plan``; ``tick`` is called after every turn.
+    """Run ``plan`` in an engine in a process of its own, and return its measurements; ``tick`` is called every turn.
 
     Raises:
-        EngineError: it failed; the message names ``log``, which has all that it said.
+        EngineError: the engine failed; the message names ``log``, which has all of its output.
     """
     find_benchmarks()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +120,11 @@ def run(plan: Plan, log: Path, tick: Callable[[], None] = lambda: None) -> Found
 
 
 class Engine:
-    """A vLLM that runs a plan, cycle by cycle."""
+    """A vLLM engine that runs the cycles of a plan one by one."""
 
     def __init__(self, plan: Plan) -> None:
-        # The worker imports this too; here it makes the rivals' architecture known to whoever reads the config.
+        # The worker imports this module too. Importing it here registers the rivals' architecture in this process,
+        # which reads the drafter's config.
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -146,7 +148,7 @@ class Engine:
             max_num_seqs=max(plan.batches),
             enforce_eager=plan.exchange,
             skip_tokenizer_init=True,
-            enable_prefix_caching=True,  # a round begins where the others did, without their prefill
+            enable_prefix_caching=True,  # saves the prefill of the prompts, which are the same in every round
             seed=plan.seed,
             worker_extension_cls=f"{cycle_worker.__name__}.{cycle_worker.WorkerHeads.__name__}",
         )
@@ -161,12 +163,12 @@ class Engine:
         self._vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
 
     def ask(self, method: str, *args: Any) -> Any:
-        """Call a method of :class:`cycle_worker.WorkerHeads`."""
+        """Call a method of :class:`cycle_worker.WorkerHeads`, and return its result."""
         return self.llm.collective_rpc(method, args=args)[0]
 
     @contextmanager
     def requests(self, batch: int, context: int) -> Iterator[None]:
-        """Within it, ``batch`` requests of ``context`` tokens are past their prefill."""
+        """Give a context in which ``batch`` requests with prompts of ``context`` tokens have finished their prefill."""
         engine = self.llm.llm_engine
         waiting = {str(next(self._numbers)): random.Random(i) for i in range(batch)}
         names = list(waiting)
@@ -182,7 +184,17 @@ class Engine:
             engine.step()
 
     def turn(self, head: str, batch: int, context: int, clocks: bool = False) -> Turn:
-        """Time some cycles of the head that is in, after those that are not timed."""
+        """Run the untimed cycles of a turn, then the timed ones, and return them.
+
+        Args:
+            head: the name of the head that the engine uses now.
+            batch: the number of running requests.
+            context: the number of tokens of their prompts.
+            clocks: whether clocks around the parts are on, so that their times are returned too.
+
+        Raises:
+            RuntimeError: a cycle was no whole cycle of all requests.
+        """
         found = Turn(head=head, batch=batch, context=context, ms=[], tokens=0, parts=[] if clocks else None)
         for i in range(self.plan.untimed + self.plan.cycles):
             start = time.perf_counter()
@@ -192,18 +204,21 @@ class Engine:
             if i < self.plan.untimed:
                 continue
             if len(outputs) != batch:
-                raise RuntimeError(f"a cycle of {head} gave tokens to {len(outputs)} of {batch} requests")
+                raise RuntimeError(f"a cycle of {head} gave tokens to {len(outputs)} requests, not to all {batch}")
             found.ms.append(ms)
             found.tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
             if parts is not None and found.parts is not None:
                 if len(parts["head"]) != self.plan.num_speculative_tokens:
-                    raise RuntimeError(f"a cycle of {head} asked its head {len(parts['head'])} times, not K")
+                    raise RuntimeError(
+                        f"a cycle of {head} called its head {len(parts['head'])} times, not "
+                        f"K = {self.plan.num_speculative_tokens} times"
+                    )
                 found.parts.append({part: sum(times) for part, times in parts.items()})
         return found
 
 
 def measure(engine: Engine, tick: Callable[[], Any] = lambda: None) -> Found:
-    """Run the engine's plan; ``tick`` is called after every turn."""
+    """Run the engine's plan, and return its measurements; ``tick`` is called after every turn."""
     plan = engine.plan
     if plan.exchange:
         engine.ask("slimspec_make", plan.heads, plan.rank, plan.batches)
@@ -234,20 +249,27 @@ def measure(engine: Engine, tick: Callable[[], Any] = lambda: None) -> Found:
 
 
 def rotated(names: Sequence[str], first: int) -> list[str]:
-    """Return the same in a circle, from another one on: who comes first in a round changes with the rounds."""
+    """Return the names rotated, so that number ``first`` (modulo their count) comes first.
+
+    Each round begins with another head, so that no head always profits from its place.
+    """
     first %= len(names)
     return [*names[first:], *names[:first]]
 
 
 def main() -> None:
-    """Run one engine in this process: PLAN FOUND DESCRIPTOR, which gets a byte after every turn."""
+    """Run one engine in this process, with the arguments PLAN FOUND DESCRIPTOR.
+
+    PLAN is the JSON file to read, FOUND the one to write, and DESCRIPTOR a file descriptor that gets a byte every turn.
+    """
     asked, found, ticks = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     plan = Plan.model_validate_json(asked.read_text())
     if plan.exchange:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one step of the engine is then one cycle, and no more
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # makes one step of the engine exactly one cycle
     else:
-        os.environ.setdefault(SPAWN, "spawn")  # torch has looked for GPUs here already
+        # torch has looked for GPUs in this process already, after which a forked process cannot use them.
+        os.environ.setdefault(SPAWN, "spawn")
     result = measure(Engine(plan), lambda: os.write(ticks, b"."))
     found.write_text(result.model_dump_json())
 

@@ -1,6 +1,6 @@
-"""The heads of ``benchmarks/cycle.py`` inside an engine: built from the drafter that is there, checked, exchanged.
+"""The heads of ``benchmarks/cycle.py`` inside an engine: they are built from its drafter, checked and exchanged.
 
-Stock heads run vLLM's own ``compute_logits`` and ``get_top_tokens``, low-rank ones those of the plugin.
+Stock heads run vLLM's own ``compute_logits`` and ``get_top_tokens``, and low-rank heads run the plugin's code.
 """
 
 import time
@@ -28,27 +28,27 @@ from vllm_slimspec.measure.arms import Arm, Weights, check, trimmed_offsets
 from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.shapes import Shape
 
-# In the worker's process: vLLM imports this module there for the sake of WorkerHeads, before it loads a model. The
-# plugin is registered too: a package that is run out of a checkout has no entry point.
+# This runs in the worker's process, where vLLM imports this module for WorkerHeads before it loads a model. The plugin
+# is registered here too, because a package that runs from a checkout has no entry point.
 register()
 ModelRegistry.register_model(RIVAL_ARCHITECTURE, f"{__name__}:RivalDraft")
 
 
 class Head(NamedTuple):
-    """A draft head as a runner of vLLM sees it."""
+    """A draft head as vLLM's model runner calls it."""
 
     call: Callable[[Tensor], Tensor]  # [B, D] -> ids int64 [B] of the target, or logits [B, vocabulary]
-    gives_ids: bool  # what it is: `get_top_tokens` or `compute_logits`
-    reference: Arm | None  # with the scores that its ids must have; None for a constant
+    gives_ids: bool  # whether `call` stands for `get_top_tokens`; otherwise for `compute_logits`
+    reference: Arm | None  # gives the scores to check the ids with; None: the ids are not checked
 
     def draft(self, hidden: Tensor) -> Tensor:
-        """What both runners do with it: [B, D] -> ids int64 [B]."""
+        """Return the drafted ids int64 [B] for ``hidden`` [B, D], as both model runners of vLLM do."""
         found = self.call(hidden)
         return found if self.gives_ids else found.argmax(dim=-1)
 
 
 class Heads:
-    """Makes heads for a loaded stock drafter of the full vocabulary, all from the rows of its dense one."""
+    """Makes heads for a loaded stock drafter of the full vocabulary, all from the rows of its dense head."""
 
     def __init__(self, model: Eagle3LlamaForCausalLM, config: VllmConfig, rank: int) -> None:
         self._model, self._config = model, config
@@ -57,16 +57,17 @@ class Heads:
         self.weights = Weights(shape, rows.dtype, rows.device, dense=rows)
 
     def make(self, head: EngineHead) -> Head:
-        """Make a head as the runner calls it.
+        """Return a head in the form in which the model runner calls it.
 
-        Raises CheckpointError where the device has no kernel for it.
+        Raises:
+            CheckpointError: this device has no kernel for the head.
         """
         if head.family == "null":
             return Head(lambda hidden: hidden.new_zeros(hidden.shape[0], dtype=torch.int64), True, None)
         reference = self.weights.arm(head)
         if reference is None:
             device = self.weights.device.type
-            raise CheckpointError(f"head {head.name} has no kernel on {device}; leave it out of --heads")
+            raise CheckpointError(f"head {head.name} has no kernel for {device}; leave it out of --heads")
         if head.family == "low-rank":
             return Head(self._low_rank(head), True, reference)
         if head.is_rival:
@@ -74,7 +75,7 @@ class Heads:
         return self._stock(head, self._trimmed(head.rows) if head.rows else self._model, reference)
 
     def _stock(self, head: EngineHead, owner: Any, reference: Arm) -> Head:
-        """Take vLLM's own functions, of the drafter or of something that has what they read."""
+        """Return a head that runs vLLM's own functions on ``owner``, which has the attributes that they read."""
         if head.by_logits:
             return Head(partial(Eagle3LlamaForCausalLM.compute_logits, owner), False, reference)
         return Head(partial(Eagle3LlamaForCausalLM.get_top_tokens, owner), True, reference)
@@ -98,12 +99,12 @@ class Heads:
         with self._building():
             slot = HeadSlot(spec, self._config.scheduler_config.max_num_seqs, head.name)
         slot.load({DOWN: self.weights.down, UP: self.weights.up})
-        slot.prepare(self._model.lm_head)  # padded as `up` is
+        slot.prepare(self._model.lm_head)  # its rows are padded like those of `up`
         return slot.top_tokens
 
     @contextmanager
     def _building(self):
-        """As vLLM constructs layers."""
+        """Give a context in which layers are constructed as vLLM does it: with its config, dtype and device."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.weights.dtype)
         try:
@@ -114,9 +115,9 @@ class Heads:
 
 
 class RivalDraft(Eagle3LlamaForCausalLM):
-    """vLLM's drafter under the head that ``rival_head`` of its config.json names, for heads that vLLM has not.
+    """vLLM's drafter with the head that ``rival_head`` of its config.json names, for heads that vLLM does not have.
 
-    Its own dense head stays beside it: the rows that the rival is made from.
+    The rival is made from the rows of the drafter's own dense head, which stays loaded.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -131,22 +132,22 @@ class RivalDraft(Eagle3LlamaForCausalLM):
         hidden_states: Tensor,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if self._head is None:  # the weights are loaded by now, and no graph is captured yet
+        if self._head is None:  # At the first call the weights are loaded, and no graph is captured yet.
             heads = Heads(self, self._vllm_config, self.config.rival_rank)
             self._head = heads.make(HEADS[self.config.rival_head])
         return super().forward(input_ids, positions, hidden_states, inputs_embeds)
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
-        assert self._head is not None, "forward() comes first"
+        assert self._head is not None, "forward() must be called before get_top_tokens()"
         return self._head.call(hidden_states)
 
 
 class WorkerHeads:
-    """What vLLM mixes into its worker (``worker_extension_cls``); the methods are called by ``collective_rpc``."""
+    """Methods that vLLM adds to its worker (``worker_extension_cls``) and that ``collective_rpc`` calls."""
 
     @torch.inference_mode()
     def slimspec_own(self, name: str) -> None:
-        """Take the drafter's own head, for :meth:`slimspec_time`: an engine that holds one."""
+        """Keep the drafter's own head under ``name``, so that :meth:`slimspec_time` can time it."""
         model = _drafter(self)
         local_argmax = self.vllm_config.speculative_config.use_local_argmax_reduction  # type: ignore[attr-defined]
         head = Head(model.get_top_tokens if local_argmax else model.compute_logits, local_argmax, None)
@@ -154,7 +155,12 @@ class WorkerHeads:
 
     @torch.inference_mode()
     def slimspec_make(self, names: Sequence[str], rank: int, batches: Sequence[int]) -> None:
-        """Make heads to exchange, and refuse one whose draft tokens do not have the scores they should."""
+        """Make the heads that take turns, and check the tokens that each one drafts at every batch size.
+
+        Raises:
+            CheckpointError: the device has no kernel for a head.
+            ValueError: a head drafts a wrong token.
+        """
         heads = Heads(_drafter(self), self.vllm_config, rank)  # type: ignore[attr-defined]
         self._slimspec_heads = {}
         for name in names:
@@ -172,7 +178,7 @@ class WorkerHeads:
 
     @torch.inference_mode()
     def slimspec_time(self, batch: int, repeats: int) -> dict[str, list[float]]:
-        """Time calls of each head alone, with cold caches, as ``slimspec bench head`` does, in microseconds."""
+        """Return the times of each head alone, with cold caches, as ``slimspec bench head`` does, in microseconds."""
         model = _drafter(self)
         device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
         generator = torch.Generator().manual_seed(batch)
@@ -182,7 +188,7 @@ class WorkerHeads:
         return dict(zip(self._slimspec_heads, times, strict=True))
 
     def slimspec_clocks(self) -> None:
-        """From now on measure the parts of a cycle (Model Runner V1, eager)."""
+        """Put clocks around the parts of a cycle, from now on (Model Runner V1 without CUDA graphs only)."""
         proposer = self.model_runner.drafter  # type: ignore[attr-defined]
         target = self.model_runner.model  # type: ignore[attr-defined]
         self._slimspec_parts: dict[str, list[float]] = {"verify": [], "body": [], "head": []}
@@ -196,19 +202,19 @@ class WorkerHeads:
             setattr(owner, name, _timed(getattr(owner, name), self._slimspec_parts[part]))
 
     def slimspec_parts(self) -> dict[str, list[float]]:
-        """Return the milliseconds of every call of each part since the last time this was asked."""
+        """Return the milliseconds of every call of each part since the last call of this method."""
         found = {part: list(times) for part, times in self._slimspec_parts.items()}
         for times in self._slimspec_parts.values():
             times.clear()
         return found
 
     def slimspec_threads(self) -> int:
-        """Return the number of threads that compute."""
+        """Return the number of threads that torch computes with."""
         return torch.get_num_threads()
 
 
 def _drafter(worker: Any) -> Any:
-    """The draft model of either runner."""
+    """Return the draft model of a worker, for Model Runner V1 or V2."""
     runner = worker.model_runner
     return (runner.drafter if hasattr(runner, "drafter") else runner.speculator).model
 

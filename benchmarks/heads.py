@@ -1,4 +1,4 @@
-"""The draft heads that an engine can run, on top of those that ``slimspec bench head`` times alone."""
+"""The draft heads whose cycles ``cycle.py`` times in an engine: most heads of ``slimspec bench head``, and others."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,23 +11,23 @@ from vllm_slimspec.measure.arms import Head
 class EngineHead(Head):
     """A draft head that an engine can run."""
 
-    engines: tuple[str, ...] = ("cpu", "cuda")  # the devices on which a cycle is timed with it
-    drafts_as: str | None = None  # the head that drafts the same tokens by other code
+    engines: tuple[str, ...] = ("cpu", "cuda")  # the devices on which its cycles are timed
+    drafts_as: str | None = None  # name of another head that drafts the same tokens by other code
 
     @property
     def is_rival(self) -> bool:
-        """Whether neither vLLM nor the plugin has this head, but :mod:`cycle_worker` alone."""
+        """Whether only :mod:`cycle_worker` implements this head, and neither vLLM nor the plugin does."""
         quantized = self.family == "full" and self.quantization is not None
         return quantized or self.family in ("null", "spec-vocab")
 
     @property
     def speculative(self) -> dict[str, Any]:
-        """The part of vLLM's speculative_config under which it asks this head for tokens rather than logits."""
-        by_default = self.by_logits or self.family == "low-rank"  # for the latter our plugin sees to it
+        """The keys of vLLM's speculative_config that make it ask this head for tokens, if the head gives tokens."""
+        by_default = self.by_logits or self.family == "low-rank"  # the plugin sets the key for low-rank heads
         return {} if by_default else {"use_local_argmax_reduction": True}
 
     def low_rank_keys(self, rank: int) -> dict[str, Any]:
-        """Return what config.json says of this low-rank head."""
+        """Return the keys of config.json that describe this low-rank head at a rank."""
         keys: dict[str, Any] = {"lm_head_rank": rank}
         if self.quantization:
             keys["lm_head_quantization"] = self.quantization
@@ -59,12 +59,12 @@ HEADS = {
         _alone("low-rank-int8-rerank"),
     )
 }
-"""Every head of a cycle, by its name."""
+"""Every head whose cycles can be timed, by its name."""
 
 SERVED = {name: head for name, head in HEADS.items() if not head.is_rival}
-"""The heads that a server has by itself or from the plugin."""
+"""The heads that a vLLM server with the plugin can run."""
 
 
 def heads_of(device: str) -> list[str]:
-    """Return the names of the heads that a device can run."""
+    """Return the names of the heads whose cycles can be timed on a device ("cpu" or "cuda")."""
     return [name for name, head in HEADS.items() if device in head.engines]

@@ -1,8 +1,8 @@
-"""Time the parts of draft heads on a CPU: where the time of each head goes.
+"""Time the parts of draft heads on a CPU, to see where the time of each head goes.
 
-Each part is the code that serves, called alone with cold caches on what the part before it gave, the parts of all heads
-taking turns with the heads as wholes. In a whole the next part finds in a cache what the last one wrote, so that the
-parts may come to more than it.
+Each part is the code that also serves. It is called alone, with cold caches, on the result of the part before it. The
+parts of all heads and the whole heads take turns. Within a whole head a part finds the result of the last one in a
+cache, so that the times of the parts may sum to more than the time of the whole head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,19 +35,19 @@ HEADS = {
     if (head.family == "full" and head.quantization is None)
     or (head.family == "low-rank" and head.quantization in (None, "int8", "int4"))
 }
-"""The heads whose parts are known here."""
+"""The heads whose parts can be timed."""
 
 
 class Part(NamedTuple):
-    """A step of a head, ready to be timed."""
+    """A part of a head, ready to be timed."""
 
     name: PartName
     run: Callable[[], Any]
-    bytes: int  # of weights that it reads
+    bytes: int  # bytes of weights that it reads
 
 
 def parts(weights: Weights, head: Head, hidden: Tensor) -> Iterator[Part]:
-    """Give the steps of a head on ``hidden`` [B, D], a CPU's."""
+    """Yield the parts of a head for ``hidden`` [B, D], which is on a CPU."""
     if head.packed:
         packed = PackedFactor(weights.dense, weights.dtype)
         yield Part("up", partial(packed, hidden), weights.dense.nbytes)
@@ -83,13 +83,15 @@ def measure(
     repeats: int = 21,
     tick: Callable[[], None] = lambda: None,
 ) -> PartResults:
-    """Check every head, then time its parts and the whole of it, and the memory they read from, in one run.
+    """Check each head, then time its parts, the whole head and the memory in one run, and return all results.
 
-    Raises ValueError for a head that drafts wrong tokens: nothing is timed then.
+    Raises:
+        ValueError: a head drafts a wrong token; no results are returned then.
     """
     device = torch.device("cpu")
     clock = Clock(device)
-    before = clock.bandwidth()  # again at the end, and the better counts
+    # Bandwidth is measured before and after the heads, and the better value counts.
+    before = clock.bandwidth()
     rows = []
     with torch.inference_mode():
         for shape in shapes:
@@ -134,13 +136,20 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     epilog="Example: python benchmarks/parts.py --shapes llama-3.2-1b --batches 1,8 --json parts.json",
 )
 def main(
-    shapes: Annotated[str, typer.Option(help=f"Shapes to time: all, or some of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
+    shapes: Annotated[
+        str, typer.Option(help=f"Models whose head shapes are timed: all, or some of {', '.join(SHAPES)}.")
+    ] = "llama-3.1-8b",
     heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
-    batches: Annotated[str, typer.Option(help="Batch sizes: rows that are drafted at once.")] = "1,8,64",
-    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of every part.")] = 21,
-    json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    batches: Annotated[
+        str, typer.Option(help="Batch sizes: numbers of hidden states that one call drafts for, such as 1,8,64.")
+    ] = "1,8,64",
+    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of each part.")] = 21,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
 ) -> None:
-    """Time the parts of draft heads on a CPU: down, up, the choice of the best, rescoring. (A GPU's kernel is one.)"""
+    """Time the parts of draft heads on a CPU: down, up, the choice of the best tokens, and rescoring.
+
+    On a GPU one kernel does all of them, so that there are no parts to time.
+    """
     shape_names = choices(shapes, SHAPES, "--shapes")
     chosen = [HEADS[name] for name in choices(heads, HEADS, "--heads")]
     sizes = positive_ints(batches, "--batches", "batch sizes")
@@ -153,25 +162,27 @@ def main(
 
 
 def parts_section(results: PartResults, source: str) -> str:
-    """Return what `docs/roofline.md` says of the parts; ``source``: the file of the results."""
+    """Return the section of `docs/roofline.md` about the parts; ``source`` is the path of the result file."""
     lines = [
         "## Where the time goes",
         "",
-        f"Made by `python benchmarks/parts.py` ([JSON]({source.removeprefix('docs/')}), with the options in it).",
+        f"These times were measured by `python benchmarks/parts.py`, with the options in the [JSON file]"
+        f"({source.removeprefix('docs/')}).",
         "",
-        "Each part is the code that serves, alone",
-        "and with cold caches, on what the part before it gave: `down`, `up`, the choice of the best score or of the",
-        f'{RERANK_K} best, and their rescoring by dense rows. "whole" is the head as it is served, timed in the same',
-        "turns; there a part finds in a cache what the last one wrote, so that the parts may come to more than it.",
+        f"A head has up to four parts: `down`, `up`, the choice of the best token or of the {RERANK_K} best ones, and",
+        "the rescoring of those by dense rows. Each part is the code that also serves, called alone with cold caches",
+        'on the result of the part before it. "whole" is the head as it is served, timed in turns with the parts.',
+        "Within a whole head a part finds the result of the last one in a cache, so that the parts may sum to more",
+        "than the whole.",
         "",
     ]
     return "\n".join([*lines, *tables(results)])
 
 
 def tables(results: PartResults) -> list[str]:
-    """Write Markdown: a table for each shape and batch, microseconds and GB/s."""
-    speeds = f"a copy moved {results.copy_gb_s} GB/s (read plus written), a read {results.read_gb_s} GB/s"
-    lines = [f"{results.device}: {speeds}."]
+    """Return a Markdown table for each shape and batch, with times in microseconds and bandwidths in GB/s."""
+    speeds = f"a copy moved {results.copy_gb_s} GB/s (read plus written), and a read {results.read_gb_s} GB/s"
+    lines = [f"On {results.device}, {speeds}."]
     for shape, batch in dict.fromkeys((row.shape, row.batch) for row in results.rows):
         lines += [
             "",

@@ -1,7 +1,7 @@
-"""Pairs of true shapes, where no weight's value matters: a target's config.json and random EAGLE-3 drafters.
+"""Targets and EAGLE-3 drafters with the shapes of public models and random weights, to measure time only.
 
-A target is a folder with nothing but config.json, for vLLM's ``load_format="dummy"``. A drafter has weights on disk,
-because a dummy drafter's vocabulary map would be random numbers too, and point outside of the vocabulary.
+A target is a folder that holds only config.json, for vLLM's ``load_format="dummy"``. A drafter has weights on disk,
+because a dummy drafter would have random numbers in its vocabulary map too, which point outside of the vocabulary.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from vllm_slimspec.measure.arms import Weights, trimmed_offsets
 from vllm_slimspec.measure.shapes import Shape
 
 RIVAL_ARCHITECTURE = "SlimSpecRivalLlamaForCausalLMEagle3"
-"""A stock drafter under the head that ``rival_head`` names: see :mod:`cycle_worker`."""
+"""The architecture of a stock drafter with the head that ``rival_head`` names: see :mod:`cycle_worker`."""
 
-DTYPE = "bfloat16"  # of every weight
+DTYPE = "bfloat16"  # the dtype of all random weights
 
 _LLAMA_3 = {
     "architectures": ["LlamaForCausalLM"],
@@ -143,19 +143,19 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-# A drafter's layer is dense where its target's is a mixture of experts: the width that SpecForge gives it.
+# The drafter of a mixture of experts has a dense layer. This is the width that SpecForge gives it.
 _DENSE_LAYER = {"gpt_oss": {"intermediate_size": 17280}}
 
 
 def write_target(folder: Path, config: dict[str, Any]) -> Path:
-    """Write a folder with ``config`` as config.json, for dummy weights."""
+    """Write a folder with ``config`` as its config.json, for dummy weights, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": DTYPE}, indent=2) + "\n")
     return folder
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Write a tokenizer of the words t0, t1, ..., one a token, beside a target's config.json."""
+    """Write a tokenizer into a target's folder. Its tokens are the words t0, t1, ..., separated by spaces."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -166,13 +166,19 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def write_drafter(folder: Path, target: dict[str, Any], rank: int, head: EngineHead) -> Path:
-    """Write a drafter with random weights for ``target`` (its config.json) into ``folder``/NAME, the head's name.
+    """Write a drafter with random weights into the subfolder of ``folder`` that has the head's name, and return it.
 
-    One decoder layer of the target's width, and the heads cut from one dense head. A drafter that is there already is
-    kept; the drafters of one ``folder`` share their files.
+    The drafter has one decoder layer of the target's width. All heads are made from one dense head, and the drafters in
+    a ``folder`` share their files. A drafter that already exists is kept.
+
+    Args:
+        folder: where the drafters of a target are kept.
+        target: the target's config.json.
+        rank: rank of a low-rank head.
+        head: the head of the drafter.
 
     Raises:
-        OSError: the disk refuses; no drafter is left half written.
+        OSError: the drafter cannot be written; no partial drafter is left.
     """
     config = _drafter_config(target, rank, head)
     path = folder / head.name
@@ -217,7 +223,7 @@ def _drafter_config(target: dict[str, Any], rank: int, head: EngineHead) -> dict
 
 
 def _parts(head: EngineHead) -> list[str]:
-    """Return the files of a drafter: its layer and what its head is made of."""
+    """Return the names of a drafter's files: its layer, and the weights of its head."""
     if head.rows:
         return ["body", "trimmed"]
     if head.family != "low-rank":
@@ -226,7 +232,7 @@ def _parts(head: EngineHead) -> list[str]:
 
 
 def _part(folder: Path, config: dict[str, Any], rank: int, part: str) -> Path:
-    """Return a file of random weights, made once for each size of them."""
+    """Return a file of random weights, and write it first if none of these sizes exists."""
     key = hashlib.sha256(json.dumps([part, rank, *(config[size] for size in _SIZES)]).encode()).hexdigest()[:12]
     file = folder / f"{part}-{key}.safetensors"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Print the page `docs/roofline.md`: the least time of every head by its bytes, beside what was measured."""
+"""Print the page `docs/roofline.md`: the least time that the bytes of each head allow, beside the measured time."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,17 +19,25 @@ def roofline(
     results: Annotated[Path, typer.Argument(help="The file that `slimspec bench head --json` wrote.")],
     parts: Annotated[
         Path | None,
-        typer.Option(help="The file that `parts.py --json` wrote: it says where the rest of the time goes."),
+        typer.Option(help="The file that `parts.py --json` wrote. It adds a section that says where the time goes."),
     ] = None,
 ) -> None:
-    """Derive, per shape and batch, the least bytes and time of every head, and print measured times against it."""
+    """Compute the least bytes and the least time of each head, and print them beside the measured times."""
     with one_line_errors():
         page = roofline_page(results, parts)
     typer.echo(page)
 
 
 def roofline_page(results: Path, parts: Path | None = None) -> str:
-    """Return the page `docs/roofline.md` of the file of the heads, and of that of their parts, where there is one."""
+    """Return the text of `docs/roofline.md`.
+
+    Args:
+        results: the file of ``slimspec bench head``.
+        parts: the file of ``parts.py``; None leaves its section out.
+
+    Raises:
+        CheckpointError: a file holds other results.
+    """
     source = " --parts ".join(file.as_posix() for file in (results, parts) if file)
     page = _heads(HeadResults.read(results), source)
     return page if parts is None else f"{page}\n\n{parts_section(PartResults.read(parts), parts.as_posix())}"
@@ -40,10 +48,14 @@ def _heads(results: HeadResults, source: str) -> str:
     lines = [
         "# Roofline",
         "",
-        f"Made by `python benchmarks/roofline.py {source}`; measured on {results.device}.",
+        "This page compares the time of each [draft head](concepts.md#draft-head) with the least time that memory",
+        f"allows. `python benchmarks/roofline.py {source}` prints it.",
+        f"The times were measured on {results.device}.",
         "",
-        "A draft head at small batches does nothing but read: its least time is the bytes of its weights over what",
-        "memory delivers. Bytes per call, in the model dtype (2 bytes) unless quantized:",
+        "At small batches a draft head spends its time on reading weights. So its least time is the bytes of its",
+        "weights divided by the bandwidth of the memory. The table has the bytes that a call reads, where D is the",
+        "hidden size, V the vocabulary size, R the [rank](concepts.md#rank), and N the number of rows of a trimmed",
+        "head. A weight has 2 bytes unless it is quantized.",
         "",
         "| head | bytes |",
         "|---|---|",
@@ -52,15 +64,17 @@ def _heads(results: HeadResults, source: str) -> str:
         "| low-rank | 2 R D + 2 V R |",
         "| low-rank-fp8, -int8 | 2 R D + V R + 4 V |",
         "| low-rank-int4 | 2 R D + V R / 2 + 4 V |",
-        f"| ...-rerank | as above + {RERANK_K} x 2 D a row |",
-        f"| spec-vocab | low-rank + {SPEC_VOCAB_K} x 2 D a row |",
+        f"| a head with -rerank | the bytes without re-ranking + {RERANK_K} x 2 D for each row of the batch |",
+        f"| spec-vocab | the bytes of low-rank + {SPEC_VOCAB_K} x 2 D for each row of the batch |",
         "",
-        f"In the same run a copy moved {results.copy_gb_s} GB/s (read plus written), a read {results.read_gb_s} GB/s;",
-        f"least time = bytes / {bandwidth} GB/s. On a CPU more than 100% is possible, since no plain read is the best",
-        "that memory can do; at larger batches it is bound by arithmetic, not by bytes, and falls behind the bound.",
+        f"In the same run a copy moved {results.copy_gb_s} GB/s (read plus written), and a read moved",
+        f"{results.read_gb_s} GB/s. The least time is the bytes divided by {bandwidth} GB/s. On a CPU a head may reach",
+        "more than 100% of that, because a plain copy or read does not use the memory fully. At larger batches a head",
+        "is bound by arithmetic instead of bytes, and takes longer than its least time.",
         "",
-        "`full` is a plain matmul and its argmax. On a CPU the other heads are in oneDNN's layout, near what vLLM's",
-        "CPU backend makes of a head: `full-packed` is the dense one in it.",
+        "`full` is a plain matrix product and its argmax. On a CPU the other heads are stored in oneDNN's layout,",
+        "which is close to what vLLM's CPU backend does. `full-packed` is the dense head in that layout. The last two",
+        "columns say how many times faster than `full` and `full-packed` a head is.",
     ]
     for shape, batch in dict.fromkeys((row.shape, row.batch) for row in results.rows):
         lines += ["", f"## {shape}, batch {batch}", ""]

@@ -1,6 +1,6 @@
-"""Serve random weights of true shapes under ``vllm bench serve``: throughput of every head without a trained drafter.
+"""Measure the served throughput of draft heads with random weights, so that no trained drafter is needed.
 
-Random weights accept next to nothing. On a GPU, vLLM can accept as often as was measured with trained drafters.
+With random weights next to nothing is accepted. On a GPU vLLM can imitate the acceptance of trained drafters.
 """
 
 import json as json_format
@@ -36,7 +36,8 @@ from vllm_slimspec.measure.results import AcceptanceResults
 from vllm_slimspec.measure.shapes import SHAPES
 
 _PROMPTS, _PROMPT_TOKENS = 64, 128
-_LENGTH = 4096  # of a text at the most, or a cache has to have room for the 131072 tokens that some configs name
+# The longest text, in tokens. Without this limit the cache must have room for the 131072 tokens that some configs name.
+_LENGTH = 4096
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -45,24 +46,29 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     epilog="Example: python benchmarks/serve_random.py --shape llama-3.1-8b --concurrency 1,8,64 --json serve.json",
 )
 def main(
-    shape: Annotated[str, typer.Option(help=f"Shape of the random weights: {', '.join(TARGETS)}.")],
+    shape: Annotated[
+        str, typer.Option(help=f"Model whose shape the random weights have: one of {', '.join(TARGETS)}.")
+    ],
     heads: Annotated[
-        str, typer.Option(help=f"Heads of the drafters: all, or some of {', '.join(SERVED)}.")
+        str, typer.Option(help=f"Heads to serve, each with a drafter of its own: all, or some of {', '.join(SERVED)}.")
     ] = "full,trim-32k,low-rank",
     acceptance: Annotated[
         Path | None,
-        typer.Option(help="JSON file of `slimspec bench acceptance`: vLLM then accepts as often. GPU only."),
+        typer.Option(
+            help="JSON file of `slimspec bench acceptance`. vLLM then imitates the acceptance in it. Works on a GPU "
+            "only."
+        ),
     ] = None,
     num_speculative_tokens: K = 5,
     concurrency: Concurrency = "1,4,16",
     requests: Requests = 8,
     max_tokens: ServedTokens = 256,
     server_args: ServerArgs = "",
-    work_path: Annotated[Path, typer.Option(help="Folder that keeps random drafters.")] = Path("build/cycle"),
+    work_path: Annotated[Path, typer.Option(help="Folder that keeps the random drafters.")] = Path("build/cycle"),
     dtypes: ServedDtypes = None,
     json: Json = None,
 ) -> None:
-    """Serve a target of random weights alone and with a drafter for each head, under `vllm bench serve`."""
+    """Measure the throughput of `vllm serve` with random weights: the target alone, and a drafter for each head."""
     if acceptance is not None and not torch.cuda.is_available():
         raise typer.BadParameter(f"{acceptance}: {NO_SYNTHETIC}", param_hint="--acceptance")
     if shape not in TARGETS:
@@ -93,13 +99,14 @@ def main(
                 results.write(json)
     print_serve(results)
     if results.acceptance:
-        typer.echo(f"vLLM accepted as often as it was measured with {results.acceptance}.")
+        typer.echo(f"vLLM imitated the acceptance that was measured with {results.acceptance}.")
 
 
 def rates_of(acceptance: AcceptanceResults, heads: Sequence[str], k: int) -> dict[str, dict[str, object]]:
-    """Return, by head, the part of speculative_config that makes vLLM accept as often as was measured.
+    """Return for each head the keys of speculative_config that make vLLM imitate its measured acceptance.
 
-    Raises CheckpointError for a head that was not measured, or with fewer draft tokens.
+    Raises:
+        CheckpointError: a head was not measured with ``k`` draft tokens or more.
     """
     return {head: synthetic(acceptance, SERVED[head], k) for head in heads}
 
@@ -111,14 +118,14 @@ def random_pair(
     server: Sequence[str] = (),
     accepting: Mapping[str, Mapping[str, object]] | None = None,
 ) -> serve.Pair:
-    """Make a pair of true shapes and random weights in ``work``, where drafters that are there are kept.
+    """Write a target with random weights, a drafter for each head and prompts, and return them.
 
     Args:
-        shape: a name of TARGETS.
-        heads: names of SERVED.
-        work: a folder.
+        shape: a name in TARGETS.
+        heads: names in SERVED.
+        work: the folder to write to. Drafters that it already holds are kept.
         server: further arguments of `vllm serve`.
-        accepting: more of speculative_config, by head, such as :func:`rates_of` gives.
+        accepting: further keys of speculative_config for each head, such as :func:`rates_of` returns.
     """
     config, rank = TARGETS[shape], SHAPES[shape].rank
     target = write_target(work / shape / "target", config)
@@ -129,7 +136,7 @@ def random_pair(
     )
     prompts = work / shape / "random.jsonl"
     prompts.write_text("".join(json_format.dumps({"prompt": text}) + "\n" for text in texts))
-    # A dummy drafter's vocabulary map would be random numbers too.
+    # vLLM must read the drafter's files: with dummy weights its vocabulary map would be random numbers too.
     loading = {"draft_load_config": {"load_format": "safetensors"}}
     return serve.Pair(
         target=str(target),

@@ -1,7 +1,7 @@
-"""Acceptance that was measured elsewhere, imitated by vLLM: its synthetic rejection sampler, which no CPU has.
+"""Imitation of measured acceptance by vLLM's synthetic rejection sampler, which exists on GPUs only.
 
-Random weights at true shapes accept next to nothing. With the rates of ``slimspec bench acceptance`` their cycles yield
-as many tokens as a trained drafter's would, and tokens per second mean something.
+With random weights next to nothing is accepted. With the acceptance rates of ``slimspec bench acceptance`` their cycles
+give as many tokens as those of a trained drafter, so that tokens per second are meaningful.
 """
 
 from typing import Any
@@ -12,13 +12,17 @@ from heads import EngineHead
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.measure.results import AcceptanceResults
 
-NO_SYNTHETIC = "vLLM's CPU backend cannot imitate acceptance; measure acceptance and cycles apart there"
+NO_SYNTHETIC = (
+    "vLLM's CPU backend cannot imitate acceptance; leave --acceptance out, or use a GPU, and measure acceptance with "
+    "`slimspec bench acceptance`"
+)
 
 
 def synthetic(acceptance: AcceptanceResults, head: EngineHead, k: int) -> dict[str, Any]:
-    """Return the part of speculative_config that makes vLLM accept as often as this head's drafts were.
+    """Return the keys of speculative_config that make vLLM imitate the measured acceptance of a head.
 
-    Raises CheckpointError as :func:`rates` does.
+    Raises:
+        CheckpointError: the head was not measured with ``k`` draft tokens or more.
     """
     return {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates(acceptance, head, k)}
 
@@ -26,7 +30,8 @@ def synthetic(acceptance: AcceptanceResults, head: EngineHead, k: int) -> dict[s
 def rates(acceptance: AcceptanceResults, head: EngineHead, k: int) -> list[float]:
     """Return the share of all cycles, over all prompt sets, in which the draft at position 1, ..., ``k`` was accepted.
 
-    Raises CheckpointError if this head was not measured, or with fewer draft tokens.
+    Raises:
+        CheckpointError: the head was not measured with ``k`` draft tokens or more.
     """
     drafter = head.drafts_as or head.name
     coldest = min(row.temperature for row in acceptance.rows)
@@ -38,7 +43,7 @@ def rates(acceptance: AcceptanceResults, head: EngineHead, k: int) -> list[float
     if not rows:
         measured = ", ".join(dict.fromkeys(f"{row.head} (K={row.num_speculative_tokens})" for row in acceptance.rows))
         raise CheckpointError(
-            f"no acceptance of {drafter} at K={k}, only of {measured}: leave that head out, or measure it by "
+            f"no acceptance of {drafter} at K={k}, only of {measured}: leave that head out, or measure it with "
             f"`slimspec bench acceptance --drafter {drafter}=FOLDER -k {k}`"
         )
     cycles = [sum(row.cycles) for row in rows]

@@ -190,10 +190,10 @@ def test_benchmark_files_become_prompt_files(benchmark, line, question, tmp_path
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "q"}', "line 2 is not one of mt-bench's own file"),
-        ('{"turns": []}', "line 2 is not one of mt-bench's own file"),
-        ("[1]", "line 2 is not one of mt-bench's own file"),
-        ("{", "line 2 is not one of mt-bench's own file"),
+        ('{"question": "q"}', "line 2 does not have the form of mt-bench"),
+        ('{"turns": []}', "line 2 does not have the form of mt-bench"),
+        ("[1]", "line 2 does not have the form of mt-bench"),
+        ("{", "line 2 does not have the form of mt-bench"),
     ],
 )
 def test_line_of_another_format_is_refused_and_nothing_is_written(line, message, tmp_path):
@@ -210,7 +210,7 @@ def test_line_of_another_format_is_refused_and_nothing_is_written(line, message,
     ("arguments", "code", "message"),
     [
         (["--drafter", "full"], 2, "'full' is not NAME=FOLDER"),
-        (["--drafter", "a=x", "--drafter", "a=y"], 2, "'a=y' is there twice"),
+        (["--drafter", "a=x", "--drafter", "a=y"], 2, "'a=y' repeats a name"),
         (["--drafter", "a=x", "--temperature", "hot"], 2, "'hot' is not a list of temperatures"),
         (["--drafter", "a=x", "--engine-args", "[]"], 2, "must be a JSON object"),
         (["--drafter", "a=nowhere", "--temperature", "0,1"], 1, "--temperature 1: vLLM's CPU backend"),

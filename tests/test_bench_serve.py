@@ -74,7 +74,7 @@ def test_random_weights_are_served(toy, servers, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     run = CliRunner().invoke(serve_random.app, [*arguments, "-k", "3", "--json", str(json_path)])
     assert run.exit_code == 0, run.output
-    assert "vLLM accepted as often as it was measured with the-target." in run.output
+    assert "vLLM imitated the acceptance that was measured with the-target." in run.output
     results = ServeResults.read(json_path)
     assert [row.head for row in results.rows] == ["none", *heads]
     assert (results.hidden_size, results.vocab_size, results.acceptance) == (128, 70000, "the-target")
@@ -167,7 +167,7 @@ def test_row_of_the_load_generator():
         (
             ["--target", "t", "--drafter", "a=b", "--prompts", "p", "--local-argmax", "c"],
             2,
-            "'c' is the name of no --drafter",
+            "'c' is not the name of a --drafter",
         ),
         (["--target", "t", "--drafter", "a=b", "--prompts", "p"], 1, "error: t: no such folder"),
     ],

@@ -141,7 +141,7 @@ def test_rerank_without_a_dense_full_head_is_refused(target, tmp_path):
     dense = drafters.write(tmp_path / "dense", config, drafters.dense(drafters.tensors()))
     for given in ({"slim": str(slim)}, {"full": str(slim)}):
         options = module.Options(str(target.path), given, [], [3], 8, tmp_path, rerank={"slim": [4]})
-        with pytest.raises(ValueError, match="--rerank: scores by the rows of the drafter 'full'; give a dense one"):
+        with pytest.raises(ValueError, match="--rerank: needs a drafter of the name 'full', whose dense head"):
             module.measure(options)
     options = replace(options, drafters={"full": str(dense), "slim": str(slim)})
     for name in ("full", "no-such-head"):

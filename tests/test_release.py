@@ -13,7 +13,7 @@ def test_notes_are_the_section_of_the_version():
     assert notes(CHANGELOG, "0.2.0") == "- Old.\n- Older.\n"
 
 
-@pytest.mark.parametrize(("version", "words"), [("0.3.0", "put its date there"), ("0.4.0", "write it")])
+@pytest.mark.parametrize(("version", "words"), [("0.3.0", "has no date but"), ("0.4.0", "write it")])
 def test_notes_refuse_a_version_without_a_dated_section(version, words):
     """Catches: a release whose notes are empty, or that the changelog still calls unreleased."""
     with pytest.raises(OptionError, match=words):

@@ -291,7 +291,7 @@ def test_devices_are_not_mixed_by_accident(tmp_path):
     heads().write(tmp_path / "one.json")
     heads(device="another GPU").write(tmp_path / "two.json")
     files = [tmp_path / "one.json", tmp_path / "two.json"]
-    with pytest.raises(CheckpointError, match=r"one\.json is of 'one CPU' and .*two\.json of 'another GPU'"):
+    with pytest.raises(CheckpointError, match=r"one\.json was measured on 'one CPU' and .*two\.json on 'another GPU'"):
         write_report(files, tmp_path / "report")
     assert not (tmp_path / "report").exists()
     write_report(files, tmp_path / "report", mixed_devices=True)
@@ -351,7 +351,7 @@ def test_servers_that_failed_are_seen():
     served.acceptance = "some-model"
     (section,) = sections("serve", served)
     assert [cells[-1] for cells in section.rows] == ["", "", "3", ""]
-    assert "as was measured with some-model" in section.words[-1]
+    assert "that was measured with some-model" in section.words[-1]
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -382,9 +382,9 @@ def _no_alpha(results):
     ("kind", "spoil", "message"),
     [
         ("head", _nothing, "a.json: holds no rows; measure again"),
-        ("head", _no_time, "a.json: rows.1.p50_us is 0.0, which cannot be; measure again"),
+        ("head", _no_time, "a.json: rows.1.p50_us is 0.0, which no measurement gives; measure again"),
         ("head", _endless, "a.json: rows.1.bytes is 1000"),
-        ("states", _no_alpha, "a.json: its numbers cannot be shown (division by zero); measure again"),
+        ("states", _no_alpha, "a.json: holds numbers that cannot be shown (division by zero); measure again"),
     ],
 )
 def test_report_refuses_impossible_numbers_in_one_line(kind, spoil, message, tmp_path, monkeypatch):
@@ -431,7 +431,7 @@ def test_nobody_elses_folder_is_replaced(tmp_path):
         write_report([tmp_path / "head.json"], tmp_path)
     (tmp_path / "site").mkdir()
     (tmp_path / "site/index.html").write_text("<h1>My cats</h1>")
-    with pytest.raises(OutputError, match=r"index\.html: is not a page that this `slimspec report` wrote"):
+    with pytest.raises(OutputError, match=r"index\.html: was not written by this `slimspec report`"):
         write_report([tmp_path / "head.json"], tmp_path / "site")
     assert (tmp_path / "site/index.html").read_text() == "<h1>My cats</h1>"
     assert (tmp_path / "head.json").is_file()

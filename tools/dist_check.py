@@ -1,8 +1,8 @@
-"""`make dist-check`: the wheel and the sdist as users get them, and what installing them does to an environment.
+"""`make dist-check`: build the wheel and the sdist, and check them and what their installation changes.
 
-Built twice, in two places: the same bytes. Installed from the built file into empty environments, one of which holds
-a vLLM that this package does not know: nothing that was there changes. Every dependency has a license that may be used
-beside Apache-2.0.
+Both are built twice, in two folders, and must have the same bytes. They are installed into empty environments, one of
+which holds a vLLM that this package does not know; the installation must change nothing that was there. Every
+dependency must have a license that is compatible with Apache-2.0.
 
     python tools/dist_check.py --json docs/results/dist.json
 """
@@ -51,7 +51,7 @@ assert entry_points(group="vllm.general_plugins")["slimspec"].load() is vllm_sli
 
 
 class Dist(Results):
-    """What was built, and which dependencies came with it."""
+    """The results of one run: the files that were built, and their dependencies."""
 
     kind: str = "dist"
     wheel: str
@@ -60,7 +60,7 @@ class Dist(Results):
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
-    """Return a command's output; exit with what it wrote if it fails."""
+    """Run a command and return its output; if it fails, print the output and exit."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=clean | env, capture_output=True, text=True)
     if done.returncode:
@@ -69,7 +69,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 
 def copy_source(source: Path) -> Path:
-    """Copy the files that git tracks or would track: a stale build/ or a trained model must not get into an sdist."""
+    """Copy the files that git does not ignore, so that no stale build/ or trained model gets into an sdist."""
     for file in run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines():
         if (ROOT / file).is_file():
             (source / file).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def copy_source(source: Path) -> Path:
 
 
 def build(source: Path, place: Path) -> Path:
-    """Build the sdist, and from it the wheel, of a copy of ``source`` at ``place`` -> the folder of both."""
+    """Copy ``source`` to ``place``, build the sdist and from it the wheel there, and return the folder of both."""
     shutil.copytree(source, place / "copy", copy_function=shutil.copyfile)  # with other times
     when = run("git", "log", "-1", "--format=%ct", cwd=ROOT).strip()
     command = (sys.executable, "-m", "build", "--no-isolation", "-o", place / "dist", place / "copy")
@@ -87,7 +87,7 @@ def build(source: Path, place: Path) -> Path:
 
 
 def environment(place: Path) -> Path:
-    """Make an empty environment -> its Python."""
+    """Make an empty virtual environment, and return its Python."""
     venv.create(place, with_pip=True)
     return place / "bin" / "python"
 
@@ -97,7 +97,7 @@ def pip_install(python: Path, *what: str | Path) -> None:
 
 
 def site(python: Path) -> Path:
-    """Return the folder of an environment's packages."""
+    """Return the folder in which an environment keeps its packages."""
     return next((python.parent.parent / "lib").glob("python*/site-packages"))
 
 
@@ -108,7 +108,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def other_vllm(place: Path) -> Path:
-    """Make a wheel named vllm, of a version that this package does not know."""
+    """Make a wheel of the name vllm, with a version that this package does not know, and return it."""
     wheel = place / f"vllm-{OTHER_VLLM}-py3-none-any.whl"
     info = f"vllm-{OTHER_VLLM}.dist-info"
     files = {
@@ -124,7 +124,7 @@ def other_vllm(place: Path) -> Path:
 
 
 def requirements(wheel: Path) -> list[str]:
-    """Return what the wheel requires without its extras."""
+    """Return the requirements of the wheel, without those of its extras."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
     return [line for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.M) if "extra ==" not in line]
@@ -132,7 +132,7 @@ def requirements(wheel: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write what was found here")
+    parser.add_argument("--json", type=Path, help="JSON file to write the results to")
     arguments = parser.parse_args()
     tuned = any((ROOT / "kernels" / "tuned").glob("*.json"))
     with tempfile.TemporaryDirectory(prefix="slimspec-dist-") as name:

@@ -1,8 +1,9 @@
-"""The figures in README.md and docs/, out of the JSON that the commands beside them wrote.
+"""Write the figures in README.md and docs/ from the JSON files of the commands that measured them.
 
     python tools/documents.py        (`make documents`)
 
-A figure stands between ``<!-- name: begin -->`` and ``<!-- name: end -->``; a test holds that no hand changed it.
+A figure stands between ``<!-- name: begin -->`` and ``<!-- name: end -->``. A test checks that none was changed by
+hand.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-# As a reader of the README knows them; the others stay in the JSON.
+# The heads that the README shows, in the words of its readers. The other heads stay in the JSON.
 HEADS = {
     "null": "no head at all: the floor",
     "full": "full vocabulary, vLLM's own",
@@ -31,7 +32,7 @@ HEADS = {
 
 
 def claim(result: dict[str, Any]) -> list[str]:
-    """The head alone: int8 against the dense head repacked, at batch 1."""
+    """Return the sentence of the README that compares the low-rank heads with the repacked dense head at batch 1."""
     found = {
         (row["shape"], row["head"]): row["p50_us"]
         for row in result["rows"]
@@ -51,7 +52,7 @@ def claim(result: dict[str, Any]) -> list[str]:
 
 
 def cycle(result: dict[str, Any]) -> list[str]:
-    """Whole cycles at the first K, columns for each batch."""
+    """Return the table of whole cycles at the first K, with columns for each batch size."""
     k = result["rows"][0]["num_speculative_tokens"]
     rows = {
         (r["head"], r["batch"]): r
@@ -75,7 +76,7 @@ def cycle(result: dict[str, Any]) -> list[str]:
 
 
 def cycles(result: dict[str, Any]) -> list[str]:
-    """Every row: against the full head, against what vLLM ships, and how far from eq. 4."""
+    """Return the tables of all cycles, compared with the full head, with vLLM's trimmed head and with eq. 4."""
     lines = []
     measured = [r for r in result["rows"] if r["dtype"] == "bfloat16"]
     for k, batch in dict.fromkeys((r["num_speculative_tokens"], r["batch"]) for r in measured):
@@ -100,7 +101,7 @@ def cycles(result: dict[str, Any]) -> list[str]:
 
 
 def states(result: dict[str, Any]) -> list[str]:
-    """What every head accepts, a table for each K: all sets together, then each of them."""
+    """Return a table for each K: the acceptance of every head on all prompt sets together, and on each of them."""
     lines: list[str] = []
     sets = list(dict.fromkeys(row["prompt_set"] for row in result["rows"]))
     for k in dict.fromkeys(row["num_speculative_tokens"] for row in result["rows"]):
@@ -125,7 +126,7 @@ def states(result: dict[str, Any]) -> list[str]:
 
 
 def acceptance(result: dict[str, Any]) -> list[str]:
-    """Acceptance lengths in the engine, and whether answers are the target's own."""
+    """Return the table of acceptance lengths in the engine, with the number of answers that are the target's own."""
     k = result["rows"][0]["num_speculative_tokens"]
     lines = [f"| head | prompts | length (95%) | accepted at 1 to {k} | identical answers |", "|---|---|---|---|---|"]
     for row in result["rows"]:
@@ -139,7 +140,7 @@ def acceptance(result: dict[str, Any]) -> list[str]:
 
 
 def card(head: str) -> Callable[[dict[str, Any]], list[str]]:
-    """Return what a model card says that one head accepts in the engine."""
+    """Return the function that makes the table of a model card: the acceptance of one head in the engine."""
 
     def lines_of(result: dict[str, Any]) -> list[str]:
         rows = [row for row in result["rows"] if row["head"] == head]
@@ -169,7 +170,7 @@ def card(head: str) -> Callable[[dict[str, Any]], list[str]]:
 
 
 def served(result: dict[str, Any]) -> list[str]:
-    """What clients of a server for each head saw."""
+    """Return the table of throughput, times and acceptance behind a server for each head."""
     lines = [
         "| data type | at once | head | tokens/s | of no drafter | TTFT ms | ITL ms | TPOT ms | acceptance length |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -198,7 +199,7 @@ RUN_WORDS = {
 
 
 def runs(result: dict[str, Any]) -> list[str]:
-    """What every training run measured on held-out answers, epoch by epoch."""
+    """Return the table of what every training run measured on held-out answers, epoch by epoch."""
     found = {row["run"]: row for row in result["rows"]}
     lines = [
         "| run | steps | loss, trained on | loss, held out | acceptance length, K = 3 (95%) |",
@@ -215,7 +216,7 @@ def runs(result: dict[str, Any]) -> list[str]:
 
 
 def real_size(result: dict[str, Any]) -> list[str]:
-    """A conversion at the size of an 8B model."""
+    """Return the sentence about a conversion at the size of an 8B model."""
     (row,) = result["rows"]
     return [
         f"D = {row['D']}, V = {row['V']:,}, R = {row['R']}, bfloat16, {row['states']:,} states, on {result['device']}: "
@@ -225,7 +226,7 @@ def real_size(result: dict[str, Any]) -> list[str]:
 
 
 def demo(result: dict[str, Any]) -> list[str]:
-    """What `make demo` found."""
+    """Return the table of what `make demo` measured."""
     head, speed = result["head"], result["tokens_per_second"]
     rates = " ".join(f"{rate:.2f}" for rate in result["acceptance_per_position"])
     return [
@@ -245,7 +246,7 @@ def demo(result: dict[str, Any]) -> list[str]:
 
 
 def hostile(result: dict[str, Any]) -> list[str]:
-    """Mutated checkpoints."""
+    """Return the table of mutated checkpoints, by what was mutated."""
     counts: dict[str, list[int]] = {}
     for row in result["rows"]:
         several = " + " in row["mutation"]
@@ -263,7 +264,7 @@ def hostile(result: dict[str, Any]) -> list[str]:
 
 
 def soak(result: dict[str, Any]) -> list[str]:
-    """The server under load."""
+    """Return the table of the server under load."""
     requests = sum(result["requests"].values())
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(result["requests"].items(), key=lambda kn: -kn[1]))
     memory = [
@@ -292,7 +293,7 @@ def soak(result: dict[str, Any]) -> list[str]:
 
 
 def faults(result: dict[str, Any]) -> list[str]:
-    """What was broken on purpose."""
+    """Return the table of the faults that were injected on purpose."""
     rows = []
     for row in result["rows"]:
         tests = " ".join(f"`{file}`" for file in row["files"])
@@ -308,7 +309,7 @@ def faults(result: dict[str, Any]) -> list[str]:
 
 
 def versions(result: dict[str, Any]) -> list[str]:
-    """vLLM versions, and how each was tested."""
+    """Return the table of vLLM versions and of how each was tested."""
     out = ["| vLLM | how | tests passed | failed | skipped | command |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         command = f"`make test-compat VLLM={row['vllm']}`"
@@ -320,7 +321,7 @@ def versions(result: dict[str, Any]) -> list[str]:
 
 
 def dist(result: dict[str, Any]) -> list[str]:
-    """What a wheel brings along."""
+    """Return the table of the packages that the wheel installs, with their licenses."""
     rows = [f"| {r['dependency']} | {r['version']} | {r['license']} |" for r in result["rows"]]
     return ["| package | version | license |", "|---|---|---|", *rows]
 
@@ -355,13 +356,14 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
         "dist": ("dist", dist),
     },
 }
-"""Document -> name of a figure -> the file in docs/results, and its lines."""
+"""Document -> name of a figure -> its file in docs/results, and the function that makes its lines."""
 
 
 def render(document: str, text: str) -> str:
-    """The document with every figure as its JSON has it.
+    """Return the text of a document with every figure made anew from its JSON file.
 
-    Raises ValueError for a figure that the document has no place for.
+    Raises:
+        ValueError: the document has no place for a figure.
     """
     for name, (result, lines_of) in DOCUMENTS[document].items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -376,7 +378,7 @@ def render(document: str, text: str) -> str:
 
 
 def roofline() -> str:
-    """Return docs/roofline.md, all of it, as the command that it names prints it."""
+    """Return the whole text of docs/roofline.md, as the command that the page names prints it."""
     command = [sys.executable, "benchmarks/roofline.py", "docs/results/head-cpu.json"]
     command += ["--parts", "docs/results/head-parts-cpu.json"]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout

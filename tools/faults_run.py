@@ -1,8 +1,9 @@
-"""`make faults`: the tests that break things on purpose, and a count of what they broke.
+"""`make faults`: run the tests that inject faults on purpose, and count the faults.
 
     python tools/faults_run.py --json docs/results/faults.json
 
-A test says what it brought about by the fixture ``injected``; one that fails is counted as such, whatever it said.
+A test reports the faults that it injected through the fixture ``injected``. The faults of a test that fails are not
+counted; the test is listed as failed.
 """
 
 import argparse
@@ -27,7 +28,7 @@ FILES = [
 
 
 class Fault(BaseModel):
-    """All injected faults of one kind."""
+    """The injected faults of one kind."""
 
     fault: str
     injected: int
@@ -45,7 +46,7 @@ class Faults(Results):
 
 
 def read(report: Path) -> tuple[list[Fault], int, list[str]]:
-    """Read pytest's JUnit report -> faults, number of passed tests that reported one, names of failed tests."""
+    """Read pytest's JUnit report; return the faults, the number of passed tests with faults, and the failed tests."""
     faults: dict[str, Fault] = {}
     passed, failed = 0, []
     for case in ElementTree.parse(report).iter("testcase"):
@@ -65,7 +66,7 @@ def read(report: Path) -> tuple[list[Fault], int, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="JSON file to write the results to")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

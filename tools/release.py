@@ -3,7 +3,7 @@
     python tools/release.py            # builds into dist/ and makes the tag v0.2.0
     python tools/release.py --check    # only says whether a release could be made
 
-The notes are the section of CHANGELOG.md that is headed by the version and a date. Nothing is uploaded.
+The notes are the section of CHANGELOG.md whose heading has the version and a date. Nothing is uploaded.
 """
 
 import argparse
@@ -20,29 +20,29 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def notes(changelog: str, version: str) -> str:
-    """Return the section of a version.
+    """Return the section of a version in the changelog.
 
     Raises:
-        OptionError: there is none, or it has no date.
+        OptionError: the version has no section, or its heading has no date.
     """
     found = re.search(rf"^## {re.escape(version)} \((.+?)\)\n(.*?)(?=^## |\Z)", changelog, re.M | re.S)
     if found is None:
         raise OptionError(f"CHANGELOG.md: has no section '## {version} (DATE)'; write it")
     if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", found[1]):
-        raise OptionError(f"CHANGELOG.md: version {version} is headed ({found[1]}); put its date there, as 2026-01-31")
+        raise OptionError(f"CHANGELOG.md: version {version} has no date but ({found[1]}); write one as 2026-01-31")
     return found[2].strip() + "\n"
 
 
 def check_clean() -> None:
-    """Refuse changes that are not committed, and a tag that is there already.
+    """Check that all changes are committed, and that the tag of this version does not exist.
 
     Raises:
-        SlimSpecError: names what is in the way.
+        SlimSpecError: a file has uncommitted changes, or the tag exists.
     """
     if changed := _git("status", "--porcelain"):
         raise SlimSpecError(f"{changed.splitlines()[0][3:]}: has changes that are not committed; commit them")
     if _git("tag", "--list", f"v{__version__}"):
-        raise SlimSpecError(f"v{__version__}: the tag is there already; raise __version__ in vllm_slimspec/__init__.py")
+        raise SlimSpecError(f"v{__version__}: the tag exists already; raise __version__ in vllm_slimspec/__init__.py")
 
 
 def _git(*arguments: str) -> str:
@@ -51,7 +51,7 @@ def _git(*arguments: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build and tag a release.")
-    parser.add_argument("--check", action="store_true", help="build and tag nothing")
+    parser.add_argument("--check", action="store_true", help="check whether a release can be made, and build nothing")
     arguments = parser.parse_args()
     text = notes((ROOT / "CHANGELOG.md").read_text(), __version__)
     check_clean()

@@ -1,10 +1,10 @@
-"""`make report-check`: the report in a real browser, wide and on a phone.
+"""`make report-check`: open the report in a real browser, on a wide screen and on a phone's, and check it.
 
     python tools/report_check.py build/report-check docs/results/head-cpu.json ...
 
-Writes the report of these files and a screenshot of each way to see it, and fails on anything that the page asks of the
-network, on anything that the console says, and on a page that is wider than its screen. Without a Chromium on the
-machine (Debian: `apt-get install chromium`) it says so and checks nothing.
+This writes the report of the given files and a screenshot of each view. It fails if the page sends a request to the
+network, if anything appears on the console, or if the page is wider than its screen. Without a Chromium on the machine
+(Debian: `apt-get install chromium`) it says so and checks nothing.
 """
 
 import base64
@@ -27,7 +27,7 @@ SCREENS = {"wide": (1280, 900, 1), "phone": (375, 780, 2)}  # CSS pixels, and de
 
 
 class Page:
-    """A tab, spoken to by the DevTools protocol."""
+    """A browser tab that is controlled by the DevTools protocol."""
 
     def __init__(self, socket: Any) -> None:
         self._socket = socket
@@ -35,7 +35,7 @@ class Page:
         self.events: list[dict[str, Any]] = []
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command's result; what happens meanwhile goes to ``events``."""
+        """Send a command and return its result; events that arrive meanwhile are added to ``events``."""
         number = next(self._ids)
         self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
@@ -47,14 +47,14 @@ class Page:
             self.events.append(message)
 
     def wait_for(self, event: str) -> None:
-        """Until it has happened since ``events`` was emptied."""
+        """Wait until an event is in ``events``, which holds those since it was last emptied."""
         while not any(e["method"] == event for e in self.events):
             self.events.append(json.loads(self._socket.recv(timeout=60)))
 
 
 @contextmanager
 def tab(browser: str) -> Iterator[Page]:
-    """A fresh tab of a fresh browser, both gone afterwards."""
+    """Give a new tab of a new browser, which is closed at the end of the context."""
     import httpx
     from websockets.sync.client import connect
 
@@ -78,7 +78,7 @@ def tab(browser: str) -> Iterator[Page]:
 
 
 def look(page: Page, file: Path, screen: str, picture: Path) -> list[str]:
-    """Take a screenshot of the whole page, and say what is wrong with it."""
+    """Take a screenshot of the whole page, and return what is wrong with it."""
     width, height, scale = SCREENS[screen]
     for domain in ("Page", "Network", "Log", "Runtime"):
         page.call(f"{domain}.enable")

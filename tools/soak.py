@@ -1,14 +1,16 @@
-"""A SlimSpec drafter under load: `vllm serve`, concurrent OpenAI clients, and every answer compared with the target's.
+"""Serve a SlimSpec drafter under load, and compare every answer with the target's own.
 
     python tools/soak.py --seconds 600 --json docs/results/soak.json      (`make soak`)
 
-The target alone answers every prompt once, and is then loaded for two fifths of the time, to see what its own memory
-does. Then it is served with its drafter, with a key-value cache so small that
-requests are preempted, prefix caching and chunked prefill, and clients ask without a pause: plain and streamed, of any
-length, with stop strings, for one token, and hanging up in the middle. All in float32 and greedy, so each answer must
-be the target's own; where two differ, the target must have hardly preferred its own token (a log-probability gap below
-NEAR_TIE), and that may happen to one token in ten thousand. At the end nothing runs, nothing is cached for nobody, the
-server's memory is where it was, and its processes are gone.
+First `vllm serve` runs the target alone. It answers every prompt once, and is then loaded for two fifths of the time,
+which shows how its own memory grows. Then it runs the target with its drafter, with prefix caching, chunked prefill,
+and a key-value cache so small that requests are preempted. Concurrent OpenAI clients send requests without a pause:
+plain and streamed, of any length, with stop strings, for a single token, and closed in the middle.
+
+Everything is greedy and in float32, so that each answer must be the target's own. Where two answers differ, the gap
+between the target's log-probabilities of both tokens must be below NEAR_TIE, and that may happen to one token in ten
+thousand. At the end no request runs, no cache is held for a request, the server's memory is where it was, and its
+processes are gone.
 """
 
 import argparse
@@ -61,7 +63,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Answer:
-    """The target's own answer: ids, text, and at each place the log-probabilities of its five best tokens."""
+    """The target's own answer: its ids, its text, and the log-probabilities of the five best tokens at each place."""
 
     ids: list[int]
     text: str
@@ -71,7 +73,7 @@ class Answer:
 
 @dataclass
 class Tally:
-    """Counts of what the clients saw."""
+    """The counts of answers and errors that the clients saw."""
 
     requests: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
@@ -81,7 +83,7 @@ class Tally:
 
 
 class Memory(BaseModel):
-    """Resident memory of a process under load, in MB."""
+    """The resident memory of a process under load, in MB."""
 
     start: float
     end: float
@@ -109,7 +111,7 @@ class Soak(Results):
 
 
 def make_prompts(seeds: list[list[int]], seed: int = 0) -> list[list[int]]:
-    """Make prompts of 1 to LONGEST_PROMPT tokens out of pieces of the given ones; a third begin alike."""
+    """Return prompts of 1 to LONGEST_PROMPT tokens, made of pieces of ``seeds``. A third has a common beginning."""
     rng = random.Random(seed)
 
     def text(length: int) -> list[int]:
@@ -141,7 +143,7 @@ def request(prompt: list[int], **options: Any) -> dict[str, Any]:
 
 
 async def reference(server: Server, prompts: list[list[int]]) -> list[Answer]:
-    """What the target alone answers, eight at a time."""
+    """Return the answers of the target alone, eight requests at a time."""
     limit = asyncio.Semaphore(8)
 
     async def one(client: openai.AsyncOpenAI, prompt: list[int]) -> Answer:
@@ -154,7 +156,7 @@ async def reference(server: Server, prompts: list[list[int]]) -> list[Answer]:
 
 
 def compare(tally: Tally, kind: str, expected: Answer, ids: list[int], text: str | None, words: list[str]) -> None:
-    """Count an answer as the target's own, different at a near tie, or wrong."""
+    """Count an answer as equal to the target's own, as different at a near tie, or as wrong."""
     tally.requests[kind] += 1
     tally.tokens += len(ids)
     place = next((i for i, (a, b) in enumerate(zip(expected.ids, ids, strict=False)) if a != b), None)
@@ -173,7 +175,7 @@ def compare(tally: Tally, kind: str, expected: Answer, ids: list[int], text: str
 async def ask(
     client: openai.AsyncOpenAI, rng: random.Random, prompts: list[list[int]], answers: list[Answer], tally: Tally
 ) -> None:
-    """One request of a random kind, compared with what is expected of it."""
+    """Send a request of a random kind, and compare its answer with the expected one."""
     i = rng.randrange(len(prompts))
     expected, kind = answers[i], rng.choices(list(KINDS), list(KINDS.values()))[0]
     if kind in ("streamed", "hung up"):
@@ -216,9 +218,10 @@ async def ask(
 async def load(
     server: Server, prompts: list[list[int]], answers: list[Answer], seconds: float
 ) -> tuple[Tally, dict[str, Memory]]:
-    """Clients without a pause -> what they saw, and the memory of the server's processes meanwhile.
+    """Run clients without a pause; return what they saw, and the memory of the server's processes meanwhile.
 
-    Raises EngineError if the server went away.
+    Raises:
+        EngineError: the server ended.
     """
     tally = Tally()
     start = time.monotonic()
@@ -260,7 +263,7 @@ async def load(
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """Return a process and all that it started."""
+    """Return a process and all processes that it started."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
 
@@ -295,7 +298,7 @@ def line(samples: list[tuple[float, float]]) -> float:
 
 
 def soak(target: Path, drafter: Path, seeds: list[list[int]], seconds: float, work: Path) -> Soak:
-    """Run the reference, the load and the comparison; see the top of this file."""
+    """Run the reference, the load and the comparison, as the top of this file describes, and return the results."""
     prompts = make_prompts(seeds)
     with Server(target, OPTIONS, log=work / "alone.log", env=ENVIRONMENT) as server:
         answers = asyncio.run(reference(server, prompts))
@@ -336,13 +339,13 @@ def soak(target: Path, drafter: Path, seeds: list[list[int]], seconds: float, wo
 
 
 def growth(result: Soak, name: str) -> float:
-    """Return the MB a minute that a process grows by, minus its growth under the target alone."""
+    """Return the growth of a process in MB per minute, minus its growth under the target alone."""
     alone = result.memory_alone[name].slope_per_minute if name in result.memory_alone else 0.0
     return result.memory[name].slope_per_minute - max(alone, 0.0)
 
 
 def failures(result: Soak) -> list[str]:
-    """Return in words every condition of a good run that this one breaks."""
+    """Return a sentence for each condition of a good run that this run does not meet."""
     return [
         words
         for bad, words in (
@@ -368,7 +371,7 @@ def failures(result: Soak) -> list[str]:
 
 
 def pair_in(folder: Path) -> tuple[Path, Path, list[list[int]]]:
-    """Return the trained pair of the engine tests in a folder of its own, which is made if it is not there."""
+    """Return the trained pair of the engine tests in ``folder``, and train it first if it does not exist."""
     prompts = folder / "prompts.pt"
     if not prompts.is_file():
         from pairs import make_pair
@@ -379,9 +382,14 @@ def pair_in(folder: Path) -> tuple[Path, Path, list[list[int]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--pair", type=Path, default=Path("build/soak/pair"), help="trained here if it is not there")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--seconds", type=float, default=600, help="duration of the load in seconds (default: 600)")
+    parser.add_argument(
+        "--pair",
+        type=Path,
+        default=Path("build/soak/pair"),
+        help="folder of the target and the drafter, which are trained there if it does not exist",
+    )
+    parser.add_argument("--json", type=Path, help="JSON file to write the results to")
     arguments = parser.parse_args()
     result = soak(*pair_in(arguments.pair), arguments.seconds, arguments.pair.parent)
     print(result.model_dump_json(indent=1, by_alias=True))

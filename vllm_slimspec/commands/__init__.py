@@ -1,1 +1,1 @@
-"""What a person types: one module for each group of `slimspec` commands."""
+"""The command line of `slimspec`, with one module for each group of commands."""

@@ -1,4 +1,4 @@
-"""``slimspec bench head``: every draft head side by side."""
+"""``slimspec bench head``: time draft heads side by side."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,17 +16,21 @@ EXAMPLE = "Example: slimspec bench head --shapes llama-3.2-1b --batches 1,8,64 -
 
 
 def head(
-    shapes: Annotated[str, typer.Option(help=f"Shapes to time: all, or some of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
+    shapes: Annotated[
+        str, typer.Option(help=f"Models whose head shapes are timed: all, or some of {', '.join(SHAPES)}.")
+    ] = "llama-3.1-8b",
     heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
-    batches: Annotated[str, typer.Option(help="Batch sizes: rows that are drafted at once.")] = "1,8,64",
+    batches: Annotated[
+        str, typer.Option(help="Batch sizes: numbers of hidden states that one call drafts for, such as 1,8,64.")
+    ] = "1,8,64",
     device: Annotated[
         str | None,
         typer.Option(help="Device to time on: cpu, cuda or cuda:N.", show_default="cuda where there is one, else cpu"),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of every head.")] = 21,
-    json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of each head.")] = 21,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
 ) -> None:
-    """Time draft heads side by side in one run, with cold caches, after checking that each drafts the right token."""
+    """Check that each draft head drafts the right token, then time all of them in turns, with cold caches."""
     shape_names = choices(shapes, SHAPES, "--shapes")
     chosen = [HEADS[name] for name in choices(heads, HEADS, "--heads")]
     sizes = positive_ints(batches, "--batches", "batch sizes")

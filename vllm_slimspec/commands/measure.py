@@ -1,4 +1,4 @@
-"""``slimspec bench``: the commands that start engines and servers, beside the one that times a head alone."""
+"""``slimspec bench``: the commands that measure draft heads alone, in the engine, and behind a server."""
 
 import json as json_format
 from pathlib import Path
@@ -21,34 +21,58 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 app.command(epilog=heads.EXAMPLE)(heads.head)
 
-Target = Annotated[str, typer.Option("--target", "--verifier", help="The target: a Hugging Face folder or id.")]
+Target = Annotated[
+    str, typer.Option("--target", "--verifier", help="The target model: a local folder or a Hugging Face id.")
+]
 Drafters = Annotated[
     list[str],
-    typer.Option("--drafter", help="NAME=FOLDER of an EAGLE-3 drafter; repeat the option. Name the dense one `full`."),
+    typer.Option(
+        "--drafter",
+        help="An EAGLE-3 drafter, as NAME=FOLDER or NAME=ID. Repeat the option for each drafter. Give the one with a "
+        "dense head the name `full`: the others are compared with it.",
+    ),
 ]
-K = Annotated[int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Draft tokens of a cycle (K).")]
+K = Annotated[
+    int,
+    typer.Option("-k", "--num-speculative-tokens", min=1, help="Number of tokens that are drafted in each cycle (K)."),
+]
 PromptFiles = Annotated[
-    list[Path], typer.Option(help='JSONL file of {"prompt"}, {"messages"} or {"text"}; repeat the option.')
+    list[Path],
+    typer.Option(
+        help='JSONL file of prompts, with {"prompt"}, {"messages"} or {"text"} on each line. Repeat the option for '
+        "each file."
+    ),
 ]
-EngineArgs = Annotated[str, typer.Option(help="Arguments of vllm.LLM as JSON, such as '{\"max_model_len\": 4096}'.")]
+EngineArgs = Annotated[
+    str, typer.Option(help="Further arguments of vllm.LLM, as a JSON object such as '{\"max_model_len\": 4096}'.")
+]
 CompareDtype = Annotated[
     Dtype,
     typer.Option(
-        help="Data type of both models. auto is float32 on a CPU, where answers are then the same, and elsewhere "
-        "vLLM's choice."
+        help="Data type of the target and the drafter. auto means float32 on a CPU, so that answers can be compared "
+        "token for token, and vLLM's own choice on a GPU."
     ),
 ]
-Json = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
-Concurrency = Annotated[str, typer.Option(help="Numbers of requests at once, up to where more bring no more.")]
-Requests = Annotated[int, typer.Option(min=1, help="Requests that follow each other in each of those at once.")]
-ServedTokens = Annotated[int, typer.Option(min=2, help="Tokens of each answer, exactly.")]
+Json = Annotated[Path | None, typer.Option(help="JSON file to write the results to.")]
+Concurrency = Annotated[
+    str, typer.Option(help="Numbers of requests that run at the same time, such as 1,4,16. Each one is measured.")
+]
+Requests = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Number of requests for each one that runs at the same time: at a concurrency of 4, the value 8 sends 32 "
+        "requests.",
+    ),
+]
+ServedTokens = Annotated[int, typer.Option(min=2, help="Number of tokens that every answer has, exactly.")]
 ServerArgs = Annotated[str, typer.Option(help="Further arguments of `vllm serve`, as one string.")]
 ServedDtypes = Annotated[
     str | None,
     typer.Option(
         "--dtypes",
-        help="Data types to serve in, such as bfloat16,float32.",
-        show_default="these two on a CPU; vLLM's choice on a GPU, and where --server-args has --dtype",
+        help="Data types to serve in: some of bfloat16, float32 and float16, separated by commas.",
+        show_default="bfloat16,float32 on a CPU; vLLM's choice on a GPU, and where --server-args has --dtype",
     ),
 ]
 
@@ -62,16 +86,19 @@ def acceptance(
     drafter: Drafters,
     prompts: PromptFiles,
     num_speculative_tokens: K = 5,
-    temperature: Annotated[str, typer.Option(help="Temperatures, such as 0 or 0,1; a CPU takes 0 only.")] = "0",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 256,
+    temperature: Annotated[
+        str, typer.Option(help="Sampling temperatures, 0 or more, such as 0 or 0,1. On a CPU only 0 is allowed.")
+    ] = "0",
+    max_tokens: Annotated[int, typer.Option(min=2, help="Largest number of tokens in an answer.")] = 256,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Answer up to --max-tokens, beyond the end of a text.")
+        bool,
+        typer.Option("--ignore-eos", help="Generate --max-tokens tokens even if an answer reaches its end earlier."),
     ] = False,
     engine_args: EngineArgs = "{}",
     dtype: CompareDtype = Dtype.AUTO,
     json: Json = None,
 ) -> None:
-    """Count how much of each drafter's proposals the target accepts, and check that its greedy answers stay its own."""
+    """Count the draft tokens that the target accepts from each drafter, and compare the greedy answers with its own."""
     from vllm_slimspec.measure import compare
 
     options = compare.Options(
@@ -83,7 +110,7 @@ def acceptance(
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
         engine=json_object(engine_args, "--engine-args") | ({} if dtype is Dtype.AUTO else {"dtype": dtype.value}),
-        # what an engine answered is kept there, for a run that was killed
+        # The answers of each engine are kept there, so that a run that was killed can go on from them.
         work=None if json is None else beside(json, ".run"),
     )
     with (
@@ -106,24 +133,34 @@ def states(
     drafter: Drafters,
     prompts: PromptFiles,
     num_speculative_tokens: Annotated[
-        str, typer.Option("-k", "--num-speculative-tokens", help="Draft tokens of a cycle (K), such as 5 or 3,5.")
+        str,
+        typer.Option(
+            "-k",
+            "--num-speculative-tokens",
+            help="Numbers of tokens that are drafted in each cycle (K), such as 5 or 3,5. Each one is scored.",
+        ),
     ] = "5",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Largest number of tokens in an answer.")] = 256,
     engine_args: EngineArgs = "{}",
     dtype: CompareDtype = Dtype.AUTO,
     rerank: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=16,64: score the low-rank head NAME also with so many of its candidates scored again, by the "
-            "rows of `full`; repeat the option.",
+            help="Numbers of candidates to re-rank, as NAME=16,64: score the low-rank drafter NAME once more for each "
+            "number, with that many of its best candidates scored again by the head of `full`. Repeat the option for "
+            "each drafter.",
         ),
     ] = None,
     work_path: Annotated[
-        Path, typer.Option(help="Folder that keeps the recorded head states, one folder for each drafter's body.")
+        Path,
+        typer.Option(
+            help="Folder that keeps the recorded head states, with a subfolder for each drafter body (a drafter "
+            "without its head)."
+        ),
     ] = Path("build/states"),
     json: Json = None,
 ) -> None:
-    """Score draft heads on recorded head states: acceptance at temperature 0, overlap at temperature 1."""
+    """Score draft heads on recorded head states: acceptance at temperature 0 and overlap (alpha) at temperature 1."""
     from vllm_slimspec.measure import states as bench
 
     ks = positive_ints(num_speculative_tokens, "--num-speculative-tokens", "numbers of draft tokens")
@@ -156,14 +193,20 @@ def states(
 
 @app.command(epilog="Example: slimspec bench prompts question.jsonl --from mt-bench --output-path mt-bench.jsonl")
 def prompts(
-    file: Annotated[Path, typer.Argument(help="The benchmark's own file, as you downloaded it; may be gzipped.")],
-    source: Annotated[Benchmark, typer.Option("--from", help="The benchmark that the file is of.")],
-    output_path: Annotated[
-        Path, typer.Option(help="JSONL file for the prompts, as `bench acceptance` and `convert` take them.")
+    file: Annotated[
+        Path, typer.Argument(help="The file of the benchmark, as you downloaded it. It may be compressed with gzip.")
     ],
-    raw: Annotated[bool, typer.Option("--raw", help="Write plain text for a model that has no chat template.")] = False,
+    source: Annotated[Benchmark, typer.Option("--from", help="The benchmark that the file belongs to.")],
+    output_path: Annotated[
+        Path,
+        typer.Option(help="JSONL file to write the prompts to, in the form that `--prompts` of other commands takes."),
+    ],
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Write plain text instead of chat messages, for a model without a chat template."),
+    ] = False,
 ) -> None:
-    """Turn MT-Bench (first turns), HumanEval or GSM8K into prompts."""
+    """Convert the questions of MT-Bench (first turns only), HumanEval or GSM8K into a file of prompts."""
     with one_line_errors(), claim_file(output_path) as claim:
         try:
             rows = convert(read_lines(file), source, raw=raw)
@@ -181,12 +224,14 @@ def prompts(
 def serve(
     target: Target,
     drafter: Drafters,
-    prompts: Annotated[Path, typer.Option(help='JSONL file of {"prompt"}, {"messages"} or {"text"}.')],
+    prompts: Annotated[
+        Path, typer.Option(help='JSONL file of prompts, with {"prompt"}, {"messages"} or {"text"} on each line.')
+    ],
     local_argmax: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name of a drafter that vLLM asks for tokens in the place of logits (use_local_argmax_reduction); "
-            "repeat the option. Low-rank drafters are always asked so."
+            help="Name of a --drafter that vLLM shall ask for tokens instead of logits (use_local_argmax_reduction). "
+            "Repeat the option for each one. Low-rank drafters always give tokens."
         ),
     ] = None,
     num_speculative_tokens: K = 5,
@@ -197,7 +242,7 @@ def serve(
     dtypes: ServedDtypes = None,
     json: Json = None,
 ) -> None:
-    """Serve the target alone and with each drafter, under `vllm bench serve`: latency, throughput and acceptance."""
+    """Measure latency, throughput and acceptance of `vllm serve` with the target alone and with each drafter."""
     import shlex
 
     from vllm_slimspec.measure import serve as bench
@@ -205,7 +250,10 @@ def serve(
     drafters = _drafters(drafter)
     for name in local_argmax or ():
         if name not in drafters:
-            raise typer.BadParameter(f"{name!r} is the name of no --drafter", param_hint="--local-argmax")
+            raise typer.BadParameter(
+                f"{name!r} is not the name of a --drafter; give one of {', '.join(drafters)}",
+                param_hint="--local-argmax",
+            )
     asked = {name: {"use_local_argmax_reduction": True} for name in local_argmax or ()}
     options = bench.Options(
         pair=bench.Pair(target, drafters, prompts, shlex.split(server_args), asked),
@@ -228,7 +276,7 @@ def serve(
 
 
 def print_acceptance(results: "AcceptanceResults") -> None:
-    """A table for each prompt set and temperature."""
+    """Print a table for each prompt set and temperature."""
     from rich.console import Console
     from rich.table import Table
 
@@ -252,11 +300,14 @@ def print_acceptance(results: "AcceptanceResults") -> None:
             )
         console.print(table)
         if results.dtype != "float32" and any(row.equal != len(row.cycles) for row in rows if row.equal is not None):
-            console.print(f"In {results.dtype} batches of other shapes round differently: counted, not judged.")
+            console.print(
+                f"In {results.dtype} the rounding depends on the shape of a batch, so that answers may differ from the "
+                "target's own. Differences are counted and are not errors."
+            )
 
 
 def print_states(results: "StatesResults") -> None:
-    """A table for each prompt set and K."""
+    """Print a table for each prompt set and K."""
     from rich.console import Console
     from rich.table import Table
 
@@ -283,11 +334,14 @@ def print_states(results: "StatesResults") -> None:
                 f"{row.head_bytes / 1e6:.2f}",
             )
         console.print(table)
-    console.print("Accepted: drafts a cycle, without the target's own token. Alpha: overlap at temperature 1.")
+    console.print(
+        "accepted of full: accepted draft tokens per cycle, relative to the head `full`, without the target's own "
+        "token. alpha: overlap of both distributions at temperature 1."
+    )
 
 
 def print_serve(results: "ServeResults") -> None:
-    """A table for each concurrency."""
+    """Print a table for each data type and concurrency."""
     from rich.console import Console
     from rich.table import Table
 
@@ -303,7 +357,10 @@ def print_serve(results: "ServeResults") -> None:
                 length = "" if row.length is None else f"{row.length:.2f}"
                 table.add_row(row.head, f"{row.tokens_per_s:.1f}", *times, length, str(row.failed or ""))
         console.print(table)
-    console.print("Medians. A cycle's tokens arrive together: ITL is the time of a cycle, TPOT that of a token.")
+    console.print(
+        "Times are medians. The tokens of a cycle arrive together: ITL is the time of a cycle, and TPOT is the time of "
+        "a token."
+    )
 
 
 def _drafters(given: list[str]) -> dict[str, str]:
@@ -311,12 +368,16 @@ def _drafters(given: list[str]) -> dict[str, str]:
 
 
 def _named(given: list[str], option: str, form: str) -> dict[str, str]:
-    """Read a repeated option of the form NAME=VALUE."""
+    """Return the values of a repeated option of the form NAME=VALUE by their names.
+
+    Raises:
+        typer.BadParameter: a value is not of the form ``form``, or a name is given twice.
+    """
     named: dict[str, str] = {}
     for text in given:
         name, _, value = text.partition("=")
         if not name or not value or name in named:
-            reason = "is there twice" if name in named else f"is not {form}"
+            reason = "repeats a name; give each one a name of its own" if name in named else f"is not {form}"
             raise typer.BadParameter(f"{text!r} {reason}", param_hint=option)
         named[name] = value
     return named
@@ -328,5 +389,8 @@ def _temperatures(text: str) -> list[float]:
     except ValueError:
         found = []
     if not found or min(found) < 0 or len(set(found)) < len(found):
-        raise typer.BadParameter(f"{text!r} is not a list of temperatures such as 0,1", param_hint="--temperature")
+        raise typer.BadParameter(
+            f"{text!r} is not a list of temperatures such as 0,1: each 0 or more, none of them twice",
+            param_hint="--temperature",
+        )
     return found

@@ -1,4 +1,4 @@
-"""``slimspec tune``: measure what the heads choose by on this machine."""
+"""``slimspec tune``: find the fastest kernel tilings of a GPU, or time the two forms of quantized heads on a CPU."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,21 +19,26 @@ EXAMPLE = "Example: slimspec tune --device cuda --shapes llama-3.1-8b,llama-3.2-
 
 def tune(
     shapes: Annotated[
-        str, typer.Option(help=f"Shapes to tune for: all, or some of {', '.join(SHAPES)}.")
+        str, typer.Option(help=f"Models whose head shapes are tuned for: all, or some of {', '.join(SHAPES)}.")
     ] = "llama-3.1-8b",
     device: Annotated[
         str | None,
         typer.Option(help="Device to tune for: cpu, cuda or cuda:N.", show_default="cuda where there is one, else cpu"),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of each form on a CPU.")] = 21,
+    repeats: Annotated[
+        int, typer.Option(min=3, help="Number of timed calls of each product. Used on a CPU only.")
+    ] = 21,
     json: Annotated[
         Path | None,
-        typer.Option(help="JSON file for the results.", show_default="on a GPU the table that the kernels read"),
+        typer.Option(
+            help="JSON file to write the results to.",
+            show_default="on a GPU, the table that the kernels read",
+        ),
     ] = None,
 ) -> None:
     """Find the fastest tilings of the kernels on a GPU, and write them to the table that the kernels read.
 
-    On a CPU, time up to how many rows integer products are faster than bfloat16 ones.
+    On a CPU, time integer and bfloat16 products at several numbers of rows, and print which ones are faster.
     """
     names = choices(shapes, SHAPES, "--shapes")
     with one_line_errors(), claim_results(json):
@@ -68,6 +73,7 @@ def _tune_gpu(shapes: Sequence[str], device: "torch.device", json: Path | None) 
     path = json or tuned_path(device_name(device))
     known = TunedTable.read(path) if path.is_file() else None
     with claim_file(path), turns(None, "Tuning kernels") as tick:
-        for table in tilings(shapes, device, tick, known):  # minutes each: what is known is kept
+        # Each table takes minutes, so that every one is written as soon as it is known.
+        for table in tilings(shapes, device, tick, known):
             table.write(path)
-    typer.echo(f"{path}: what it had for these versions was kept, the rest was tuned; remove it to begin anew")
+    typer.echo(f"{path}: entries for these versions were kept and the others tuned; remove the file to tune all again")

@@ -1,4 +1,7 @@
-"""The draft heads that are timed side by side, of random weights, each with a check that it drafts the right token."""
+"""The draft heads that are timed side by side, with random weights, and a check that each drafts the right token.
+
+Letters: B rows of a batch, D hidden size, V vocabulary size, R rank.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,28 +18,28 @@ from vllm_slimspec.head.selection import best_of
 from vllm_slimspec.measure.shapes import Shape
 
 RERANK_K = 16
-SPEC_VOCAB_K = 2048  # the paper's (arXiv 2602.13836, section 3.3)
-TRIMMED = 32768  # rows of the shorter list of tokens
+SPEC_VOCAB_K = 2048  # candidates of SpecVocab (arXiv 2602.13836, section 3.3)
+TRIMMED = 32768  # rows of the smaller trimmed head
 
 Family = Literal["null", "full", "trim", "spec-vocab", "low-rank"]
 
 
 @dataclass(frozen=True)
 class Head:
-    """A draft head that can be measured, and what it is made of: nothing is read out of its name."""
+    """A draft head that can be measured. Its fields say what it is made of; the name is only a label."""
 
     name: str
     family: Family
     quantization: str | None = None  # of `up`, or of the dense rows of a full head
-    rerank: int | None = None  # candidates that are scored again by the dense rows
-    rows: int | None = None  # of the vocabulary that it keeps; None: all
-    packed: bool = False  # its dense rows are in the layout that a CPU reads fastest
-    by_logits: bool = False  # vLLM asks it for logits over the whole vocabulary, and else for tokens
-    devices: tuple[str, ...] = ("cpu", "cuda")  # that have a kernel for it
+    rerank: int | None = None  # number of candidates that are scored again by the dense rows
+    rows: int | None = None  # number of vocabulary rows that a trimmed head keeps; None: all
+    packed: bool = False  # whether the dense rows are stored in the layout that a CPU reads fastest
+    by_logits: bool = False  # whether vLLM asks the head for logits over the whole vocabulary instead of tokens
+    devices: tuple[str, ...] = ("cpu", "cuda")  # devices that have a kernel for the head
 
     @property
     def has_factors(self) -> bool:
-        """Whether it has a rank."""
+        """Whether the head consists of low-rank factors and so has a rank."""
         return self.family in ("low-rank", "spec-vocab")
 
 
@@ -60,29 +63,30 @@ HEADS = {
         Head("low-rank-int8-rerank", "low-rank", quantization="int8", rerank=RERANK_K),
     )
 }
-"""Every head that can be timed alone, by its name."""
+"""Every head that ``slimspec bench head`` can time, by its name."""
 
 
 class Arm(NamedTuple):
-    """A head ready to be timed."""
+    """A head with its weights, ready to be timed."""
 
     name: str
     run: Callable[[Tensor], Tensor]  # [B, D] -> ids int64 [B]
-    # [B, D] -> float32 [B, V] scores of what an id may be, and of what it must not fall below
+    # [B, D] -> two float32 [B, V]: scores of the ids that the head may draft (-inf for all others), and of those that
+    # it must at least equal. Both are the same unless the head screens candidates.
     score: Callable[[Tensor], tuple[Tensor, Tensor]]
-    bytes: int  # of weights that a call has to read for the first row
-    bytes_per_row: int  # and for every row
+    bytes: int  # bytes of weights that every call reads, whatever the batch
+    bytes_per_row: int  # bytes that a call reads in addition for each row of the batch
 
 
 class Weights:
-    """A random head of a shape, dense and low-rank, from which the arms take what they need."""
+    """Random weights of one shape, dense and low-rank, from which every head of that shape is made."""
 
     def __init__(
         self,
         shape: Shape,
         dtype: torch.dtype,
         device: torch.device,
-        dense: Tensor | None = None,  # [V, D], of which the first are taken; random if None
+        dense: Tensor | None = None,  # [V or more, D]; its first V rows are used; None: random rows
     ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
@@ -97,16 +101,16 @@ class Weights:
         self.up = normal(shape.vocab_size, shape.rank)
 
     def hidden(self, batch: int) -> Tensor:
-        """[B, D]."""
+        """Return random hidden states, [B, D]. The same batch size always gives the same states."""
         generator = torch.Generator().manual_seed(batch)
         return torch.randn(batch, self.shape.hidden_size, generator=generator).to(self.device, self.dtype)
 
     def stored_up(self, head: Head) -> Tensor | ops.QuantizedUp:
-        """`up` as a low-rank head stores it -> [V, R]."""
+        """Return `up` as a low-rank head stores it, quantized or not, [V, R]."""
         return ops.quantize_up(self.up, head.quantization) if head.quantization else self.up
 
     def arm(self, head: Head) -> Arm | None:
-        """Make a head ready to be timed, or return None where this device has no kernel for it."""
+        """Return a head ready to be timed, or None if this device has no kernel for it."""
         if self.device.type not in head.devices:
             return None
         make = {"full": self._full, "trim": self._trim, "spec-vocab": self._spec_vocab, "low-rank": self._low_rank}
@@ -125,7 +129,8 @@ class Weights:
             )
         if isinstance(stored, ops.QuantizedUp):
             arm = arm._replace(run=partial(_scaled_mm_argmax, stored), bytes=stored.nbytes)
-            # its activations are rounded to fp8 as well: no reference that is not itself
+            # The activations are rounded to fp8 too, so that no exact reference has the same scores. The head is
+            # therefore compared with its own logits.
             return arm._replace(score=lambda hidden: _twice(_scaled_mm(stored, hidden).float()))
         return arm
 
@@ -133,7 +138,7 @@ class Weights:
         rows = head.rows
         assert rows is not None
         trimmed = self.dense[:rows]
-        # on a CPU laid out as ours are, which is near what vLLM's CPU backend does to a head
+        # On a CPU the rows get the packed layout of the low-rank heads, which is close to what vLLM's CPU backend uses.
         multiply = PackedFactor(trimmed, self.dtype) if self.device.type == "cpu" else partial(F.linear, weight=trimmed)
         offsets = trimmed_offsets(rows, self.shape.vocab_size).to(self.device)
         targets = torch.arange(rows, device=self.device) + offsets
@@ -143,7 +148,8 @@ class Weights:
             ids = best_of(logits)[1] if self.device.type == "cpu" else logits.argmax(dim=-1)
             return ids + offsets[ids]
 
-        def scattered(hidden: Tensor) -> Tensor:  # as vLLM does it
+        def scattered(hidden: Tensor) -> Tensor:
+            # This is how vLLM maps draft logits to the target's vocabulary by default.
             logits = multiply(hidden)
             full = logits.new_full((hidden.shape[0], self.shape.vocab_size), float("-inf"))
             full[:, targets] = logits
@@ -157,7 +163,7 @@ class Weights:
         return Arm(head.name, scattered if head.by_logits else in_draft_space, score, trimmed.nbytes, 0)
 
     def _spec_vocab(self, head: Head) -> Arm:
-        """The paper's rival as it is described: a screen, a top-k over V, exact scores of those, and their argmax."""
+        """Return SpecVocab as its paper describes it: low-rank scores, a top-k over V, exact scores of those k."""
 
         def run(hidden: Tensor) -> Tensor:
             ids = ops.low_rank_logits(hidden, *factors).topk(k, dim=1).indices
@@ -193,7 +199,10 @@ class Weights:
         return _twice(_scores(F.linear(hidden, self.down), up))
 
     def _reranked(self, up: Tensor | ops.QuantizedUp, k: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact scores of the entries that may be, and of those that must be, among the best k of the screen."""
+        """Return the exact scores of the ids that may be, and of those that must be, among the k best candidates.
+
+        Rounding decides whether an id near the k-th best low-rank score is a candidate.
+        """
         screen = _scores(F.linear(hidden, self.down), up)
         last = screen.topk(k, dim=1).values[:, -1:]
         slack = _rounding(screen, self.dtype)
@@ -205,14 +214,18 @@ class Weights:
 
 
 def trimmed_offsets(rows: int, vocab_size: int) -> Tensor:
-    """The map d2t of a drafter of ``rows`` tokens -> int64 [rows]: some sorted selection, as a frequency list is."""
+    """Return a map d2t (target id minus draft id) for a drafter of ``rows`` tokens, int64 [rows].
+
+    The chosen tokens are sorted and spread evenly over the vocabulary.
+    """
     return torch.arange(rows) * (vocab_size // rows - 1)
 
 
 def check(arm: Arm, hidden: Tensor) -> None:
-    """Refuse to time a head that drafts the wrong token.
+    """Check that a head drafts the best token of each row of ``hidden`` [B, D], up to rounding.
 
-    Raises ValueError naming the head where an id scores below the best by more than the rounding of the scores.
+    Raises:
+        ValueError: a drafted id scores below the best by more than rounding allows; the message names the head.
     """
     ids = arm.run(hidden)
     may, must = arm.score(hidden)
@@ -222,7 +235,7 @@ def check(arm: Arm, hidden: Tensor) -> None:
         row = int((gap - allowed).argmax())
         raise ValueError(
             f"{arm.name} is wrong at batch {len(hidden)}: id {int(ids[row])} of row {row} scores {float(gap[row]):.3g} "
-            f"below the best, rounding allows {float(allowed[row]):.3g}"
+            f"below the best, and rounding explains only {float(allowed[row]):.3g}"
         )
 
 
@@ -231,13 +244,13 @@ def _twice(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounding(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Two scores rounded to ``dtype`` may swap when they are this near -> [B, 1]."""
+    """Return the distance below which two scores of a row may swap when rounded to ``dtype``, [B, 1]."""
     finite = scores.masked_fill(scores.isinf(), 0)
     return 2 * torch.finfo(dtype).eps * finite.abs().amax(dim=1, keepdim=True)
 
 
 def _scores(x: Tensor, weight: Tensor | ops.QuantizedUp) -> Tensor:
-    """``x @ weight.T`` in float32, a part at a time."""
+    """Return ``x @ weight.T`` in float32. Rows are converted in parts, which keeps the memory small."""
     if isinstance(weight, ops.QuantizedUp):
         weight = weight.dequantize()
     return torch.cat([x.float() @ rows.float().T for rows in weight.split(16384)], dim=1)

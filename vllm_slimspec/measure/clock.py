@@ -1,4 +1,4 @@
-"""Times of calls with cold caches, on a CPU or a GPU."""
+"""A clock for calls with cold caches, on a CPU or a GPU."""
 
 import statistics
 import time
@@ -9,27 +9,28 @@ import torch
 
 
 class Clock:
-    """Times calls with cold caches, the arms taking turns, so that a slow minute of the machine is everyone's."""
+    """Times calls with cold caches. The calls take turns, so that a slow minute of the machine affects all of them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Larger than any L2 or L3 in use; read and not written, lest its dirty lines go back to memory in timed calls.
+        # Reading this buffer empties the caches, since it is larger than any L2 or L3 in use. It is not written: dirty
+        # cache lines would go back to memory during the timed calls.
         self._flush = torch.zeros(8 << 20 if device.type == "cpu" else 32 << 20, dtype=torch.int64, device=device)
 
     def measure(self, calls: Sequence[Callable[[], Any]], repeats: int, tick: Callable[[], None]) -> list[list[float]]:
-        """Microseconds of every call, ``repeats`` times each."""
+        """Return the times of each call in microseconds, ``repeats`` of them; ``tick`` is called after each turn."""
         times: list[list[float]] = [[] for _ in calls]
         ready = calls if self.device.type == "cpu" else [self._graph(call) for call in calls]
         for turn in range(repeats + 2):
             order = [(turn + i) % len(ready) for i in range(len(ready))]
             for i, microseconds in zip(order, self._round([ready[i] for i in order]), strict=True):
-                if turn >= 2:  # the first turns warm up
+                if turn >= 2:  # the first two turns warm up
                     times[i].append(microseconds)
             tick()
         return times
 
     def bandwidth(self) -> tuple[float, float]:
-        """GB/s of a copy (read plus written) and of a read, both of more than any cache holds."""
+        """Return the GB/s of a copy (bytes read plus written) and of a read, both of more bytes than a cache holds."""
         size = (128 << 20) if self.device.type == "cpu" else (1 << 30)
         source = torch.ones(size // 2, dtype=torch.bfloat16, device=self.device)
         target = torch.empty_like(source)
@@ -48,7 +49,7 @@ class Clock:
             return times
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
         for call, (start, end) in zip(calls, events, strict=True):
-            self._flush.amax()  # and keeps the GPU busy while the host enqueues what follows
+            self._flush.amax()  # this also keeps the GPU busy while the host enqueues the timed call
             start.record()
             call()
             end.record()
@@ -69,6 +70,6 @@ class Clock:
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """The measured value nearest to the quantile ``q``."""
+    """Return the measured value that is nearest to the quantile ``q`` (0 to 1)."""
     ordered = sorted(values)
     return ordered[round(q * (len(ordered) - 1))]

@@ -1,4 +1,4 @@
-"""``slimspec bench acceptance``: how much of what each drafter proposes its target accepts, in the real engine."""
+"""``slimspec bench acceptance``: count the draft tokens that the target accepts from each drafter in the engine."""
 
 import math
 import shutil
@@ -17,31 +17,33 @@ from vllm_slimspec.errors import CheckpointError, EngineError, OptionError
 from vllm_slimspec.measure.results import AcceptanceResults, AcceptanceRow, provenance
 from vllm_slimspec.target import Target, fetch
 
-NEAR_TIE = 1e-4  # nats, in float32: the rounding of a batch of another shape
+# Two tokens whose log-probabilities differ by less (in nats, in float32) may swap by rounding alone, because a batch of
+# another shape is summed in another order.
+NEAR_TIE = 1e-4
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how; the flags of the command line."""
+    """The options of ``slimspec bench acceptance``."""
 
     target: str
     drafters: Mapping[str, str]  # name of the head -> folder or Hugging Face id
     prompts: Sequence[Path]  # JSONL
-    k: int
+    k: int  # draft tokens per cycle
     temperatures: Sequence[float] = (0.0,)
     max_tokens: int = 256
     ignore_eos: bool = False
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    work: Path | None = None  # keeps what each engine answered; None: nothing is kept
+    engine: Mapping[str, Any] = field(default_factory=dict)  # further arguments of vllm.LLM
+    work: Path | None = None  # folder that keeps the answers of each engine; None: they are not kept
 
 
 def measure(options: Options) -> AcceptanceResults:
-    """Ask the target alone, then with each drafter, and compare.
+    """Generate answers with the target alone, then with each drafter, and return what was accepted and compared.
 
     Raises:
         CheckpointError: a drafter or a prompt is bad.
-        EngineError: an engine failed.
-        ValueError: greedy answers in float32 are not the target's own, or the backend cannot sample.
+        EngineError: an engine failed, or greedy answers in float32 are not the target's own.
+        OptionError: a temperature above 0 on a CPU, where vLLM cannot sample with a drafter.
     """
     import torch
 
@@ -53,7 +55,7 @@ def measure(options: Options) -> AcceptanceResults:
         )
     target = Target.open(options.target)
     heads = {name: describe_head(drafter, target) for name, drafter in options.drafters.items()}
-    # an engine drafts up to k tokens beyond the last one
+    # An engine may draft up to k tokens beyond the last token of an answer.
     room = options.max_tokens + options.k
     sets = read_sets(options.prompts, target, max_model_len=options.engine.get("max_model_len"), room=room)
     prompts = [ids for found in sets.values() for ids in found]
@@ -68,7 +70,7 @@ def measure(options: Options) -> AcceptanceResults:
             temperatures=[t for t in options.temperatures if drafter is not None or not t],
             max_tokens=options.max_tokens,
             ignore_eos=options.ignore_eos,
-            # token for token, answers are compared in float32, which vLLM would not choose by itself
+            # Answers can be compared token for token in float32 only, which vLLM would not choose by itself.
             engine={**({"dtype": "float32"} if on_cpu else {}), **options.engine},
         )
         return ask(question, work / f"{_file_name(name)}.json")
@@ -110,18 +112,19 @@ def measure(options: Options) -> AcceptanceResults:
 
 @dataclass(frozen=True)
 class Compared:
-    """Greedy answers beside the target's own."""
+    """The result of comparing greedy answers with the target's own."""
 
-    equal: int
-    near_ties: int
-    largest_gap: float  # nats
+    equal: int  # number of identical answers
+    near_ties: int  # number of other answers whose first difference is a near tie
+    largest_gap: float  # largest gap at a first difference, in nats; 0 if all answers are identical
 
 
 def compare(alone: Answers, drafted: Answers) -> Compared:
-    """Count answers that are the target's own, and judge the first difference of each other one.
+    """Count the answers that are equal to the target's own, and measure the first difference of each other one.
 
-    Its gap is how much more probable, in nats, the target held its own token than the drafted answer's: tiny where two
-    tokens tie but for rounding. Of a token that is not among the target's best, the gap is more than what is counted.
+    The gap at a first difference is the target's log-probability of its own token minus that of the token in the other
+    answer, in nats. It is tiny if only rounding decides between the two. If the other token is not among the recorded
+    best ones, the least of those takes its place, and the true gap is larger.
     """
     assert alone.top is not None
     gaps = []
@@ -129,7 +132,7 @@ def compare(alone: Answers, drafted: Answers) -> Compared:
         if own == other:
             continue
         place = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), None)
-        if place is None:  # one of them ends where the other goes on
+        if place is None:  # one answer is the beginning of the other
             gaps.append(float("inf"))
         else:
             best = top[place]
@@ -139,15 +142,19 @@ def compare(alone: Answers, drafted: Answers) -> Compared:
 
 
 def _check(row: AcceptanceRow, dtype: str) -> None:
-    """In half precision a batch of another shape may round past any tie: there it is counted and not judged."""
+    """Raise EngineError if float32 answers differ from the target's own by more than rounding explains.
+
+    In half precision a batch of another shape may round by more than the gap between two tokens. Differences are then
+    counted and are no error.
+    """
     if dtype != "float32" or row.equal is None or row.near_ties is None:
         return
     others = len(row.cycles) - row.equal - row.near_ties
     if others:
         raise EngineError(
-            f"{row.head}: {others} of {len(row.cycles)} answers to {row.prompt_set} are not the target's own, by up to "
-            f"{row.largest_gap:.3g} nats where {NEAR_TIE:g} may be rounding; no drafter can do this, so the engine or "
-            "this package has a bug: please report it"
+            f"{row.head}: {others} of {len(row.cycles)} answers to {row.prompt_set} are not the target's own: they "
+            f"differ by up to {row.largest_gap:.3g} nats, and rounding explains at most {NEAR_TIE:g}; no drafter can "
+            "cause this, so vLLM or this package has a bug: please report it"
         )
 
 
@@ -156,7 +163,7 @@ def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
     counts = np.array([(prompt.drafts, *(prompt.accepted_per_position or (0,))) for prompt in answers.accepted])
     cycles, positions = counts[:, 0], counts[:, 1:]
     if not cycles.sum():
-        raise EngineError("no draft was verified: the answers are one token long; give other prompts")
+        raise EngineError("no draft token was verified, since every answer has one token only; give other prompts")
     length = acceptance_length(counts)
     compared = compare(alone, answers) if alone is not None else None
     return {
@@ -183,26 +190,27 @@ def _cut(answers: Answers, part: slice) -> Answers:
 
 @dataclass(frozen=True)
 class DescribedHead:
-    """What a row says of a head."""
+    """The fields of a result row that describe a head."""
 
-    rank: int | None  # None: dense
+    rank: int | None  # None: the head is dense
     draft_vocab_size: int
-    rerank: int | None
-    head_bytes: int  # that a draft step reads, the rows of re-ranking included
-    dense_bytes: int  # of a dense head over the same vocabulary
+    rerank: int | None  # number of candidates that are re-ranked; None: none
+    head_bytes: int  # bytes that a draft step reads, the rows of re-ranking included
+    dense_bytes: int  # bytes of a dense head over the same vocabulary
 
 
 def describe_head(drafter: str, target: Target) -> DescribedHead:
-    """Read what a row says of a drafter's head.
+    """Return the description of a drafter's head; ``drafter`` is a folder or a Hugging Face id.
 
     Raises:
-        CheckpointError: it is no drafter that is served.
+        CheckpointError: this package and vLLM cannot serve ``drafter``.
     """
     checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
     spec, size = checkpoint.spec, checkpoint.head_bytes
     if spec is None:
         vocab = int(checkpoint.config.get("draft_vocab_size") or target.vocab_size)
-        if not size:  # it borrows the target's head, whose rows have the size of its own weights
+        # A drafter without a head borrows the target's. Its rows are assumed to have the dtype of the drafter's own.
+        if not size:
             largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
             size = vocab * target.hidden_size * largest.nbytes // math.prod(largest.shape)
         return DescribedHead(None, vocab, None, size, size)
@@ -214,16 +222,16 @@ def describe_head(drafter: str, target: Target) -> DescribedHead:
 def read_sets(
     files: Sequence[Path], target: Target, *, max_model_len: int | None, room: int
 ) -> dict[str, list[list[int]]]:
-    """Token ids of the prompts of every file, by its name.
+    """Return the token ids of the prompts of each file, by the file's name without its suffix.
 
     Args:
-        files: JSONL, see :mod:`vllm_slimspec.engine.prompts`.
-        max_model_len: of the engine; None: the target's.
-        room: tokens that must fit behind a prompt.
+        files: JSONL files, see :mod:`vllm_slimspec.engine.prompts`.
+        target: the model whose tokenizer and sizes apply.
+        max_model_len: the engine's limit of tokens; None: the target's own limit.
+        room: number of tokens that must fit behind a prompt.
 
     Raises:
-        CheckpointError: a prompt is bad or too long.
-        ValueError: two files of one name.
+        CheckpointError: a prompt is bad or too long, or two files have the same name.
     """
     from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokenize
 
@@ -231,7 +239,7 @@ def read_sets(
     sets: dict[str, list[list[int]]] = {}
     for file in files:
         if file.stem in sets:
-            raise CheckpointError(f"{file}: there is another prompt file of the name {file.stem}; rename one")
+            raise CheckpointError(f"{file}: another prompt file is also named {file.stem}; rename one of them")
         rows = read_prompts(file)
         sets[file.stem] = tokenize(rows, open_tokenizer(rows, target.name), target.vocab_size, longest, file)
     return sets

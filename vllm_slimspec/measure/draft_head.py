@@ -1,4 +1,4 @@
-"""The head of a stored drafter in plain float32: what it drafts from given head states, without an engine.
+"""The head of a stored drafter, computed in plain float32 from given head states, without an engine.
 
 Letters: N states, D hidden size, V draft vocabulary.
 """
@@ -17,19 +17,19 @@ from vllm_slimspec.target import Target
 
 @dataclass(frozen=True)
 class DraftHead:
-    """A head of any form that is served: dense or low-rank, quantized, truncated, re-ranked."""
+    """A draft head of any form that can be served: dense or low-rank, quantized, truncated or re-ranked."""
 
-    factors: tuple[torch.Tensor, ...]  # what a state is multiplied by in turn: [V, D], or [R, D] and [V, R]
+    factors: tuple[torch.Tensor, ...]  # multiplied with a state one after another: [V, D], or [R, D] and [V, R]
     ids: torch.Tensor  # int64 [V], the target id of each draft id
-    rows: torch.Tensor | None = None  # [V, D]: what re-ranking scores by
-    rerank: int | None = None  # how many candidates it scores
+    rows: torch.Tensor | None = None  # [V, D], the dense rows that score candidates in re-ranking
+    rerank: int | None = None  # number of candidates that are scored again
 
     @classmethod
     def open(cls, folder: Path, target: Target) -> "DraftHead":
-        """Read the head of a drafter's folder.
+        """Read and return the head in a drafter's folder.
 
         Raises:
-            CheckpointError: it is no drafter that is served.
+            CheckpointError: the folder holds no drafter that can be served.
         """
         checkpoint = DraftCheckpoint.open(folder)
         vocab = checkpoint.flat.get("draft_vocab_size") or target.vocab_size
@@ -60,7 +60,7 @@ class DraftHead:
 
         Args:
             hidden: float32 [N, D].
-            logits: what :meth:`logits` makes of it.
+            logits: float32 [N, V], the result of :meth:`logits` for ``hidden``.
         """
         if self.rows is None or self.rerank is None:
             return self.ids[logits.max(dim=-1).indices]

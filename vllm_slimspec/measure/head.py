@@ -1,4 +1,4 @@
-"""Every draft head side by side: checked, then timed in one run, with the memory that it reads from."""
+"""``slimspec bench head``: check draft heads, then time them and the memory bandwidth in one run."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,14 +22,23 @@ def measure(
     repeats: int = 21,
     tick: Callable[[], None] = lambda: None,
 ) -> HeadResults:
-    """Check, then time, every head at every shape and batch, and the memory they read from, in one run.
+    """Check and time every head at every shape and batch, time the memory, and return all results.
 
-    Heads that ``device`` has no kernel for are left out. ``tick`` is called after every turn of timing.
+    Args:
+        shapes: names of ``SHAPES``.
+        heads: heads to time; those without a kernel for ``device`` are left out.
+        batches: numbers of rows of a call.
+        device: where the heads run.
+        dtype: of the weights and the hidden states.
+        repeats: timed calls of each head.
+        tick: called after every turn of timing.
 
-    Raises ValueError for a head that drafts wrong tokens: nothing is timed then.
+    Raises:
+        ValueError: a head drafts a wrong token; no results are returned then.
     """
     clock = Clock(device)
-    before = clock.bandwidth()  # again at the end, and the better counts
+    # Bandwidth is measured before and after the heads, and the better value counts.
+    before = clock.bandwidth()
     rows: list[HeadRow] = []
     with torch.inference_mode():
         for shape in shapes:

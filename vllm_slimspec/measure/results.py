@@ -1,4 +1,4 @@
-"""What every measuring command writes, and the only thing that `slimspec report` reads."""
+"""The JSON files that the measuring commands write. ``slimspec report`` reads nothing else."""
 
 import shlex
 import sys
@@ -14,13 +14,13 @@ from vllm_slimspec.errors import CheckpointError
 
 
 class Record(BaseModel):
-    """What a row of a file is made from: nothing but the fields that its kind has."""
+    """A part of a result file. Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Results(Record):
-    """The head of every file; a kind of measurement adds its rows."""
+    """The fields that every result file has. Each kind of measurement adds its own, with its rows."""
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     kind: str
@@ -32,18 +32,18 @@ class Results(Record):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     def write(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the results to ``path`` as JSON. An interrupted write leaves no partial file."""
         text = self.model_dump_json(by_alias=True, indent=1) + "\n"
         with claim_file(path) as claim:
             claim.write(lambda new: new.write_text(text))
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """What :meth:`write` wrote.
+        """Read and return the results that :meth:`write` wrote.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not of this kind, or not of this version.
+            CheckpointError: the file holds results of another kind or version, or none.
         """
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -56,7 +56,7 @@ class Results(Record):
 
 
 class HeadRow(Record):
-    """One head at one shape and batch."""
+    """The time of one head at one shape and batch."""
 
     head: str
     shape: str
@@ -65,23 +65,23 @@ class HeadRow(Record):
     p20_us: float
     p50_us: float
     p80_us: float
-    bytes: int
+    bytes: int  # bytes of weights that a call reads
     percent_of_copy_bandwidth: float
 
 
 class HeadResults(Results):
-    """``slimspec bench head``."""
+    """The results of ``slimspec bench head``."""
 
     kind: Literal["head"] = "head"
     threads: int
     repeats: int
-    copy_gb_s: float  # bytes read plus bytes written, per second
+    copy_gb_s: float  # 1e9 bytes read plus written, per second
     read_gb_s: float
     rows: list[HeadRow]
 
 
 class TunedRow(Record):
-    """The best tiling of one form of `up`, rank and batch bucket."""
+    """The fastest tiling for one form of `up`, rank and batch bucket."""
 
     form: str
     rank: int
@@ -95,15 +95,15 @@ class TunedRow(Record):
 
 
 class TunedTable(Results):
-    """``slimspec tune``; the kernels read it."""
+    """The results of ``slimspec tune`` on a GPU, which the kernels read."""
 
     kind: Literal["tuned"] = "tuned"
-    gemm_rows: int  # from so many rows on an unfused GEMM is faster
+    gemm_rows: int  # number of rows from which an unfused matrix product is faster
     rows: list[TunedRow]
 
 
 class CrossoverRow(Record):
-    """Both forms that a CPU keeps of one quantized `up`, multiplied by so many rows."""
+    """The times of both forms that a CPU keeps of one quantized `up`, for a product with ``batch`` rows."""
 
     kind: str
     shape: str
@@ -113,7 +113,7 @@ class CrossoverRow(Record):
 
 
 class CrossoverResults(Results):
-    """``slimspec tune`` on a CPU; medians."""
+    """The results of ``slimspec tune`` on a CPU. Times are medians."""
 
     kind: Literal["crossover"] = "crossover"
     threads: int
@@ -122,36 +122,36 @@ class CrossoverResults(Results):
 
 
 class _AcceptedRow(Record):
-    """What one head accepts over one set of prompts at one K."""
+    """What the target accepts from one head over one set of prompts at one K."""
 
     head: str
     prompt_set: str
     num_speculative_tokens: int
-    rank: int | None  # None: dense
+    rank: int | None  # None: the head is dense
     draft_vocab_size: int
-    rerank: int | None
-    head_bytes: int  # that a draft step reads
-    dense_bytes: int  # of a dense head over the same vocabulary
-    length: float
-    low: float  # 95%, by drawing prompts anew
+    rerank: int | None  # number of candidates that are re-ranked; None: none
+    head_bytes: int  # bytes that a draft step reads
+    dense_bytes: int  # bytes of a dense head over the same vocabulary
+    length: float  # acceptance length, in tokens per cycle
+    low: float  # 95% interval of the length, by resampling the prompts
     high: float
     per_position: list[float]  # share of all cycles whose draft at position 1, 2, ... was accepted
-    cycles: list[int]  # of each prompt
-    accepted: list[int]  # draft tokens of each prompt
+    cycles: list[int]  # number of cycles for each prompt
+    accepted: list[int]  # number of accepted draft tokens for each prompt
 
 
 class AcceptanceRow(_AcceptedRow):
-    """One drafter in the engine, at one temperature."""
+    """What one drafter reached in the engine, at one temperature."""
 
     temperature: float
-    tokens: int  # answered
-    equal: int | None  # answers that are the target's own, token for token; None where they were sampled
-    near_ties: int | None  # the others whose first difference was a near tie
-    largest_gap: float | None  # by so much did the target prefer its own token at a first difference, in nats
+    tokens: int  # number of generated tokens
+    equal: int | None  # number of answers that are the target's own, token for token; None if answers were sampled
+    near_ties: int | None  # number of other answers whose first difference is a near tie
+    largest_gap: float | None  # largest gap between the two tokens at a first difference, in nats
 
 
 class AcceptanceResults(Results):
-    """``slimspec bench acceptance``."""
+    """The results of ``slimspec bench acceptance``."""
 
     kind: Literal["acceptance"] = "acceptance"
     target: str
@@ -163,16 +163,16 @@ class AcceptanceResults(Results):
 
 
 class StatesRow(_AcceptedRow):
-    """One head on head states: greedy cycles, and the overlap of sampled drafts."""
+    """What one head reaches on recorded head states: greedy cycles, and the overlap of sampled drafts."""
 
-    accepted_of_full: float | None  # accepted drafts per cycle over those of the head `full`, None without one
-    accepted_of_full_low: float | None  # 95%, the same prompts drawn for both
+    accepted_of_full: float | None  # accepted drafts per cycle, relative to the head `full`; None without `full`
+    accepted_of_full_low: float | None  # 95% interval, by resampling the same prompts for both heads
     accepted_of_full_high: float | None
-    alpha: list[float]  # mean over all places of sum(min(p, q)) at temperature 1, by draft step
+    alpha: list[float]  # mean over all places of sum(min(p, q)) at temperature 1, for each draft step
 
 
 class StatesResults(Results):
-    """``slimspec bench states``."""
+    """The results of ``slimspec bench states``."""
 
     kind: Literal["states"] = "states"
     target: str
@@ -183,7 +183,7 @@ class StatesResults(Results):
 
 
 class ServeRow(Record):
-    """One drafter behind a server at one concurrency, as ``vllm bench serve`` counted; ``none`` is the target alone."""
+    """What ``vllm bench serve`` counted for one drafter at one concurrency. The head ``none`` is the target alone."""
 
     head: str
     dtype: str | None = None  # None: vLLM's choice
@@ -192,18 +192,18 @@ class ServeRow(Record):
     failed: int
     output_tokens: int
     duration_s: float
-    tokens_per_s: float  # of output
+    tokens_per_s: float  # output tokens per second of all requests
     ttft_ms_p50: float
     ttft_ms_p80: float
     itl_ms_p50: float
     itl_ms_p80: float
-    tpot_ms_p50: float  # the mean time of a token of one request, so that cycles with several tokens count as such
+    tpot_ms_p50: float  # quantiles over requests of the mean time per token, in which all tokens of a cycle count
     tpot_ms_p80: float
     length: float | None  # acceptance length; None without a drafter
 
 
 class ServeResults(Results):
-    """``slimspec bench serve``."""
+    """The results of ``slimspec bench serve``."""
 
     kind: Literal["serve"] = "serve"
     target: str
@@ -212,12 +212,12 @@ class ServeResults(Results):
     prompt_set: str
     num_speculative_tokens: int
     max_tokens: int
-    acceptance: str | None = None  # whose acceptance rates vLLM imitated; None: the drafters' own
+    acceptance: str | None = None  # the target whose measured acceptance vLLM imitated; None: drafts were verified
     rows: list[ServeRow]
 
 
 def provenance() -> dict[str, Any]:
-    """The fields that say how and with what a file came about, but for the device."""
+    """Return the fields of :class:`Results` that say how a file was made: the command, the time and the versions."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": datetime.now(UTC).replace(microsecond=0),

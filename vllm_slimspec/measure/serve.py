@@ -1,7 +1,7 @@
-"""``slimspec bench serve``: vLLM's own load generator against a server for each drafter.
+"""``slimspec bench serve``: run vLLM's own load generator against a server for each drafter.
 
-A client sees what the heads are worth: the time to the first token, the time between tokens, the tokens per second,
-from one request at once, where a cycle waits for memory, to as many as it takes until more bring no more.
+It measures what a client sees: the time to the first token, the time between tokens, and the tokens per second. At one
+request at a time a cycle waits for memory; with many requests it waits for arithmetic. Both ends are worth measuring.
 """
 
 import json
@@ -24,35 +24,39 @@ from vllm_slimspec.measure.compare import read_sets
 from vllm_slimspec.measure.results import ServeResults, ServeRow, provenance
 from vllm_slimspec.target import Target
 
-_WARM_UP = 2  # requests for each one at once, before anything is counted
+_WARM_UP = 2  # uncounted requests for each one that runs at the same time
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is served: a target, its drafters, and prompts for them."""
+    """A target, its drafters, and the prompts that they answer."""
 
     target: str
     drafters: Mapping[str, str]  # name of the head -> folder or Hugging Face id
     prompts: Path  # JSONL
     server: Sequence[str] = ()  # further arguments of `vllm serve`
-    # more of vLLM's speculative_config, by name
+    # name of the head -> further keys of vLLM's speculative_config
     speculative: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how; the flags of the command line."""
+    """The options of ``slimspec bench serve``."""
 
     pair: Pair
-    k: int
-    concurrencies: Sequence[int]
-    requests: int  # for each of the requests at once
-    max_tokens: int
-    dtypes: Sequence[str] | None = None  # None: see dtypes_of
+    k: int  # draft tokens per cycle
+    concurrencies: Sequence[int]  # numbers of requests that run at the same time
+    requests: int  # number of requests for each one that runs at the same time
+    max_tokens: int  # exact number of tokens of each answer
+    dtypes: Sequence[str] | None = None  # None: chosen by dtypes_of
 
 
 def dtypes_of(pair: Pair) -> Sequence[str | None]:
-    """Return the dtypes to serve a pair in where none is asked for: on a CPU two, unless the server's arguments say."""
+    """Return the dtypes to serve a pair in by default; None stands for vLLM's own choice.
+
+    On a CPU these are the dtypes of :func:`vllm_slimspec.measure.served_dtypes.fitting`, unless the server's arguments
+    have a --dtype.
+    """
     import torch
 
     if torch.accelerator.is_available() or any(argument.startswith("--dtype") for argument in pair.server):
@@ -63,13 +67,11 @@ def dtypes_of(pair: Pair) -> Sequence[str | None]:
 
 
 def measure(options: Options) -> Iterator[ServeResults]:
-    """Serve the target alone, then with each drafter, and load each server the same.
-
-    Gives what is known after each server.
+    """Serve the target alone, then with each drafter, under the same load, and yield all results so far each time.
 
     Raises:
         CheckpointError: a prompt is bad.
-        ImportError: the load generator lacks a package.
+        ImportError: pandas, which the load generator needs, is not installed.
         EngineError: a server or the load generator failed; the message names the log.
     """
     import torch
@@ -85,7 +87,7 @@ def measure(options: Options) -> Iterator[ServeResults]:
     (prompt_set, prompts), *_ = read_sets([pair.prompts], target, max_model_len=None, room=room).items()
     tokenizer = AutoTokenizer.from_pretrained(pair.target)
     work = Path(tempfile.mkdtemp(prefix="slimspec-"))
-    # As text, because the load generator sends text; the server's tokenizer puts its first token there again.
+    # The load generator sends text, and the server's tokenizer adds the first token (bos) again. So it is removed here.
     texts = [tokenizer.decode(ids[ids[0] == tokenizer.bos_token_id :], skip_special_tokens=False) for ids in prompts]
     data = work / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
@@ -126,7 +128,11 @@ def measure(options: Options) -> Iterator[ServeResults]:
 
 
 def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) -> dict[str, Any]:
-    """What `vllm bench serve` saved."""
+    """Run `vllm bench serve` at one concurrency, and return the JSON object that it saved.
+
+    Raises:
+        EngineError: it failed, or no request was completed.
+    """
     result, log = work / "result.json", work / f"load-{concurrency}.log"
     count = concurrency * options.requests
     command = [
@@ -145,12 +151,12 @@ def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) 
     saved = json.loads(result.read_text())
     result.unlink()
     if not saved["completed"]:
-        raise EngineError(f"vllm bench serve: none of {count} requests came back {last_words(log)}")
+        raise EngineError(f"vllm bench serve: none of {count} requests was completed {last_words(log)}")
     return saved
 
 
 def row(head: str, concurrency: int, saved: Mapping[str, Any], dtype: str | None = None) -> ServeRow:
-    """A row from what ``vllm bench serve --save-result`` wrote."""
+    """Return a result row made from what ``vllm bench serve --save-result`` wrote."""
     return ServeRow(
         head=head,
         dtype=dtype,

@@ -1,10 +1,10 @@
-"""The heads that measurements are made on: hidden size, vocabulary and rank of public models."""
+"""The shapes of draft heads that are measured: hidden size, vocabulary size and rank for public models."""
 
 from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """A head's D, V and R = D / 8."""
+    """The sizes of a head: D, V and R = D / 8."""
 
     hidden_size: int
     vocab_size: int

@@ -1,11 +1,11 @@
-"""``slimspec bench states``: what every head accepts, from head states that one engine for each body recorded.
+"""``slimspec bench states``: score draft heads on recorded head states.
 
-A head changes nothing of the states that go into it as long as its drafts are accepted. So an engine records, for each
-body, the states of every place of the target's greedy answers (:mod:`vllm_slimspec.engine.recording`), and any number
-of heads are scored on them: at temperature 0 the cycles that an engine would run are followed exactly
-(:mod:`vllm_slimspec.common.walk`). For drafts that are sampled at temperature 1 the share that is accepted at a place
-is the overlap of both distributions, sum over tokens of min(p, q) (arXiv 2211.17192), with the target's p from its own
-forward pass over the answers.
+The states that go into a head do not depend on the head as long as its drafts are accepted. So an engine records them
+once for each drafter body, at every place of the target's greedy answers (:mod:`vllm_slimspec.engine.recording`). Any
+number of heads can then be scored on them. At temperature 0 the cycles that an engine would run are followed exactly
+(:mod:`vllm_slimspec.common.walk`). At temperature 1 the share of sampled drafts that is accepted at a place is the
+overlap of both distributions, the sum over tokens of min(p, q) (arXiv 2211.17192). The target's probabilities p come
+from its own forward pass over the answers.
 """
 
 import hashlib
@@ -34,33 +34,34 @@ from vllm_slimspec.measure.results import StatesResults, StatesRow, provenance
 from vllm_slimspec.target import Target, fetch
 
 REFERENCE = "full"
-"""The head that the others are compared with, if there is one of this name."""
+"""The name of the head that the others are compared with, if it is given."""
 ALL = "all sets"
-_ROWS = 512  # of states that are scored at once: at a vocabulary of 150,000 a head's scores take 300 MB
+_ROWS = 512  # number of states that are scored at a time: for 150,000 tokens their scores take 300 MB
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how; the flags of the command line."""
+    """The options of ``slimspec bench states``."""
 
     target: str
     drafters: Mapping[str, str]  # name of the head -> folder or Hugging Face id
     prompts: Sequence[Path]  # JSONL
-    ks: Sequence[int]
+    ks: Sequence[int]  # numbers of draft tokens per cycle
     max_tokens: int
-    work: Path  # keeps the head states
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    # low-rank head -> with how many of its candidates scored again it is measured, too
+    work: Path  # folder that keeps the head states
+    engine: Mapping[str, Any] = field(default_factory=dict)  # further arguments of vllm.LLM
+    # name of a low-rank head -> numbers of candidates with which it is also measured re-ranked
     rerank: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    dtype: Asked = "auto"  # of both models while states are recorded; auto: float32 on a CPU, as answers are compared
+    # Of both models while states are recorded. auto means float32 on a CPU, so that answers can be compared.
+    dtype: Asked = "auto"
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """What one head does in one document: its cycles for each K, and its overlap with the target at each draft step."""
+    """The scores of one head in one document: its cycles for each K, and its overlap with the target by draft step."""
 
-    walks: dict[int, np.ndarray]  # K -> int64 [K + 1]
-    overlap: np.ndarray  # float64 [K, 2]: sum and count
+    walks: dict[int, np.ndarray]  # K -> int64 [K + 1], see vllm_slimspec.common.walk
+    overlap: np.ndarray  # float64 [K, 2]: the sum of the overlaps at each draft step, and their count
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,17 @@ class _Entrant:
 
 
 def measure(options: Options) -> StatesResults:
-    """Record what is not there yet, then score all heads document by document.
+    """Record the head states that are missing, score all heads document by document, and return the results.
 
     Raises:
-        CheckpointError: a drafter or a prompt is bad, or vLLM failed.
-        ValueError: two prompt files have one name, or there is no head to score again by.
+        CheckpointError: a drafter or a prompt is bad, or vLLM failed while it recorded states.
+        OptionError: two prompt files have the same name, or ``rerank`` names a head that cannot be re-ranked.
     """
     target = Target.open(options.target)
     entrants = _entrants(options, target)
     names = [file.stem for file in options.prompts]
     if len(set(names)) < len(names):
-        raise OptionError(f"--prompts: two files of {names} have one name; rename one")
+        raise OptionError(f"--prompts: two of the files {', '.join(names)} have the same name; rename one of them")
     recorded = {file.stem: _record(options, file, entrants.values()) for file in options.prompts}
     model = _load(options.target)
     scores: dict[str, dict[str, list[_Scores]]] = {name: {} for name in entrants}
@@ -93,7 +94,7 @@ def measure(options: Options) -> StatesResults:
             for document in _documents(next(iter(states.values()))):
                 shown.update()
                 if not all(document.number in found for found in rows.values()):
-                    continue  # an answer shorter than a cycle
+                    continue  # the answer is shorter than a cycle, so that no states were recorded
                 p = target_probabilities(model, document)
                 for name, entrant in entrants.items():
                     found = score(entrant.head, rows[entrant.body][document.number], document, p, options.ks)
@@ -123,7 +124,7 @@ def measure(options: Options) -> StatesResults:
 
 
 def _entrants(options: Options, target: Target) -> dict[str, _Entrant]:
-    """Open every drafter, and add the heads that are scored again."""
+    """Open every drafter, and return its head, together with the re-ranked heads of ``options.rerank``."""
     found: dict[str, _Entrant] = {}
     for name, drafter in options.drafters.items():
         folder = fetch(drafter, ["*.json", "*.safetensors"])
@@ -134,8 +135,8 @@ def _entrants(options: Options, target: Target) -> dict[str, _Entrant]:
         return found
     if full is None or full.described.rank is not None or len(full.head.ids) < target.vocab_size:
         raise OptionError(
-            f"--rerank: scores by the rows of the drafter {REFERENCE!r}; give a dense one over the whole vocabulary by "
-            "this name"
+            f"--rerank: needs a drafter of the name {REFERENCE!r}, whose dense head over the whole vocabulary scores "
+            f"the candidates; add --drafter {REFERENCE}=FOLDER"
         )
     for name, ks in options.rerank.items():
         one = found.get(name)
@@ -153,7 +154,7 @@ def _entrants(options: Options, target: Target) -> dict[str, _Entrant]:
 
 
 def body_key(folder: Path) -> str:
-    """Return one name for everything of a drafter but its head: two with the same one have the same head states."""
+    """Return a hash of a drafter without its head. Two drafters with the same hash have the same head states."""
     checkpoint = DraftCheckpoint.open(folder)
     config = {k: v for k, v in normalized(checkpoint).items() if k not in ("architectures", "draft_vocab_size")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -165,14 +166,14 @@ def body_key(folder: Path) -> str:
 
 @torch.inference_mode()
 def score(head: DraftHead, rows: Rows, document: Document, p: torch.Tensor, ks: Sequence[int]) -> _Scores:
-    """Follow one head through one document.
+    """Return the scores of one head in one document.
 
     Args:
         head: the head.
-        rows: the document's states.
-        document: the answer.
+        rows: the recorded states of the document.
+        document: the prompt and its answer.
         p: float32 [answer, vocabulary], the target's probabilities at each place of the answer.
-        ks: draft steps of a cycle, at most those of the states.
+        ks: numbers of draft tokens per cycle, at most the number of steps that were recorded.
     """
     assert rows.pos is not None
     assert rows.step is not None
@@ -197,14 +198,14 @@ def score(head: DraftHead, rows: Rows, document: Document, p: torch.Tensor, ks: 
 
 @torch.inference_mode()
 def target_probabilities(model: Any, document: Document) -> torch.Tensor:
-    """Return what the target holds of every token at each place of the answer, float32 [answer, vocabulary]."""
+    """Return the target's probabilities of all tokens at each place of the answer, float32 [answer, vocabulary]."""
     ids = torch.tensor([document.tokens], device=model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(document.tokens) - document.prompt + 1).logits
     return logits[0, :-1].float().softmax(-1).cpu()
 
 
 def _record(options: Options, prompts: Path, entrants: Iterable[_Entrant]) -> dict[str, HeadStates]:
-    """Return the states of each body over one file of prompts; the answers are asked for once."""
+    """Return the states of each body over one file of prompts. The first body's answers are used for all others."""
     found: dict[str, HeadStates] = {}
     k, engine, dtype = max(options.ks), dict(options.engine), options.dtype
     if dtype == "auto" and torch.accelerator.current_accelerator() is None:

@@ -1,4 +1,4 @@
-"""``slimspec tune``: what the heads choose by, measured: tilings on a GPU, crossovers on a CPU."""
+"""``slimspec tune``: measure kernel tilings on a GPU, and integer against bfloat16 products on a CPU."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +23,17 @@ TILINGS = tuple(
         ((64, 3), (64, 4), (64, 5), (128, 2), (128, 3), (128, 4), (256, 2)),
     )
 )
-"""(entries, ranks, warps, stages) that are tried: each costs a second of compilation, per form, rank and bucket. At
-most 512 ranks are in flight, few heads have more; two stages fit where shared memory is small."""
+"""The tilings that are tried: (vocabulary entries, ranks, warps, stages).
+
+Each one costs a second of compilation per form, rank and batch bucket. At most 512 ranks are in flight, because few
+heads have more. The tilings with two stages fit where shared memory is small.
+"""
 
 GEMM_BATCHES = (64, 128, 256, 512)
-"""Where an unfused GEMM may begin to win."""
+"""The batch sizes at which an unfused matrix product may begin to be faster than the fused kernel."""
 
 CROSSOVER_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+"""The numbers of rows at which integer and bfloat16 products are compared on a CPU."""
 
 
 def tune(
@@ -38,12 +42,18 @@ def tune(
     tick: Callable[[], None] = lambda: None,
     known: TunedTable | None = None,
 ) -> Iterator[TunedTable]:
-    """Time every tiling worth trying, per form of `up`, rank and batch bucket, wherever Triton runs.
+    """Time the tilings for each form of `up`, rank and batch bucket, and yield the table after each form and rank.
 
-    Gives the table after each form and rank; those that ``known`` has, of the same versions, are not timed again. Of
-    shapes with the same padded rank only the first is timed: tables know ranks, not shapes.
+    Of shapes with the same padded rank only the first is timed, since a table is looked up by rank.
 
-    Raises ValueError where Triton has no device.
+    Args:
+        shapes: names of ``SHAPES``.
+        device: a device on which Triton runs.
+        tick: called after every turn of timing.
+        known: an earlier table. Its entries are kept if it was made with the same versions.
+
+    Raises:
+        ValueError: Triton cannot run on ``device``.
     """
     ops.resolve_impl(device, "triton")
     from vllm_slimspec.kernels import _tiles
@@ -93,7 +103,7 @@ def _best_tiling(
             tried[tiling] = statistics.median(clock.measure([call], 7, tick)[0])
         except OutOfResources:
             continue
-    if not tried:  # a rank that none of them divides
+    if not tried:  # no tiling divides this rank
         call = partial(low_rank_argmax, hidden, down, up, vocab, default)
         tried[default] = statistics.median(clock.measure([call], 7, tick)[0])
     best = min(tried, key=tried.__getitem__)
@@ -108,7 +118,10 @@ def _gemm_rows(
     best: TunedRow,
     tick: Callable[[], None],
 ) -> int:
-    """From so many rows a GEMM and an argmax of its logits are faster; twice the most that was tried if never."""
+    """Return the number of rows from which an unfused matrix product with an argmax is faster than the fused kernel.
+
+    If it never is, return twice the largest number that was tried.
+    """
     from vllm_slimspec.kernels._tiles import Tiling
     from vllm_slimspec.kernels.low_rank_argmax import low_rank_argmax
 
@@ -126,7 +139,10 @@ def _gemm_rows(
 
 
 def crossovers(shapes: Sequence[str], repeats: int = 21, tick: Callable[[], None] = lambda: None) -> CrossoverResults:
-    """Time both forms that a CPU keeps of a quantized `up`: what ``INTEGER_ROWS`` rests on."""
+    """Time both forms that a CPU keeps of a quantized `up`, integer and bfloat16, and return the medians.
+
+    ``INTEGER_ROWS`` of :mod:`vllm_slimspec.head.cpu` is chosen by these times.
+    """
     device = torch.device("cpu")
     clock = Clock(device)
     rows = []
