@@ -61,7 +61,7 @@ def test_acceptance_run_fails_when_a_draft_changed_an_answer():
     compare._check(_row(None, None), "float32")
     compare._check(_row(0, 0), "bfloat16")  # where rounding may pass any tie
     with pytest.raises(
-        EngineError, match=r"low-rank: 1 of 2 answers to p are not the target.s own, by up to 0\.3 nats"
+        EngineError, match=r"low-rank: 1 of 2 answers to p are not the target.s own: they differ by up to 0\.3 nats"
     ):
         compare._check(_row(1, 0), "float32")
 
