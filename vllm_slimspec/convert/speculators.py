@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_slimspec.drafters.config import TOP_KEYS, TOP_OVERRIDES, flatten, sliding_layers
+from vllm_slimspec.drafters.config import TOP_KEYS, TOP_OVERRIDES, family, flatten, sliding_layers
 from vllm_slimspec.drafters.rope import plain_rope, rope_keys, without_rope
 
 _TOP = (*TOP_KEYS, *TOP_OVERRIDES)
@@ -41,7 +41,8 @@ def _layer(config: Mapping[str, Any]) -> dict[str, Any]:
     left_out = (*_TOP, "architectures")
     layer = {key: value for key, value in without_rope(config).items() if key not in left_out}
     layer |= rope_keys(plain_rope(config, "config.json"))
-    if config.get("model_type") == "qwen3":
+    known = family(config)
+    if known is not None and known.windows_by_layer_types:
         types = sliding_layers(config)
         layer = {key: value for key, value in layer.items() if key not in _SLIDING}
         if types is not None:

@@ -102,14 +102,29 @@ def known_family(config: Mapping[str, Any], where: str) -> Family:
     if found is not None:
         return found
     if is_speculators(config):
-        raise CheckpointError(
-            f"{where}: model_type={_layer(config).get('model_type')!r} in transformer_layer_config is not served; "
-            f"allowed are {', '.join(sorted(_BY_MODEL_TYPE))}"
-        )
+        return family_of_type(_layer(config).get("model_type"), f"{where}: transformer_layer_config")
     raise CheckpointError(
         f"{where}: architectures={config.get('architectures')!r} names no EAGLE-3 drafter with a low-rank head; "
         f"allowed are {', '.join(sorted(_BY_ARCHITECTURE))}"
     )
+
+
+def family_of_type(model_type: Any, where: str) -> Family:
+    """Return the family of a model type, such as "llama".
+
+    Args:
+        model_type: the model type of the drafter's layer.
+        where: the place that names it, for errors.
+
+    Raises:
+        CheckpointError: the family is not known.
+    """
+    found = _BY_MODEL_TYPE.get(str(model_type))
+    if found is None:
+        raise CheckpointError(
+            f"{where}: model_type={model_type!r} is not served; allowed are {', '.join(sorted(_BY_MODEL_TYPE))}"
+        )
+    return found
 
 
 def check_algorithm(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
@@ -144,9 +159,9 @@ def aux_layers(flat: Mapping[str, Any], family: Family | None) -> tuple[int, lis
     named, inner = flat.get(_AUX_IDS), eagle.get(_AUX_IDS)
     ids = named or inner or eagle.get("layer_ids")
     # vLLM computes the width of fc from these keys. qwen3_eagle3.py reads two keys more than llama_eagle3.py.
-    keys = family.aux_count_keys if family else ("num_aux_hidden_states",)
-    count = next((flat[key] for key in keys if key in flat), None)
-    counted = named or inner if family and family.counts_named_layers else inner
+    rules = family or Family  # the defaults of the class where the family is not known
+    count = next((flat[key] for key in rules.aux_count_keys if key in flat), None)
+    counted = named or inner if rules.counts_named_layers else inner
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         count = len(counted) if isinstance(counted, list) and counted else 3
     return count, ids if isinstance(ids, list) else None
@@ -169,8 +184,8 @@ def sliding_layers(flat: Mapping[str, Any]) -> list[Any] | None:
 def _flatten_speculators(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     layer = _layer(config)
     known = family(config)
-    silent_theta = known.silent_rope_theta if known else 10000.0
-    flat = without_rope(_without_none(layer)) | rope_keys(speculators_rope(layer, silent_theta, where))
+    rules = known or Family
+    flat = without_rope(_without_none(layer)) | rope_keys(speculators_rope(layer, rules.silent_rope_theta, where))
     flat = {key: value for key, value in flat.items() if key not in TOP_KEYS}
     flat |= {key: config.get(key, default) for key, default in _TOP_DEFAULTS.items()}
     top = ("draft_vocab_size", *TOP_OVERRIDES, *HEAD_KEYS)
@@ -181,9 +196,9 @@ def _flatten_speculators(config: Mapping[str, Any], where: str) -> dict[str, Any
     hidden, heads = flat.get("hidden_size"), flat.get("num_attention_heads")
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         flat.setdefault("head_dim", hidden // heads)
-    if model_type == "llama":
-        flat.setdefault("max_position_embeddings", 8192)
-    if model_type == "qwen3":
+    if rules.silent_max_positions is not None:
+        flat.setdefault("max_position_embeddings", rules.silent_max_positions)
+    if rules.windows_by_layer_types:
         types = flat.get("layer_types")
         flat["use_sliding_window"] = isinstance(types, list) and "sliding_attention" in types
     return flat

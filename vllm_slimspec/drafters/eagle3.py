@@ -18,6 +18,7 @@ LLAMA = Family(
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
     },
+    silent_max_positions=8192,
     outer_biases=True,
 )
 """The family of most public EAGLE-3 drafters, for targets of every architecture."""
@@ -44,6 +45,7 @@ QWEN3 = Family(
         "max_window_layers": 28,
     },
     silent_rope_theta=1000000.0,
+    windows_by_layer_types=True,
     aux_count_keys=("num_aux_layers", "num_aux_hidden_states"),
     counts_named_layers=True,
     query_key_norms=True,

@@ -22,6 +22,8 @@ class Family:
     other_architectures: tuple[str, ...]  # names that other tools write in config.json for a dense drafter
     defaults: Mapping[str, Any]  # transformers' defaults for the model type, for the keys that vLLM's draft model reads
     silent_rope_theta: float = 10000.0  # vLLM's rope_theta for a speculators config without rope parameters
+    silent_max_positions: int | None = None  # vLLM's max_position_embeddings for a speculators config without the key
+    windows_by_layer_types: bool = False  # whether layer_types alone turns a sliding window on in a speculators config
     aux_count_keys: tuple[str, ...] = ("num_aux_hidden_states",)  # keys that set the width of fc; the first one wins
     counts_named_layers: bool = False  # whether layer ids at the top of the config also set the width of fc
     query_key_norms: bool = False  # whether attention normalizes queries and keys

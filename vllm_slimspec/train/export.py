@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from speculators.models.utils import flatten_rope_parameters
 
-from vllm_slimspec.drafters import FAMILIES
 from vllm_slimspec.drafters.body import Body
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
-from vllm_slimspec.drafters.config import flatten, known_family
+from vllm_slimspec.drafters.config import family_of_type, flatten, known_family
 from vllm_slimspec.drafters.rope import rope_keys
 from vllm_slimspec.head.checks import describe
 from vllm_slimspec.train.model import SlimSpecEagle3Model
@@ -83,7 +82,7 @@ def _served_tensors(model: SlimSpecEagle3Model) -> dict[str, torch.Tensor]:
 def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json of the exported drafter."""
     layer = model.config.transformer_layer_config
-    family = next(family for family in FAMILIES if family.name == layer.model_type)
+    family = family_of_type(layer.model_type, "the drafter to be trained")
     config: dict[str, Any] = {
         "architectures": [family.architecture if model.config.lm_head_rank else family.dense_architecture],
         "model_type": layer.model_type,
