@@ -26,15 +26,34 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 OUTSIDE = {"__init__", "kernels"}  # what vLLM calls, and a folder that imports nothing of the package
 
 
-def imports(source: str) -> set[str]:
-    """Return the names of the package's modules that a file imports, anywhere in it, without the package's name."""
+def imported(source: str) -> set[str]:
+    """Return the names that a file imports, anywhere in it, each with its module: "a.b" for `from a import b`."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.partition(".")[2] for name in found if name.startswith("vllm_slimspec.")}
+    return found
+
+
+def imports(source: str) -> set[str]:
+    """Return the names that a file imports from the package, without the package's name."""
+    return {name.partition(".")[2] for name in imported(source) if name.startswith("vllm_slimspec.")}
+
+
+def circles(modules: dict[str, set[str]]) -> list[str]:
+    """Return the modules that import themselves through others, given the names that each of them imports."""
+    graph = {name: {of_whom(target, modules) for target in targets} - {name} for name, targets in modules.items()}
+    while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    return sorted(graph)
+
+
+def of_whom(name: str, modules: dict[str, set[str]]) -> str | None:
+    """Return the module that an imported name belongs to, or None if it is not one of ``modules``."""
+    return next((part for part in (name, name.rpartition(".")[0]) if part in modules), None)
 
 
 def broken(room: str, imported: set[str]) -> list[str]:
@@ -63,53 +82,30 @@ def test_no_module_imports_itself_through_others_of_its_package():
     for file in FILES:
         name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
         graph[name] = imports(file.read_text())
-    graph = {name: {of_whom(target, graph) for target in targets} - {name, None} for name, targets in graph.items()}
-    while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
-        for name in leaves:
-            del graph[name]
-    assert sorted(graph) == []
+    assert circles(graph) == []
 
 
 BENCHMARKS = PACKAGE.parent / "benchmarks"
 
 
-def plain_imports(source: str) -> set[str]:
-    """Return the modules that a file imports, by their full names."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module)
-    return found
+BENCHED = {file.stem: imported(file.read_text()) for file in BENCHMARKS.glob("*.py")}
 
 
 def test_the_package_imports_no_benchmark():
     """Catches: a command that fails for users, whose wheel has no benchmarks."""
-    names = {file.stem for file in BENCHMARKS.glob("*.py")}
-    assert "cycle" in names
-    assert [str(file) for file in FILES if plain_imports(file.read_text()) & names] == []
+    assert "cycle" in BENCHED
+    assert [str(file) for file in FILES if any(of_whom(name, BENCHED) for name in imported(file.read_text()))] == []
 
 
 def test_no_benchmark_has_the_name_of_a_test_module():
     """Catches: a module of the tests that is imported in the place of a benchmark."""
     tests = {file.stem for file in Path(__file__).parent.glob("*.py")}
-    assert {file.stem for file in BENCHMARKS.glob("*.py")} & tests == set()
+    assert BENCHED.keys() & tests == set()
 
 
 def test_no_benchmark_imports_itself_through_others():
     """Catches: a circle among the benchmarks, which an import in a function hides."""
-    graph = {file.stem: plain_imports(file.read_text()) for file in BENCHMARKS.glob("*.py")}
-    graph = {name: targets & graph.keys() for name, targets in graph.items()}
-    while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
-        for name in leaves:
-            del graph[name]
-    assert sorted(graph) == []
-
-
-def of_whom(name: str, modules: dict[str, set[str]]) -> str | None:
-    """Return the module that an imported name belongs to, or None if it is not one of ``modules``."""
-    return next((part for part in (name, name.rpartition(".")[0]) if part in modules), None)
+    assert circles(BENCHED) == []
 
 
 def test_every_package_has_a_level_in_the_contract():
