@@ -192,7 +192,6 @@ RUN_WORDS = {
     "probe-muon": "Muon at 0.02, AdamW at 2e-3 for the rest",
     "probe-150-steps": "the recipe",
     "probe-from-target": "the recipe, from the target's last layer",
-    "probe-an-eighth": "the recipe, over 320 of the documents",
     "dense": "the dense drafter",
     "low-rank": "the drafter with the low-rank head",
 }
