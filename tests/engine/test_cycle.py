@@ -100,7 +100,7 @@ def test_a_wrong_head_is_not_timed(running, monkeypatch):
     with pytest.raises(ValueError, match="low-rank-int8 is wrong at batch 2"):
         engine.ask("slimspec_make", ["null", "full", "low-rank-int8"], SHAPE.rank, [2])
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="head full-fp8 has no kernel on cpu"):
+    with pytest.raises(ValueError, match="head full-fp8 has no kernel for cpu"):
         engine.ask("slimspec_make", ["full-fp8"], SHAPE.rank, [2])
 
 
