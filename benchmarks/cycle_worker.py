@@ -6,8 +6,8 @@ Stock heads run vLLM's own ``compute_logits`` and ``get_top_tokens``, and low-ra
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,22 @@ class Head(NamedTuple):
         return found if self.gives_ids else found.argmax(dim=-1)
 
 
+class TrimmedHead(Eagle3LlamaForCausalLM):
+    """vLLM's drafter with a head for the tokens of ``rows`` [N, D], and without a body."""
+
+    def __init__(self, model: Eagle3LlamaForCausalLM, rows: Tensor) -> None:
+        torch.nn.Module.__init__(self)
+        self.config = copy(model.config)
+        self.config.draft_vocab_size = len(rows)
+        self.lm_head = ParallelLMHead(*rows.shape)
+        self.lm_head.weight_loader(self.lm_head.weight, rows)
+        self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
+        self.logits_processor = LogitsProcessor(len(rows), scale=model.logits_processor.scale)
+        self.draft_id_to_target_id = torch.nn.Parameter(
+            trimmed_offsets(len(rows), model.config.vocab_size).to(rows.device), requires_grad=False
+        )
+
+
 class Heads:
     """Makes heads for a loaded stock drafter of the full vocabulary, all from the rows of its dense head."""
 
@@ -74,25 +90,15 @@ class Heads:
             return Head(reference.run, True, reference)
         return self._stock(head, self._trimmed(head.rows) if head.rows else self._model, reference)
 
-    def _stock(self, head: EngineHead, owner: Any, reference: Arm) -> Head:
-        """Return a head that runs vLLM's own functions on ``owner``, which has the attributes that they read."""
+    def _stock(self, head: EngineHead, owner: Eagle3LlamaForCausalLM, reference: Arm) -> Head:
+        """Return a head that runs vLLM's own functions on ``owner``."""
         if head.by_logits:
             return Head(partial(Eagle3LlamaForCausalLM.compute_logits, owner), False, reference)
         return Head(partial(Eagle3LlamaForCausalLM.get_top_tokens, owner), True, reference)
 
-    def _trimmed(self, rows: int) -> SimpleNamespace:
-        shape = self.weights.shape
+    def _trimmed(self, rows: int) -> Eagle3LlamaForCausalLM:
         with self._building():
-            head = ParallelLMHead(rows, shape.hidden_size)
-            processor = LogitsProcessor(rows, scale=self._model.logits_processor.scale)
-        head.weight_loader(head.weight, self.weights.dense[:rows])
-        head.quant_method.process_weights_after_loading(head)
-        return SimpleNamespace(
-            lm_head=head,
-            logits_processor=processor,
-            draft_id_to_target_id=trimmed_offsets(rows, shape.vocab_size).to(self.weights.device),
-            config=SimpleNamespace(vocab_size=shape.vocab_size, draft_vocab_size=rows),
-        )
+            return TrimmedHead(self._model, self.weights.dense[:rows])
 
     def _low_rank(self, head: EngineHead) -> Callable[[Tensor], Tensor]:
         spec = head_spec(self._model.config.to_dict() | head.low_rank_keys(self.weights.shape.rank))
