@@ -52,7 +52,7 @@ setup(
         "pydantic>=2.12",
         "rich>=13",
         "safetensors>=0.6.2",
-        "typer>=0.12",
+        "typer>=0.19",
     ],
     extras_require={
         "cuda": ["vllm>=0.26,<0.34"],

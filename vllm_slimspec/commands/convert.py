@@ -1,8 +1,7 @@
 """``slimspec convert``: turn an EAGLE-3 drafter into a SlimSpec one, and measure it before it is written."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,29 +16,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = """Example: slimspec convert DENSE_DRAFTER --target meta-llama/Llama-3.1-8B-Instruct
 --calibration prompts.jsonl --rerank 16 --output-path slim"""
-
-
-class _Head(StrEnum):
-    LOW_RANK = "low-rank"
-    DENSE = "dense"
-
-
-class _Loss(StrEnum):
-    GREEDY = "greedy"
-    KL = "kl"
-    NLA = "nla"
-    LK_HYBRID = "lk_hybrid"
-
-
-class _Layout(StrEnum):
-    SLIMSPEC = "slimspec"
-    SPECULATORS = "speculators"
-
-
-class _Quantization(StrEnum):
-    FP8 = "fp8"
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 def convert(
@@ -73,18 +49,17 @@ def convert(
         ),
     ] = None,
     head: Annotated[
-        _Head,
+        Literal["low-rank", "dense"],
         typer.Option(
             help="Kind of the new head. A dense head, to be used with --vocab N, is for comparison. vLLM serves it "
             "without this package."
         ),
-    ] = _Head.LOW_RANK,
+    ] = "low-rank",
     vocab: Annotated[
         str,
         typer.Option(
-            help="Vocabulary of the new head: keep (as it is), full (missing tokens are added from the "
-            "target's head), or "
-            "N, the number of most frequent tokens to keep."
+            help="Vocabulary of the new head: keep (as it is), full (missing tokens are added from the target's head), "
+            "or N, the number of most frequent tokens to keep."
         ),
     ] = "keep",
     frequencies: Annotated[
@@ -115,12 +90,12 @@ def convert(
         ),
     ] = 0,
     loss: Annotated[
-        _Loss,
+        Literal["greedy", "kl", "nla", "lk_hybrid"],
         typer.Option(
             help="Loss of --distill-steps and --joint-steps. Choose greedy if vLLM drafts the best token, which is its "
             "default, and another loss if it samples drafts."
         ),
-    ] = _Loss.GREEDY,
+    ] = "greedy",
     lr: Annotated[
         float,
         typer.Option(min=0, help="Learning rate of --distill-steps, relative to the root mean square of the factors."),
@@ -137,8 +112,8 @@ def convert(
     train_args: Annotated[
         str,
         typer.Option(
-            help="Further flags of `speculators train` for --joint-steps, as a JSON object with underscores "
-            "in its keys."
+            help="Further flags of `speculators train` for --joint-steps, as a JSON object with underscores in its "
+            "keys."
         ),
     ] = "{}",
     rerank: Annotated[
@@ -146,7 +121,8 @@ def convert(
         typer.Option(min=1, help="Number of best tokens that the served head scores again with dense rows, 1 to 64."),
     ] = None,
     quantize: Annotated[
-        _Quantization | None, typer.Option(help="Number format in which the factor `up` is stored.")
+        Literal["fp8", "int8", "int4"] | None,
+        typer.Option(help="Number format in which the factor `up` is stored."),
     ] = None,
     num_speculative_tokens: Annotated[
         int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Number of draft tokens in each cycle (K).")
@@ -167,12 +143,12 @@ def convert(
         bool, typer.Option("--force", help="Write the drafter even if it loses more than --max-loss.")
     ] = False,
     layout: Annotated[
-        _Layout,
+        Literal["slimspec", "speculators"],
         typer.Option(
             "--format",
             help="Format of the new folder. In the format speculators, `vllm serve OUTPUT_PATH` starts the target too.",
         ),
-    ] = _Layout.SLIMSPEC,
+    ] = "slimspec",
     sweep: Annotated[
         str | None,
         typer.Option(help="Rank divisors to measure and compare, such as 16,12,8,6,4. No drafter is written."),
@@ -198,7 +174,7 @@ def convert(
         target=target,
         rank=rank,
         rank_divisor=rank_divisor,
-        head=head.value,
+        head=head,
         vocab=vocab,
         frequencies=frequencies,
         prompts=prompts,
@@ -207,25 +183,29 @@ def convert(
         k=num_speculative_tokens,
         max_tokens=max_tokens,
         max_states=max_states,
-        distill=Recipe(distill_steps, loss.value, lr=lr, seed=seed) if distill_steps else None,
-        joint=JointRecipe(joint_steps, loss.value, joint_lr, seed, str(train_states) if train_states else None, flags)
-        if joint_steps
-        else None,
+        distill=Recipe(distill_steps, loss, lr, seed=seed) if distill_steps else None,
+        joint=JointRecipe(joint_steps, loss, joint_lr, seed, train_states, flags) if joint_steps else None,
         rerank=rerank,
-        quantize=None if quantize is None else quantize.value,
+        quantize=quantize,
         max_loss=max_loss,
         force=force,
-        layout=layout.value,
+        layout=layout,
         engine=json_object(engine_args, "--engine-args"),
         dtype=dtype.value,
     )
     with log_on_stderr(), one_line_errors():
         if divisors:
             plot = beside(output_path, ".sweep.png")
-            with claim_file(plot):
+            with claim_file(plot) as claim:
                 evaluation, outcomes = run.sweep(options, divisors)
                 _print_sweep(evaluation, outcomes)
-                _plot_sweep(outcomes, plot)
+                try:
+                    figure = sweep_figure(outcomes)
+                except ImportError:
+                    typer.echo("no plot: pip install 'vllm-slimspec[bench]'", err=True)
+                    return
+                claim.write(lambda new: figure.savefig(new, dpi=150))
+            typer.echo(f"plot: {plot}")
             return
         done = run.convert(options)
     if done.evaluation is not None:
@@ -275,23 +255,8 @@ def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
     )
 
 
-def _plot_sweep(outcomes: list["Outcome"], file: Path) -> None:
-    """Write :func:`sweep_figure` to a file, or say on stderr that matplotlib is missing."""
-    try:
-        figure = sweep_figure(outcomes)
-    except ImportError:
-        typer.echo("no plot: pip install 'vllm-slimspec[bench]'", err=True)
-        return
-    with claim_file(file) as claim:
-        claim.write(lambda new: figure.savefig(new, dpi=150))
-    typer.echo(f"plot: {file}")
-
-
 def sweep_figure(outcomes: list["Outcome"]) -> "Figure":
-    """Return a figure of the acceptance length that is lost, in percent, over the rank.
-
-    Each number of re-ranking candidates has a line of its own.
-    """
+    """Return a figure of the lost acceptance length, in percent, over the rank, with a line for each re-ranking."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
