@@ -363,8 +363,9 @@ def test_distillation_of_a_truncated_head_uses_draft_ids(tmp_path, monkeypatch):
         convert(replace(options, output=tmp_path / "out2", hidden_states=larger))
 
 
-def test_distillation_is_not_resumed_for_another_vocabulary(tmp_path):
-    """Catches: half-distilled rows taken over for another vocabulary of the same size."""
+def test_distillation_is_not_resumed_for_another_vocabulary_or_recipe(tmp_path):
+    """Catches: half-distilled rows taken over for another vocabulary of the same size, or a distillation that runs half
+    by one recipe and half by another."""
     source, _, ids = form("specforge", tmp_path / "source")
     states = write_head_states(tmp_path / "states")
     for name in ("a", "b", "a"):
@@ -374,6 +375,8 @@ def test_distillation_is_not_resumed_for_another_vocabulary(tmp_path):
         convert(replace(options, hidden_states=states, distill=Recipe(2), force=True))
         options.output.rename(tmp_path / f"{name}{len(list(tmp_path.iterdir()))}")
     assert len(list(options.run.glob("distill-*.pt"))) == 2
+    convert(replace(options, hidden_states=states, distill=Recipe(3), force=True))
+    assert len(list(options.run.glob("distill-*.pt"))) == 3
 
 
 def test_truncated_dense_drafter_is_written_for_comparison(tmp_path, full_head):

@@ -15,17 +15,14 @@ this case:
                 token at this place; it is the softmax alone if that token is unknown. q2 is the low-rank softmax at
                 temperature 1/2.
 
-The states that a step sees depend only on the seed and the number of the step. A resumed run therefore gives the same
-factors as an undisturbed one.
-
-Letters: N states, D hidden size, R rank, V draft vocabulary.
+Letters: B, N states, D hidden size, R rank, V draft vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +31,7 @@ from vllm_slimspec.common.large_tensors import return_holes
 from vllm_slimspec.common.output import write_whole
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.convert.evaluate import Factors
-from vllm_slimspec.errors import CheckpointError, OptionError
+from vllm_slimspec.errors import OptionError
 
 Loss = Literal["greedy", "kl", "nla", "lk_hybrid"]
 
@@ -56,28 +53,15 @@ class Recipe:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """Head states to learn from."""
 
     hidden: torch.Tensor  # [N, D], on any device
     token: torch.Tensor  # int64 [N]: the draft id of the target's own greedy token at each state, or -1
 
-    def __getitem__(self, rows: torch.Tensor) -> "Samples":
-        return Samples(self.hidden[rows], self.token[rows])
-
-    def chunks(self, size: int) -> Iterator["Samples"]:
-        """Yield the samples in their order, at most ``size`` at a time."""
-        return map(Samples, self.hidden.split(size), self.token.split(size))
-
 
 def distill(
-    dense: torch.Tensor,
-    factors: Factors,
-    states: Samples,
-    held_out: Samples,
-    recipe: Recipe,
-    checkpoint: Path | None = None,
+    dense: torch.Tensor, factors: Factors, states: Samples, held_out: Samples, recipe: Recipe, checkpoint: Path
 ) -> Factors:
     """Train the factors, and return those with the lowest held-out loss, which may be the given ones.
 
@@ -87,13 +71,13 @@ def distill(
         states: states to train on.
         held_out: states whose loss chooses the factors that are returned.
         recipe: steps, loss, learning rate, batch size and seed.
-        checkpoint: file to which the run is saved every 25 steps and from which it resumes; None saves nothing.
+        checkpoint: file to which the run is saved every 25 steps and from which it resumes. A resumed run gives the
+            same factors as an undisturbed one. Other arguments need another file.
 
     Returns:
         down and up in the dtype of the given factors.
 
     Raises:
-        CheckpointError: the checkpoint is that of another recipe.
         OptionError: the loss is not finite.
     """
     loss = LOSSES[recipe.loss]
@@ -102,13 +86,8 @@ def distill(
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(recipe.steps, 1))
     best, best_loss, first = [w.detach().clone() for w in weights], _mean_loss(dense, weights, held_out, loss), 0
-    if checkpoint is not None and checkpoint.is_file():
+    if checkpoint.is_file():
         saved = torch.load(checkpoint, map_location=dense.device, weights_only=True)
-        if saved["recipe"] != asdict(recipe):
-            raise CheckpointError(
-                f"{checkpoint}: is the checkpoint of a run with {saved['recipe']}, not with {asdict(recipe)}; remove "
-                "the file, or use the same options"
-            )
         with torch.no_grad():
             for weight, kept in zip(weights, saved["weights"], strict=True):
                 weight.copy_(kept)
@@ -118,10 +97,12 @@ def distill(
 
     with progress("Distilling", recipe.steps, "step", done=first) as shown:
         for step in range(first, recipe.steps):
+            # The seed and the number of the step alone choose its states, so that a resumed run takes the same ones.
             generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
             chosen = torch.randint(len(states.hidden), (recipe.batch,), generator=generator)
-            for samples in states[chosen].chunks(_chunk(dense)):
-                (_losses(dense, weights, samples, loss).sum() / recipe.batch).backward()
+            for rows in chosen.split(_chunk(dense)):
+                losses = _losses(dense, weights, states.hidden[rows], states.token[rows], loss)
+                (losses.sum() / recipe.batch).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -137,70 +118,51 @@ def distill(
                     return_holes()
                 if value < best_loss:
                     best, best_loss = [w.detach().clone() for w in weights], value
-                if checkpoint is not None:
-                    _save(
-                        checkpoint,
-                        {
-                            "recipe": asdict(recipe),
-                            "step": step + 1,
-                            "weights": [w.detach() for w in weights],
-                            "optimizer": optimizer.state_dict(),
-                            "schedule": schedule.state_dict(),
-                            "best": best,
-                            "best_loss": best_loss,
-                        },
-                    )
+                state = {"step": step + 1, "weights": [w.detach() for w in weights], "best": best}
+                state |= {
+                    "best_loss": best_loss,
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                }
+                _save(checkpoint, state)
             shown.update()
     down, up = (w.to(f.dtype) for w, f in zip(best, factors, strict=True))
     return down, up
 
 
-def kl(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Return KL(dense || low-rank) [B] for the scores [B, V] of both heads. ``token`` is not used."""
-    return _kl(exact.log_softmax(-1), ours.log_softmax(-1))
+# Each loss takes the scores [B, V] of the dense and of the low-rank head and the target's tokens, int64 [B], of which
+# those that are unknown are -1, and returns the loss [B].
 
 
-def nla(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Return -log(alpha) [B], alpha being the overlap of two heads with scores [B, V]. ``token`` is not used."""
+def _kl(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    return _divergence(exact.log_softmax(-1), ours.log_softmax(-1))
+
+
+def _nla(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     return -_overlap(exact.log_softmax(-1), ours.log_softmax(-1)).log()
 
 
-def lk_hybrid(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Return a mix [B] of KL and total variation for the scores [B, V] of two heads. ``token`` is not used.
-
-    KL prevails while the overlap of the heads is small, and total variation once it is large.
-    """
+def _lk_hybrid(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     p, q = exact.log_softmax(-1), ours.log_softmax(-1)
     overlap = _overlap(p, q)
     weight = torch.exp(-_ETA * overlap.detach())
-    return weight * _kl(p, q) + (1 - weight) * (1 - overlap)
+    return weight * _divergence(p, q) + (1 - weight) * (1 - overlap)
 
 
-def greedy(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Return the KL [B] of the sharpened low-rank head from a mix of the sharpened dense head and ``token``.
-
-    Args:
-        exact: scores [B, V] of the dense head.
-        ours: scores [B, V] of the low-rank head.
-        token: int64 [B], the draft id of the target's own token, or -1 where it is unknown.
-    """
+def _greedy(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     p, q = (_SHARPNESS * exact).log_softmax(-1), (_SHARPNESS * ours).log_softmax(-1)
     known = (token >= 0).nonzero()[:, 0]
     mixed = p[known] + math.log1p(-_OWN)
     own = token[known, None]
     mixed.scatter_(1, own, torch.logaddexp(mixed.gather(1, own), mixed.new_tensor(math.log(_OWN))))
-    return _kl(p.index_copy(0, known, mixed), q)
+    return _divergence(p.index_copy(0, known, mixed), q)
 
 
-LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "greedy": greedy,
-    "kl": kl,
-    "nla": nla,
-    "lk_hybrid": lk_hybrid,
-}
+LossFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+LOSSES: dict[str, LossFunction] = {"greedy": _greedy, "kl": _kl, "nla": _nla, "lk_hybrid": _lk_hybrid}
 
 
-def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Return KL(p || q) [B] of the log-probabilities [B, V] p and q."""
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
@@ -209,19 +171,21 @@ def _overlap(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.minimum(p, q).exp().sum(-1)
 
 
-def _losses(dense: torch.Tensor, weights: list[torch.Tensor], samples: Samples, loss: Callable) -> torch.Tensor:
+def _losses(
+    dense: torch.Tensor, weights: list[torch.Tensor], hidden: torch.Tensor, token: torch.Tensor, loss: LossFunction
+) -> torch.Tensor:
     """Return the loss of each state, float32 [B]. Only the dense head is multiplied in its own dtype, as in service."""
     down, up = weights
-    hidden, token = samples.hidden.to(dense), samples.token.to(dense.device)
+    hidden = hidden.to(dense)
     with torch.no_grad():
         exact = (hidden @ dense.T).float()
-    return loss(exact, hidden.float() @ down.T @ up.T, token)
+    return loss(exact, hidden.float() @ down.T @ up.T, token.to(dense.device))
 
 
 @torch.no_grad()
-def _mean_loss(dense: torch.Tensor, weights: list[torch.Tensor], states: Samples, loss: Callable) -> float:
-    chunks = states.chunks(_chunk(dense))
-    return sum(float(_losses(dense, weights, samples, loss).sum()) for samples in chunks) / len(states.hidden)
+def _mean_loss(dense: torch.Tensor, weights: list[torch.Tensor], states: Samples, loss: LossFunction) -> float:
+    chunks = zip(states.hidden.split(_chunk(dense)), states.token.split(_chunk(dense)), strict=True)
+    return sum(float(_losses(dense, weights, *chunk, loss).sum()) for chunk in chunks) / len(states.hidden)
 
 
 def _chunk(dense: torch.Tensor) -> int:
