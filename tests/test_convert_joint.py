@@ -16,7 +16,7 @@ from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, StatesWriter, common, concatenate
 from vllm_slimspec.errors import CheckpointError, OptionError
-from vllm_slimspec.joint import JointRecipe, train_jointly
+from vllm_slimspec.joint import JointRecipe
 from vllm_slimspec.train.launch import SlimSpecTrainer
 from vllm_slimspec.train.states import write_states
 
@@ -100,7 +100,7 @@ def test_joint_training_starts_from_the_converted_drafter(target, states, tmp_pa
     """Catches: a body, a head or a map that is initialized anew or does not learn, or a run without its last steps."""
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     down, up = factors()
-    trained = train_jointly(source, (down, up), str(target), states, RECIPE, tmp_path / "run")
+    trained = RECIPE.train(source, (down, up), str(target), states, tmp_path / "run")
 
     (start,) = started
     expected = {renamed(name): t for name, t in source.body_tensors()} | {"d2t": source.d2t}
@@ -130,7 +130,7 @@ def test_drafters_own_embeddings_are_kept(target, states, tmp_path, started):
     checkpoint = DraftCheckpoint.open(folder)
     tensors = {name: checkpoint.load(name) for name in checkpoint.tensors} | {"embed_tokens.weight": own}
     source = Drafter.open(drafters.write(tmp_path / "own", checkpoint.config, tensors))
-    trained = train_jointly(source, factors(), str(target), states, replace(RECIPE, steps=1), tmp_path / "run")
+    trained = replace(RECIPE, steps=1).train(source, factors(), str(target), states, tmp_path / "run")
     assert torch.equal(started[0]["embed_tokens.weight"], own)
     assert torch.equal(dict(trained.body_tensors())["embed_tokens.weight"], own)
 
@@ -154,7 +154,7 @@ def test_joint_training_takes_exactly_the_given_steps(target, states, tmp_path, 
     """Catches: speculators stopping an epoch at the last step and then taking one more step in every other epoch."""
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     for wanted in (2, 11):
-        train_jointly(source, factors(), str(target), states, replace(RECIPE, steps=wanted), tmp_path / f"{wanted}")
+        replace(RECIPE, steps=wanted).train(source, factors(), str(target), states, tmp_path / f"{wanted}")
     assert [done for _, done, _ in steps] == [2, 11]
     assert 2 < steps[0][2] < 11  # less than an epoch, and more than one
 
@@ -168,7 +168,7 @@ def test_joint_training_does_not_learn_held_out_answers(target, states, tmp_path
     monkeypatch.setattr("vllm_slimspec.train.launch.fit", lambda *args, **kwargs: None)
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     with pytest.raises(CheckpointError, match="no such folder"):  # nothing was trained
-        train_jointly(source, factors(), str(target), states, RECIPE, tmp_path / "run")
+        RECIPE.train(source, factors(), str(target), states, tmp_path / "run")
     assert seen == [d for d in answers() if d.number % 5]
 
 
@@ -179,14 +179,12 @@ def test_joint_training_learns_from_the_given_documents_only(target, states, tmp
     documents = answers() * 3
     for name, layers in (("data", [1, 2, 3]), ("others", [0, 1, 2])):
         write_states(target, documents, tmp_path / name, layer_ids=layers)
-    recipe = replace(RECIPE, steps=1, data=str(tmp_path / "data"))
-    train_jointly(source, factors(), str(target), states, recipe, tmp_path / "run")
+    recipe = replace(RECIPE, steps=1, data=tmp_path / "data")
+    recipe.train(source, factors(), str(target), states, tmp_path / "run")
     assert steps[0][2] > 20  # steps an epoch: of 7 with the recorded answers
     assert (tmp_path / "data" / "states.json").exists()
     with pytest.raises(CheckpointError, match=r"layers \[0, 1, 2\], but this drafter reads layers \[1, 2, 3\]"):
-        train_jointly(
-            source, factors(), str(target), states, replace(recipe, data=str(tmp_path / "others")), tmp_path / "again"
-        )
+        replace(recipe, data=tmp_path / "others").train(source, factors(), str(target), states, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -194,7 +192,7 @@ def test_interrupted_joint_training_is_resumed(target, states, tmp_path, monkeyp
     """Catches: a body trained twice over or from the beginning again, or finished work that is done again."""
     source = Drafter.open(dense_drafter(tmp_path / "source"))
     recipe = replace(RECIPE, steps=9, flags=FLAGS | {"checkpoint_freq": 0.5})
-    whole = train_jointly(source, factors(), str(target), states, recipe, tmp_path / "whole")
+    whole = recipe.train(source, factors(), str(target), states, tmp_path / "whole")
     original, saved = SlimSpecTrainer.maybe_save_checkpoint, []
 
     def killed(self, epoch, local_step=0):
@@ -204,14 +202,14 @@ def test_interrupted_joint_training_is_resumed(target, states, tmp_path, monkeyp
 
     monkeypatch.setattr(SlimSpecTrainer, "maybe_save_checkpoint", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        train_jointly(source, factors(), str(target), states, recipe, tmp_path / "run")
+        recipe.train(source, factors(), str(target), states, tmp_path / "run")
     monkeypatch.setattr(SlimSpecTrainer, "maybe_save_checkpoint", original)
-    again = train_jointly(source, factors(), str(target), states, recipe, tmp_path / "run")
+    again = recipe.train(source, factors(), str(target), states, tmp_path / "run")
     assert [s[:2] for s in steps] == [(0, 9), (saved[0], 9)]
     assert 0 < saved[0] < 7  # inside of the first epoch
     for name, tensor in dict(whole.body_tensors()).items():
         torch.testing.assert_close(dict(again.body_tensors())[name], tensor, rtol=1e-4, atol=1e-5)
-    train_jointly(source, factors(), str(target), states, recipe, tmp_path / "run")
+    recipe.train(source, factors(), str(target), states, tmp_path / "run")
     assert len(steps) == 2
 
 
@@ -225,7 +223,7 @@ def test_body_that_speculators_cannot_train_is_refused_early(target, states, tmp
     source = Drafter.open(drafters.write(tmp_path / "source", config, tensors))
     given = torch.randn(R, D), torch.randn(V, R)
     with pytest.raises(CheckpointError, match=r"k_proj.weight is missing, but .*--distill-steps"):
-        train_jointly(source, given, str(target), states, RECIPE, tmp_path / "run")
+        RECIPE.train(source, given, str(target), states, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

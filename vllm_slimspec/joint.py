@@ -1,9 +1,7 @@
 """Joint distillation: starting from a converted drafter, its head, fc and layer learn the target's choices together.
 
-Joint distillation is a step of conversion that uses the trainer of :mod:`vllm_slimspec.train`, so this module is in
-neither of the two packages. Like speculators, the trainer continues from a drafter folder in speculators' layout. It
-learns from the target's answers over which the head states were recorded, without the held-out ones, or from the states
-of other documents, of which there may be more.
+This step of conversion uses the trainer of :mod:`vllm_slimspec.train`, so it is in neither of the two packages. Like
+speculators, the trainer continues from a drafter folder in speculators' layout.
 """
 
 import shutil
@@ -34,79 +32,69 @@ class JointRecipe:
     loss: Loss = "greedy"
     lr: float = 4e-4
     seed: int = 0
-    data: str | None = None  # a folder from `slimspec train states`; None: the recorded answers
+    data: Path | None = None  # a folder from `slimspec train states`; None: the recorded answers, not the held-out ones
     flags: Mapping[str, Any] = field(default_factory=dict)  # other flags of `speculators train`
 
     def train(self, drafter: Drafter, factors: Factors, target: str, states: HeadStates, folder: Path) -> Drafter:
-        """Call :func:`train_jointly` with this recipe."""
-        return train_jointly(drafter, factors, target, states, self, folder)
+        """Continue the training of a whole drafter and return the result. A run that was killed continues.
 
+        Args:
+            drafter: the drafter whose body is trained further.
+            factors: the factors of the head to start from.
+            target: Hugging Face folder or id.
+            states: head states that were recorded with this target, with the answers stored beside them.
+            folder: the folder of the run. The trained drafter is written to ``folder/drafter``.
 
-def train_jointly(
-    drafter: Drafter, factors: Factors, target: str, states: HeadStates, recipe: JointRecipe, folder: Path
-) -> Drafter:
-    """Continue the training of a whole drafter and return the result. A run that was killed continues.
+        Returns:
+            the trained drafter, with factors in the dtype of the given ones.
 
-    Args:
-        drafter: the drafter whose body is trained further.
-        factors: the factors of the head to start from.
-        target: Hugging Face folder or id.
-        states: head states that were recorded with this target, with the answers stored beside them.
-        recipe: the settings.
-        folder: the folder of the run. The trained drafter is written to ``folder/drafter``.
+        Raises:
+            CheckpointError: speculators cannot train this body, or the answers were not stored.
+            ValueError: a flag is not allowed.
+        """
+        from speculators.models.utils import resolve_target_layer_ids
 
-    Returns:
-        the trained drafter, with factors in the dtype of the given ones.
+        from vllm_slimspec.train.config import LOSSES
+        from vllm_slimspec.train.launch import fit
+        from vllm_slimspec.train.states import write_states
+        from vllm_slimspec.train.store import read_layer_ids
 
-    Raises:
-        CheckpointError: speculators cannot train this body, or the answers were not stored.
-        ValueError: a flag is not allowed.
-    """
-    from speculators.models.utils import resolve_target_layer_ids
-
-    from vllm_slimspec.train.config import LOSSES
-    from vllm_slimspec.train.launch import fit
-    from vllm_slimspec.train.states import write_states
-    from vllm_slimspec.train.store import read_layer_ids
-
-    trained = folder / "drafter"
-    if not trained.exists():
-        layer_ids = resolve_target_layer_ids(drafter.config.get("eagle_aux_hidden_state_layer_ids"), target)
-        if recipe.data is not None and (found := read_layer_ids(Path(recipe.data))) != layer_ids:
-            raise CheckpointError(
-                f"{recipe.data}: holds the states of layers {found}, but this drafter reads layers {layer_ids}; write "
-                "the states again with --target-layer-ids"
-            )
-        _write_start(drafter, factors, target, folder / "start")
-        if recipe.data is None:
-            dtype = recipe.flags.get("hidden_states_dtype", "auto")
-            write_states(target, states.documents(held_out=False), folder / "data", layer_ids=layer_ids, dtype=dtype)
-        flags = {
-            "max_steps": recipe.steps,
-            "epochs": recipe.steps,  # more than needed, so that max_steps ends the training
-            "scheduler_warmup_steps": recipe.steps // 20,
-            "loss_fn": LOSSES[recipe.loss],
-            "lr": recipe.lr,
-            "seed": recipe.seed,
-            **recipe.flags,
-        }
-        start, data = str(folder / "start"), recipe.data or folder / "data"
-        fit(target, data, trained, rank=len(factors[0]), from_pretrained=start, **flags)
-    for done in ("start", "data", "drafter.run"):  # These take gigabytes.
-        shutil.rmtree(folder / done, ignore_errors=True)
-    written = DraftCheckpoint.open(trained)
-    body = {name: info for name, info in written.tensors.items() if not name.startswith(("lm_head", "d2t"))}
-    frozen = {name: info for name, info in drafter.body.items() if name == _EMBEDDINGS}
-    down, up = (written.load(name).to(factors[0].dtype) for name in (DOWN, UP))
-    return replace(drafter, path=trained, body={**body, **frozen}, factors=(down, up), target_rows=False)
+        trained = folder / "drafter"
+        if not trained.exists():
+            layer_ids = resolve_target_layer_ids(drafter.config.get("eagle_aux_hidden_state_layer_ids"), target)
+            if self.data is not None and (found := read_layer_ids(self.data)) != layer_ids:
+                raise CheckpointError(
+                    f"{self.data}: holds the states of layers {found}, but this drafter reads layers {layer_ids}; "
+                    "write the states again with --target-layer-ids"
+                )
+            _write_start(drafter, factors, target, folder / "start")
+            if self.data is None:
+                dtype = self.flags.get("hidden_states_dtype", "auto")
+                write_states(
+                    target, states.documents(held_out=False), folder / "data", layer_ids=layer_ids, dtype=dtype
+                )
+            flags = {
+                "max_steps": self.steps,
+                "epochs": self.steps,  # more than needed, so that max_steps ends the training
+                "scheduler_warmup_steps": self.steps // 20,
+                "loss_fn": LOSSES[self.loss],
+                "lr": self.lr,
+                "seed": self.seed,
+                **self.flags,
+            }
+            start, data = str(folder / "start"), self.data or folder / "data"
+            fit(target, data, trained, rank=len(factors[0]), from_pretrained=start, **flags)
+        for done in ("start", "data", "drafter.run"):  # These take gigabytes.
+            shutil.rmtree(folder / done, ignore_errors=True)
+        written = DraftCheckpoint.open(trained)
+        body = {name: info for name, info in written.tensors.items() if not name.startswith(("lm_head", "d2t"))}
+        frozen = {name: info for name, info in drafter.body.items() if name == _EMBEDDINGS}
+        down, up = (written.load(name).to(factors[0].dtype) for name in (DOWN, UP))
+        return replace(drafter, path=trained, body={**body, **frozen}, factors=(down, up), target_rows=False)
 
 
 def _write_start(drafter: Drafter, factors: Factors, target: str, folder: Path) -> None:
-    """Write the converted drafter in speculators' layout, from which training continues.
-
-    Raises:
-        CheckpointError: the body is not one that speculators can train.
-    """
+    """Write the converted drafter in speculators' layout, from which training continues."""
     if folder.exists():
         return
     from speculators.utils.loading import load_model_layers
@@ -128,14 +116,13 @@ def _write_start(drafter: Drafter, factors: Factors, target: str, folder: Path) 
         vocab = drafter.config["vocab_size"]
         tensors |= {"d2t": drafter.d2t, "t2d": torch.zeros(vocab, dtype=torch.bool).index_fill_(0, drafter.ids, True)}
     with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in SlimSpecEagle3Model(config).state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    ours = {name: s for name, s in expected.items() if not name.startswith("verifier_")}
-    for name in sorted(ours.keys() | found.keys()):
-        if ours.get(name) != found.get(name):
+        model = SlimSpecEagle3Model(config).state_dict()
+    expected = {name: tensor for name, tensor in model.items() if not name.startswith("verifier_")}
+    for name in sorted(expected.keys() | tensors.keys()):
+        found, wanted = (tuple(t[name].shape) if name in t else "missing" for t in (tensors, expected))
+        if found != wanted:
             raise CheckpointError(
-                f"{drafter.path}: {name} is {found.get(name, 'missing')}, but in speculators' EAGLE-3 it is "
-                f"{ours.get(name, 'missing')}, so this drafter cannot be trained further; distill the head only "
-                "(--distill-steps)"
+                f"{drafter.path}: {name} is {found}, but in speculators' EAGLE-3 it is {wanted}, so this drafter "
+                "cannot be trained further; distill the head only (--distill-steps)"
             )
     write_checkpoint(folder, config.to_dict(), tensors, {"made from": str(drafter.path)})
