@@ -246,12 +246,13 @@ def test_tau_equals_the_acceptance_length_that_an_engine_counts():
         for name, scores in (("dense", hidden @ dense.T), ("low", hidden @ head[0].T @ head[1].T)):
             for p, j, token in zip(pos.tolist(), step.tolist(), scores.argmax(-1).tolist(), strict=True):
                 best[name, document, p - j, j] = token
-    found = evaluate(dense, {"low": head}, concatenate(parts), rerank=[2, vocab])
+    found = evaluate(dense, {"low": head}, concatenate(parts), rerank=[1, 2, vocab])
     for name, tau in (("dense", found.dense_tau), ("low", found.heads["low"].tau)):
         engine = simulated_engine(wanted.tolist(), {key[1:]: t for key, t in best.items() if key[0] == name})
         assert tau.value == pytest.approx(engine.length)
         assert tau.low < tau.value < tau.high
-    # Re-ranking everything is the dense head; re-ranking two is in between.
+    # Re-ranking one changes nothing, re-ranking everything is the dense head, and re-ranking two is in between.
+    assert found.heads["low"].rerank[1].tau == found.heads["low"].tau
     assert found.heads["low"].rerank[vocab].tau == found.dense_tau
     assert found.heads["low"].rerank[vocab].top1 == 1.0
     assert found.heads["low"].rerank[2].top1 == pytest.approx(found.heads["low"].recall[2])

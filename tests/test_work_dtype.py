@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from vllm_slimspec.cli import app
 from vllm_slimspec.common.cores import every_core
 from vllm_slimspec.common.work_dtype import engine_options, work_dtype
-from vllm_slimspec.convert.scoring import scoring_head
+from vllm_slimspec.convert.conversion import scoring_head
 from vllm_slimspec.engine.head_states import Document
 from vllm_slimspec.train.config import resolve
 from vllm_slimspec.train.states import hidden_states, write_states

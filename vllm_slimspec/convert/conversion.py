@@ -1,9 +1,8 @@
 """A conversion in progress: its inputs, which are opened and checked, the heads made of them, and what they measure."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256 as hash_of
 from typing import Any
@@ -12,14 +11,22 @@ import torch
 
 from vllm_slimspec.common.large_tensors import keep_freed_memory
 from vllm_slimspec.common.progress import progress
+from vllm_slimspec.common.work_dtype import Asked, WorkDtype, work_dtype
 from vllm_slimspec.convert.distill import Recipe, Samples, distill
 from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
-from vllm_slimspec.convert.options import JointTraining, Options, fitting_rank
-from vllm_slimspec.convert.scoring import converted, scoring_head
-from vllm_slimspec.convert.vocabulary import check_size, counts_from_file, counts_from_states, counts_from_text, kept
+from vllm_slimspec.convert.options import JointTraining, Options
+from vllm_slimspec.convert.vocabulary import (
+    check_size,
+    counts_from_file,
+    counts_from_states,
+    counts_from_text,
+    ids_of,
+    kept,
+)
 from vllm_slimspec.drafters import Family
 from vllm_slimspec.drafters.config import known_family
 from vllm_slimspec.drafters.source import Drafter
+from vllm_slimspec.engine import recording
 from vllm_slimspec.engine.head_states import HeadStates, Rows, common, concatenate, sha256
 from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.head.factorize import factorize, second_moment, token_probabilities
@@ -69,7 +76,7 @@ class Conversion:
     def open(cls, options: Options, divisors: Sequence[int] = ()) -> "Conversion":
         """Open the drafter and the target, read or record head states, and return the conversion.
 
-        Recording head states (``options.calibration``) may take hours.
+        Recording head states (``options.calibration``) may take hours, so everything else is checked before.
 
         Args:
             options: options that :func:`vllm_slimspec.convert.options.check` has accepted.
@@ -81,17 +88,36 @@ class Conversion:
         """
         target = None if options.target is None else Target.open(options.target)
         source = Drafter.open(options.drafter, target)
-        _check_sizes(options, source, target, divisors)
         drafter, residual = source, 0.0
+        vocab, hidden = source.head.shape
+        if options.vocab == "full" and target is not None:
+            vocab = target.vocab_size
+        elif options.vocab.isdecimal():
+            vocab = int(options.vocab)
+            check_size(source, target, vocab)
+        if options.rerank is not None and options.rerank > vocab:
+            raise OptionError(f"--rerank {options.rerank}: there are {vocab} tokens to draft; choose 1 to {vocab}")
+        ranks = [hidden // divisor for divisor in divisors] or [_rank(options, source, vocab)]
+        for rank in ranks if options.head == "low-rank" else ():
+            if not 1 <= rank <= min(vocab, hidden):
+                raise OptionError(
+                    f"rank {rank} does not fit a head [V={vocab}, D={hidden}]; choose 1 to {min(vocab, hidden)}"
+                )
         if options.vocab == "full" and target is not None:
             drafter, residual = source.full_vocabulary(target)
         states = _open_states(options)
         if states is not None:
-            states.check_head(source.head.shape[1], options.drafter)
-            _warn_of_another_drafter(states, options.drafter)
+            states.check_head(hidden, options.drafter)
+            recorded = states.index.get("drafter_fingerprint")
+            if recorded not in (None, fingerprint(options.drafter)):
+                logger.warning(
+                    "%s: these states were recorded with another drafter (%s); if its body differs from this "
+                    "drafter's, the measurements are wrong: record the states again with --calibration",
+                    states.path,
+                    states.index.get("drafter"),
+                )
         if options.vocab.isdecimal():
-            counts = _counts(options, source, states)
-            drafter = source.truncated(kept(source, target, counts, int(options.vocab)))
+            drafter = source.truncated(kept(source, target, _counts(options, source, states), vocab))
         return cls(options, target, source, drafter, residual, states)
 
     @cached_property
@@ -102,15 +128,10 @@ class Conversion:
             keep_freed_memory()
         return self.drafter.head.to(device)
 
-    def rank(self, rank: int | None, divisor: int | None) -> int:
-        """Return R: the given rank, or D // divisor, or without both the rank of the drafter's factors, or D // 8.
-
-        Raises:
-            OptionError: R does not fit the head.
-        """
-        if rank is None and divisor is None and self.drafter.factors is not None:
-            return len(self.drafter.factors[0])
-        return fitting_rank(rank, divisor, *self.drafter.head.shape)
+    @property
+    def rank(self) -> int:
+        """Return R, as the options give it: the rank, or D // divisor, or the drafter's own rank, or D // 8."""
+        return _rank(self.options, self.drafter, len(self.drafter.head))
 
     def factors(self, rank: int) -> Factors:
         """Return factors of this rank: the drafter's own if it has such, else a weighted factorization of its head."""
@@ -125,7 +146,7 @@ class Conversion:
             with progress("Factorizing the head", ends=False):
                 return factorize(self.dense, rank)
         with progress("Factorizing the head for the recorded states", ends=False):
-            return factorize(self.dense, rank, second_moment=self._second_moment, probabilities=self._probabilities)
+            return factorize(self.dense, rank, **self._weights)
 
     def distill(self, factors: Factors, recipe: Recipe) -> Factors:
         """Distill the factors on the states that are not held out, and return them; the body does not change."""
@@ -133,15 +154,14 @@ class Conversion:
         rows = self.states.sample(False, _DISTILL_STATES)
         token = torch.full((len(rows),), -1)
         if rows.next_token is not None:
-            vocab = self.drafter.config["vocab_size"]
-            if int(rows.next_token.max()) >= vocab:
+            vocab, largest = self.drafter.config["vocab_size"], int(rows.next_token.max())
+            if largest >= vocab:
                 raise CheckpointError(
-                    f"{self.states.path}: next_token has {int(rows.next_token.max())}, and the drafter's vocab_size is "
-                    f"{vocab}; give states of this drafter's target"
+                    f"{self.states.path}: next_token has {largest}, and the drafter's vocab_size is {vocab}; give "
+                    "states of this drafter's target"
                 )
             draft_ids = torch.full((vocab + 1,), -1)  # An unknown token is -1, which reads the last entry.
-            ids = torch.arange(len(self.dense)) if self.drafter.ids is None else self.drafter.ids
-            draft_ids[ids] = torch.arange(len(ids))
+            draft_ids[ids_of(self.drafter)] = torch.arange(len(self.dense))
             token = draft_ids[rows.next_token]
         # The best factors are chosen on the last tenth, so that the held-out states stay unseen until they measure.
         cut = len(rows) * 9 // 10
@@ -156,11 +176,9 @@ class Conversion:
         """
         assert self.states is not None
         assert self.options.target is not None
-        from vllm_slimspec.engine.recording import collect_again
-
         folder = self.options.run / f"joint-{self._key(factors, recipe)}"
         trained = recipe.train(self.drafter, factors, self.options.target, self.states, folder)
-        states = collect_again(
+        states = recording.collect_again(
             self.options.target,
             trained.path,
             self.states.documents(held_out=True),
@@ -173,10 +191,10 @@ class Conversion:
 
     def _key(self, factors: Factors, recipe: Recipe | JointTraining) -> str:
         """Return a hash of everything that determines the result of a distillation."""
-        head, d2t = self.options.distill, self.drafter.d2t
-        tokens = None if d2t is None else hash_of(d2t.numpy().tobytes()).hexdigest()
-        made_from = [self.origin, tokens, len(factors[0]), asdict(recipe), None if head is None else asdict(head)]
-        return hash_of(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+        d2t = self.drafter.d2t
+        tokens = None if d2t is None else d2t.tolist()
+        made_from = (self.origin, tokens, len(factors[0]), recipe, self.options.distill)
+        return hash_of(repr(made_from).encode()).hexdigest()[:12]
 
     def evaluate(self, heads: Mapping[str, Head], rerank: Sequence[int] = RERANK) -> Evaluation | None:
         """Compare heads with the dense head on the held-out states; return None if there are no states.
@@ -192,29 +210,25 @@ class Conversion:
         if self.moved is not None:
             states, rows = common(self._held_out, self.moved)
             moved = rows.hidden
-        heads = {name: converted(head, self._scoring.dtype) for name, head in heads.items()}
         with progress("Measuring the head on held-out states"):
             return evaluate(self._scoring, heads, states, self.drafter.ids, rerank=rerank, uncut=uncut, moved=moved)
 
-    def outcome(
-        self, rank: int | None, head_bytes: int, evaluation: Evaluation | None, name: str, rerank: int | None
-    ) -> Outcome:
-        """Return what the head ``name`` of an evaluation costs and saves.
+    def outcome(self, rank: int | None, head_bytes: int, quality: Quality | None, rerank: int | None) -> Outcome:
+        """Return what a head costs and saves.
 
         Args:
             rank: rank of the head; None for a dense head.
             head_bytes: bytes of the stored head, without the rows that re-ranking reads.
-            evaluation: what was measured; None if there were no states.
-            name: name of the head in the evaluation.
+            quality: what was measured of the head without re-ranking; None if there were no states.
             rerank: number of candidates that are scored again; None without re-ranking.
         """
         dense_bytes = self.source.head.nbytes
         head_bytes += (rerank or 0) * self.dense[0].nbytes
-        quality, rho, speedup = None, None, None
-        if evaluation is not None:
-            quality = evaluation.heads[name] if rerank is None else evaluation.heads[name].rerank[rerank]
-            rho = quality.of_dense.value if quality.of_dense else quality.top1
-        if rho is not None and self.target is not None:
+        if quality is None:
+            return Outcome(rank, rerank, None, None, head_bytes, dense_bytes, None)
+        quality = quality if rerank is None else quality.rerank[rerank]
+        rho, speedup = quality.of_dense.value if quality.of_dense else quality.top1, None
+        if self.target is not None:
             speedup = predicted_speedup(
                 target_bytes=self.target.nbytes(self.k),
                 body_bytes=self.source.body_bytes,
@@ -223,7 +237,7 @@ class Conversion:
                 k=self.k,
                 rho=rho,
             )
-        return Outcome(rank, rerank, quality, None if rho is None else 1 - rho, head_bytes, dense_bytes, speedup)
+        return Outcome(rank, rerank, quality, 1 - rho, head_bytes, dense_bytes, speedup)
 
     @property
     def family(self) -> Family:
@@ -259,7 +273,8 @@ class Conversion:
         return scoring_head(self.dense, self.options.dtype)
 
     @cached_property
-    def _second_moment(self) -> torch.Tensor:
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Return what the recorded states say about directions and tokens, as arguments of :func:`factorize`."""
         assert self.states is not None
         size = self.states.hidden_size
         total, count = torch.zeros(size, size, dtype=torch.float64, device=self.dense.device), 0
@@ -267,34 +282,27 @@ class Conversion:
             if len(rows):
                 total += second_moment(rows.hidden.to(self.dense.device)) * len(rows)
                 count += len(rows)
-        return total / count
-
-    @cached_property
-    def _probabilities(self) -> torch.Tensor:
-        assert self.states is not None
-        hidden = self.states.sample(False, _PROBABILITY_STATES).hidden
-        return token_probabilities(self._scoring, hidden.to(self._scoring))
+        hidden = self.states.sample(False, _PROBABILITY_STATES).hidden.to(self._scoring)
+        return {"second_moment": total / count, "probabilities": token_probabilities(self._scoring, hidden)}
 
 
-def _check_sizes(options: Options, source: Drafter, target: Target | None, divisors: Sequence[int]) -> None:
-    """Refuse a rank, a vocabulary size or a number of candidates that does not fit, also those of a sweep.
+def scoring_head(head: torch.Tensor, asked: Asked) -> torch.Tensor:
+    """Return the dense head [V, D] in the dtype in which heads score recorded states, and log that dtype."""
+    chosen = work_dtype(asked, head.dtype)
+    if asked == "auto" and head.device.type == "cpu" and head.dtype != torch.bfloat16:
+        # bfloat16 would round the stored head, and so change what is measured.
+        chosen = WorkDtype(torch.float32, f"the head is stored in {head.dtype}")
+    chosen.log("scores of heads")
+    return head.to(chosen.dtype)
 
-    Raises:
-        OptionError: names the option and what is allowed.
-    """
-    vocab, hidden = source.head.shape
-    if options.vocab == "full" and target is not None:
-        vocab = target.vocab_size
-    elif options.vocab.isdecimal():
-        vocab = int(options.vocab)
-        check_size(source, target, vocab)
-    if options.rerank is not None and options.rerank > vocab:
-        raise OptionError(f"--rerank {options.rerank}: there are {vocab} tokens to draft; choose 1 to {vocab}")
-    passed = options.rank is None and options.rank_divisor is None and source.factors is not None
-    if options.head == "low-rank" and not passed and not divisors:
-        fitting_rank(options.rank, options.rank_divisor, vocab, hidden)
-    for divisor in divisors:
-        fitting_rank(None, divisor, vocab, hidden)
+
+def _rank(options: Options, drafter: Drafter, vocab: int) -> int:
+    """Return the rank R of the new head. Factors of the drafter's own are kept if its vocabulary stays as it is."""
+    if options.rank is not None:
+        return options.rank
+    if options.rank_divisor is None and drafter.factors is not None and vocab == len(drafter.head):
+        return len(drafter.factors[0])
+    return drafter.head.shape[1] // (options.rank_divisor or 8)
 
 
 def _open_states(options: Options) -> HeadStates | None:
@@ -307,9 +315,7 @@ def _open_states(options: Options) -> HeadStates | None:
     if options.calibration is None:
         return None
     assert options.target is not None
-    from vllm_slimspec.engine.recording import collect
-
-    return collect(
+    return recording.collect(
         options.target,
         options.drafter,
         options.calibration,
@@ -322,24 +328,12 @@ def _open_states(options: Options) -> HeadStates | None:
     )
 
 
-def _warn_of_another_drafter(states: HeadStates, drafter: str) -> None:
-    recorded = states.index.get("drafter_fingerprint")
-    if recorded not in (None, fingerprint(drafter)):
-        logger.warning(
-            "%s: these states were recorded with another drafter (%s); if its body differs from this drafter's, the "
-            "measurements are wrong: record the states again with --calibration",
-            states.path,
-            states.index.get("drafter"),
-        )
-
-
 def _counts(options: Options, source: Drafter, states: HeadStates | None) -> torch.Tensor:
     """Return how often each of the target's tokens occurs in a file of counts, in text or in the target's answers."""
-    size = source.config["vocab_size"]
     if options.frequencies is not None:
-        return counts_from_file(options.frequencies, size)
+        return counts_from_file(options.frequencies, source.config["vocab_size"])
     if options.prompts is not None:
         assert options.target is not None
-        return counts_from_text(options.prompts, options.target, size)
+        return counts_from_text(options.prompts, options.target, source.config["vocab_size"])
     assert states is not None
-    return counts_from_states(states, source, size, _PROBABILITY_STATES)
+    return counts_from_states(states, source, _PROBABILITY_STATES)

@@ -8,14 +8,14 @@ goes through the same cycles.
 Letters: N states, D hidden size, R rank, V draft vocabulary.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.common.walk import Tau, acceptance_length, walk
 from vllm_slimspec.engine.head_states import Rows
 from vllm_slimspec.head.spec import MAX_K
@@ -24,7 +24,9 @@ RERANK = tuple(k for k in (8, 16, 32, 64) if k <= MAX_K)  # numbers of candidate
 _LOGITS = 2**25  # computed at once: 128 MiB in float32
 
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # down [R, D], up [V, R]
-Head: TypeAlias = Factors | torch.Tensor  # factors, or a dense head [V, D]
+Head: TypeAlias = tuple[torch.Tensor, ...]  # what a state is multiplied with in turn: factors, or a dense head [V, D]
+_Drafts: TypeAlias = tuple[str, int]  # the name of a head, and how many candidates the dense head chooses from
+_DENSE: _Drafts = ("dense", 0)
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def evaluate(
     """Compare heads with the dense one, and return their qualities by name.
 
     Args:
-        dense: [V, D], the rows with which re-ranking scores candidates.
-        heads: name -> factors or another dense head [V, D], on the device of ``dense``.
+        dense: [V, D], the rows with which re-ranking scores candidates. Everything runs on its device, in its dtype.
+        heads: name -> down and up, or another dense head [V, D] alone.
         states: held-out states of whole documents.
         ids: int64 [V], the target id of each draft id; None if the two are the same.
         rerank: numbers of candidates k to try; those above V are left out.
@@ -77,120 +79,94 @@ def evaluate(
         moved: [N, D], the inputs of ``heads`` at the places of ``states``, if their body differs from that of the dense
             head; None if the body is the same.
     """
-    ks = sorted({k for k in rerank if k <= len(dense)})
-    reference, reference_ids = (dense, ids) if uncut is None else (uncut[0].to(dense), uncut[1])
-    vocabularies = _Vocabularies(*(_given(i, h) for h, i in ((reference, reference_ids), (dense, ids))))
-    totals = {name: _Totals(ks, vocabularies) for name in heads}
-    tokens = {name: [] for name in ("dense", *((n, k) for n in heads for k in (1, *ks)))}  # type: ignore[var-annotated]
-    chunk = max(1, _LOGITS // max(len(dense), len(reference)))
+    ids = _ids(dense, ids)
+    reference, reference_ids = (dense, ids) if uncut is None else (uncut[0].to(dense), _ids(*uncut).to(dense.device))
+    order = reference_ids.argsort()
+    rows = order[torch.searchsorted(reference_ids[order], ids)]  # of the reference, for the tokens of `dense`
+    tried = sorted({k for k in rerank if k <= len(dense)})
+    ks = sorted({1, *tried})  # With one candidate there is no choice: this is the head without re-ranking.
+    heads = {name: tuple(matrix.to(dense) for matrix in head) for name, head in heads.items()}
+    drafts: dict[_Drafts, list[torch.Tensor]] = defaultdict(list)
+    measured: dict[str, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
+    chunk = max(1, _LOGITS // len(reference))
     own = states.hidden if moved is None else moved
     for hidden, inputs in zip(states.hidden.split(chunk), own.split(chunk), strict=True):
         hidden, inputs = hidden.to(dense), inputs.to(dense)
         wanted = (hidden @ reference.T).float()
         exact = wanted if uncut is None else (hidden @ dense.T).float()
-        best = vocabularies.uncut[wanted.argmax(-1)]
-        tokens["dense"].append(best)
+        best, p = reference_ids[wanted.argmax(-1)], wanted.log_softmax(-1)
+        p = p if uncut is None else p[:, rows]
+        drafts[_DENSE].append(best)
         for name, head in heads.items():
-            scores = (inputs @ head.T if isinstance(head, torch.Tensor) else inputs @ head[0].T @ head[1].T).float()
-            candidates = scores.topk(max(ks, default=1), dim=-1).indices
-            found = vocabularies.head[candidates]
-            totals[name].add(wanted, scores, found, best)
-            tokens[name, 1].append(found[:, 0])
+            scores = inputs
+            for matrix in head:
+                scores = scores @ matrix.T
+            scores = scores.float()
+            candidates = scores.topk(ks[-1], dim=-1).indices
             again = exact.gather(1, candidates)
             for k in ks:
-                tokens[name, k].append(found.gather(1, again[:, :k].argmax(-1, keepdim=True))[:, 0])
-    drafted = {key: torch.cat(parts).cpu() for key, parts in tokens.items()}
-    agreement = {key: float((t == drafted["dense"]).double().mean()) for key, t in drafted.items()}
-    walks = {key: _walks(states, t) for key, t in drafted.items()}
+                drafts[name, k].append(ids[candidates.gather(1, again[:, :k].argmax(-1, keepdim=True))[:, 0]])
+            q = scores.log_softmax(-1)
+            overlap = torch.minimum(p, q).exp().sum(-1, dtype=torch.float64)
+            divergence = (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+            measured[name].append((ids[candidates] == best[:, None], overlap, divergence))
 
-    def quality(name: str, k: int, rerank: dict[int, Quality]) -> Quality:
-        tau, of_dense = _tau(walks[name, k]), _tau(walks[name, k], walks["dense"])
-        return Quality(agreement[name, k], tau, of_dense, **totals[name].means(len(states)), rerank=rerank)
+    drafted = {key: torch.cat(parts).cpu() for key, parts in drafts.items()}
+    walks = _walks(states, drafted)
+    dense_walks = walks.get(_DENSE)
+    qualities = {}
+    for name in heads:
+        hits, overlap, divergence = (torch.cat(parts) for parts in zip(*measured[name], strict=True))
+        reranked = {
+            k: Quality(
+                top1=float((drafted[name, k] == drafted[_DENSE]).double().mean()),
+                tau=acceptance_length(walks[name, k]) if walks else None,
+                of_dense=acceptance_length(walks[name, k], dense_walks) if walks else None,
+                recall={k: float(hits[:, :k].any(-1).double().mean()) for k in ks},
+                overlap=float(overlap.mean()),
+                kl=max(0.0, float(divergence.mean())) if uncut is None else None,
+                rerank={},
+            )
+            for k in ks
+        }
+        qualities[name] = replace(reranked[1], rerank={k: reranked[k] for k in tried})
+    dense_tau = None if dense_walks is None else acceptance_length(dense_walks)
+    return Evaluation(len(states), len(states.doc.unique()), dense_tau, qualities)
 
-    return Evaluation(
-        states=len(states),
-        documents=len(states.doc.unique()),
-        dense_tau=_tau(walks["dense"]),
-        heads={name: quality(name, 1, {k: quality(name, k, {}) for k in ks}) for name in heads},
-    )
 
-
-def _given(ids: torch.Tensor | None, head: torch.Tensor) -> torch.Tensor:
+def _ids(head: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     """Return the target id of each row of a head, int64 [V], on the device of the head."""
     return torch.arange(len(head), device=head.device) if ids is None else ids.to(head.device)
 
 
-class _Vocabularies:
-    """The target ids of the reference head and of the heads compared with it, and the rows that both have."""
-
-    def __init__(self, uncut: torch.Tensor, head: torch.Tensor) -> None:
-        self.uncut, self.head = uncut.to(head.device), head
-        shared = torch.isin(self.uncut, head)
-        self.same = bool(shared.all())
-        order = head.argsort()
-        self._of_uncut = shared.nonzero()[:, 0]
-        self._of_head = order[torch.searchsorted(head[order], self.uncut[shared])]
-
-    def align(self, wanted: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log-probabilities of both heads over the tokens that they share, each [B, shared tokens]."""
-        p, q = wanted.log_softmax(-1), scores.log_softmax(-1)
-        return (p, q) if self.same else (p[:, self._of_uncut], q[:, self._of_head])
-
-
-class _Totals:
-    def __init__(self, ks: Sequence[int], vocabularies: _Vocabularies) -> None:
-        self.hits, self.overlap, self.kl = dict.fromkeys((1, *ks), 0), 0.0, 0.0
-        self._vocabularies = vocabularies
-
-    def add(self, wanted: torch.Tensor, scores: torch.Tensor, candidates: torch.Tensor, best: torch.Tensor) -> None:
-        p, q = self._vocabularies.align(wanted, scores)
-        self.overlap += float(torch.minimum(p, q).exp().sum(dtype=torch.float64))
-        self.kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-        hit = candidates == best[:, None]
-        for k in self.hits:
-            self.hits[k] += int(hit[:, :k].sum())
-
-    def means(self, n: int) -> dict:
-        recall = {k: count / n for k, count in self.hits.items()}
-        kl = max(0.0, self.kl / n) if self._vocabularies.same else None
-        return {"recall": recall, "overlap": self.overlap / n, "kl": kl}
-
-
-def _walks(states: Rows, drafted: torch.Tensor) -> np.ndarray | None:
-    """Return the counts of cycles in each document, int64 [documents, K + 1]; None if a target's token is unknown.
+def _walks(states: Rows, drafted: Mapping[_Drafts, torch.Tensor]) -> dict[_Drafts, np.ndarray]:
+    """Return the counts of cycles in each document, int64 [documents, K + 1]; nothing if a target's token is unknown.
 
     Args:
         states: the states at which tokens were drafted.
-        drafted: int64 [N], the target id of the token drafted at each state.
+        drafted: int64 [N], the target id of the token drafted at each state, for each way of drafting.
     """
     if states.step is None or states.pos is None or states.next_token is None or bool((states.next_token < 0).any()):
-        return None
-    hit = (drafted == states.next_token).numpy()
+        return {}
     doc, step = states.doc.numpy(), states.step.numpy()
     start = states.pos.numpy() - step
-    walks = []
+    walks = defaultdict(list)
     for document in dict.fromkeys(doc.tolist()):
-        own = doc == document
+        own = np.flatnonzero(doc == document)
         places, row = np.unique(start[own], return_inverse=True)
-        hits = np.zeros((len(places), step.max() + 1), dtype=bool)
-        hits[row, step[own]] = hit[own]
-        walks.append(walk(places, hits))
-    return np.stack(walks)
-
-
-def _tau(walks: np.ndarray | None, of: np.ndarray | None = None) -> Tau | None:
-    return None if walks is None else acceptance_length(walks, of)
+        for key, tokens in drafted.items():
+            hits = np.zeros((len(places), step.max() + 1), dtype=bool)
+            hits[row, step[own]] = (tokens[own] == states.next_token[own]).numpy()
+            walks[key].append(walk(places, hits))
+    return {key: np.stack(parts) for key, parts in walks.items()}
 
 
 def predicted_speedup(
     *, target_bytes: int, body_bytes: int, dense_bytes: int, head_bytes: int, k: int, rho: float
 ) -> float:
-    """Return the predicted speed over that of the same drafter with its dense head, by the paper's equation 4.
+    """Return the predicted tokens per second over those of the drafter with its dense head, by the paper's equation 4.
 
-    The speed is that of tokens: cycles per second times tau. Every byte is assumed to cost the same time to read, which
-    holds at batch 1 on a machine that waits for its memory:
-
-        kappa = K dense / (target + K (body + dense)), nu = dense / head, speedup = rho / (1 - kappa + kappa / nu)
+    Every byte is assumed to cost the same time to read, which holds at batch 1 on a machine that waits for its memory.
 
     Args:
         target_bytes: bytes that one verification reads of the target.
@@ -200,5 +176,5 @@ def predicted_speedup(
         k: draft steps of a cycle.
         rho: tau with the new head divided by tau with the dense head.
     """
-    kappa = k * dense_bytes / (target_bytes + k * (body_bytes + dense_bytes))
-    return speedup(rho, kappa, nu=dense_bytes / head_bytes)
+    before, after = (target_bytes + k * (body_bytes + head) for head in (dense_bytes, head_bytes))
+    return rho * before / after

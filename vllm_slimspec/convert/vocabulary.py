@@ -6,9 +6,7 @@ a corpus this is FR-Spec, arXiv 2502.14856); or the target's own answers, which 
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,43 +56,34 @@ def counts_from_text(file: Path, target: str, vocab_size: int) -> torch.Tensor:
     return counts
 
 
-def counts_from_states(states: HeadStates, drafter: Drafter, vocab_size: int, sample: int) -> torch.Tensor:
-    """Return how often the target chose each token in the recorded answers, as float64 [vocab_size].
+def counts_from_states(states: HeadStates, drafter: Drafter, sample: int) -> torch.Tensor:
+    """Return how often the target chose each of its tokens in the recorded answers, as float64 [vocab_size].
 
-    A short recording has many ties. The token that the drafter's head finds likelier wins a tie: its mean probability,
-    which is below 1, is added to its count. If the target's tokens were not recorded, these probabilities alone decide.
-    Held-out documents are not counted.
-
-    Args:
-        states: recorded head states.
-        drafter: the drafter whose head gives the probabilities.
-        vocab_size: number of tokens of the target.
-        sample: number of states over which the probabilities are averaged.
+    A short recording has many ties. The token that the drafter's head finds likelier wins a tie: its mean probability
+    over about ``sample`` states, which is below 1, is added to its count. If the target's tokens were not recorded,
+    these probabilities alone decide. Held-out documents are not counted.
     """
-    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    counts = torch.zeros(drafter.config["vocab_size"], dtype=torch.float64)
     likely = token_probabilities(drafter.head, states.sample(False, sample).hidden.to(drafter.head))
-    counts[_ids(drafter)] = likely
+    counts[ids_of(drafter)] = likely
     for rows in states.read(held_out=False):
         if rows.next_token is not None and rows.step is not None:
             chosen = rows.next_token[(rows.step == 0) & (rows.next_token >= 0)]  # Step 0 counts each place once.
-            counts += torch.bincount(chosen, minlength=vocab_size)
+            counts += torch.bincount(chosen, minlength=len(counts))
     return counts
 
 
 def kept(drafter: Drafter, target: Target | None, counts: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the draft ids of the ``size`` most frequent tokens, int64 [size], ascending.
+    """Return the draft ids of the most frequent tokens, int64 [size], ascending. The lowest id wins a tie.
 
     Args:
         drafter: the drafter whose vocabulary is cut.
         target: its target, whose config names further tokens that begin or end a text; None if it is unknown.
-        counts: float64 [vocab_size], the count of each token of the target. The lowest id wins a tie.
-        size: number of tokens to keep. Those that begin or end a text are always among them.
-
-    Raises:
-        OptionError: ``size`` is too small to hold these, or larger than the draft vocabulary.
+        counts: float64 [vocab_size], the count of each token of the target.
+        size: number of tokens to keep, which :func:`check_size` accepts. Those that begin or end a text are always
+            among them.
     """
-    special = check_size(drafter, target, size)
-    weights = counts[_ids(drafter)].masked_fill(special, float("inf"))
+    weights = counts[ids_of(drafter)].masked_fill(check_size(drafter, target, size), float("inf"))
     return weights.argsort(descending=True, stable=True)[:size].sort().values
 
 
@@ -104,24 +93,16 @@ def check_size(drafter: Drafter, target: Target | None, size: int) -> torch.Tens
     Raises:
         OptionError: ``size`` is too small to hold these tokens, or larger than the draft vocabulary.
     """
-    most = len(drafter.head)
-    special = torch.isin(_ids(drafter), torch.tensor(sorted(_special(drafter, target)), dtype=torch.long))
-    least = max(1, int(special.sum()))
+    configs = [drafter.config] if target is None else [drafter.config, target.config, target.generation_config]
+    named = [config.get(key) for config in configs for key in ("bos_token_id", "eos_token_id")]
+    ids = [i for value in named for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+    special = torch.isin(ids_of(drafter), torch.tensor(ids, dtype=torch.long))
+    least, most = max(1, int(special.sum())), len(drafter.head)
     if not least <= size <= most:
         raise OptionError(f"--vocab {size}: must be keep, full or a number of tokens from {least} to {most}")
     return special
 
 
-def _ids(drafter: Drafter) -> torch.Tensor:
+def ids_of(drafter: Drafter) -> torch.Tensor:
+    """Return the target id of each draft id, int64 [V], also where the two are equal."""
     return torch.arange(len(drafter.head)) if drafter.ids is None else drafter.ids
-
-
-def _special(drafter: Drafter, target: Target | None) -> set[int]:
-    configs = [drafter.config] if target is None else [drafter.config, target.config, target.generation_config]
-    return {token for config in configs for token in _boundaries(config)}
-
-
-def _boundaries(config: Mapping[str, Any]) -> Iterator[int]:
-    for key in ("bos_token_id", "eos_token_id"):
-        value = config.get(key)
-        yield from value if isinstance(value, list) else [value] if isinstance(value, int) else []
