@@ -316,7 +316,7 @@ def test_corpus_is_counted_with_the_targets_tokenizer_and_template(tmp_path, ful
         {"messages": [{"role": "user", "content": "t9 t9"}, {"role": "assistant", "content": "t9"}]},
     ]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    counts = counts_from_text(tmp_path / "text.jsonl", str(target), V)
+    counts = counts_from_text(tmp_path / "text.jsonl", Target.open(target))
     assert {i: int(n) for i, n in enumerate(counts) if n} == {4: 5000, 6: 2, 7: 2, 9: 4}
 
 
@@ -523,6 +523,20 @@ def test_sweep_is_sorted_and_names_the_fastest_head(lossy, tmp_path, full_head):
     assert plain[32] > plain[16] > plain[8]
     alone = convert(Options(str(source), tmp_path / "out", str(target), rank=8, hidden_states=states, force=True))
     assert evaluation.heads["8"].top1 == pytest.approx(alone.outcome.quality.top1, abs=0.02)
+
+
+def test_predicted_speedup_follows_the_papers_equation(lossy, tmp_path, full_head):
+    """Catches: kappa or nu turned upside down in the predicted speedup, or bytes of another head or body in it."""
+    source, states = lossy
+    target = write_target(tmp_path / "target", full_head)
+    _, outcomes = sweep(Options(str(source), tmp_path / "out", str(target), hidden_states=states), [8, 2])
+    others = Target.open(target).nbytes(K) + K * Drafter.open(source).body_bytes
+    dense_bytes, row_bytes = 4 * TRUNCATED * D, 4 * D
+    for o in outcomes:
+        head_bytes = 4 * o.rank * (TRUNCATED + D) + (o.rerank or 0) * row_bytes
+        before, after = others + K * dense_bytes, others + K * head_bytes
+        assert (o.dense_bytes, o.head_bytes) == (dense_bytes, head_bytes)
+        assert o.speedup == pytest.approx(o.quality.of_dense.value * before / after)
 
 
 def test_sweep_of_trained_factors_factorizes_again_at_each_rank(tmp_path):

@@ -1,11 +1,14 @@
 """Write the model card of a converted drafter from its config.json and its slimspec.json."""
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from vllm_slimspec.convert.options import Options
 
 _CARD = """\
 ---
@@ -49,18 +52,14 @@ An EAGLE-3 drafter with a dense LM head for {tokens} of {vocabulary} tokens, mad
 URL = "https://pypi.org/project/vllm-slimspec/"
 
 
-def card(
-    config: Mapping[str, Any], provenance: Mapping[str, Any], *, target: str | None, output: str, k: int, alone: bool
-) -> str:
+def card(config: Mapping[str, Any], provenance: Mapping[str, Any], options: Options, k: int) -> str:
     """Return the text of README.md for a converted drafter.
 
     Args:
         config: config.json of the drafter, in the layout of this package.
         provenance: slimspec.json of the drafter, as :mod:`vllm_slimspec.convert.run` writes it.
-        target: the model to serve the drafter with; None if it is unknown.
-        output: the name of the drafter.
+        options: the options of the conversion.
         k: number of draft tokens in each cycle, for the serve command.
-        alone: whether the drafter's config names its target, so that `vllm serve` needs the drafter only.
     """
     low_rank, extras = "lm_head_rank" in config, ""
     if "lm_head_rerank" in config:
@@ -68,11 +67,13 @@ def card(
         extras += f", the best {config['lm_head_rerank']} scored again by {rows}"
     if "lm_head_quantization" in config:
         extras += f", `up` as {config['lm_head_quantization']}"
-    method = {} if low_rank else {"method": "eagle3"}
-    speculative = json.dumps({**method, "model": output, "num_speculative_tokens": k})
-    serve = f"vllm serve {target or 'TARGET'} \\\n  --speculative-config '{speculative}'"
-    if alone:
+    output, target = Path(os.path.realpath(options.output)).name, options.target
+    if options.layout == "speculators":  # The config names the target, so that vLLM needs the drafter only.
         serve = f"vllm serve {output}"
+    else:
+        method = {} if low_rank else {"method": "eagle3"}
+        speculative = json.dumps({**method, "model": output, "num_speculative_tokens": k})
+        serve = f"vllm serve {target or 'TARGET'} \\\n  --speculative-config '{speculative}'"
     return _CARD.format(
         base_model=f"base_model: {target}\n" if target and _on_the_hub(target) else "",
         output=output,
@@ -102,15 +103,14 @@ def _measured(measured: Mapping[str, Any] | None) -> str:
         return "Nothing was measured: the factors are a plain SVD, made without hidden states."
     quality, before = measured["quality"], measured["dense_tau"]
     rows = [("same best token as the dense head", f"{quality['top1']:.1%}")]
-    rows += [(f"... among the best {k}", f"{share:.1%}") for k, share in quality["recall"].items() if k != "1"]
+    rows += [(f"... among the best {k}", f"{share:.1%}") for k, share in quality["recall"].items() if k > 1]
     rows.append(("overlap alpha", f"{quality['overlap']:.3f}"))
     if quality["kl"] is not None:
         rows.append(("KL, nats", f"{quality['kl']:.4f}"))
     if quality["tau"] and before:
-        rows += [
-            (f"acceptance length, {name}", f"{tau['value']:.2f} (95%: {tau['low']:.2f} to {tau['high']:.2f})")
-            for name, tau in (("dense head", before), ("this head", quality["tau"]))
-        ]
+        for name, tau in (("dense head", before), ("this head", quality["tau"])):
+            interval = f"{tau['low']:.2f} to {tau['high']:.2f}"
+            rows.append((f"acceptance length, {name}", f"{tau['value']:.2f} (95%: {interval})"))
         of = quality["of_dense"]
         rows.append(("... kept", f"{of['value']:.1%} (95%: {of['low']:.1%} to {of['high']:.1%})"))
     rows.append(("bytes of the head a draft step reads", f"{measured['head_bytes']:,} of {measured['dense_bytes']:,}"))

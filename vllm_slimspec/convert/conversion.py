@@ -11,9 +11,10 @@ import torch
 
 from vllm_slimspec.common.large_tensors import keep_freed_memory
 from vllm_slimspec.common.progress import progress
+from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.common.work_dtype import Asked, WorkDtype, work_dtype
 from vllm_slimspec.convert.distill import Recipe, Samples, distill
-from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate, predicted_speedup
+from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate
 from vllm_slimspec.convert.options import JointTraining, Options
 from vllm_slimspec.convert.vocabulary import (
     check_size,
@@ -117,7 +118,14 @@ class Conversion:
                     states.index.get("drafter"),
                 )
         if options.vocab.isdecimal():
-            drafter = source.truncated(kept(source, target, _counts(options, source, states), vocab))
+            if options.frequencies is not None:
+                counts = counts_from_file(options.frequencies, source.config["vocab_size"])
+            elif options.prompts is not None and target is not None:
+                counts = counts_from_text(options.prompts, target)
+            else:
+                assert states is not None
+                counts = counts_from_states(states, source, _PROBABILITY_STATES)
+            drafter = source.truncated(kept(source, target, counts, vocab))
         return cls(options, target, source, drafter, residual, states)
 
     @cached_property
@@ -143,9 +151,7 @@ class Conversion:
                 "no --calibration and no --hidden-states: this is plain SVD, and nothing is measured; at D/8 it keeps "
                 "about a third of the dense head's choices, where an SVD weighted by states keeps over four fifths"
             )
-            with progress("Factorizing the head", ends=False):
-                return factorize(self.dense, rank)
-        with progress("Factorizing the head for the recorded states", ends=False):
+        with progress(f"Factorizing the head{' for the recorded states' if self.states else ''}", ends=False):
             return factorize(self.dense, rank, **self._weights)
 
     def distill(self, factors: Factors, recipe: Recipe) -> Factors:
@@ -227,21 +233,16 @@ class Conversion:
         if quality is None:
             return Outcome(rank, rerank, None, None, head_bytes, dense_bytes, None)
         quality = quality if rerank is None else quality.rerank[rerank]
-        rho, speedup = quality.of_dense.value if quality.of_dense else quality.top1, None
+        rho, faster = quality.of_dense.value if quality.of_dense else quality.top1, None
         if self.target is not None:
-            speedup = predicted_speedup(
-                target_bytes=self.target.nbytes(self.k),
-                body_bytes=self.source.body_bytes,
-                dense_bytes=dense_bytes,
-                head_bytes=head_bytes,
-                k=self.k,
-                rho=rho,
-            )
-        return Outcome(rank, rerank, quality, 1 - rho, head_bytes, dense_bytes, speedup)
+            # Every byte costs the same time at batch 1, on a machine that waits for its memory.
+            read = self.target.nbytes(self.k) + self.k * (self.source.body_bytes + dense_bytes)
+            faster = speedup(rho, kappa=self.k * dense_bytes / read, nu=dense_bytes / head_bytes)
+        return Outcome(rank, rerank, quality, 1 - rho, head_bytes, dense_bytes, faster)
 
     @property
     def family(self) -> Family:
-        """Return the family of the drafter's body."""
+        """Return the family of the drafter."""
         return known_family(self.drafter.config, str(self.drafter.path))
 
     @property
@@ -275,7 +276,8 @@ class Conversion:
     @cached_property
     def _weights(self) -> dict[str, torch.Tensor]:
         """Return what the recorded states say about directions and tokens, as arguments of :func:`factorize`."""
-        assert self.states is not None
+        if self.states is None:
+            return {}
         size = self.states.hidden_size
         total, count = torch.zeros(size, size, dtype=torch.float64, device=self.dense.device), 0
         for rows in self.states.read(held_out=False):
@@ -309,8 +311,7 @@ def _open_states(options: Options) -> HeadStates | None:
     if options.hidden_states is not None:
         states = HeadStates.open(options.hidden_states)
         if options.joint is not None:
-            # Missing answers are refused here, and not only after the head was distilled.
-            states.documents(held_out=False)
+            states.documents(held_out=False)  # refuses missing answers here, and not only after the head was distilled
         return states
     if options.calibration is None:
         return None
@@ -326,14 +327,3 @@ def _open_states(options: Options) -> HeadStates | None:
         engine=dict(options.engine),
         dtype=options.dtype,
     )
-
-
-def _counts(options: Options, source: Drafter, states: HeadStates | None) -> torch.Tensor:
-    """Return how often each of the target's tokens occurs in a file of counts, in text or in the target's answers."""
-    if options.frequencies is not None:
-        return counts_from_file(options.frequencies, source.config["vocab_size"])
-    if options.prompts is not None:
-        assert options.target is not None
-        return counts_from_text(options.prompts, options.target, source.config["vocab_size"])
-    assert states is not None
-    return counts_from_states(states, source, _PROBABILITY_STATES)

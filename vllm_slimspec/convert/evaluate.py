@@ -159,22 +159,3 @@ def _walks(states: Rows, drafted: Mapping[_Drafts, torch.Tensor]) -> dict[_Draft
             hits[row, step[own]] = (tokens[own] == states.next_token[own]).numpy()
             walks[key].append(walk(places, hits))
     return {key: np.stack(parts) for key, parts in walks.items()}
-
-
-def predicted_speedup(
-    *, target_bytes: int, body_bytes: int, dense_bytes: int, head_bytes: int, k: int, rho: float
-) -> float:
-    """Return the predicted tokens per second over those of the drafter with its dense head, by the paper's equation 4.
-
-    Every byte is assumed to cost the same time to read, which holds at batch 1 on a machine that waits for its memory.
-
-    Args:
-        target_bytes: bytes that one verification reads of the target.
-        body_bytes: bytes of the drafter without its head, which each of the k steps reads.
-        dense_bytes: bytes of the dense head.
-        head_bytes: bytes of the head that replaces it.
-        k: draft steps of a cycle.
-        rho: tau with the new head divided by tau with the dense head.
-    """
-    before, after = (target_bytes + k * (body_bytes + head) for head in (dense_bytes, head_bytes))
-    return rho * before / after

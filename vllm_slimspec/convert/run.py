@@ -1,9 +1,7 @@
 """Run `slimspec convert` from end to end: check, read, factorize, distill, measure, and only then write."""
 
-import json
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -36,20 +34,6 @@ class Converted:
     outcome: Outcome
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A new head in two forms: as it is measured, and as the tensors and keys of config.json that are stored."""
-
-    head: Head
-    rank: int | None
-    tensors: dict[str, torch.Tensor]
-    config: dict[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
 def convert(options: Options) -> Converted:
     """Convert a drafter, write it, and return it with its measurements.
 
@@ -63,39 +47,36 @@ def convert(options: Options) -> Converted:
     check(options)
     with claim_folder(options.output, run=options.runs), progress("convert", ends=False):
         work = Conversion.open(options)
-        if options.head == "dense":
-            made = _Made((work.dense,), None, {DENSE: work.dense}, {"architectures": [work.family.dense_architecture]})
-        else:
-            work, made = _low_rank(work)
+        config: dict[str, Any] = {"architectures": [work.family.dense_architecture]}
+        tensors = {DENSE: work.dense}  # the head as it is stored
+        head: Head = (work.dense,)  # the head as it is measured
+        if options.head == "low-rank":
+            down, up = work.factors(work.rank)
+            if options.distill is not None:
+                down, up = work.distill((down, up), options.distill)
+            if options.joint is not None:
+                work = work.train_jointly((down, up), options.joint)
+                down, up = work.factors(len(down))
+            config = {"architectures": [work.family.architecture], "lm_head_rank": len(down)}
+            tensors = {DOWN: down, UP: up}
+            if options.quantize is not None:
+                stored = quantize_up(up, options.quantize)
+                config["lm_head_quantization"] = stored.kind
+                tensors |= {UP: stored.weight, SCALE: stored.scale}
+                up = stored.dequantize().to(down.dtype)
+            head = (down, up)
         # Re-ranking is not tried for a dense head, which it cannot change, nor after joint training, because the dense
         # rows do not fit the trained body.
-        alone = made.rank is None or options.joint is not None
+        alone = options.head == "dense" or options.joint is not None
         tried = () if alone else (*RERANK, *filter(None, [options.rerank]))
-        evaluation = work.evaluate({_NAME: made.head}, tried)
+        evaluation = work.evaluate({_NAME: head}, tried)
         quality = None if evaluation is None else evaluation.heads[_NAME]
-        outcome = work.outcome(made.rank, made.nbytes, quality, options.rerank)
+        rank, nbytes = config.get("lm_head_rank"), sum(tensor.nbytes for tensor in tensors.values())
+        outcome = work.outcome(rank, nbytes, quality, options.rerank)
         if quality is not None and (outcome.loss or 0) > options.max_loss and not options.force:
-            reranked = [work.outcome(made.rank, made.nbytes, quality, k) for k in quality.rerank]
+            reranked = [work.outcome(rank, nbytes, quality, k) for k in quality.rerank]
             raise CheckpointError(f"{options.output}: not written, {_cure(options, outcome, reranked)}")
-        return Converted(_write(work, made, evaluation, outcome), evaluation, outcome)
-
-
-def _low_rank(work: Conversion) -> tuple[Conversion, _Made]:
-    options = work.options
-    down, up = work.factors(work.rank)
-    if options.distill is not None:
-        down, up = work.distill((down, up), options.distill)
-    if options.joint is not None:
-        work = work.train_jointly((down, up), options.joint)
-        down, up = work.factors(len(down))
-    config: dict[str, Any] = {"architectures": [work.family.architecture], "lm_head_rank": len(down)}
-    tensors = {DOWN: down, UP: up}
-    if options.quantize is not None:
-        stored = quantize_up(up, options.quantize)
-        tensors |= {UP: stored.weight, SCALE: stored.scale}
-        config["lm_head_quantization"] = stored.kind
-        up = stored.dequantize().to(down.dtype)
-    return work, _Made((down, up), len(down), tensors, config)
+        return Converted(_write(work, tensors, config, evaluation, outcome), evaluation, outcome)
 
 
 def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[Outcome]]:
@@ -143,9 +124,15 @@ def _cure(options: Options, outcome: Outcome, reranked: Sequence[Outcome]) -> st
     return f"{words}try a smaller --rank-divisor, or write it anyway with --force"
 
 
-def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome: Outcome) -> DraftCheckpoint:
+def _write(
+    work: Conversion,
+    head: Mapping[str, torch.Tensor],
+    head_config: Mapping[str, Any],
+    evaluation: Evaluation | None,
+    outcome: Outcome,
+) -> DraftCheckpoint:
     options, drafter = work.options, work.drafter
-    config, tensors = drafter.config | made.config, {**dict(drafter.body_tensors()), **made.tensors}
+    config, tensors = {**drafter.config, **head_config}, {**dict(drafter.body_tensors()), **head}
     if options.rerank is not None:
         config["lm_head_rerank"] = options.rerank
         if drafter.target_rows:
@@ -154,13 +141,12 @@ def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome
             tensors[DENSE] = drafter.head
     if drafter.ids is not None and drafter.d2t is not None:
         tensors["d2t"] = drafter.d2t
-        if made.rank is None:  # vLLM does not need t2d, but the tools of EAGLE and SpecForge do.
+        if outcome.rank is None:  # vLLM does not need t2d, but the tools of EAGLE and SpecForge do.
             tensors["t2d"] = torch.zeros(config["vocab_size"], dtype=torch.bool).index_fill_(0, drafter.ids, True)
     measured = None
     if evaluation is not None:
-        tau = evaluation.dense_tau
-        measured = {"states": evaluation.states, "documents": evaluation.documents, **asdict(outcome)}
-        measured["dense_tau"] = None if tau is None else asdict(tau)
+        measured = asdict(evaluation) | asdict(outcome)
+        del measured["heads"]  # The outcome holds the quality of the one head.
     provenance = {
         "command": sys.argv,
         "versions": _versions(),
@@ -168,10 +154,8 @@ def _write(work: Conversion, made: _Made, evaluation: Evaluation | None, outcome
         "full_vocabulary_residual": work.residual,
         "measured": measured,
     }
-    provenance = json.loads(json.dumps(provenance))  # turns keys that are numbers into text, as on the disk
-    alone, name = options.layout == "speculators", Path(os.path.realpath(options.output)).name
-    text = card(config, provenance, target=options.target, output=name, k=work.k, alone=alone)
-    if alone:
+    text = card(config, provenance, options, work.k)
+    if options.layout == "speculators":
         assert options.target is not None
         # A local target gets its full path, because the server may be started in any folder.
         local = Path(options.target)

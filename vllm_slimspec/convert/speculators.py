@@ -13,14 +13,24 @@ _SLIDING = ("layer_types", "sliding_window", "use_sliding_window", "max_window_l
 def speculators_config(config: Mapping[str, Any], target: str, k: int) -> dict[str, Any]:
     """Return the config of a drafter in the layout of speculators.
 
+    Keys whose absence vLLM reads differently in this layout are spelled out.
+
     Args:
-        config: config.json in the layout of this package, as :func:`vllm_slimspec.convert.run.convert` makes it.
+        config: config.json in the layout of this package.
         target: the folder or Hugging Face id from which the target (the verifier) is loaded.
         k: number of draft tokens in each cycle.
     """
     config = flatten(config)
     top = {key: config[key] for key in _TOP if key in config}
-    top.setdefault("norm_before_residual", False)  # A missing key means False in our layout and True in theirs.
+    top.setdefault("norm_before_residual", False)
+    layer = {key: value for key, value in without_rope(config).items() if key not in (*_TOP, "architectures")}
+    layer |= rope_keys(plain_rope(config, "config.json"))
+    known = family(config)
+    if known is not None and known.windows_by_layer_types:
+        types = sliding_layers(config)
+        layer = {key: value for key, value in layer.items() if key not in _SLIDING}
+        if types is not None:
+            layer |= {"layer_types": types, "sliding_window": config["sliding_window"], "use_sliding_window": True}
     proposal = {"proposal_type": "greedy", "speculative_tokens": k, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {
         "architectures": ["Eagle3Speculator"],
@@ -32,19 +42,5 @@ def speculators_config(config: Mapping[str, Any], target: str, k: int) -> dict[s
             "verifier": {"name_or_path": target, "architectures": []},
         },
         **top,
-        "transformer_layer_config": _layer(config),
+        "transformer_layer_config": layer,
     }
-
-
-def _layer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of the layer, and spell out those whose absence vLLM reads differently in this layout."""
-    left_out = (*_TOP, "architectures")
-    layer = {key: value for key, value in without_rope(config).items() if key not in left_out}
-    layer |= rope_keys(plain_rope(config, "config.json"))
-    known = family(config)
-    if known is not None and known.windows_by_layer_types:
-        types = sliding_layers(config)
-        layer = {key: value for key, value in layer.items() if key not in _SLIDING}
-        if types is not None:
-            layer |= {"layer_types": types, "sliding_window": config["sliding_window"], "use_sliding_window": True}
-    return layer

@@ -44,15 +44,15 @@ def counts_from_file(file: Path, vocab_size: int) -> torch.Tensor:
     return counts
 
 
-def counts_from_text(file: Path, target: str, vocab_size: int) -> torch.Tensor:
+def counts_from_text(file: Path, target: Target) -> torch.Tensor:
     """Return how often each token of the target's tokenizer occurs in a JSONL file of text, as float64 [vocab_size].
 
     Raises:
         CheckpointError: a line of the file cannot be used, see :mod:`vllm_slimspec.engine.prompts`.
     """
-    rows, counts = read_prompts(file), torch.zeros(vocab_size, dtype=torch.float64)
-    for _, ids in tokens_of(rows, open_tokenizer(rows, target), vocab_size, file):
-        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=vocab_size)
+    rows, counts = read_prompts(file), torch.zeros(target.vocab_size, dtype=torch.float64)
+    for _, ids in tokens_of(rows, open_tokenizer(rows, target.name), len(counts), file):
+        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(counts))
     return counts
 
 
