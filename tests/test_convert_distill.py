@@ -1,12 +1,13 @@
 """Distillation of the head alone: it improves the head, by the same numbers every time, interrupted or not."""
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 
 from vllm_slimspec.convert import distill as module
-from vllm_slimspec.convert.distill import LOSSES, Recipe, Samples, distill
+from vllm_slimspec.convert.distill import Loss, Recipe, Samples, distill, losses
 from vllm_slimspec.head.factorize import factorize
 
 V, D, R = 300, 32, 4
@@ -27,10 +28,10 @@ def mean_loss(problem, factors, name):
     dense, _, _, held_out = problem
     down, up = factors
     exact, ours = held_out.hidden @ dense.T, held_out.hidden @ down.T @ up.T
-    return float(LOSSES[name](exact, ours, held_out.token).mean())
+    return float(losses(name, exact, ours, held_out.token).mean())
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", get_args(Loss))
 def test_distillation_lowers_its_loss(problem, loss, tmp_path):
     """Catches: a gradient of the wrong sign or size, in any of the losses."""
     dense, factors, train, held_out = problem
@@ -47,14 +48,14 @@ def test_each_loss_equals_its_formula():
     p, q = exact.log_softmax(-1), ours.log_softmax(-1)
     alpha = torch.minimum(p.exp(), q.exp()).sum(-1)
     kl = (p.exp() * (p - q)).sum(-1)
-    torch.testing.assert_close(LOSSES["kl"](exact, ours, token), kl)
-    torch.testing.assert_close(LOSSES["nla"](exact, ours, token), -alpha.log())
+    torch.testing.assert_close(losses("kl", exact, ours, token), kl)
+    torch.testing.assert_close(losses("nla", exact, ours, token), -alpha.log())
     weight = torch.exp(-3 * alpha)
-    torch.testing.assert_close(LOSSES["lk_hybrid"](exact, ours, token), weight * kl + (1 - weight) * (1 - alpha))
+    torch.testing.assert_close(losses("lk_hybrid", exact, ours, token), weight * kl + (1 - weight) * (1 - alpha))
     wanted, found = (2 * exact).softmax(-1), (2 * ours).log_softmax(-1)
     wanted[0] = 0.5 * wanted[0] + 0.5 * torch.eye(11)[4]
     wanted[2] = 0.5 * wanted[2] + 0.5 * torch.eye(11)[0]  # the second row's token is not known
-    torch.testing.assert_close(LOSSES["greedy"](exact, ours, token), (wanted * (wanted.log() - found)).sum(-1))
+    torch.testing.assert_close(losses("greedy", exact, ours, token), (wanted * (wanted.log() - found)).sum(-1))
 
 
 def test_greedy_loss_learns_the_targets_own_tokens(problem, tmp_path):

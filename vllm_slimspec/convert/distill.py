@@ -19,10 +19,9 @@ Letters: B, N states, D hidden size, R rank, V draft vocabulary.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,12 +79,11 @@ def distill(
     Raises:
         OptionError: the loss is not finite.
     """
-    loss = LOSSES[recipe.loss]
     weights = [f.detach().to(dense.device, torch.float32).clone().requires_grad_() for f in factors]
     rate = recipe.lr * float(factors[1].float().square().mean().sqrt())
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(recipe.steps, 1))
-    best, best_loss, first = [w.detach().clone() for w in weights], _mean_loss(dense, weights, held_out, loss), 0
+    best, best_loss, first = [w.detach().clone() for w in weights], _mean_loss(dense, weights, held_out, recipe.loss), 0
     if checkpoint.is_file():
         saved = torch.load(checkpoint, map_location=dense.device, weights_only=True)
         with torch.no_grad():
@@ -101,13 +99,13 @@ def distill(
             generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
             chosen = torch.randint(len(states.hidden), (recipe.batch,), generator=generator)
             for rows in chosen.split(_chunk(dense)):
-                losses = _losses(dense, weights, states.hidden[rows], states.token[rows], loss)
-                (losses.sum() / recipe.batch).backward()
+                total = _total_loss(dense, weights, states.hidden[rows], states.token[rows], recipe.loss)
+                (total / recipe.batch).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if (step + 1) % _EVERY == 0 or step + 1 == recipe.steps:
-                value = _mean_loss(dense, weights, held_out, loss)
+                value = _mean_loss(dense, weights, held_out, recipe.loss)
                 if not value < float("inf"):
                     raise OptionError(
                         f"--lr {recipe.lr}: distillation broke down at step {step + 1}, where its loss is {value}; "
@@ -130,62 +128,51 @@ def distill(
     return down, up
 
 
-# Each loss takes the scores [B, V] of the dense and of the low-rank head and the target's tokens, int64 [B], of which
-# those that are unknown are -1, and returns the loss [B].
+def losses(loss: Loss, exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Return the loss [B] of each state.
 
-
-def _kl(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    return _divergence(exact.log_softmax(-1), ours.log_softmax(-1))
-
-
-def _nla(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    return -_overlap(exact.log_softmax(-1), ours.log_softmax(-1)).log()
-
-
-def _lk_hybrid(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    p, q = exact.log_softmax(-1), ours.log_softmax(-1)
+    Args:
+        loss: which one; the formulas are at the top of this file.
+        exact: scores [B, V] of the dense head.
+        ours: scores [B, V] of the low-rank head.
+        token: int64 [B], the draft id of the target's own token, or -1 where it is unknown. Only ``greedy`` uses it.
+    """
+    sharpness = _SHARPNESS if loss == "greedy" else 1.0
+    p, q = (sharpness * exact).log_softmax(-1), (sharpness * ours).log_softmax(-1)
+    if loss == "greedy":
+        known = (token >= 0).nonzero()[:, 0]
+        mixed, own = p[known] + math.log1p(-_OWN), token[known, None]
+        mixed.scatter_(1, own, torch.logaddexp(mixed.gather(1, own), mixed.new_tensor(math.log(_OWN))))
+        p = p.index_copy(0, known, mixed)
+    if loss == "nla":
+        return -_overlap(p, q).log()
+    divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    if loss != "lk_hybrid":
+        return divergence
     overlap = _overlap(p, q)
     weight = torch.exp(-_ETA * overlap.detach())
-    return weight * _divergence(p, q) + (1 - weight) * (1 - overlap)
-
-
-def _greedy(exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    p, q = (_SHARPNESS * exact).log_softmax(-1), (_SHARPNESS * ours).log_softmax(-1)
-    known = (token >= 0).nonzero()[:, 0]
-    mixed = p[known] + math.log1p(-_OWN)
-    own = token[known, None]
-    mixed.scatter_(1, own, torch.logaddexp(mixed.gather(1, own), mixed.new_tensor(math.log(_OWN))))
-    return _divergence(p.index_copy(0, known, mixed), q)
-
-
-LossFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-LOSSES: dict[str, LossFunction] = {"greedy": _greedy, "kl": _kl, "nla": _nla, "lk_hybrid": _lk_hybrid}
-
-
-def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Return KL(p || q) [B] of the log-probabilities [B, V] p and q."""
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    return weight * divergence + (1 - weight) * (1 - overlap)
 
 
 def _overlap(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.minimum(p, q).exp().sum(-1)
 
 
-def _losses(
-    dense: torch.Tensor, weights: list[torch.Tensor], hidden: torch.Tensor, token: torch.Tensor, loss: LossFunction
+def _total_loss(
+    dense: torch.Tensor, weights: list[torch.Tensor], hidden: torch.Tensor, token: torch.Tensor, loss: Loss
 ) -> torch.Tensor:
-    """Return the loss of each state, float32 [B]. Only the dense head is multiplied in its own dtype, as in service."""
+    """Return the sum of the states' losses. Only the dense head is multiplied in its own dtype, as in service."""
     down, up = weights
     hidden = hidden.to(dense)
     with torch.no_grad():
         exact = (hidden @ dense.T).float()
-    return loss(exact, hidden.float() @ down.T @ up.T, token.to(dense.device))
+    return losses(loss, exact, hidden.float() @ down.T @ up.T, token.to(dense.device)).sum()
 
 
 @torch.no_grad()
-def _mean_loss(dense: torch.Tensor, weights: list[torch.Tensor], states: Samples, loss: LossFunction) -> float:
+def _mean_loss(dense: torch.Tensor, weights: list[torch.Tensor], states: Samples, loss: Loss) -> float:
     chunks = zip(states.hidden.split(_chunk(dense)), states.token.split(_chunk(dense)), strict=True)
-    return sum(float(_losses(dense, weights, *chunk, loss).sum()) for chunk in chunks) / len(states.hidden)
+    return sum(float(_total_loss(dense, weights, *chunk, loss)) for chunk in chunks) / len(states.hidden)
 
 
 def _chunk(dense: torch.Tensor) -> int:
