@@ -44,12 +44,13 @@ library_name: vllm
 
 _LOW_RANK = """\
 An EAGLE-3 drafter with a low-rank LM head (SlimSpec, [arXiv 2605.10453](https://arxiv.org/abs/2605.10453)), converted
-from `{drafter}` by [vllm-slimspec]({url}): rank {rank} of {hidden}, {tokens} tokens{extras}."""
+from `{source[drafter]}` by [vllm-slimspec]({url}): rank {config[lm_head_rank]} of {config[hidden_size]}, \
+{config[draft_vocab_size]} tokens{extras}."""
 _DENSE = """\
-An EAGLE-3 drafter with a dense LM head for {tokens} of {vocabulary} tokens, made from `{drafter}` by
+An EAGLE-3 drafter with a dense LM head for {config[draft_vocab_size]} of {config[vocab_size]} tokens, made from \
+`{source[drafter]}` by
 [vllm-slimspec]({url}). vLLM serves it as it is."""
-
-URL = "https://pypi.org/project/vllm-slimspec/"
+_URL = "https://pypi.org/project/vllm-slimspec/"
 
 
 def card(config: Mapping[str, Any], provenance: Mapping[str, Any], options: Options, k: int) -> str:
@@ -74,18 +75,11 @@ def card(config: Mapping[str, Any], provenance: Mapping[str, Any], options: Opti
         method = {} if low_rank else {"method": "eagle3"}
         speculative = json.dumps({**method, "model": output, "num_speculative_tokens": k})
         serve = f"vllm serve {target or 'TARGET'} \\\n  --speculative-config '{speculative}'"
+    what = _LOW_RANK if low_rank else _DENSE
     return _CARD.format(
         base_model=f"base_model: {target}\n" if target and _on_the_hub(target) else "",
         output=output,
-        what=(_LOW_RANK if low_rank else _DENSE).format(
-            drafter=provenance["source"]["drafter"],
-            url=URL,
-            rank=config.get("lm_head_rank"),
-            hidden=config["hidden_size"],
-            tokens=config["draft_vocab_size"],
-            vocabulary=config["vocab_size"],
-            extras=extras,
-        ),
+        what=what.format(source=provenance["source"], config=config, extras=extras, url=_URL),
         serve=f"pip install vllm-slimspec\n{serve}" if low_rank else serve,
         measured=_measured(provenance["measured"]),
         command=shlex.join(provenance["command"]),
