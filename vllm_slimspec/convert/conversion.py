@@ -13,19 +13,10 @@ from vllm_slimspec.common.large_tensors import keep_freed_memory
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.common.work_dtype import Asked, WorkDtype, work_dtype
+from vllm_slimspec.convert import vocabulary
 from vllm_slimspec.convert.distill import Recipe, Samples, distill
 from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate
 from vllm_slimspec.convert.options import JointTraining, Options
-from vllm_slimspec.convert.vocabulary import (
-    check_size,
-    counts_from_file,
-    counts_from_states,
-    counts_from_text,
-    ids_of,
-    kept,
-)
-from vllm_slimspec.drafters import Family
-from vllm_slimspec.drafters.config import known_family
 from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.engine import recording
 from vllm_slimspec.engine.head_states import HeadStates, Rows, common, concatenate, sha256
@@ -75,9 +66,7 @@ class Conversion:
 
     @classmethod
     def open(cls, options: Options, divisors: Sequence[int] = ()) -> "Conversion":
-        """Open the drafter and the target, read or record head states, and return the conversion.
-
-        Recording head states (``options.calibration``) may take hours, so everything else is checked before.
+        """Open the drafter and the target, and read or record head states, which may take hours, after all checks.
 
         Args:
             options: options that :func:`vllm_slimspec.convert.options.check` has accepted.
@@ -95,12 +84,11 @@ class Conversion:
             vocab = target.vocab_size
         elif options.vocab.isdecimal():
             vocab = int(options.vocab)
-            check_size(source, target, vocab)
+            vocabulary.check_size(source, target, vocab)
         if options.rerank is not None and options.rerank > vocab:
             raise OptionError(f"--rerank {options.rerank}: there are {vocab} tokens to draft; choose 1 to {vocab}")
-        ranks = [hidden // divisor for divisor in divisors] or [_rank(options, source, vocab)]
-        for rank in ranks if options.head == "low-rank" else ():
-            if not 1 <= rank <= min(vocab, hidden):
+        for rank in [hidden // divisor for divisor in divisors] or [_rank(options, source, vocab)]:
+            if options.head == "low-rank" and not 1 <= rank <= min(vocab, hidden):
                 raise OptionError(
                     f"rank {rank} does not fit a head [V={vocab}, D={hidden}]; choose 1 to {min(vocab, hidden)}"
                 )
@@ -119,13 +107,13 @@ class Conversion:
                 )
         if options.vocab.isdecimal():
             if options.frequencies is not None:
-                counts = counts_from_file(options.frequencies, source.config["vocab_size"])
+                counts = vocabulary.counts_from_file(options.frequencies, source.config["vocab_size"])
             elif options.prompts is not None and target is not None:
-                counts = counts_from_text(options.prompts, target)
+                counts = vocabulary.counts_from_text(options.prompts, target)
             else:
                 assert states is not None
-                counts = counts_from_states(states, source, _PROBABILITY_STATES)
-            drafter = source.truncated(kept(source, target, counts, vocab))
+                counts = vocabulary.counts_from_states(states, source, _PROBABILITY_STATES)
+            drafter = source.truncated(vocabulary.kept(source, target, counts, vocab))
         return cls(options, target, source, drafter, residual, states)
 
     @cached_property
@@ -136,14 +124,13 @@ class Conversion:
             keep_freed_memory()
         return self.drafter.head.to(device)
 
-    @property
-    def rank(self) -> int:
-        """Return R, as the options give it: the rank, or D // divisor, or the drafter's own rank, or D // 8."""
-        return _rank(self.options, self.drafter, len(self.drafter.head))
+    def factors(self, rank: int | None = None) -> Factors:
+        """Return factors of this rank: the drafter's own if it has such, else a weighted factorization of its head.
 
-    def factors(self, rank: int) -> Factors:
-        """Return factors of this rank: the drafter's own if it has such, else a weighted factorization of its head."""
+        Without a rank, R is that of the options, and otherwise that of the drafter's own factors, or D // 8.
+        """
         own = self.drafter.factors
+        rank = _rank(self.options, self.drafter, len(self.drafter.head)) if rank is None else rank
         if own is not None and len(own[0]) == rank:
             return own[0].to(self.dense.device), own[1].to(self.dense.device)
         if self.states is None:
@@ -167,7 +154,7 @@ class Conversion:
                     "states of this drafter's target"
                 )
             draft_ids = torch.full((vocab + 1,), -1)  # An unknown token is -1, which reads the last entry.
-            draft_ids[ids_of(self.drafter)] = torch.arange(len(self.dense))
+            draft_ids[vocabulary.ids_of(self.drafter)] = torch.arange(len(self.dense))
             token = draft_ids[rows.next_token]
         # The best factors are chosen on the last tenth, so that the held-out states stay unseen until they measure.
         cut = len(rows) * 9 // 10
@@ -197,8 +184,7 @@ class Conversion:
 
     def _key(self, factors: Factors, recipe: Recipe | JointTraining) -> str:
         """Return a hash of everything that determines the result of a distillation."""
-        d2t = self.drafter.d2t
-        tokens = None if d2t is None else d2t.tolist()
+        tokens = vocabulary.ids_of(self.drafter).tolist()
         made_from = (self.origin, tokens, len(factors[0]), recipe, self.options.distill)
         return hash_of(repr(made_from).encode()).hexdigest()[:12]
 
@@ -210,14 +196,13 @@ class Conversion:
         """
         if self._held_out is None:
             return None
-        cut = len(self.drafter.head) < len(self.source.head)
-        uncut = (self.source.head, self.source.ids) if cut else None
-        states, moved = self._held_out, None
+        source, ids, states, moved = self.source, self.drafter.ids, self._held_out, None
+        uncut = (source.head, source.ids) if len(self.drafter.head) < len(source.head) else None
         if self.moved is not None:
-            states, rows = common(self._held_out, self.moved)
+            states, rows = common(states, self.moved)
             moved = rows.hidden
         with progress("Measuring the head on held-out states"):
-            return evaluate(self._scoring, heads, states, self.drafter.ids, rerank=rerank, uncut=uncut, moved=moved)
+            return evaluate(self._scoring, heads, states, ids, rerank=rerank, uncut=uncut, moved=moved)
 
     def outcome(self, rank: int | None, head_bytes: int, quality: Quality | None, rerank: int | None) -> Outcome:
         """Return what a head costs and saves.
@@ -241,11 +226,6 @@ class Conversion:
         return Outcome(rank, rerank, quality, 1 - rho, head_bytes, dense_bytes, faster)
 
     @property
-    def family(self) -> Family:
-        """Return the family of the drafter."""
-        return known_family(self.drafter.config, str(self.drafter.path))
-
-    @property
     def k(self) -> int:
         """Return K, the draft steps of a cycle: that of the recorded states, or else that of the options."""
         return (self.states and self.states.steps) or self.options.k
@@ -266,8 +246,8 @@ class Conversion:
         """Return the held-out states to measure on: as many as take about a minute, because few make wide intervals."""
         if self.states is None:
             return None
-        allowed = _OPERATIONS.get(self.dense.device.type, _OPERATIONS["cpu"]) / (2 * self.dense.numel())
-        return self.states.sample(True, max(_HELD_OUT_STATES, int(allowed)))
+        operations = _OPERATIONS.get(self.dense.device.type, _OPERATIONS["cpu"])
+        return self.states.sample(True, max(_HELD_OUT_STATES, int(operations / (2 * self.dense.numel()))))
 
     @cached_property
     def _scoring(self) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """Measure on held-out head states what a low-rank head keeps of the dense one, before anything is written.
 
-The figure that counts is tau, the mean number of tokens that a draft-and-verify cycle yields. Measuring it needs no
-engine. Once the states at every place of a greedy answer are recorded (:mod:`vllm_slimspec.engine.recording`), the
-cycles of any head through that answer can be computed (:mod:`vllm_slimspec.common.walk`). At temperature 0 an engine
-goes through the same cycles.
+The figure that counts is tau, the mean number of tokens that a draft-and-verify cycle yields. It needs no engine: the
+states at every place of a greedy answer are recorded (:mod:`vllm_slimspec.engine.recording`), so the cycles of any head
+through that answer can be computed (:mod:`vllm_slimspec.common.walk`). An engine goes through them at temperature 0.
 
 Letters: N states, D hidden size, R rank, V draft vocabulary.
 """
@@ -31,17 +30,14 @@ _DENSE: _Drafts = ("dense", 0)
 
 @dataclass(frozen=True)
 class Quality:
-    """How a head compares with the dense one on the same states.
-
-    ``tau`` and ``of_dense`` are None if the target's tokens are unknown. ``kl`` is None if tokens were left out.
-    """
+    """How a head compares with the dense one on the same states."""
 
     top1: float  # share of states with the same best token
-    tau: Tau | None
+    tau: Tau | None  # None, as of_dense, if the target's tokens are unknown
     of_dense: Tau | None  # tau divided by the dense head's; resampling draws the same documents for both
     recall: dict[int, float]  # k -> share of states whose best dense token is among the k best
     overlap: float  # alpha: mean over states of the sum over tokens of min(p, q)
-    kl: float | None  # mean KL(dense || head), nats
+    kl: float | None  # mean KL(dense || head), nats; None if tokens were left out
     rerank: "dict[int, Quality]"  # k -> the head with its k best tokens re-ranked; only top1 and tau differ
 
 

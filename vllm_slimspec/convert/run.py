@@ -18,6 +18,7 @@ from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Head
 from vllm_slimspec.convert.options import Options, check
 from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
+from vllm_slimspec.drafters.config import known_family
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.quantized import quantize_up
 from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
@@ -47,17 +48,18 @@ def convert(options: Options) -> Converted:
     check(options)
     with claim_folder(options.output, run=options.runs), progress("convert", ends=False):
         work = Conversion.open(options)
-        config: dict[str, Any] = {"architectures": [work.family.dense_architecture]}
+        family = known_family(work.source.config, str(work.source.path))
+        config: dict[str, Any] = {"architectures": [family.dense_architecture]}
         tensors = {DENSE: work.dense}  # the head as it is stored
         head: Head = (work.dense,)  # the head as it is measured
         if options.head == "low-rank":
-            down, up = work.factors(work.rank)
+            down, up = work.factors()
             if options.distill is not None:
                 down, up = work.distill((down, up), options.distill)
             if options.joint is not None:
                 work = work.train_jointly((down, up), options.joint)
-                down, up = work.factors(len(down))
-            config = {"architectures": [work.family.architecture], "lm_head_rank": len(down)}
+                down, up = work.factors()
+            config = {"architectures": [family.architecture], "lm_head_rank": len(down)}
             tensors = {DOWN: down, UP: up}
             if options.quantize is not None:
                 stored = quantize_up(up, options.quantize)

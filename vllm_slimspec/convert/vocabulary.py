@@ -19,9 +19,7 @@ from vllm_slimspec.target import Target
 
 
 def counts_from_file(file: Path, vocab_size: int) -> torch.Tensor:
-    """Read counts from a JSON object of token id -> count, and return them as float64 [vocab_size].
-
-    A token that the object leaves out has a count of 0.
+    """Read counts from a JSON object of token id -> count, return them as float64 [vocab_size], and 0 for other tokens.
 
     Raises:
         CheckpointError: the file holds no such object, an id outside the vocabulary, or a count that is negative or not
