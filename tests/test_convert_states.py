@@ -246,7 +246,7 @@ def test_tau_equals_the_acceptance_length_that_an_engine_counts():
         for name, scores in (("dense", hidden @ dense.T), ("low", hidden @ head[0].T @ head[1].T)):
             for p, j, token in zip(pos.tolist(), step.tolist(), scores.argmax(-1).tolist(), strict=True):
                 best[name, document, p - j, j] = token
-    found = evaluate(dense, {"low": head}, concatenate(parts), rerank=[1, 2, vocab])
+    found = evaluate(dense, {"low": head}, concatenate(parts), torch.arange(vocab), rerank=[1, 2, vocab])
     for name, tau in (("dense", found.dense_tau), ("low", found.heads["low"].tau)):
         engine = simulated_engine(wanted.tolist(), {key[1:]: t for key, t in best.items() if key[0] == name})
         assert tau.value == pytest.approx(engine.length)
@@ -267,12 +267,12 @@ def test_metrics_of_a_head_equal_their_definitions():
     torch.manual_seed(0)
     dense, hidden = torch.randn(7, D), torch.randn(50, D)
     states = Rows(hidden, torch.zeros(50, dtype=torch.long))
-    same = evaluate(dense, {"same": (torch.eye(D), dense)}, states).heads["same"]
+    same = evaluate(dense, {"same": (torch.eye(D), dense)}, states, torch.arange(7)).heads["same"]
     assert (same.top1, same.recall[1], same.tau) == (1.0, 1.0, None)
     assert same.overlap == pytest.approx(1)
     assert same.kl == pytest.approx(0, abs=1e-6)
     low = (torch.randn(3, D), torch.randn(7, 3))
-    other = evaluate(dense, {"other": low}, states).heads["other"]
+    other = evaluate(dense, {"other": low}, states, torch.arange(7)).heads["other"]
     p, q = (hidden @ dense.T).softmax(-1), (hidden @ low[0].T @ low[1].T).softmax(-1)
     assert other.overlap == pytest.approx(float(torch.minimum(p, q).sum(-1).mean()), rel=1e-5)
     assert other.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)

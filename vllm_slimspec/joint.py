@@ -36,17 +36,10 @@ class JointRecipe:
     flags: Mapping[str, Any] = field(default_factory=dict)  # other flags of `speculators train`
 
     def train(self, drafter: Drafter, factors: Factors, target: str, states: HeadStates, folder: Path) -> Drafter:
-        """Continue the training of a whole drafter and return the result. A run that was killed continues.
+        """Continue the training of a whole drafter from the given factors, and return it with factors in their dtype.
 
-        Args:
-            drafter: the drafter whose body is trained further.
-            factors: the factors of the head to start from.
-            target: Hugging Face folder or id.
-            states: head states that were recorded with this target, with the answers stored beside them.
-            folder: the folder of the run. The trained drafter is written to ``folder/drafter``.
-
-        Returns:
-            the trained drafter, with factors in the dtype of the given ones.
+        A run that was killed continues in ``folder``. The trained drafter is written to ``folder/drafter``. The states
+        must have been recorded with this target, a Hugging Face folder or id, and the answers stored beside them.
 
         Raises:
             CheckpointError: speculators cannot train this body, or the answers were not stored.

@@ -121,8 +121,7 @@ def convert(
         typer.Option(min=1, help="Number of best tokens that the served head scores again with dense rows, 1 to 64."),
     ] = None,
     quantize: Annotated[
-        Literal["fp8", "int8", "int4"] | None,
-        typer.Option(help="Number format in which the factor `up` is stored."),
+        Literal["fp8", "int8", "int4"] | None, typer.Option(help="Number format in which the factor `up` is stored.")
     ] = None,
     num_speculative_tokens: Annotated[
         int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Number of draft tokens in each cycle (K).")

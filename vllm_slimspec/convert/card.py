@@ -54,13 +54,9 @@ _URL = "https://pypi.org/project/vllm-slimspec/"
 
 
 def card(config: Mapping[str, Any], provenance: Mapping[str, Any], options: Options, k: int) -> str:
-    """Return the text of README.md for a converted drafter.
+    """Return the text of README.md for a converted drafter, which is served with ``k`` draft tokens in each cycle.
 
-    Args:
-        config: config.json of the drafter, in the layout of this package.
-        provenance: slimspec.json of the drafter, as :mod:`vllm_slimspec.convert.run` writes it.
-        options: the options of the conversion.
-        k: number of draft tokens in each cycle, for the serve command.
+    ``config`` is its config.json in the layout of this package, and ``provenance`` its slimspec.json.
     """
     low_rank, extras = "lm_head_rank" in config, ""
     if "lm_head_rerank" in config:

@@ -196,8 +196,8 @@ class Conversion:
         """
         if self._held_out is None:
             return None
-        source, ids, states, moved = self.source, self.drafter.ids, self._held_out, None
-        uncut = (source.head, source.ids) if len(self.drafter.head) < len(source.head) else None
+        source, ids, states, moved = self.source, vocabulary.ids_of(self.drafter), self._held_out, None
+        uncut = (source.head, vocabulary.ids_of(source)) if len(ids) < len(source.head) else None
         if self.moved is not None:
             states, rows = common(states, self.moved)
             moved = rows.hidden

@@ -66,15 +66,12 @@ def distill(
 
     Args:
         dense: the dense head [V, D], which is the teacher. Everything runs on its device.
-        factors: down [R, D] and up [V, R] to start from.
+        factors: down [R, D] and up [V, R] to start from, whose dtype the returned ones have.
         states: states to train on.
         held_out: states whose loss chooses the factors that are returned.
         recipe: steps, loss, learning rate, batch size and seed.
         checkpoint: file to which the run is saved every 25 steps and from which it resumes. A resumed run gives the
             same factors as an undisturbed one. Other arguments need another file.
-
-    Returns:
-        down and up in the dtype of the given factors.
 
     Raises:
         OptionError: the loss is not finite.

@@ -56,10 +56,10 @@ def evaluate(
     dense: torch.Tensor,
     heads: Mapping[str, Head],
     states: Rows,
-    ids: torch.Tensor | None = None,
+    ids: torch.Tensor,
     *,
     rerank: Iterable[int] = RERANK,
-    uncut: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    uncut: tuple[torch.Tensor, torch.Tensor] | None = None,
     moved: torch.Tensor | None = None,
 ) -> Evaluation:
     """Compare heads with the dense one, and return their qualities by name.
@@ -68,15 +68,15 @@ def evaluate(
         dense: [V, D], the rows with which re-ranking scores candidates. Everything runs on its device, in its dtype.
         heads: name -> down and up, or another dense head [V, D] alone.
         states: held-out states of whole documents.
-        ids: int64 [V], the target id of each draft id; None if the two are the same.
+        ids: int64 [V], the target id of each row of ``dense``.
         rerank: numbers of candidates k to try; those above V are left out.
         uncut: the larger head, with its ids, of which ``dense`` is a part, if heads are to be compared with that one;
             None compares them with ``dense``.
         moved: [N, D], the inputs of ``heads`` at the places of ``states``, if their body differs from that of the dense
             head; None if the body is the same.
     """
-    ids = _ids(dense, ids)
-    reference, reference_ids = (dense, ids) if uncut is None else (uncut[0].to(dense), _ids(*uncut).to(dense.device))
+    ids = ids.to(dense.device)
+    reference, reference_ids = (dense, ids) if uncut is None else (uncut[0].to(dense), uncut[1].to(dense.device))
     order = reference_ids.argsort()
     rows = order[torch.searchsorted(reference_ids[order], ids)]  # of the reference, for the tokens of `dense`
     tried = sorted({k for k in rerank if k <= len(dense)})
@@ -128,11 +128,6 @@ def evaluate(
         qualities[name] = replace(reranked[1], rerank={k: reranked[k] for k in tried})
     dense_tau = None if dense_walks is None else acceptance_length(dense_walks)
     return Evaluation(len(states), len(states.doc.unique()), dense_tau, qualities)
-
-
-def _ids(head: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """Return the target id of each row of a head, int64 [V], on the device of the head."""
-    return torch.arange(len(head), device=head.device) if ids is None else ids.to(head.device)
 
 
 def _walks(states: Rows, drafted: Mapping[_Drafts, torch.Tensor]) -> dict[_Drafts, np.ndarray]:

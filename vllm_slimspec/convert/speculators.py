@@ -18,7 +18,7 @@ def speculators_config(config: Mapping[str, Any], target: str, k: int) -> dict[s
     Args:
         config: config.json in the layout of this package.
         target: the folder or Hugging Face id from which the target (the verifier) is loaded.
-        k: number of draft tokens in each cycle.
+        k: draft tokens in each cycle.
     """
     config = flatten(config)
     top = {key: config[key] for key in _TOP if key in config}
