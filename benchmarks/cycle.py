@@ -7,8 +7,7 @@ constant id and takes next to no time. nu comes from the heads timed alone. The 
 measured cycle.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
@@ -27,8 +26,7 @@ from vllm_slimspec.common.console import log_on_stderr, one_line_errors
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.output import claim_work
 from vllm_slimspec.common.progress import progress
-from vllm_slimspec.measure.clock import quantile
-from vllm_slimspec.measure.options import choices, claim_results, positive_ints, turns
+from vllm_slimspec.measure.options import choices, claim_results, positive_ints
 from vllm_slimspec.measure.options import dtypes as listed_dtypes
 from vllm_slimspec.measure.results import AcceptanceResults, provenance
 from vllm_slimspec.measure.served_dtypes import fitting
@@ -77,17 +75,10 @@ class Options(NamedTuple):
         return SHAPES[shape].rank if self.pair is None else self.pair.rank
 
 
-def measure(
-    options: Options, ticking: Callable[[int], AbstractContextManager[Callable[[], None]]]
-) -> Iterator[CycleResults]:
+def measure(options: Options) -> Iterator[CycleResults]:
     """Time every head at every shape, K, batch and context, and yield all results so far after each shape and K.
 
     On a GPU a shape and K takes hours, so that partial results are worth keeping.
-
-    Args:
-        options: the options of the command.
-        ticking: takes the number of turns, and returns a context that shows progress and gives the function to call
-            after each turn.
 
     Raises:
         EngineError: an engine failed, or a head drafted wrong tokens in it; the message names the log.
@@ -100,11 +91,12 @@ def measure(
         for k in options.ks
     }
     rows: list[CycleRow] = []
-    with ticking(sum(one.ticks for group in plans.values() for one in group)) as tick:
+    ticks = sum(one.ticks for group in plans.values() for one in group)
+    with progress("Timing cycles", ticks, "turn") as shown:
         for (shape, dtype, k), group in plans.items():
             found = []
             for number, one in enumerate(group):
-                found.append(run(one, options.work / "logs" / f"{shape}-{dtype}-{k}-{number}.log", tick))
+                found.append(run(one, options.work / "logs" / f"{shape}-{dtype}-{k}-{number}.log", shown.update))
             rows += rows_of(shape, options.rank(shape), k, found, options.acceptance, dtype)
             yield CycleResults(
                 **provenance(),
@@ -206,6 +198,7 @@ def rows_of(
             tokens = sum(turn.tokens for turn in here if turn.head == head)
             steps = sum(len(turn.ms) for turn in here if turn.head == head)
             expected = None if acceptance is None or head == "null" else 1 + sum(rates(acceptance, HEADS[head], k))
+            p20, p80 = np.quantile(times[head], (0.2, 0.8), method="nearest").round(2).tolist()
             rows.append(
                 CycleRow(
                     head=head,
@@ -216,9 +209,9 @@ def rows_of(
                     context=context,
                     dtype=dtype,
                     cycles=len(times[head]),
-                    cycle_ms_p20=round(quantile(times[head], 0.2), 2),
+                    cycle_ms_p20=p20,
                     cycle_ms_p50=round(cycle[head], 2),
-                    cycle_ms_p80=round(quantile(times[head], 0.8), 2),
+                    cycle_ms_p80=p80,
                     head_ms=round(cycle[head] - cycle["null"], 2),
                     head_alone_us_p50=round(alone[head], 1),
                     accepted=round(tokens / steps / batch - 1, 3),
@@ -381,7 +374,7 @@ def cycle(
     ):
         if acceptance is not None:
             options = options._replace(acceptance=AcceptanceResults.read(acceptance))
-        for results in measure(options, lambda total: turns(total, "Timing cycles")):
+        for results in measure(options):
             if json:
                 results.write(json)
     _print(results)

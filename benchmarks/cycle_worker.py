@@ -190,7 +190,7 @@ class WorkerHeads:
         generator = torch.Generator().manual_seed(batch)
         hidden = torch.randn(batch, model.config.hidden_size, generator=generator).to(device, dtype)
         calls = [partial(head.draft, hidden) for head in self._slimspec_heads.values()]
-        times = Clock(device).measure(calls, repeats, lambda: None)
+        times = Clock(device).measure(calls, repeats)
         return dict(zip(self._slimspec_heads, times, strict=True))
 
     def slimspec_clocks(self) -> None:

@@ -19,13 +19,14 @@ from torch import Tensor
 from results import PartName, PartResults, PartRow
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.device import device_name
+from vllm_slimspec.common.progress import progress
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.cpu import PackedFactor
 from vllm_slimspec.head.selection import best_of, rescored, top_of
 from vllm_slimspec.measure import arms
 from vllm_slimspec.measure.arms import RERANK_K, Head, Weights, check
 from vllm_slimspec.measure.clock import Clock
-from vllm_slimspec.measure.options import choices, claim_results, positive_ints, turns
+from vllm_slimspec.measure.options import choices, claim_results, positive_ints
 from vllm_slimspec.measure.results import provenance
 from vllm_slimspec.measure.shapes import SHAPES
 
@@ -154,8 +155,8 @@ def main(
     chosen = [HEADS[name] for name in choices(heads, HEADS, "--heads")]
     sizes = positive_ints(batches, "--batches", "batch sizes")
     count = len(shape_names) * len(sizes) * (repeats + 2)
-    with one_line_errors(), claim_results(json), turns(count, "Timing parts") as tick:
-        results = measure(shape_names, chosen, sizes, repeats=repeats, tick=tick)
+    with one_line_errors(), claim_results(json), progress("Timing parts", count, "turn") as shown:
+        results = measure(shape_names, chosen, sizes, repeats=repeats, tick=shown.update)
         if json:
             results.write(json)
     typer.echo("\n".join(tables(results)))

@@ -1,25 +1,35 @@
 """``slimspec bench``: the commands that measure draft heads alone, in the engine, and behind a server."""
 
 import json as json_format
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from vllm_slimspec.commands import heads
 from vllm_slimspec.common.console import Dtype, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file, claim_work
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.measure.options import claim_results, positive_ints
+from vllm_slimspec.measure.arms import HEADS
+from vllm_slimspec.measure.head import measure
+from vllm_slimspec.measure.options import choices, claim_results, device_of, positive_ints
 from vllm_slimspec.measure.options import dtypes as listed_dtypes
 from vllm_slimspec.measure.prompts import Benchmark, convert, read_lines
-
-if TYPE_CHECKING:
-    from vllm_slimspec.measure.results import AcceptanceResults, ServeResults, StatesResults
+from vllm_slimspec.measure.results import (
+    AcceptanceResults,
+    AcceptanceRow,
+    HeadResults,
+    ServeResults,
+    StatesResults,
+    StatesRow,
+)
+from vllm_slimspec.measure.shapes import SHAPES
 
 app = typer.Typer(no_args_is_help=True)
-app.command(epilog=heads.EXAMPLE)(heads.head)
+_COMPACT: dict[str, Any] = {"box": None, "pad_edge": False, "collapse_padding": True}  # style of tables with many columns
 
 Target = Annotated[
     str, typer.Option("--target", "--verifier", help="The target model: a local folder or a Hugging Face id.")
@@ -53,6 +63,7 @@ CompareDtype = Annotated[
         "token for token, and vLLM's own choice on a GPU."
     ),
 ]
+MaxTokens = Annotated[int, typer.Option(min=2, help="Largest number of tokens in an answer.")]
 Json = Annotated[Path | None, typer.Option(help="JSON file to write the results to.")]
 Concurrency = Annotated[
     str, typer.Option(help="Numbers of requests that run at the same time, such as 1,4,16. Each one is measured.")
@@ -77,6 +88,32 @@ ServedDtypes = Annotated[
 ]
 
 
+@app.command(epilog="Example: slimspec bench head --shapes llama-3.2-1b --batches 1,8,64 --json head.json")
+def head(
+    shapes: Annotated[
+        str, typer.Option(help=f"Models whose head shapes are timed: all, or some of {', '.join(SHAPES)}.")
+    ] = "llama-3.1-8b",
+    heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
+    batches: Annotated[
+        str, typer.Option(help="Batch sizes: numbers of hidden states that one call drafts for, such as 1,8,64.")
+    ] = "1,8,64",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Device to time on: cpu, cuda or cuda:N.", show_default="cuda where there is one, else cpu"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of each head.")] = 21,
+    json: Json = None,
+) -> None:
+    """Check that each draft head drafts the right token, then time all of them in turns, with cold caches."""
+    shape_names = choices(shapes, SHAPES, "--shapes")
+    chosen = [HEADS[name] for name in choices(heads, HEADS, "--heads")]
+    sizes = positive_ints(batches, "--batches", "batch sizes")
+    with one_line_errors(), claim_results(json) as write:
+        results = measure(shape_names, chosen, sizes, device=device_of(device), repeats=repeats)
+        write(results)
+    print_heads(results)
+
+
 @app.command(
     epilog="Example: slimspec bench acceptance --target T --drafter full=dense --drafter low-rank=slim "
     "--prompts mt-bench.jsonl --json acceptance.json"
@@ -89,7 +126,7 @@ def acceptance(
     temperature: Annotated[
         str, typer.Option(help="Sampling temperatures, 0 or more, such as 0 or 0,1. On a CPU only 0 is allowed.")
     ] = "0",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Largest number of tokens in an answer.")] = 256,
+    max_tokens: MaxTokens = 256,
     ignore_eos: Annotated[
         bool,
         typer.Option("--ignore-eos", help="Generate --max-tokens tokens even if an answer reaches its end earlier."),
@@ -115,12 +152,11 @@ def acceptance(
     )
     with (
         one_line_errors(),
-        claim_results(json, run=options.work),
+        claim_results(json, run=options.work) as write,
         progress("bench acceptance", ends=False),
     ):
         results = compare.measure(options)
-        if json is not None:
-            results.write(json)
+        write(results)
     print_acceptance(results)
 
 
@@ -140,7 +176,7 @@ def states(
             help="Numbers of tokens that are drafted in each cycle (K), such as 5 or 3,5. Each one is scored.",
         ),
     ] = "5",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Largest number of tokens in an answer.")] = 256,
+    max_tokens: MaxTokens = 256,
     engine_args: EngineArgs = "{}",
     dtype: CompareDtype = Dtype.AUTO,
     rerank: Annotated[
@@ -181,13 +217,12 @@ def states(
     with (
         log_on_stderr(),
         one_line_errors(),
-        claim_results(json),
+        claim_results(json) as write,
         claim_work(work_path),
         progress("bench states", ends=False),
     ):
         results = bench.measure(options)
-        if json is not None:
-            results.write(json)
+        write(results)
     print_states(results)
 
 
@@ -263,42 +298,41 @@ def serve(
         max_tokens=max_tokens,
         dtypes=listed_dtypes(dtypes),
     )
-    with (
-        log_on_stderr(),
-        one_line_errors(),
-        claim_results(json),
-        progress("bench serve", ends=False),
-    ):
+    with log_on_stderr(), one_line_errors(), claim_results(json) as write, progress("bench serve", ends=False):
         for results in bench.measure(options):
-            if json is not None:
-                results.write(json)
+            write(results)
     print_serve(results)
 
 
-def print_acceptance(results: "AcceptanceResults") -> None:
-    """Print a table for each prompt set and temperature."""
-    from rich.console import Console
-    from rich.table import Table
+def print_heads(results: HeadResults) -> None:
+    """Print a table for each shape and batch."""
+    console = Console()
+    console.print(f"{results.device}: copy {results.copy_gb_s} GB/s, read {results.read_gb_s} GB/s", highlight=False)
+    columns = ("head", "p20 us", "p50 us", "p80 us", "MB", "% of copy", "x full")
+    for shape, batch in dict.fromkeys((row.shape, row.batch) for row in results.rows):
+        rows = [row for row in results.rows if (row.shape, row.batch) == (shape, batch)]
+        full = next((row.p50_us for row in rows if row.head == "full"), None)
+        cells = []
+        for row in rows:
+            times = (f"{t:.0f}" if t >= 1000 else f"{t:.1f}" for t in (row.p20_us, row.p50_us, row.p80_us))
+            ratio = f"{full / row.p50_us:.2f}" if full else ""
+            cells.append((row.head, *times, f"{row.bytes / 1e6:.1f}", f"{row.percent_of_copy_bandwidth:.0f}", ratio))
+        console.print(_table(f"{shape}, batch {batch}", columns, cells))
 
+
+def print_acceptance(results: AcceptanceResults) -> None:
+    """Print a table for each prompt set and temperature."""
     console = Console()
     for prompt_set, temperature in dict.fromkeys((row.prompt_set, row.temperature) for row in results.rows):
         rows = [row for row in results.rows if (row.prompt_set, row.temperature) == (prompt_set, temperature)]
         k = rows[0].num_speculative_tokens
-        title = f"{prompt_set}, temperature {temperature:g}, K={k}"
-        table = Table("head", title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
-        for column in ("rank", "tokens", "length (95%)", f"accepted at 1..{k}", "identical"):
-            table.add_column(column, justify="right")
+        columns = ("head", "rank", "tokens", "length (95%)", f"accepted at 1..{k}", "identical")
+        cells = []
         for row in rows:
             same = "" if row.equal is None else f"{row.equal} of {len(row.cycles)}"
-            table.add_row(
-                row.head,
-                str(row.rank or "dense"),
-                str(row.draft_vocab_size),
-                f"{row.length:.3f} ({row.low:.2f}-{row.high:.2f})",
-                " ".join(f"{rate:.2f}" for rate in row.per_position),
-                same + (f" ({row.near_ties} near ties)" if row.near_ties else ""),
-            )
-        console.print(table)
+            same += f" ({row.near_ties} near ties)" if row.near_ties else ""
+            cells.append((*_accepted(row), " ".join(f"{rate:.2f}" for rate in row.per_position), same))
+        console.print(_table(f"{prompt_set}, temperature {temperature:g}, K={k}", columns, cells, **_COMPACT))
         if results.dtype != "float32" and any(row.equal != len(row.cycles) for row in rows if row.equal is not None):
             console.print(
                 f"In {results.dtype} the rounding depends on the shape of a batch, so that answers may differ from the "
@@ -306,61 +340,59 @@ def print_acceptance(results: "AcceptanceResults") -> None:
             )
 
 
-def print_states(results: "StatesResults") -> None:
+def print_states(results: StatesResults) -> None:
     """Print a table for each prompt set and K."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
+    columns = ("head", "rank", "tokens", "length (95%)", "accepted of full (95%)", "alpha", "MB read")
     for prompt_set, k in dict.fromkeys((row.prompt_set, row.num_speculative_tokens) for row in results.rows):
-        title = f"{prompt_set}, K={k}"
-        table = Table("head", title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
-        for column in ("rank", "tokens", "length (95%)", "accepted of full (95%)", "alpha", "MB read"):
-            table.add_column(column, justify="right")
+        cells = []
         for row in results.rows:
-            if (row.prompt_set, row.num_speculative_tokens) != (prompt_set, k):
-                continue
-            share = ""
-            if row.accepted_of_full is not None:
-                low, high = row.accepted_of_full_low, row.accepted_of_full_high
-                share = f"{row.accepted_of_full:.1%} ({low:.1%}-{high:.1%})"
-            table.add_row(
-                row.head,
-                str(row.rank or "dense"),
-                str(row.draft_vocab_size),
-                f"{row.length:.3f} ({row.low:.2f}-{row.high:.2f})",
-                share,
-                f"{sum(row.alpha) / len(row.alpha):.3f}",
-                f"{row.head_bytes / 1e6:.2f}",
-            )
-        console.print(table)
+            if (row.prompt_set, row.num_speculative_tokens) == (prompt_set, k):
+                share = ""
+                if row.accepted_of_full is not None:
+                    low, high = row.accepted_of_full_low, row.accepted_of_full_high
+                    share = f"{row.accepted_of_full:.1%} ({low:.1%}-{high:.1%})"
+                alpha = f"{sum(row.alpha) / len(row.alpha):.3f}"
+                cells.append((*_accepted(row), share, alpha, f"{row.head_bytes / 1e6:.2f}"))
+        console.print(_table(f"{prompt_set}, K={k}", columns, cells, **_COMPACT))
     console.print(
         "accepted of full: accepted draft tokens per cycle, relative to the head `full`, without the target's own "
         "token. alpha: overlap of both distributions at temperature 1."
     )
 
 
-def print_serve(results: "ServeResults") -> None:
+def print_serve(results: ServeResults) -> None:
     """Print a table for each data type and concurrency."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
+    columns = ("head", "tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "acceptance length", "failed")
     for dtype, concurrency in dict.fromkeys((row.dtype, row.concurrency) for row in results.rows):
-        title = f"{concurrency} at once" + (f", {dtype}" if dtype else "")
-        table = Table("head", box=None, title=title, title_justify="left")
-        for column in ("tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "acceptance length", "failed"):
-            table.add_column(column, justify="right")
+        cells = []
         for row in results.rows:
             if (row.dtype, row.concurrency) == (dtype, concurrency):
                 times = (f"{ms:.1f}" for ms in (row.ttft_ms_p50, row.itl_ms_p50, row.tpot_ms_p50))
                 length = "" if row.length is None else f"{row.length:.2f}"
-                table.add_row(row.head, f"{row.tokens_per_s:.1f}", *times, length, str(row.failed or ""))
-        console.print(table)
+                cells.append((row.head, f"{row.tokens_per_s:.1f}", *times, length, str(row.failed or "")))
+        console.print(_table(f"{concurrency} at once" + (f", {dtype}" if dtype else ""), columns, cells, box=None))
     console.print(
         "Times are medians. The tokens of a cycle arrive together: ITL is the time of a cycle, and TPOT is the time of "
         "a token."
     )
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], **style: Any) -> Table:
+    """Return a table whose first column holds names and whose other columns hold numbers."""
+    table = Table(columns[0], title=title, title_justify="left", **style)
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _accepted(row: AcceptanceRow | StatesRow) -> tuple[str, ...]:
+    """Return the cells of a head's name, rank and vocabulary, and of its acceptance length."""
+    length = f"{row.length:.3f} ({row.low:.2f}-{row.high:.2f})"
+    return row.head, str(row.rank or "dense"), str(row.draft_vocab_size), length
 
 
 def _drafters(given: list[str]) -> dict[str, str]:

@@ -8,11 +8,13 @@ import typer
 
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.output import claim_file
-from vllm_slimspec.measure.options import choices, claim_results, device_of, turns
+from vllm_slimspec.measure.options import choices, claim_results, device_of
 from vllm_slimspec.measure.shapes import SHAPES
 
 if TYPE_CHECKING:
     import torch
+
+    from vllm_slimspec.measure.results import CrossoverResults
 
 EXAMPLE = "Example: slimspec tune --device cuda --shapes llama-3.1-8b,llama-3.2-1b"
 
@@ -41,27 +43,25 @@ def tune(
     On a CPU, time integer and bfloat16 products at several numbers of rows, and print which ones are faster.
     """
     names = choices(shapes, SHAPES, "--shapes")
-    with one_line_errors(), claim_results(json):
+    with one_line_errors(), claim_results(json) as write:
         where = device_of(device)
         if where.type == "cpu":
-            _tune_cpu(names, repeats, json)
+            write(_tune_cpu(names, repeats))
         else:
             _tune_gpu(names, where, json)
 
 
-def _tune_cpu(shapes: Sequence[str], repeats: int, json: Path | None) -> None:
+def _tune_cpu(shapes: Sequence[str], repeats: int) -> "CrossoverResults":
     from vllm_slimspec.measure.tune import crossovers
 
-    with turns(None, "Timing crossovers") as tick:
-        found = crossovers(shapes, repeats, tick)
-    if json:
-        found.write(json)
+    found = crossovers(shapes, repeats)
     for row in found.rows:
         faster = "integers" if row.integer_us < row.bfloat16_us else "bfloat16"
         typer.echo(
             f"{row.shape} {row.kind} rows={row.batch}: integers {row.integer_us:.0f} us, "
             f"bfloat16 {row.bfloat16_us:.0f} us: {faster}"
         )
+    return found
 
 
 def _tune_gpu(shapes: Sequence[str], device: "torch.device", json: Path | None) -> None:
@@ -72,8 +72,8 @@ def _tune_gpu(shapes: Sequence[str], device: "torch.device", json: Path | None) 
 
     path = json or tuned_path(device_name(device))
     known = TunedTable.read(path) if path.is_file() else None
-    with claim_file(path), turns(None, "Tuning kernels") as tick:
+    with claim_file(path):
         # Each table takes minutes, so that every one is written as soon as it is known.
-        for table in tilings(shapes, device, tick, known):
+        for table in tilings(shapes, device, known):
             table.write(path)
     typer.echo(f"{path}: entries for these versions were kept and the others tuned; remove the file to tune all again")

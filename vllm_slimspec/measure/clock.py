@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ class Clock:
         # cache lines would go back to memory during the timed calls.
         self._flush = torch.zeros(8 << 20 if device.type == "cpu" else 32 << 20, dtype=torch.int64, device=device)
 
-    def measure(self, calls: Sequence[Callable[[], Any]], repeats: int, tick: Callable[[], None]) -> list[list[float]]:
+    def measure(
+        self, calls: Sequence[Callable[[], Any]], repeats: int, tick: Callable[[], object] = lambda: None
+    ) -> list[list[float]]:
         """Return the times of each call in microseconds, ``repeats`` of them; ``tick`` is called after each turn."""
         times: list[list[float]] = [[] for _ in calls]
         ready = calls if self.device.type == "cpu" else [self._graph(call) for call in calls]
@@ -35,7 +37,7 @@ class Clock:
         source = torch.ones(size // 2, dtype=torch.bfloat16, device=self.device)
         target = torch.empty_like(source)
         grid = source.view(1024, -1)
-        copy, read = self.measure([lambda: target.copy_(source), lambda: grid.amax(dim=1)], 11, lambda: None)
+        copy, read = self.measure([lambda: target.copy_(source), lambda: grid.amax(dim=1)], 11)
         return 2 * size / statistics.median(copy) / 1e3, size / statistics.median(read) / 1e3
 
     def _round(self, calls: list[Callable[[], Any]]) -> list[float]:
@@ -67,9 +69,3 @@ class Clock:
         with torch.cuda.graph(graph):
             call()
         return graph.replay
-
-
-def quantile(values: Iterable[float], q: float) -> float:
-    """Return the measured value that is nearest to the quantile ``q`` (0 to 1)."""
-    ordered = sorted(values)
-    return ordered[round(q * (len(ordered) - 1))]

@@ -1,72 +1,63 @@
 """``slimspec bench head``: check draft heads, then time them and the memory bandwidth in one run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from vllm_slimspec.common.device import device_name
+from vllm_slimspec.common.progress import progress
 from vllm_slimspec.measure.arms import Head, Weights, check
-from vllm_slimspec.measure.clock import Clock, quantile
+from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.results import HeadResults, HeadRow, provenance
 from vllm_slimspec.measure.shapes import SHAPES
 
 
 def measure(
-    shapes: Sequence[str],
-    heads: Sequence[Head],
-    batches: Sequence[int],
-    *,
-    device: torch.device,
-    dtype: torch.dtype = torch.bfloat16,
-    repeats: int = 21,
-    tick: Callable[[], None] = lambda: None,
+    shapes: Sequence[str], heads: Sequence[Head], batches: Sequence[int], *, device: torch.device, repeats: int = 21
 ) -> HeadResults:
-    """Check and time every head at every shape and batch, time the memory, and return all results.
+    """Check and time every head at every shape and batch in bfloat16, time the memory, and return all results.
 
     Args:
         shapes: names of ``SHAPES``.
         heads: heads to time; those without a kernel for ``device`` are left out.
         batches: numbers of rows of a call.
         device: where the heads run.
-        dtype: of the weights and the hidden states.
         repeats: timed calls of each head.
-        tick: called after every turn of timing.
 
     Raises:
         ValueError: a head drafts a wrong token; no results are returned then.
     """
     clock = Clock(device)
-    # Bandwidth is measured before and after the heads, and the better value counts.
-    before = clock.bandwidth()
     rows: list[HeadRow] = []
-    with torch.inference_mode():
+    turns = len(shapes) * len(batches) * (repeats + 2)
+    with torch.inference_mode(), progress("Timing heads", turns, "turn") as shown:
+        # Bandwidth is measured before and after the heads, and the better value counts.
+        before = clock.bandwidth()
         for shape in shapes:
-            weights = Weights(SHAPES[shape], dtype, device)
+            weights = Weights(SHAPES[shape], torch.bfloat16, device)
             arms = [arm for head in heads if (arm := weights.arm(head))]
             for batch in batches:
                 hidden = weights.hidden(batch)
                 for arm in arms:
                     check(arm, hidden)
-                times = clock.measure([partial(arm.run, hidden) for arm in arms], repeats, tick)
+                times = clock.measure([partial(arm.run, hidden) for arm in arms], repeats, shown.update)
                 for arm, microseconds in zip(arms, times, strict=True):
-                    p20, p50, p80 = (quantile(microseconds, q) for q in (0.2, 0.5, 0.8))
-                    size = arm.bytes + batch * arm.bytes_per_row
+                    quantiles = np.quantile(microseconds, (0.2, 0.5, 0.8), method="nearest").round(2).tolist()
                     rows.append(
                         HeadRow(
                             head=arm.name,
                             shape=shape,
                             batch=batch,
-                            dtype=str(dtype).removeprefix("torch."),
-                            p20_us=round(p20, 2),
-                            p50_us=round(p50, 2),
-                            p80_us=round(p80, 2),
-                            bytes=size,
+                            dtype="bfloat16",
+                            **dict(zip(("p20_us", "p50_us", "p80_us"), quantiles, strict=True)),
+                            bytes=arm.bytes + batch * arm.bytes_per_row,
                             percent_of_copy_bandwidth=0.0,
                         )
                     )
             del weights, arms
-    copy, read = map(max, before, clock.bandwidth())
+        copy, read = map(max, before, clock.bandwidth())
     for row in rows:
         row.percent_of_copy_bandwidth = round(100 * row.bytes / row.p50_us / 1e3 / copy, 1)
     return HeadResults(

@@ -1,9 +1,9 @@
-"""Parsing of options, and progress, for the commands that measure."""
+"""Parsing of options for the commands that measure."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,6 +12,8 @@ from vllm_slimspec.errors import OptionError
 
 if TYPE_CHECKING:
     import torch
+
+    from vllm_slimspec.measure.results import Results
 
 
 def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
@@ -70,18 +72,14 @@ def device_of(name: str | None) -> "torch.device":
     return found
 
 
-def claim_results(json: Path | None, *, run: Path | None = None) -> AbstractContextManager[Any]:
-    """Return a context that claims the file of ``--json``, if given, before anything is measured.
+@contextmanager
+def claim_results(json: Path | None, *, run: Path | None = None) -> Iterator[Callable[["Results"], None]]:
+    """Claim the file of ``--json``, if given, before anything is measured, and give the function that writes results.
 
     See :func:`claim_file` for ``run`` and the errors.
     """
-    return nullcontext() if json is None else claim_file(json, run=run)
-
-
-@contextmanager
-def turns(total: int | None, what: str) -> Iterator[Callable[[], None]]:
-    """Show the progress of a measurement, and give the function to call after each of its ``total`` turns."""
-    from vllm_slimspec.common.progress import progress  # tqdm comes with vLLM, and `slimspec --help` works without
-
-    with progress(what, total, "turn") as shown:
-        yield shown.update
+    if json is None:
+        yield lambda results: None
+    else:
+        with claim_file(json, run=run):
+            yield lambda results: results.write(json)

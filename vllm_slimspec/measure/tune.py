@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_slimspec.common.device import device_name
+from vllm_slimspec.common.progress import progress
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.cpu import PackedFactor
 from vllm_slimspec.measure.arms import Weights
@@ -36,12 +38,7 @@ CROSSOVER_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 """The numbers of rows at which integer and bfloat16 products are compared on a CPU."""
 
 
-def tune(
-    shapes: Sequence[str],
-    device: torch.device,
-    tick: Callable[[], None] = lambda: None,
-    known: TunedTable | None = None,
-) -> Iterator[TunedTable]:
+def tune(shapes: Sequence[str], device: torch.device, known: TunedTable | None = None) -> Iterator[TunedTable]:
     """Time the tilings for each form of `up`, rank and batch bucket, and yield the table after each form and rank.
 
     Of shapes with the same padded rank only the first is timed, since a table is looked up by rank.
@@ -49,7 +46,6 @@ def tune(
     Args:
         shapes: names of ``SHAPES``.
         device: a device on which Triton runs.
-        tick: called after every turn of timing.
         known: an earlier table. Its entries are kept if it was made with the same versions.
 
     Raises:
@@ -61,13 +57,13 @@ def tune(
     clock = Clock(device)
     dtype = torch.float32 if _tiles.INTERPRETED else torch.bfloat16
     origin = provenance()
-    if known is not None and known.versions != origin["versions"]:
-        known = None
-    rows = {} if known is None else {(row.form, row.rank, row.batch): row for row in known.rows}
-    gemm_rows = [0 if known is None else known.gemm_rows]
-    for shape in shapes:
-        weights = Weights(SHAPES[shape], dtype, device)
-        for kind in (None, "fp8", "int8", "int4"):
+    rows, gemm_rows = {}, 0
+    if known is not None and known.versions == origin["versions"]:
+        rows, gemm_rows = {(row.form, row.rank, row.batch): row for row in known.rows}, known.gemm_rows
+    with progress("Tuning kernels", None, "turn") as shown:
+        for shape, kind in product(shapes, (None, "fp8", "int8", "int4")):
+            if kind is None:
+                weights = Weights(SHAPES[shape], dtype, device)
             up = ops.quantize_up(weights.up, kind) if kind else weights.up
             down, packed = ops.pack(weights.down, up, impl="triton")
             assert isinstance(down, Tensor)
@@ -76,11 +72,12 @@ def tune(
             if (form, rank, _tiles.BATCH_BUCKETS[0]) in rows:
                 continue
             for bucket in _tiles.BATCH_BUCKETS:
-                rows[form, rank, bucket] = _best_tiling(clock, weights.hidden(bucket), down, packed, tick)
+                rows[form, rank, bucket] = _best_tiling(clock, weights.hidden(bucket), down, packed, shown.update)
             if kind is None:
-                gemm_rows.append(_gemm_rows(clock, weights, down, packed, rows[form, rank, bucket], tick))
+                found = _gemm_rows(clock, weights, down, packed, rows[form, rank, bucket], shown.update)
+                gemm_rows = max(gemm_rows, found)
             ordered = [rows[key] for key in sorted(rows)]
-            yield TunedTable(**origin, device=device_name(device), gemm_rows=max(gemm_rows), rows=ordered)
+            yield TunedTable(**origin, device=device_name(device), gemm_rows=gemm_rows, rows=ordered)
 
 
 def _best_tiling(
@@ -94,18 +91,18 @@ def _best_tiling(
     batch, (vocab, rank), form = hidden.shape[0], up.shape, _tiles.form_of(_tiles.factor_of(up))
     default = _tiles.default_tiling(batch, rank, form)
     tried = {}
+
+    def time(tiling: _tiles.Tiling) -> None:
+        call = partial(low_rank_argmax, hidden, down, up, vocab, tiling)
+        tried[tiling] = statistics.median(clock.measure([call], 7, tick)[0])
+
     for block_v, block_r, warps, stages in TILINGS:
         tiling = default._replace(block_v=block_v, block_r=block_r, num_warps=warps, num_stages=stages)
-        if rank % block_r and tiling != default:
-            continue
-        call = partial(low_rank_argmax, hidden, down, up, vocab, tiling)
-        try:
-            tried[tiling] = statistics.median(clock.measure([call], 7, tick)[0])
-        except OutOfResources:
-            continue
+        if rank % block_r == 0 or tiling == default:
+            with suppress(OutOfResources):
+                time(tiling)
     if not tried:  # no tiling divides this rank
-        call = partial(low_rank_argmax, hidden, down, up, vocab, default)
-        tried[default] = statistics.median(clock.measure([call], 7, tick)[0])
+        time(default)
     best = min(tried, key=tried.__getitem__)
     return TunedRow(form=form, rank=rank, batch=batch, p50_us=round(tried[best], 2), **best._asdict())
 
@@ -138,28 +135,25 @@ def _gemm_rows(
     return 2 * GEMM_BATCHES[-1]
 
 
-def crossovers(shapes: Sequence[str], repeats: int = 21, tick: Callable[[], None] = lambda: None) -> CrossoverResults:
+def crossovers(shapes: Sequence[str], repeats: int = 21) -> CrossoverResults:
     """Time both forms that a CPU keeps of a quantized `up`, integer and bfloat16, and return the medians.
 
     ``INTEGER_ROWS`` of :mod:`vllm_slimspec.head.cpu` is chosen by these times.
     """
     device = torch.device("cpu")
-    clock = Clock(device)
-    rows = []
-    with torch.inference_mode():
+    clock, rows = Clock(device), []
+    with torch.inference_mode(), progress("Timing crossovers", None, "turn") as shown:
         for shape in shapes:
             weights = Weights(SHAPES[shape], torch.bfloat16, device)
             for kind in ("int8", "int4"):
                 factors = [PackedFactor(ops.quantize_up(weights.up, kind), torch.bfloat16) for _ in range(2)]
-                factors[0].integer_rows = max(CROSSOVER_ROWS)
-                factors[1].integer_rows = 0
+                factors[0].integer_rows, factors[1].integer_rows = max(CROSSOVER_ROWS), 0
                 for batch in CROSSOVER_ROWS:
                     z = torch.randn(batch, weights.shape.rank).bfloat16()
-                    times = clock.measure([partial(factor, z) for factor in factors], repeats, tick)
+                    times = clock.measure([partial(factor, z) for factor in factors], repeats, shown.update)
                     integer, bfloat16 = (round(statistics.median(each), 2) for each in times)
                     rows.append(
                         CrossoverRow(kind=kind, shape=shape, batch=batch, integer_us=integer, bfloat16_us=bfloat16)
                     )
-    return CrossoverResults(
-        **provenance(), device=device_name(device), threads=torch.get_num_threads(), repeats=repeats, rows=rows
-    )
+    threads = torch.get_num_threads()
+    return CrossoverResults(**provenance(), device=device_name(device), threads=threads, repeats=repeats, rows=rows)
