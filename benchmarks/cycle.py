@@ -29,7 +29,7 @@ from vllm_slimspec.common.progress import progress
 from vllm_slimspec.measure.options import choices, claim_results, positive_ints
 from vllm_slimspec.measure.options import dtypes as listed_dtypes
 from vllm_slimspec.measure.results import AcceptanceResults, provenance
-from vllm_slimspec.measure.served_dtypes import fitting
+from vllm_slimspec.measure.serve import fitting
 from vllm_slimspec.measure.shapes import SHAPES
 from vllm_slimspec.target import Target
 

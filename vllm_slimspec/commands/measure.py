@@ -29,7 +29,11 @@ from vllm_slimspec.measure.results import (
 from vllm_slimspec.measure.shapes import SHAPES
 
 app = typer.Typer(no_args_is_help=True)
-_COMPACT: dict[str, Any] = {"box": None, "pad_edge": False, "collapse_padding": True}  # style of tables with many columns
+_COMPACT: dict[str, Any] = {
+    "box": None,
+    "pad_edge": False,
+    "collapse_padding": True,
+}  # style of tables with many columns
 
 Target = Annotated[
     str, typer.Option("--target", "--verifier", help="The target model: a local folder or a Hugging Face id.")

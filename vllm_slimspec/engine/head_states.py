@@ -123,8 +123,8 @@ class HeadStates:
                 "give the states of this drafter"
             )
 
-    def read(self, held_out: bool) -> Iterator[Rows]:
-        """Yield the rows of one split, one file at a time. One document in five is held out.
+    def read(self, held_out: bool | None = None) -> Iterator[Rows]:
+        """Yield the rows of one split, or of both for None, one file at a time. One document in five is held out.
 
         Raises:
             CheckpointError: a state holds NaN or Inf.
@@ -141,7 +141,7 @@ class HeadStates:
             doc = columns.pop("doc", None)
             rows = Rows(hidden, (before + torch.arange(len(hidden))) // _BLOCK if doc is None else doc, **columns)
             before += len(hidden)
-            yield rows[(rows.doc % _HELD_OUT == 0) == held_out]
+            yield rows if held_out is None else rows[(rows.doc % _HELD_OUT == 0) == held_out]
 
     def sample(self, held_out: bool, limit: int) -> Rows:
         """Return about ``limit`` rows of one split, or all rows if there are fewer.
@@ -151,7 +151,7 @@ class HeadStates:
         Raises:
             CheckpointError: the split is empty.
         """
-        documents = sorted({d for rows in self._documents() for d in rows if (d % _HELD_OUT == 0) == held_out})
+        documents = sorted({d for rows in self.read(held_out) for d in rows.doc.unique().tolist()})
         if not documents:
             raise CheckpointError(
                 f"{self.path}: all {self.rows} states are of one split; collect from at least {_HELD_OUT + 1} documents"
@@ -162,8 +162,8 @@ class HeadStates:
         parts = [rows[torch.isin(rows.doc, chosen)] for rows in self.read(held_out)]
         return concatenate([rows for rows in parts if len(rows)])
 
-    def documents(self, held_out: bool) -> list[Document]:
-        """Return the documents of one split over which the states were recorded.
+    def documents(self, held_out: bool | None = None) -> list[Document]:
+        """Return the documents of one split, or of both for None, over which the states were recorded.
 
         Raises:
             CheckpointError: the documents were not stored with the states.
@@ -181,17 +181,7 @@ class HeadStates:
                 Document(number, part.tolist(), prompt)
                 for (number, _, prompt), part in zip(sizes.tolist(), parts, strict=True)
             ]
-        return [document for document in found if (document.number % _HELD_OUT == 0) == held_out]
-
-    def _documents(self) -> Iterator[list[int]]:
-        before = 0
-        for file in self.files:
-            with safe_open(str(file), framework="pt") as handle:
-                count = handle.get_slice("hidden").get_shape()[0]
-                known = "doc" in handle.keys()  # noqa: SIM118 - a safetensors handle is no mapping
-                doc = handle.get_tensor("doc").long() if known else (before + torch.arange(count)) // _BLOCK
-            before += count
-            yield doc.unique().tolist()
+        return [d for d in found if held_out in (None, d.number % _HELD_OUT == 0)]
 
 
 def concatenate(parts: list[Rows]) -> Rows:

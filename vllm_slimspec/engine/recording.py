@@ -2,10 +2,8 @@
 
 First the target answers each prompt greedily. Then it is asked again K + 1 times, from K + 1 neighboring places of that
 answer. This time the draft head's own tokens are replaced by the target's known tokens, so every draft is accepted and
-each request moves K + 1 places in a cycle. Together the K + 1 requests start a cycle at every place of the answer.
-
-In service a draft step counts only if all drafts before it were accepted, and every recorded state has such a prefix.
-Since the states of all places are known, the walk of any head through the documents can be computed exactly.
+each request moves K + 1 places in a cycle. Together the K + 1 requests start a cycle at every place of the answer, so
+that the walk of any head through the documents can be computed exactly.
 """
 
 import gc
@@ -58,32 +56,24 @@ def collect(
         max_tokens: the most tokens of an answer.
         max_states: recording stops after the group of documents that reaches this number of states.
         engine: arguments of ``vllm.LLM``.
-        dtype: the dtype in which both models compute, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
+        dtype: of both models, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
 
     Raises:
         CheckpointError: the prompts cannot be used, the folder holds something else, nothing could be recorded, or
             vLLM failed.
         OptionError: ``engine`` asks for several devices or processes.
     """
-    check_engine(engine or {})
-    rows = read_prompts(Path(prompts))
-    recipe = {
-        **_models(target, drafter),
-        "prompts_sha256": sha256(Path(prompts)),
-        "order": "random",
-        "K": k,
-        "max_tokens": max_tokens,
-        "max_states": max_states,
-    }
-    writer = StatesWriter(folder, recipe)
+    options, file = engine or {}, Path(prompts)
+    check_engine(options)
+    rows = read_prompts(file)
+    settings = {"order": "random", "K": k, "max_tokens": max_tokens, "max_states": max_states}
+    writer = StatesWriter(folder, {**_models(target, drafter), "prompts_sha256": sha256(file), **settings})
     if writer.complete:
         return HeadStates.open(folder)
-    options = engine or {}
     vocab_size, max_model_len = limits(target, options)
     # An engine that stops after max_tokens has drafted up to k - 1 tokens more.
     length = max_model_len - max_tokens - 2 * k
-    tokenizer = open_tokenizer(rows, str(options.get("tokenizer", target)))
-    documents = tokenize(rows, tokenizer, vocab_size, length, Path(prompts))
+    documents = tokenize(rows, open_tokenizer(rows, str(options.get("tokenizer", target))), vocab_size, length, file)
     order = random.Random(0).sample([*enumerate(documents)], len(documents))
     with _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states")) as llm:
         watcher = _Watcher(llm, k)
@@ -116,20 +106,16 @@ def collect_again(
 ) -> HeadStates:
     """Record the head states of another drafter over documents that the target has answered before.
 
-    Args:
-        target, drafter, folder, k, engine, dtype: as for :func:`collect`.
-        documents: the documents from :meth:`HeadStates.documents`; they keep their numbers.
-
-    Raises:
-        CheckpointError: the folder holds something else, or vLLM failed.
-        OptionError: ``engine`` asks for several devices or processes.
+    Arguments and errors are those of :func:`collect`. The documents, of :meth:`HeadStates.documents`, keep their
+    numbers.
     """
-    check_engine(engine or {})
+    options = engine or {}
+    check_engine(options)
     writer = StatesWriter(folder, {**_models(target, drafter), "K": k})
     if writer.complete:
         return HeadStates.open(folder)
     with (
-        _engine(target, drafter, max(k, 2), engine_options(engine or {}, dtype, "head states")) as llm,
+        _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states")) as llm,
         progress("Head states", len(documents), "document") as shown,
     ):
         watcher = _Watcher(llm, k)
@@ -236,13 +222,13 @@ class _Request:
     """One walk of cycles through an answer. The place of a cycle is the index of the first token that it drafts."""
 
     tokens: list[int]
-    first: int  # the place of the first cycle
+    start: int  # the number of tokens in the prompt
     next: int  # the place of the next cycle, if all drafts are accepted
     cycles: dict[int, torch.Tensor] = field(default_factory=dict)  # place -> states [K, D]
 
     def wanted(self, place: int) -> int:
         """Return the target's token at a place; beyond the answer's end, its last token."""
-        return self.tokens[place] if place < len(self.tokens) else self.tokens[-1]
+        return self.tokens[min(place, len(self.tokens) - 1)]
 
 
 class _Watcher:
@@ -251,7 +237,6 @@ class _Watcher:
     def __init__(self, llm: Any, k: int) -> None:
         self._runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         self._k = k
-        self._vocab = self._runner.model_config.get_vocab_size()
         self._walks: dict[tuple[int, ...], _Request] = {}  # by prompt, because the engine chooses the request ids
         self._batch: list[_Request] = []
         self._states: list[torch.Tensor] = []
@@ -265,20 +250,21 @@ class _Watcher:
     def record(self, llm: Any, answered: Sequence[Document]) -> Rows:
         """Ask for each answer again from K + 1 places, and return the states of all cycles, document by document."""
         walks: list[list[_Request]] = []
-        prompts: list[list[int]] = []
         for document in answered:
             starts = range(document.prompt, min(document.prompt + self._k + 1, len(document.tokens) - self._k))
-            walks.append([_Request(document.tokens, start + 1, start + 1) for start in starts])
-            prompts += [document.tokens[:start] for start in starts]
+            walks.append([_Request(document.tokens, start, start + 1) for start in starts])
         flat = [walk for group in walks for walk in group]
+        prompts = [walk.tokens[: walk.start] for walk in flat]
         self._walks = {tuple(prompt): walk for prompt, walk in zip(prompts, flat, strict=True)}
-        lengths = [len(walk.tokens) - len(prompt) for prompt, walk in zip(prompts, flat, strict=True)]
+        lengths = [len(walk.tokens) - walk.start for walk in flat]
         outputs = _generate(llm, prompts, lengths, ignore_eos=True) if prompts else []
         self._walks = {}
-        for prompt, walk, out in zip(prompts, flat, outputs, strict=True):
-            _forget_after_divergence(walk, [*prompt, *out])
-        parts = [_rows(group, document.number, self._k) for document, group in zip(answered, walks, strict=True)]
-        return _concatenate([p for p in parts if p is not None], self._runner.drafter.hidden_size)
+        for walk, out in zip(flat, outputs, strict=True):
+            _forget_after_divergence(walk, out)
+        # Without it the states of a group without any cycle would have no dtype.
+        none = torch.zeros(0, self._runner.drafter.hidden_size, dtype=self._runner.model_config.dtype)
+        pairs = zip(walks, answered, strict=True)
+        return concatenate([_rows(group, document, self._k, none) for group, document in pairs])
 
     @staticmethod
     def _wrap(owner: Any, name: str, replacement: Any) -> None:
@@ -310,7 +296,7 @@ class _Watcher:
     def _logits(self, original: Any, hidden: torch.Tensor) -> torch.Tensor:
         if not self._batch:
             return original(hidden)
-        logits = hidden.new_zeros(len(hidden), self._vocab)
+        logits = hidden.new_zeros(len(hidden), self._runner.model_config.get_vocab_size())
         return logits.scatter_(1, self._next_tokens(hidden)[:, None], 1.0)
 
     def _next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -325,40 +311,27 @@ class _Watcher:
         states = torch.stack(self._states[: self._k], dim=1).cpu()  # [B, K, D]
         for walk, place, state in zip(self._batch, self._places, states, strict=True):
             if place != walk.next:
-                walk.next = max(walk.first, place + 1)
+                walk.next = max(walk.start, place) + 1
                 continue
             if place + self._k <= len(walk.tokens):
                 walk.cycles[place] = state
             walk.next = place + self._k + 1
 
 
-def _forget_after_divergence(walk: _Request, tokens: list[int]) -> None:
+def _forget_after_divergence(walk: _Request, answer: Sequence[int]) -> None:
     """Drop the cycles after the first token that differs between the two answers of the target.
 
     Near ties are decided differently in another batch, because the target computes in half precision.
     """
-    differing = [i for i, (a, b) in enumerate(zip(walk.tokens, tokens, strict=False)) if a != b]
-    if differing:
-        walk.cycles = {place: state for place, state in walk.cycles.items() if place <= differing[0]}
+    pairs = enumerate(zip(walk.tokens[walk.start :], answer, strict=False), walk.start)
+    differing = next((place for place, (a, b) in pairs if a != b), None)
+    if differing is not None:
+        walk.cycles = {place: state for place, state in walk.cycles.items() if place <= differing}
 
 
-def _rows(walks: Sequence[_Request], document: int, k: int) -> Rows | None:
+def _rows(walks: Sequence[_Request], document: Document, k: int, none: torch.Tensor) -> Rows:
     cycles = sorted((place, state) for walk in walks for place, state in walk.cycles.items())
-    if not cycles:
-        return None
-    places = torch.tensor([place for place, _ in cycles])
     step = torch.arange(k).repeat(len(cycles))
-    pos = places.repeat_interleave(k) + step
-    tokens = torch.tensor(walks[0].tokens)
-    return Rows(
-        hidden=torch.cat([state for _, state in cycles]),
-        doc=torch.full_like(pos, document),
-        step=step,
-        pos=pos,
-        next_token=tokens[pos],
-    )
-
-
-def _concatenate(parts: list[Rows], hidden_size: int) -> Rows:
-    nothing = torch.zeros(0, dtype=torch.long)
-    return concatenate(parts) if parts else Rows(torch.zeros(0, hidden_size), nothing, nothing, nothing, nothing)
+    pos = torch.tensor([place for place, _ in cycles], dtype=torch.long).repeat_interleave(k) + step
+    states = torch.cat([none, *(state for _, state in cycles)])
+    return Rows(states, torch.full_like(pos, document.number), step, pos, torch.tensor(document.tokens)[pos])

@@ -6,15 +6,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from vllm_slimspec.common.walk import acceptance_length
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.engine.answers import Answers, Found, Question, ask
+from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokenize
 from vllm_slimspec.errors import CheckpointError, EngineError, OptionError
-from vllm_slimspec.measure.results import AcceptanceResults, AcceptanceRow, provenance
+from vllm_slimspec.measure.results import AcceptanceResults, AcceptanceRow, DescribedHead, provenance
 from vllm_slimspec.target import Target, fetch
 
 # Two tokens whose log-probabilities differ by less (in nats, in float32) may swap by rounding alone, because a batch of
@@ -45,8 +47,6 @@ def measure(options: Options) -> AcceptanceResults:
         EngineError: an engine failed, or greedy answers in float32 are not the target's own.
         OptionError: a temperature above 0 on a CPU, where vLLM cannot sample with a drafter.
     """
-    import torch
-
     on_cpu = torch.accelerator.current_accelerator() is None
     if on_cpu and any(options.temperatures):
         raise OptionError(
@@ -73,7 +73,8 @@ def measure(options: Options) -> AcceptanceResults:
             # Answers can be compared token for token in float32 only, which vLLM would not choose by itself.
             engine={**({"dtype": "float32"} if on_cpu else {}), **options.engine},
         )
-        return ask(question, work / f"{_file_name(name)}.json")
+        file = "".join(c if c.isalnum() or c in "-.+" else "-" for c in name)
+        return ask(question, work / f"{file}.json")
 
     alone = run(None, "target alone") if 0 in options.temperatures else None
     rows, device, dtype = [], "", ""
@@ -91,7 +92,7 @@ def measure(options: Options) -> AcceptanceResults:
                     prompt_set=prompt_set,
                     temperature=temperature,
                     num_speculative_tokens=options.k,
-                    **vars(heads[name]),
+                    **heads[name].model_dump(),
                     **_counts(_cut(answers, part), own and _cut(own, part)),
                 )
                 _check(row, dtype)
@@ -110,8 +111,7 @@ def measure(options: Options) -> AcceptanceResults:
     )
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(NamedTuple):
     """The result of comparing greedy answers with the target's own."""
 
     equal: int  # number of identical answers
@@ -149,8 +149,7 @@ def _check(row: AcceptanceRow, dtype: str) -> None:
     """
     if dtype != "float32" or row.equal is None or row.near_ties is None:
         return
-    others = len(row.cycles) - row.equal - row.near_ties
-    if others:
+    if others := len(row.cycles) - row.equal - row.near_ties:
         raise EngineError(
             f"{row.head}: {others} of {len(row.cycles)} answers to {row.prompt_set} are not the target's own: they "
             f"differ by up to {row.largest_gap:.3g} nats, and rounding explains at most {NEAR_TIE:g}; no drafter can "
@@ -165,8 +164,8 @@ def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
     if not cycles.sum():
         raise EngineError("no draft token was verified, since every answer has one token only; give other prompts")
     length = acceptance_length(counts)
-    compared = compare(alone, answers) if alone is not None else None
     return {
+        **(dict.fromkeys(Compared._fields) if alone is None else compare(alone, answers)._asdict()),
         "length": length.value,
         "low": length.low,
         "high": length.high,
@@ -174,9 +173,6 @@ def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
         "cycles": cycles.tolist(),
         "accepted": positions.sum(1).tolist(),
         "tokens": sum(map(len, answers.tokens)),
-        "equal": compared and compared.equal,
-        "near_ties": compared and compared.near_ties,
-        "largest_gap": compared and compared.largest_gap,
     }
 
 
@@ -186,17 +182,6 @@ def _cut(answers: Answers, part: slice) -> Answers:
         accepted=answers.accepted and answers.accepted[part],
         top=answers.top and answers.top[part],
     )
-
-
-@dataclass(frozen=True)
-class DescribedHead:
-    """The fields of a result row that describe a head."""
-
-    rank: int | None  # None: the head is dense
-    draft_vocab_size: int
-    rerank: int | None  # number of candidates that are re-ranked; None: none
-    head_bytes: int  # bytes that a draft step reads, the rows of re-ranking included
-    dense_bytes: int  # bytes of a dense head over the same vocabulary
 
 
 def describe_head(drafter: str, target: Target) -> DescribedHead:
@@ -213,19 +198,23 @@ def describe_head(drafter: str, target: Target) -> DescribedHead:
         if not size:
             largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
             size = vocab * target.hidden_size * largest.nbytes // math.prod(largest.shape)
-        return DescribedHead(None, vocab, None, size, size)
-    if spec.rerank is not None:
-        size += spec.rerank * checkpoint.dense_bytes // spec.draft_vocab_size
-    return DescribedHead(spec.rank, spec.draft_vocab_size, spec.rerank, size, checkpoint.dense_bytes)
+        return DescribedHead(rank=None, draft_vocab_size=vocab, rerank=None, head_bytes=size, dense_bytes=size)
+    return DescribedHead(
+        rank=spec.rank,
+        draft_vocab_size=spec.draft_vocab_size,
+        rerank=spec.rerank,
+        head_bytes=size + (spec.rerank or 0) * checkpoint.dense_bytes // spec.draft_vocab_size,
+        dense_bytes=checkpoint.dense_bytes,
+    )
 
 
 def read_sets(
     files: Sequence[Path], target: Target, *, max_model_len: int | None, room: int
 ) -> dict[str, list[list[int]]]:
-    """Return the token ids of the prompts of each file, by the file's name without its suffix.
+    """Return the token ids of the prompts of each JSONL file, by the file's name without its suffix.
 
     Args:
-        files: JSONL files, see :mod:`vllm_slimspec.engine.prompts`.
+        files: see :mod:`vllm_slimspec.engine.prompts`.
         target: the model whose tokenizer and sizes apply.
         max_model_len: the engine's limit of tokens; None: the target's own limit.
         room: number of tokens that must fit behind a prompt.
@@ -233,8 +222,6 @@ def read_sets(
     Raises:
         CheckpointError: a prompt is bad or too long, or two files have the same name.
     """
-    from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokenize
-
     longest = int(max_model_len or target.config["max_position_embeddings"]) - room
     sets: dict[str, list[list[int]]] = {}
     for file in files:
@@ -243,7 +230,3 @@ def read_sets(
         rows = read_prompts(file)
         sets[file.stem] = tokenize(rows, open_tokenizer(rows, target.name), target.vocab_size, longest, file)
     return sets
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-.+" else "-" for c in name)

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,17 +122,22 @@ class CrossoverResults(Results):
     rows: list[CrossoverRow]
 
 
-class _AcceptedRow(Record):
+class DescribedHead(Record):
+    """The fields of a row that describe a drafter's head."""
+
+    rank: int | None  # None: the head is dense
+    draft_vocab_size: int
+    rerank: int | None  # number of candidates that are re-ranked; None: none
+    head_bytes: int  # bytes that a draft step reads, the rows of re-ranking included
+    dense_bytes: int  # bytes of a dense head over the same vocabulary
+
+
+class _AcceptedRow(DescribedHead):
     """What the target accepts from one head over one set of prompts at one K."""
 
     head: str
     prompt_set: str
     num_speculative_tokens: int
-    rank: int | None  # None: the head is dense
-    draft_vocab_size: int
-    rerank: int | None  # number of candidates that are re-ranked; None: none
-    head_bytes: int  # bytes that a draft step reads
-    dense_bytes: int  # bytes of a dense head over the same vocabulary
     length: float  # acceptance length, in tokens per cycle
     low: float  # 95% interval of the length, by resampling the prompts
     high: float
@@ -218,15 +224,9 @@ class ServeResults(Results):
 
 def provenance() -> dict[str, Any]:
     """Return the fields of :class:`Results` that say how a file was made: the command, the time and the versions."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "time": datetime.now(UTC).replace(microsecond=0),
-        "versions": {name: found for name in ("vllm-slimspec", "torch", "triton", "vllm") if (found := _version(name))},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    versions = {}
+    for name in ("vllm-slimspec", "torch", "triton", "vllm"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "time": datetime.now(UTC).replace(microsecond=0), "versions": versions}

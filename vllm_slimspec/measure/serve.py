@@ -5,6 +5,7 @@ request at a time a cycle waits for memory; with many requests it waits for arit
 """
 
 import json
+import logging
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.process import how_it_ended, last_words
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.engine.server import Server, vllm_command
@@ -24,7 +30,10 @@ from vllm_slimspec.measure.compare import read_sets
 from vllm_slimspec.measure.results import ServeResults, ServeRow, provenance
 from vllm_slimspec.target import Target
 
+logger = logging.getLogger(__name__)
+
 _WARM_UP = 2  # uncounted requests for each one that runs at the same time
+_ROOM = 1.5  # memory that serving needs, in multiples of the target's weights: the drafter, the cache and the rest
 
 
 @dataclass(frozen=True)
@@ -54,16 +63,32 @@ class Options:
 def dtypes_of(pair: Pair) -> Sequence[str | None]:
     """Return the dtypes to serve a pair in by default; None stands for vLLM's own choice.
 
-    On a CPU these are the dtypes of :func:`vllm_slimspec.measure.served_dtypes.fitting`, unless the server's arguments
-    have a --dtype.
+    On a CPU these are the dtypes of :func:`fitting`, unless the server's arguments have a --dtype.
     """
-    import torch
-
     if torch.accelerator.is_available() or any(argument.startswith("--dtype") for argument in pair.server):
         return (None,)
-    from vllm_slimspec.measure.served_dtypes import fitting
-
     return fitting(pair.target)
+
+
+def fitting(target: str | Path) -> list[str]:
+    """Return the dtypes to measure a target in on a CPU: both, or bfloat16 if float32 does not fit into memory.
+
+    A single request waits for memory, so that bfloat16 should be faster even on a processor that emulates it. The cost
+    of emulation differs between processors, however, so that both are measured.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(target)))
+    needed, there = _ROOM * 4 * sum(p.numel() for p in model.parameters()), psutil.virtual_memory().available
+    if needed <= there:
+        return ["bfloat16", "float32"]
+    logger.warning(
+        "%s: is not timed in float32, which would need about %.0f GB of memory; %.0f GB are free; to time it all the "
+        "same, give --dtypes float32",
+        target,
+        needed / 1e9,
+        there / 1e9,
+    )
+    return ["bfloat16"]
 
 
 def measure(options: Options) -> Iterator[ServeResults]:
@@ -74,11 +99,6 @@ def measure(options: Options) -> Iterator[ServeResults]:
         ImportError: pandas, which the load generator needs, is not installed.
         EngineError: a server or the load generator failed; the message names the log.
     """
-    import torch
-    from transformers import AutoTokenizer
-
-    from vllm_slimspec.common.device import device_name
-
     if find_spec("pandas") is None:
         raise ImportError("`vllm bench serve` needs pandas; pip install 'vllm-slimspec[bench]'")
     pair = options.pair
@@ -97,13 +117,8 @@ def measure(options: Options) -> Iterator[ServeResults]:
         arguments = ["--served-model-name", "target", "--no-enable-prefix-caching", *pair.server]
         arguments += [] if dtype is None else ["--dtype", dtype]
         if drafter is not None:
-            speculative = {
-                "method": "eagle3",
-                "model": drafter,
-                "num_speculative_tokens": options.k,
-                **pair.speculative.get(name, {}),
-            }
-            arguments += ["--speculative-config", json.dumps(speculative)]
+            speculative = {"method": "eagle3", "model": drafter, "num_speculative_tokens": options.k}
+            arguments += ["--speculative-config", json.dumps({**speculative, **pair.speculative.get(name, {})})]
         server = Server(pair.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200)
         with ExitStack() as running:
             what = f"vllm serve, drafter {name}" + (f", {dtype}" if dtype else "")
@@ -166,11 +181,6 @@ def row(head: str, concurrency: int, saved: Mapping[str, Any], dtype: str | None
         output_tokens=saved["total_output_tokens"],
         duration_s=saved["duration"],
         tokens_per_s=saved["output_throughput"],
-        ttft_ms_p50=saved["p50_ttft_ms"],
-        ttft_ms_p80=saved["p80_ttft_ms"],
-        itl_ms_p50=saved["p50_itl_ms"],
-        itl_ms_p80=saved["p80_itl_ms"],
-        tpot_ms_p50=saved["p50_tpot_ms"],
-        tpot_ms_p80=saved["p80_tpot_ms"],
+        **{f"{time}_ms_{p}": saved[f"{p}_{time}_ms"] for time in ("ttft", "itl", "tpot") for p in ("p50", "p80")},
         length=saved.get("spec_decode_acceptance_length"),
     )

@@ -1,15 +1,15 @@
 """``slimspec bench states``: score draft heads on recorded head states.
 
 The states that go into a head do not depend on the head as long as its drafts are accepted. So an engine records them
-once for each drafter body, at every place of the target's greedy answers (:mod:`vllm_slimspec.engine.recording`). Any
-number of heads can then be scored on them. At temperature 0 the cycles that an engine would run are followed exactly
-(:mod:`vllm_slimspec.common.walk`). At temperature 1 the share of sampled drafts that is accepted at a place is the
-overlap of both distributions, the sum over tokens of min(p, q) (arXiv 2211.17192). The target's probabilities p come
-from its own forward pass over the answers.
+once for each drafter body, and any number of heads can be scored on them. At temperature 0 the cycles of an engine are
+followed exactly (:mod:`vllm_slimspec.common.walk`). At temperature 1 the share of sampled drafts that is accepted at a
+place is the overlap of both distributions, the sum over tokens of min(p, q) (arXiv 2211.17192). The target's
+probabilities p come from its own forward pass over the answers.
 """
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.progress import progress
@@ -28,9 +29,9 @@ from vllm_slimspec.drafters.source import normalized
 from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, concatenate
 from vllm_slimspec.engine.recording import collect, collect_again
 from vllm_slimspec.errors import OptionError
-from vllm_slimspec.measure.compare import DescribedHead, describe_head
+from vllm_slimspec.measure.compare import describe_head
 from vllm_slimspec.measure.draft_head import DraftHead
-from vllm_slimspec.measure.results import StatesResults, StatesRow, provenance
+from vllm_slimspec.measure.results import DescribedHead, StatesResults, StatesRow, provenance
 from vllm_slimspec.target import Target, fetch
 
 REFERENCE = "full"
@@ -85,25 +86,27 @@ def measure(options: Options) -> StatesResults:
     if len(set(names)) < len(names):
         raise OptionError(f"--prompts: two of the files {', '.join(names)} have the same name; rename one of them")
     recorded = {file.stem: _record(options, file, entrants.values()) for file in options.prompts}
-    model = _load(options.target)
-    scores: dict[str, dict[str, list[_Scores]]] = {name: {} for name in entrants}
-    total = sum(len(_documents(next(iter(states.values())))) for states in recorded.values())
-    with progress("Scoring heads", total, "document") as shown:
+    with progress("Loading the target"):
+        model: Any = AutoModelForCausalLM.from_pretrained(options.target, dtype=torch.float32).eval()
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = model.to(device)
+    scores: dict[tuple[str, str], list[_Scores]] = defaultdict(list)  # by head and prompt set
+    documents = {name: next(iter(states.values())).documents() for name, states in recorded.items()}
+    with progress("Scoring heads", sum(map(len, documents.values())), "document") as shown:
         for prompt_set, states in recorded.items():
             rows = {body: _by_document(found) for body, found in states.items()}
-            for document in _documents(next(iter(states.values()))):
+            for document in documents[prompt_set]:
                 shown.update()
                 if not all(document.number in found for found in rows.values()):
                     continue  # the answer is shorter than a cycle, so that no states were recorded
                 p = target_probabilities(model, document)
                 for name, entrant in entrants.items():
                     found = score(entrant.head, rows[entrant.body][document.number], document, p, options.ks)
-                    scores[name].setdefault(prompt_set, []).append(found)
-    for by_set in scores.values():
-        by_set[ALL] = [one for part in list(by_set.values()) for one in part]
+                    scores[name, prompt_set].append(found)
+                    scores[name, ALL].append(found)
     return StatesResults(
         **provenance(),
-        device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
+        device=device_name(device),
         target=options.target,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
@@ -113,8 +116,8 @@ def measure(options: Options) -> StatesResults:
                 head=name,
                 prompt_set=prompt_set,
                 num_speculative_tokens=k,
-                **vars(entrant.described),
-                **_row(scores[name][prompt_set], scores.get(REFERENCE, {}).get(prompt_set), k),
+                **entrant.described.model_dump(),
+                **_row(scores[name, prompt_set], scores.get((REFERENCE, prompt_set)), k),
             )
             for prompt_set in [*recorded, *([ALL] if len(recorded) > 1 else [])]
             for k in options.ks
@@ -130,9 +133,9 @@ def _entrants(options: Options, target: Target) -> dict[str, _Entrant]:
         folder = fetch(drafter, ["*.json", "*.safetensors"])
         head = DraftHead.open(folder, target)
         found[name] = _Entrant(head, body_key(folder), folder, describe_head(str(folder), target))
-    full = found.get(REFERENCE)
     if not options.rerank:
         return found
+    full = found.get(REFERENCE)
     if full is None or full.described.rank is not None or len(full.head.ids) < target.vocab_size:
         raise OptionError(
             f"--rerank: needs a drafter of the name {REFERENCE!r}, whose dense head over the whole vocabulary scores "
@@ -148,7 +151,8 @@ def _entrants(options: Options, target: Target) -> dict[str, _Entrant]:
         row = full.described.dense_bytes // len(full.head.ids)
         for k in ks:
             head = replace(one.head, rows=full.head.factors[0][one.head.ids], rerank=k)
-            described = replace(one.described, rerank=k, head_bytes=one.described.head_bytes + k * row)
+            size = one.described.head_bytes + k * row
+            described = one.described.model_copy(update={"rerank": k, "head_bytes": size})
             found[f"{name}, {k} scored again"] = replace(one, head=head, described=described)
     return found
 
@@ -207,59 +211,35 @@ def target_probabilities(model: Any, document: Document) -> torch.Tensor:
 def _record(options: Options, prompts: Path, entrants: Iterable[_Entrant]) -> dict[str, HeadStates]:
     """Return the states of each body over one file of prompts. The first body's answers are used for all others."""
     found: dict[str, HeadStates] = {}
-    k, engine, dtype = max(options.ks), dict(options.engine), options.dtype
-    if dtype == "auto" and torch.accelerator.current_accelerator() is None:
-        dtype = "float32"
+    exact = options.dtype == "auto" and torch.accelerator.current_accelerator() is None
+    dtype = "float32" if exact else options.dtype
+    common: dict[str, Any] = {"k": max(options.ks), "engine": dict(options.engine), "dtype": dtype}
     for body, folder in {entrant.body: entrant.folder for entrant in entrants}.items():
         place = options.work / body / prompts.stem
         if found:
-            documents = _documents(next(iter(found.values())))
-            found[body] = collect_again(options.target, folder, documents, place, k=k, engine=engine, dtype=dtype)
+            documents = next(iter(found.values())).documents()
+            found[body] = collect_again(options.target, folder, documents, place, **common)
         else:
             with prompts.open("rb") as lines:
-                most = sum(1 for _ in lines) * options.max_tokens * k
-            found[body] = collect(
-                options.target,
-                folder,
-                prompts,
-                place,
-                k=k,
-                max_tokens=options.max_tokens,
-                max_states=most,
-                engine=engine,
-                dtype=dtype,
-            )
+                most = sum(1 for _ in lines) * options.max_tokens * max(options.ks)
+            limits = {"max_tokens": options.max_tokens, "max_states": most}
+            found[body] = collect(options.target, folder, prompts, place, **limits, **common)
     return found
 
 
-def _documents(states: HeadStates) -> list[Document]:
-    return [document for held_out in (True, False) for document in states.documents(held_out)]
-
-
 def _by_document(states: HeadStates) -> dict[int, Rows]:
-    rows = concatenate([part for held_out in (True, False) for part in states.read(held_out)])
+    rows = concatenate(list(states.read()))
     order = rows.doc.argsort(stable=True)
     numbers, counts = rows.doc[order].unique_consecutive(return_counts=True)
     parts = order.split(counts.tolist())
     return {number: rows[part] for number, part in zip(numbers.tolist(), parts, strict=True)}
 
 
-def _load(target: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with progress("Loading the target"):
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    return model.to(torch.accelerator.current_accelerator() or "cpu")
-
-
 def _row(scores: Sequence[_Scores], reference: Sequence[_Scores] | None, k: int) -> dict[str, Any]:
     counts = np.stack([one.walks[k] for one in scores])
-    length = acceptance_length(counts)
-    share = None
-    if reference is not None:
-        share = accepted_share(counts, np.stack([one.walks[k] for one in reference]))
+    share = reference and accepted_share(counts, np.stack([one.walks[k] for one in reference]))
     overlap = np.sum([one.overlap[:k] for one in scores], axis=0)
-    cycles = counts.sum(0)
+    cycles, length = counts.sum(0), acceptance_length(counts)
     return {
         "length": length.value,
         "low": length.low,
