@@ -1,10 +1,13 @@
 """Read from vLLM's own counters how many draft tokens the target accepted."""
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
-_PREFIX = "vllm:spec_decode_num_"
+_DRAFTS, _ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
+_PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 
 @dataclass(frozen=True)
@@ -35,37 +38,23 @@ class Acceptance:
 
 
 def from_server(url: str) -> Acceptance:
-    """Read the counters of a running ``vllm serve`` from its /metrics.
-
-    Args:
-        url: the server's address without a path.
-    """
+    """Read the counters of a running ``vllm serve`` from its /metrics; ``url`` is its address without a path."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    totals: dict[str, int] = {}
-    positions: dict[int, int] = {}
+    totals: Counter[str] = Counter()
+    positions: Counter[int] = Counter()
     for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).raise_for_status().text):
         for sample in family.samples:
-            name = sample.name.removesuffix("_total")
-            if name == f"{_PREFIX}accepted_tokens_per_pos":
-                position = int(sample.labels["position"])
-                positions[position] = positions.get(position, 0) + int(sample.value)
-            elif name in (f"{_PREFIX}drafts", f"{_PREFIX}accepted_tokens") and sample.name.endswith("_total"):
-                totals[name] = totals.get(name, 0) + int(sample.value)
-    return _build(totals, [positions[p] for p in sorted(positions)])
+            if sample.name == f"{_PER_POSITION}_total":
+                positions[int(sample.labels["position"])] += int(sample.value)
+            elif sample.name in (f"{_DRAFTS}_total", f"{_ACCEPTED}_total"):
+                totals[sample.name.removesuffix("_total")] += int(sample.value)
+    return Acceptance(totals[_DRAFTS], totals[_ACCEPTED], tuple(positions[p] for p in sorted(positions)))
 
 
-def from_engine(llm) -> Acceptance:
+def from_engine(llm: Any) -> Acceptance:
     """Read the counters of an offline ``vllm.LLM`` that was started with ``disable_log_stats=False``."""
-    totals: dict[str, int] = {}
-    positions: list[int] = []
-    for metric in llm.get_metrics():
-        if metric.name == f"{_PREFIX}accepted_tokens_per_pos":
-            positions = list(metric.values)
-        elif metric.name.startswith(_PREFIX):
-            totals[metric.name] = totals.get(metric.name, 0) + metric.value
-    return _build(totals, positions)
-
-
-def _build(totals: dict[str, int], positions: list[int]) -> Acceptance:
-    return Acceptance(totals.get(f"{_PREFIX}drafts", 0), totals.get(f"{_PREFIX}accepted_tokens", 0), tuple(positions))
+    metrics = llm.get_metrics()
+    positions = [tuple(metric.values) for metric in metrics if metric.name == _PER_POSITION]
+    drafts, accepted = (sum(m.value for m in metrics if m.name == name) for name in (_DRAFTS, _ACCEPTED))
+    return Acceptance(drafts, accepted, positions[-1] if positions else ())

@@ -6,10 +6,9 @@ continue.
 """
 
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from vllm_slimspec.common.process import how_it_ended, last_words, run_ticking
 from vllm_slimspec.common.progress import counted, progress
 from vllm_slimspec.engine.acceptance import Acceptance, from_engine
 from vllm_slimspec.errors import EngineError
+from vllm_slimspec.target import fingerprint
 
 _TOP = 8  # log-probabilities kept at each place when the target answers without a drafter
 
@@ -50,7 +50,7 @@ class Answers(BaseModel):
 class Found(BaseModel):
     """The answers of one engine, with one entry for each temperature."""
 
-    made_from: str  # SHA-256 of the question and of the state of the models' files
+    made_from: str  # SHA-256 of the question and of the fingerprints of the models
     device: str
     dtype: str
     answers: list[Answers]
@@ -59,18 +59,15 @@ class Found(BaseModel):
 def ask(question: Question, file: Path) -> Found:
     """Start an engine, ask it the question, and return its answers.
 
-    Args:
-        question: the prompts and settings.
-        file: where the answers are kept. The engine's log is written beside it.
+    They are kept in ``file``, and the engine's log is written beside it.
 
     Raises:
         EngineError: the engine failed.
     """
-    made_from = hashlib.sha256(question.model_dump_json().encode() + _fingerprint(question)).hexdigest()
-    if file.is_file():
-        found = Found.model_validate_json(file.read_text())
-        if found.made_from == made_from:
-            return found
+    models = [fingerprint(model) for model in (question.target, question.drafter) if model is not None]
+    made_from = hashlib.sha256("".join([question.model_dump_json(), *models]).encode()).hexdigest()
+    if file.is_file() and (found := Found.model_validate_json(file.read_text())).made_from == made_from:
+        return found
     file.parent.mkdir(parents=True, exist_ok=True)
     asked, log = file.with_suffix(".question"), file.with_suffix(".log")
     asked.write_text(question.model_dump_json())
@@ -122,12 +119,12 @@ def _ask(llm: Any, question: Question, temperature: float, by_request: bool, ans
         prompts = [{"prompt_token_ids": question.prompts[place]} for place in places]
         return [request.outputs[0] for request in llm.generate(prompts, params, use_tqdm=counted(answered))]
 
-    everything = range(len(question.prompts))
+    everything, alone = range(len(question.prompts)), question.drafter is None
+    top: list[list[dict[int, float]]] | None = None
     accepted: list[Acceptance] | None = None
-    if question.drafter is None or by_request:
+    if alone or by_request:
         outputs = generate(everything)
-        if question.drafter is not None:
-            accepted = [_of_histogram(output.spec_decode_metrics.histogram) for output in outputs]
+        accepted = None if alone else [_of_histogram(output.spec_decode_metrics.histogram) for output in outputs]
     else:
         outputs, accepted, before = [], [], from_engine(llm)
         for place in everything:
@@ -135,26 +132,15 @@ def _ask(llm: Any, question: Question, temperature: float, by_request: bool, ans
             after = from_engine(llm)
             accepted.append(after - before)
             before = after
-    top = None
-    if question.drafter is None and not temperature:
+    if alone and not temperature:
         top = [[{t: entry.logprob for t, entry in place.items()} for place in o.logprobs] for o in outputs]
     return Answers(tokens=[list(output.token_ids) for output in outputs], accepted=accepted, top=top)
 
 
 def _of_histogram(cycles: Sequence[int]) -> Acceptance:
-    """Return the counters for ``cycles``, the numbers of cycles in which 0, 1, ... K drafts were accepted."""
+    """Return the counters for the numbers of cycles in which 0, 1, ... K drafts were accepted."""
     at_least = [sum(cycles[j:]) for j in range(1, len(cycles))]
     return Acceptance(sum(cycles), sum(at_least), tuple(at_least))
-
-
-def _fingerprint(question: Question) -> bytes:
-    """Return bytes that change when a file of a model changes, if the model is a local folder."""
-    marks: list[Mapping[str, Any]] = []
-    for model in filter(None, (question.target, question.drafter)):
-        for file in sorted(Path(model).glob("*")) if Path(model).is_dir() else ():
-            state = file.stat()
-            marks.append({"name": file.name, "size": state.st_size, "time": state.st_mtime_ns})
-    return json.dumps(marks).encode()
 
 
 def main() -> None:

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_slimspec.common import memory
-from vllm_slimspec.common.files import save_tensors
+from vllm_slimspec.common.files import read_header, save_tensors
 from vllm_slimspec.common.output import write_whole
 from vllm_slimspec.errors import CheckpointError
 
@@ -50,9 +49,7 @@ class Rows:
         return len(self.hidden)
 
     def __getitem__(self, index: Any) -> "Rows":
-        columns = (self.step, self.pos, self.next_token)
-        step, pos, next_token = (None if c is None else c[index] for c in columns)
-        return Rows(self.hidden[index], self.doc[index], step, pos, next_token)
+        return Rows(**{name: column[index] for name, column in vars(self).items() if column is not None})
 
 
 @dataclass(frozen=True)
@@ -89,18 +86,17 @@ class HeadStates:
         files = tuple(sorted(path.glob("states-*.safetensors")))
         if not files:
             raise CheckpointError(f"{path}: holds no states-*.safetensors; give the folder of a collection")
-        listed, sums = index.get("sha256s"), {file.name: sha256(file) for file in files}
-        if listed and set(listed) != set(sums):
+        sums = {file.name: sha256(file) for file in files}
+        listed = index.get("sha256s") or sums
+        if set(listed) != set(sums):
             raise CheckpointError(f"{path}: its files are not those that index.json lists; copy the folder again")
-        shapes = []
         for file in files:
-            if listed and sums[file.name] != listed[file.name]:
+            if sums[file.name] != listed[file.name]:
                 raise CheckpointError(f"{file}: not the file that index.json describes (sha256); copy it again")
-            shapes.append(_check_file(file))
-        if len({(dtype, size) for _, size, dtype in shapes}) != 1:
+        rows, sizes, dtypes = zip(*map(_check_file, files), strict=True)
+        if len(set(sizes)) > 1 or len(set(dtypes)) > 1:
             raise CheckpointError(f"{path}: files differ in hidden size or dtype; keep those of one collection")
-        index["sha256s"] = sums
-        return cls(path, index, files, shapes[0][1], shapes[0][2], sum(rows for rows, _, _ in shapes))
+        return cls(path, index | {"sha256s": sums}, files, sizes[0], dtypes[0], sum(rows))
 
     @property
     def steps(self) -> int | None:
@@ -108,15 +104,7 @@ class HeadStates:
         return self.index.get("K")
 
     def check_head(self, hidden_size: int, drafter: str) -> None:
-        """Refuse states whose width is not the hidden size of the head.
-
-        Args:
-            hidden_size: D of the head.
-            drafter: the name of the drafter, for the error.
-
-        Raises:
-            CheckpointError: the sizes differ.
-        """
+        """Raise CheckpointError, which names the drafter, if the states are not as wide as the input of its head."""
         if self.hidden_size != hidden_size:
             raise CheckpointError(
                 f"{self.path}: states have {self.hidden_size} numbers but the head of {drafter} takes {hidden_size}; "
@@ -138,8 +126,7 @@ class HeadStates:
             if not bool(torch.isfinite(hidden).all()):
                 bad = int((~torch.isfinite(hidden)).any(1).nonzero()[0])
                 raise CheckpointError(f"{file}: row {bad} holds NaN or Inf; collect the states again")
-            doc = columns.pop("doc", None)
-            rows = Rows(hidden, (before + torch.arange(len(hidden))) // _BLOCK if doc is None else doc, **columns)
+            rows = Rows(hidden, **{"doc": (before + torch.arange(len(hidden))) // _BLOCK} | columns)
             before += len(hidden)
             yield rows if held_out is None else rows[(rows.doc % _HELD_OUT == 0) == held_out]
 
@@ -177,22 +164,15 @@ class HeadStates:
                     )
                 sizes, tokens = handle.get_tensor("documents"), handle.get_tensor("tokens")
             parts = tokens.split(sizes[:, 1].tolist())
-            found += [
-                Document(number, part.tolist(), prompt)
-                for (number, _, prompt), part in zip(sizes.tolist(), parts, strict=True)
-            ]
+            pairs = zip(sizes.tolist(), parts, strict=True)
+            found += [Document(number, part.tolist(), prompt) for (number, _, prompt), part in pairs]
         return [d for d in found if held_out in (None, d.number % _HELD_OUT == 0)]
 
 
 def concatenate(parts: list[Rows]) -> Rows:
     """Return the rows of all parts, in order. A column is kept if every part has it."""
-
-    def column(name: str) -> torch.Tensor | None:
-        found = [getattr(part, name) for part in parts]
-        return None if any(c is None for c in found) else torch.cat(found)
-
-    doc = torch.cat([part.doc for part in parts])
-    return Rows(torch.cat([p.hidden for p in parts]), doc, column("step"), column("pos"), column("next_token"))
+    columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    return Rows(**{name: torch.cat(c) for name, c in columns.items() if all(one is not None for one in c)})
 
 
 def common(one: Rows, other: Rows) -> tuple[Rows, Rows]:
@@ -213,9 +193,7 @@ def common(one: Rows, other: Rows) -> tuple[Rows, Rows]:
 class StatesWriter:
     """A writer of a collection, which is written in groups. A run that was killed continues at the first missing group.
 
-    Args:
-        folder: the collection's folder.
-        recipe: the settings that identify the collection.
+    The recipe holds the settings that identify the collection.
 
     Raises:
         CheckpointError: the folder holds other files, or a collection that was begun with another recipe.
@@ -227,9 +205,11 @@ class StatesWriter:
             found = {key: value for key, value in _read_index(self.path).items() if key in recipe}
         elif (self.path / "recipe.json").is_file():
             found = json.loads((self.path / "recipe.json").read_text(encoding="utf-8"))
-        elif self.path.exists() and (not self.path.is_dir() or any(self._others())):
-            raise CheckpointError(f"{self.path}: holds other files; remove them or choose another folder")
         else:
+            # A folder may hold the temporary files of a killed run.
+            there = self.path.iterdir() if self.path.is_dir() else filter(Path.exists, [self.path])
+            if any(file.suffix != ".partial" for file in there):
+                raise CheckpointError(f"{self.path}: holds other files; remove them or choose another folder")
             return
         # A model may have moved to another path, so its fingerprint is compared and its name is not.
         changed = sorted(key for key in recipe if found.get(key) != recipe[key] and f"{key}_fingerprint" not in recipe)
@@ -239,11 +219,9 @@ class StatesWriter:
 
     @property
     def complete(self) -> bool:
-        """Return whether the whole collection is there."""
         return (self.path / "index.json").is_file()
 
     def has(self, group: int) -> bool:
-        """Return whether this group was written."""
         return self._file(group).is_file()
 
     def write(self, group: int, rows: Rows, documents: Sequence[Document] = ()) -> None:
@@ -253,12 +231,10 @@ class StatesWriter:
             text = json.dumps(self._recipe)
             write_whole(self.path / "recipe.json", lambda part: part.write_text(text, encoding="utf-8"))
         tensors = {"hidden": rows.hidden.contiguous()}
-        for name, dtype in _COLUMNS.items():
-            tensors[name] = getattr(rows, name).to(dtype).contiguous()
+        tensors |= {name: getattr(rows, name).to(dtype).contiguous() for name, dtype in _COLUMNS.items()}
         tensors["tokens"] = torch.tensor([token for d in documents for token in d.tokens], dtype=torch.long)
-        tensors["documents"] = torch.tensor(
-            [[d.number, len(d.tokens), d.prompt] for d in documents], dtype=torch.long
-        ).view(-1, 3)
+        sizes = [[d.number, len(d.tokens), d.prompt] for d in documents]
+        tensors["documents"] = torch.tensor(sizes, dtype=torch.long).view(-1, 3)
         write_whole(self._file(group), lambda part: save_tensors(tensors, part))
 
     def count(self) -> int:
@@ -268,23 +244,12 @@ class StatesWriter:
     def finish(self) -> HeadStates:
         """Write index.json, which makes the collection complete, and return the collection."""
         files = sorted(self.path.glob("states-*.safetensors"))
-        shapes = [_check_file(file) for file in files]
-        index = {
-            **self._recipe,
-            "format": FORMAT,
-            "D": shapes[0][1],
-            "dtype": str(shapes[0][2]).removeprefix("torch."),
-            "rows": sum(rows for rows, _, _ in shapes),
-            "sha256s": {file.name: sha256(file) for file in files},
-        }
-        write_whole(
-            self.path / "index.json", lambda part: part.write_text(json.dumps(index, indent=2), encoding="utf-8")
-        )
+        _, size, dtype = _check_file(files[0])
+        sizes = {"D": size, "dtype": str(dtype).removeprefix("torch."), "rows": self.count()}
+        sums = {file.name: sha256(file) for file in files}
+        text = json.dumps({**self._recipe, "format": FORMAT, **sizes, "sha256s": sums}, indent=2)
+        write_whole(self.path / "index.json", lambda part: part.write_text(text, encoding="utf-8"))
         return HeadStates.open(self.path)
-
-    def _others(self) -> Iterator[Path]:
-        """Yield the files that are not temporary files of a killed run."""
-        return (file for file in self.path.iterdir() if not file.name.endswith(".partial"))
 
     def _file(self, group: int) -> Path:
         return self.path / f"states-{group:05d}.safetensors"
@@ -317,13 +282,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _check_file(file: Path) -> tuple[int, int, torch.dtype]:
     """Check the header of a states file, and return its number of rows, D and dtype."""
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            header = {name: (part.get_dtype(), list(part.get_shape())) for name, part in parts.items()}
-    except Exception as error:  # safetensors raises its own class and OSError
-        memory.raise_if_ran_out(error, file)
-        raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
+    header = {name: (info.dtype, list(info.shape)) for name, info in read_header(file).items()}
     dtype, shape = header.get("hidden", ("nothing", []))
     if dtype not in _DTYPES or len(shape) != 2:
         raise CheckpointError(

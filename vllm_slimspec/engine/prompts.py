@@ -44,11 +44,7 @@ def read_prompts(file: Path) -> list[Line]:
 
 
 def open_tokenizer(rows: Sequence[Line], name: str) -> Any:
-    """Load and return a tokenizer; return None if every line already holds token ids.
-
-    Args:
-        rows: the lines from :func:`read_prompts`.
-        name: the folder or Hugging Face id of the tokenizer.
+    """Load and return the tokenizer of a folder or Hugging Face id; return None if every line already holds token ids.
 
     Raises:
         CheckpointError: the tokenizer cannot be loaded.
@@ -67,13 +63,7 @@ def open_tokenizer(rows: Sequence[Line], name: str) -> Any:
 
 
 def tokens_of(rows: Sequence[Line], tokenizer: Any, vocab_size: int, file: Path) -> Iterator[tuple[int, list[int]]]:
-    """Yield the number and the token ids of each line.
-
-    Args:
-        rows: the lines from :func:`read_prompts`.
-        tokenizer: the tokenizer from :func:`open_tokenizer`.
-        vocab_size: the target's vocabulary size. Every id must be below it.
-        file: the name of the file, for errors.
+    """Yield the number and the token ids of each line; ``file`` is named in errors.
 
     Raises:
         CheckpointError: the chat template refuses a line, or an id is not in the target's vocabulary.
@@ -96,10 +86,7 @@ def tokens_of(rows: Sequence[Line], tokenizer: Any, vocab_size: int, file: Path)
 def tokenize(rows: Sequence[Line], tokenizer: Any, vocab_size: int, max_length: int, file: Path) -> list[list[int]]:
     """Return the token ids of each prompt, without duplicates.
 
-    Args:
-        rows, tokenizer, vocab_size, file: as for :func:`tokens_of`.
-        max_length: the most tokens that a prompt may have. A longer ``text`` is cut to its beginning; a longer prompt
-            of another form is refused.
+    A ``text`` of more than ``max_length`` tokens is cut to its beginning. A longer prompt of another form is refused.
 
     Raises:
         CheckpointError: :func:`tokens_of` refuses a line, or a prompt is empty or too long.

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import httpx
 
@@ -39,21 +39,11 @@ class Server:
         env: Mapping[str, str] | None = None,
         timeout: float = 300,
     ) -> None:
-        self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        self.timeout = timeout
-        self.env = {**os.environ, **(env or {})}
-        self.command = [
-            vllm_command(),
-            "serve",
-            str(model),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            *arguments,
-        ]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self._timeout, self._env = timeout, {**os.environ, **(env or {})}
+        self._command = [vllm_command(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Server":
@@ -61,7 +51,7 @@ class Server:
         with self.log.open("wb") as log:
             # The new session holds the engine's processes. Ctrl-C does not reach them; __exit__ stops them.
             self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._env, start_new_session=True
             )
         try:
             self._wait()
@@ -70,35 +60,30 @@ class Server:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Stop the server and everything that it started."""
-        if self.process is None:
-            return
-        stop(self.process)
-        self.process = None
+        if self.process is not None:
+            stop(self.process)
+            self.process = None
 
     def output(self) -> str:
         """Return what the server has printed so far."""
         return self.log.read_text(errors="replace")
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + self.timeout
         assert self.process is not None
+        deadline = time.monotonic() + self._timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise EngineError(f"vllm serve {how_it_ended(self.process.returncode)} {last_words(self.log)}")
-            try:
+            with suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
-            except httpx.TransportError:
-                pass
             time.sleep(0.25)
-        raise EngineError(f"vllm serve did not answer within {self.timeout:.0f} s {last_words(self.log)}")
+        raise EngineError(f"vllm serve did not answer within {self._timeout:.0f} s {last_words(self.log)}")
 
 
 def vllm_command() -> str:
@@ -111,9 +96,3 @@ def vllm_command() -> str:
     if found is None:
         raise EngineError("no `vllm` command beside this Python; install vLLM into this environment")
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,7 +1,4 @@
-"""The head of a stored drafter, computed in plain float32 from given head states, without an engine.
-
-Letters: N states, D hidden size, V draft vocabulary.
-"""
+"""The head of a stored drafter in plain float32, without an engine, for N states, D hidden size and V draft ids."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +23,12 @@ class DraftHead:
 
     @classmethod
     def open(cls, folder: Path, target: Target) -> "DraftHead":
-        """Read and return the head in a drafter's folder.
-
-        Raises:
-            CheckpointError: the folder holds no drafter that can be served.
-        """
+        """Read and return the head in a drafter's folder, or raise CheckpointError if it cannot be served."""
         checkpoint = DraftCheckpoint.open(folder)
         vocab = checkpoint.flat.get("draft_vocab_size") or target.vocab_size
         truncated = vocab != target.vocab_size
         ids = target_ids(checkpoint.load("d2t").long()) if truncated else torch.arange(vocab)
-        spec = checkpoint.spec
-        if spec is None:
+        if (spec := checkpoint.spec) is None:
             stored = checkpoint.dense_head
             dense = target.head()[ids] if stored is None else stored.read(checkpoint.load)
             return cls((dense.float(),), ids)
@@ -56,12 +48,7 @@ class DraftHead:
         return hidden
 
     def tokens(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the drafted token of each state in the target's vocabulary, int64 [N].
-
-        Args:
-            hidden: float32 [N, D].
-            logits: float32 [N, V], the result of :meth:`logits` for ``hidden``.
-        """
+        """Return the token that is drafted for ``hidden`` float32 [N, D], in the target's vocabulary, int64 [N]."""
         if self.rows is None or self.rerank is None:
             return self.ids[logits.max(dim=-1).indices]
         candidates = logits.topk(self.rerank, dim=-1).indices

@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
-    """Return the names in a comma-separated list, or all ``allowed`` ones for "all".
-
-    Raises:
-        typer.BadParameter: a name is not allowed.
-    """
+    """Return the names in a comma-separated list, or all ``allowed`` ones for "all", or raise BadParameter."""
     names = list(allowed) if given == "all" else [name.strip() for name in given.split(",")]
     for name in names:
         if name not in allowed:
@@ -30,11 +26,7 @@ def choices(given: str, allowed: Iterable[str], option: str) -> list[str]:
 
 
 def positive_ints(given: str, option: str, what: str) -> list[int]:
-    """Return the numbers in a comma-separated list, each 1 or more.
-
-    Raises:
-        typer.BadParameter: the text is no such list; the message says ``what`` it should list.
-    """
+    """Return the numbers in a comma-separated list, each 1 or more, or raise BadParameter."""
     try:
         numbers = [int(number) for number in given.split(",")]
     except ValueError:
@@ -45,11 +37,7 @@ def positive_ints(given: str, option: str, what: str) -> list[int]:
 
 
 def dtypes(given: str | None) -> list[str] | None:
-    """Return the dtypes in a comma-separated list, or None if ``given`` is None.
-
-    Raises:
-        typer.BadParameter: a dtype is not bfloat16, float32 or float16.
-    """
+    """Return the dtypes in the list of ``--dtypes``, or None if it was not given."""
     return None if given is None else choices(given, ("bfloat16", "float32", "float16"), "--dtypes")
 
 

@@ -31,13 +31,7 @@ _QUESTION: dict[Benchmark, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def convert(lines: Iterable[str], benchmark: Benchmark, *, raw: bool = False) -> list[dict[str, Any]]:
-    """Return a prompt for each line of a benchmark's file.
-
-    Args:
-        lines: the lines of the file, as it was downloaded.
-        benchmark: the benchmark that the file belongs to.
-        raw: whether to return each question as plain text, for a model that completes text. Otherwise each question is
-            the first message of a chat.
+    """Return a prompt for each line of a benchmark's file: a chat of one message, or for ``raw`` plain text.
 
     Raises:
         CheckpointError: a line does not belong to that benchmark (the message has its number), or there is no line.
