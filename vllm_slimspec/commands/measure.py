@@ -25,6 +25,7 @@ from vllm_slimspec.measure.results import (
     ServeResults,
     StatesResults,
     StatesRow,
+    grouped,
 )
 from vllm_slimspec.measure.shapes import SHAPES
 
@@ -313,8 +314,7 @@ def print_heads(results: HeadResults) -> None:
     console = Console()
     console.print(f"{results.device}: copy {results.copy_gb_s} GB/s, read {results.read_gb_s} GB/s", highlight=False)
     columns = ("head", "p20 us", "p50 us", "p80 us", "MB", "% of copy", "x full")
-    for shape, batch in dict.fromkeys((row.shape, row.batch) for row in results.rows):
-        rows = [row for row in results.rows if (row.shape, row.batch) == (shape, batch)]
+    for (shape, batch), rows in grouped(results.rows, "shape", "batch").items():
         full = next((row.p50_us for row in rows if row.head == "full"), None)
         cells = []
         for row in rows:
@@ -327,15 +327,10 @@ def print_heads(results: HeadResults) -> None:
 def print_acceptance(results: AcceptanceResults) -> None:
     """Print a table for each prompt set and temperature."""
     console = Console()
-    for prompt_set, temperature in dict.fromkeys((row.prompt_set, row.temperature) for row in results.rows):
-        rows = [row for row in results.rows if (row.prompt_set, row.temperature) == (prompt_set, temperature)]
+    for (prompt_set, temperature), rows in grouped(results.rows, "prompt_set", "temperature").items():
         k = rows[0].num_speculative_tokens
         columns = ("head", "rank", "tokens", "length (95%)", f"accepted at 1..{k}", "identical")
-        cells = []
-        for row in rows:
-            same = "" if row.equal is None else f"{row.equal} of {len(row.cycles)}"
-            same += f" ({row.near_ties} near ties)" if row.near_ties else ""
-            cells.append((*_accepted(row), " ".join(f"{rate:.2f}" for rate in row.per_position), same))
+        cells = [(*_accepted(row), row.rates, row.identical) for row in rows]
         console.print(_table(f"{prompt_set}, temperature {temperature:g}, K={k}", columns, cells, **_COMPACT))
         if results.dtype != "float32" and any(row.equal != len(row.cycles) for row in rows if row.equal is not None):
             console.print(
@@ -348,16 +343,8 @@ def print_states(results: StatesResults) -> None:
     """Print a table for each prompt set and K."""
     console = Console()
     columns = ("head", "rank", "tokens", "length (95%)", "accepted of full (95%)", "alpha", "MB read")
-    for prompt_set, k in dict.fromkeys((row.prompt_set, row.num_speculative_tokens) for row in results.rows):
-        cells = []
-        for row in results.rows:
-            if (row.prompt_set, row.num_speculative_tokens) == (prompt_set, k):
-                share = ""
-                if row.accepted_of_full is not None:
-                    low, high = row.accepted_of_full_low, row.accepted_of_full_high
-                    share = f"{row.accepted_of_full:.1%} ({low:.1%}-{high:.1%})"
-                alpha = f"{sum(row.alpha) / len(row.alpha):.3f}"
-                cells.append((*_accepted(row), share, alpha, f"{row.head_bytes / 1e6:.2f}"))
+    for (prompt_set, k), rows in grouped(results.rows, "prompt_set", "num_speculative_tokens").items():
+        cells = [(*_accepted(row), *row.cells, f"{row.head_bytes / 1e6:.2f}") for row in rows]
         console.print(_table(f"{prompt_set}, K={k}", columns, cells, **_COMPACT))
     console.print(
         "accepted of full: accepted draft tokens per cycle, relative to the head `full`, without the target's own "
@@ -369,13 +356,8 @@ def print_serve(results: ServeResults) -> None:
     """Print a table for each data type and concurrency."""
     console = Console()
     columns = ("head", "tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "acceptance length", "failed")
-    for dtype, concurrency in dict.fromkeys((row.dtype, row.concurrency) for row in results.rows):
-        cells = []
-        for row in results.rows:
-            if (row.dtype, row.concurrency) == (dtype, concurrency):
-                times = (f"{ms:.1f}" for ms in (row.ttft_ms_p50, row.itl_ms_p50, row.tpot_ms_p50))
-                length = "" if row.length is None else f"{row.length:.2f}"
-                cells.append((row.head, f"{row.tokens_per_s:.1f}", *times, length, str(row.failed or "")))
+    for (dtype, concurrency), rows in grouped(results.rows, "dtype", "concurrency").items():
+        cells = [(row.head, *row.cells) for row in rows]
         console.print(_table(f"{concurrency} at once" + (f", {dtype}" if dtype else ""), columns, cells, box=None))
     console.print(
         "Times are medians. The tokens of a cycle arrive together: ITL is the time of a cycle, and TPOT is the time of "
@@ -395,8 +377,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], **
 
 def _accepted(row: AcceptanceRow | StatesRow) -> tuple[str, ...]:
     """Return the cells of a head's name, rank and vocabulary, and of its acceptance length."""
-    length = f"{row.length:.3f} ({row.low:.2f}-{row.high:.2f})"
-    return row.head, str(row.rank or "dense"), str(row.draft_vocab_size), length
+    return row.head, str(row.rank or "dense"), str(row.draft_vocab_size), row.length_in_words
 
 
 def _drafters(given: list[str]) -> dict[str, str]:

@@ -71,29 +71,25 @@ class Arm(NamedTuple):
 
     name: str
     run: Callable[[Tensor], Tensor]  # [B, D] -> ids int64 [B]
-    # [B, D] -> two float32 [B, V]: scores of the ids that the head may draft (-inf for all others), and of those that
-    # it must at least equal. Both are the same unless the head screens candidates.
-    score: Callable[[Tensor], tuple[Tensor, Tensor]]
+    # [B, D] -> float32 [B, V]: the scores of the ids that the head may draft, -inf for all others. A head that screens
+    # candidates has two: the second are the scores of the ids that the drafted one must at least equal.
+    score: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
     bytes: int  # bytes of weights that every call reads, whatever the batch
-    bytes_per_row: int  # bytes that a call reads in addition for each row of the batch
+    bytes_per_row: int = 0  # bytes that a call reads in addition for each row of the batch
 
 
 class Weights:
-    """Random weights of one shape, dense and low-rank, from which every head of that shape is made."""
+    """Random weights of one shape, dense and low-rank, from which every head of that shape is made.
 
-    def __init__(
-        self,
-        shape: Shape,
-        dtype: torch.dtype,
-        device: torch.device,
-        dense: Tensor | None = None,  # [V or more, D]; its first V rows are used; None: random rows
-    ) -> None:
+    Given ``dense`` rows [V or more, D] take the place of the random ones.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, dense: Tensor | None = None) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(rows: int, columns: int) -> Tensor:
-            return torch.empty(rows, columns, dtype=dtype, device=device).normal_(
-                std=columns**-0.5, generator=generator
-            )
+            empty = torch.empty(rows, columns, dtype=dtype, device=device)
+            return empty.normal_(std=columns**-0.5, generator=generator)
 
         self.shape, self.dtype, self.device = shape, dtype, device
         self.dense = normal(shape.vocab_size, shape.hidden_size) if dense is None else dense[: shape.vocab_size]
@@ -117,22 +113,25 @@ class Weights:
         return make[head.family](head)
 
     def _full(self, head: Head) -> Arm:
-        arm = Arm(head.name, lambda hidden: F.linear(hidden, self.dense).argmax(dim=-1), self._dense_scores, 0, 0)
-        arm = arm._replace(bytes=self.dense.nbytes)
         stored = ops.quantize_up(self.dense, head.quantization) if head.quantization else self.dense
         if head.packed:
             packed = PackedFactor(stored, self.dtype)
-            return arm._replace(
-                run=lambda hidden: best_of(packed(hidden))[1],
-                score=lambda hidden: _twice(_scores(hidden, stored)),
-                bytes=stored.nbytes,
-            )
+            return Arm(head.name, lambda hidden: best_of(packed(hidden))[1], partial(_scores, stored), stored.nbytes)
         if isinstance(stored, ops.QuantizedUp):
-            arm = arm._replace(run=partial(_scaled_mm_argmax, stored), bytes=stored.nbytes)
             # The activations are rounded to fp8 too, so that no exact reference has the same scores. The head is
             # therefore compared with its own logits.
-            return arm._replace(score=lambda hidden: _twice(_scaled_mm(stored, hidden).float()))
-        return arm
+            return Arm(
+                head.name,
+                lambda hidden: _scaled_mm(stored, hidden).argmax(dim=-1),
+                lambda hidden: _scaled_mm(stored, hidden).float(),
+                stored.nbytes,
+            )
+        return Arm(
+            head.name,
+            lambda hidden: F.linear(hidden, self.dense).argmax(dim=-1),
+            partial(_scores, self.dense),
+            self.dense.nbytes,
+        )
 
     def _trim(self, head: Head) -> Arm:
         rows = head.rows
@@ -148,19 +147,17 @@ class Weights:
             ids = best_of(logits)[1] if self.device.type == "cpu" else logits.argmax(dim=-1)
             return ids + offsets[ids]
 
+        def scatter(logits: Tensor) -> Tensor:
+            full = logits.new_full((len(logits), self.shape.vocab_size), float("-inf"))
+            full[:, targets] = logits
+            return full
+
         def scattered(hidden: Tensor) -> Tensor:
             # This is how vLLM maps draft logits to the target's vocabulary by default.
-            logits = multiply(hidden)
-            full = logits.new_full((hidden.shape[0], self.shape.vocab_size), float("-inf"))
-            full[:, targets] = logits
-            return full.argmax(dim=-1)
+            return scatter(multiply(hidden)).argmax(dim=-1)
 
-        def score(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            full = torch.full((hidden.shape[0], self.shape.vocab_size), float("-inf"), device=self.device)
-            full[:, targets] = _scores(hidden, trimmed)
-            return _twice(full)
-
-        return Arm(head.name, scattered if head.by_logits else in_draft_space, score, trimmed.nbytes, 0)
+        run = scattered if head.by_logits else in_draft_space
+        return Arm(head.name, run, lambda hidden: scatter(_scores(trimmed, hidden)), trimmed.nbytes)
 
     def _spec_vocab(self, head: Head) -> Arm:
         """Return SpecVocab as its paper describes it: low-rank scores, a top-k over V, exact scores of those k."""
@@ -172,45 +169,34 @@ class Weights:
 
         k = min(SPEC_VOCAB_K, self.shape.vocab_size)
         factors = ops.pack(self.down, self.up)
-        row = k * self.shape.hidden_size * self.dtype.itemsize
-        return Arm(head.name, run, partial(self._reranked, self.up, k), self.down.nbytes + self.up.nbytes, row)
+        read = self.down.nbytes + self.up.nbytes
+        return Arm(head.name, run, partial(self._reranked, self.up, k), read, k * self.dense[0].nbytes)
 
     def _low_rank(self, head: Head) -> Arm:
-        up = self.stored_up(head)
+        up, k = self.stored_up(head), head.rerank
         factors = ops.pack(self.down, up)
         read = self.down.nbytes + up.nbytes
-        k = head.rerank
         if k is None:
-            return Arm(
-                head.name, lambda hidden: ops.low_rank_argmax(hidden, *factors)[1], partial(self._screened, up), read, 0
-            )
-        return Arm(
-            head.name,
-            lambda hidden: ops.low_rank_rerank(hidden, *factors, self.dense, k)[1][:, 0],
-            partial(self._reranked, up, k),
-            read,
-            k * self.shape.hidden_size * self.dtype.itemsize,
-        )
+            best = partial(self._screen, up)
+            return Arm(head.name, lambda hidden: ops.low_rank_argmax(hidden, *factors)[1], best, read)
 
-    def _dense_scores(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return _twice(_scores(hidden, self.dense))
+        def reranked(hidden: Tensor) -> Tensor:
+            return ops.low_rank_rerank(hidden, *factors, self.dense, k)[1][:, 0]
 
-    def _screened(self, up: Tensor | ops.QuantizedUp, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return _twice(_scores(F.linear(hidden, self.down), up))
+        return Arm(head.name, reranked, partial(self._reranked, up, k), read, k * self.dense[0].nbytes)
+
+    def _screen(self, up: Tensor | ops.QuantizedUp, hidden: Tensor) -> Tensor:
+        return _scores(up, F.linear(hidden, self.down))
 
     def _reranked(self, up: Tensor | ops.QuantizedUp, k: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the exact scores of the ids that may be, and of those that must be, among the k best candidates.
 
         Rounding decides whether an id near the k-th best low-rank score is a candidate.
         """
-        screen = _scores(F.linear(hidden, self.down), up)
-        last = screen.topk(k, dim=1).values[:, -1:]
-        slack = _rounding(screen, self.dtype)
-        exact = _scores(hidden, self.dense)
-        return (
-            exact.masked_fill(screen < last - slack, float("-inf")),
-            exact.masked_fill(screen < last + slack, float("-inf")),
-        )
+        screen, exact = self._screen(up, hidden), _scores(self.dense, hidden)
+        last, slack = screen.topk(k, dim=1).values[:, -1:], _rounding(screen, self.dtype)
+        may, must = (exact.masked_fill(screen < bound, float("-inf")) for bound in (last - slack, last + slack))
+        return may, must
 
 
 def trimmed_offsets(rows: int, vocab_size: int) -> Tensor:
@@ -227,8 +213,8 @@ def check(arm: Arm, hidden: Tensor) -> None:
     Raises:
         ValueError: a drafted id scores below the best by more than rounding allows; the message names the head.
     """
-    ids = arm.run(hidden)
-    may, must = arm.score(hidden)
+    ids, scores = arm.run(hidden), arm.score(hidden)
+    may, must = scores if isinstance(scores, tuple) else (scores, scores)
     gap = must.amax(dim=1) - may.gather(1, ids[:, None]).squeeze(1)
     allowed = _rounding(may, hidden.dtype).squeeze(1)
     if not (gap <= allowed).all():
@@ -239,17 +225,13 @@ def check(arm: Arm, hidden: Tensor) -> None:
         )
 
 
-def _twice(scores: Tensor) -> tuple[Tensor, Tensor]:
-    return scores, scores
-
-
 def _rounding(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the distance below which two scores of a row may swap when rounded to ``dtype``, [B, 1]."""
     finite = scores.masked_fill(scores.isinf(), 0)
     return 2 * torch.finfo(dtype).eps * finite.abs().amax(dim=1, keepdim=True)
 
 
-def _scores(x: Tensor, weight: Tensor | ops.QuantizedUp) -> Tensor:
+def _scores(weight: Tensor | ops.QuantizedUp, x: Tensor) -> Tensor:
     """Return ``x @ weight.T`` in float32. Rows are converted in parts, which keeps the memory small."""
     if isinstance(weight, ops.QuantizedUp):
         weight = weight.dequantize()
@@ -260,7 +242,3 @@ def _scaled_mm(weight: ops.QuantizedUp, hidden: Tensor) -> Tensor:
     scale = hidden.abs().amax(dim=1, keepdim=True).float() / 448
     rounded = (hidden / scale).to(torch.float8_e4m3fn)
     return torch._scaled_mm(rounded, weight.weight.T, scale, weight.scale.T, out_dtype=hidden.dtype)
-
-
-def _scaled_mm_argmax(weight: ops.QuantizedUp, hidden: Tensor) -> Tensor:
-    return _scaled_mm(weight, hidden).argmax(dim=-1)

@@ -68,8 +68,7 @@ def write_report(paths: Sequence[Path], output: Path, *, mixed_devices: bool = F
     """Write ``index.html`` into the folder ``output``, and return the files that it does not show.
 
     Raises:
-        CheckpointError: a file is not a result file, or two were measured on different devices and ``mixed_devices`` is
-            False.
+        CheckpointError: see :func:`read`.
         OutputError: ``output`` holds a page that is not an earlier report, or cannot be written.
     """
     devices, left_out = read(paths, mixed_devices=mixed_devices)
@@ -99,8 +98,13 @@ def read(paths: Sequence[Path], *, mixed_devices: bool = False) -> tuple[dict[st
             left_out.append((path, kind))
             continue
         model, render = KINDS[kind]
-        source = _read(path, model, render)
-        devices.setdefault(source.results.device, []).append(source)
+        results = _checked(path, model)
+        try:
+            with rc_context(_STYLE):
+                source = Source(path, results, list(render(results)))
+        except (ArithmeticError, ValueError) as error:
+            raise CheckpointError(f"{path}: holds numbers that cannot be shown ({error}); measure again") from None
+        devices.setdefault(results.device, []).append(source)
         if len(devices) > 1 and not mixed_devices:
             one, other = (sources[0] for sources in devices.values())
             raise CheckpointError(
@@ -123,26 +127,8 @@ def _kind(path: Path) -> str:
         raise CheckpointError(f"{path}: {words}; give files that were written with --json") from None
 
 
-def _read(path: Path, model: type[kinds.Results], render: Callable[[Any], Iterator[Section]]) -> Source:
-    """Return a result file with its sections.
-
-    Raises:
-        CheckpointError: its content cannot be shown; the message names the file.
-    """
-    results = _checked(path, model)
-    try:
-        with rc_context(_STYLE):
-            return Source(path, results, list(render(results)))
-    except (ArithmeticError, ValueError) as error:
-        raise CheckpointError(f"{path}: holds numbers that cannot be shown ({error}); measure again") from None
-
-
 def _checked(path: Path, model: type[kinds.Results]) -> Any:
-    """Read a result file, and return it if its numbers can have been measured.
-
-    Raises:
-        CheckpointError: the file holds no rows, or a number that no measurement gives.
-    """
+    """Read a result file, and return it if its numbers can have been measured."""
     results: Any = model.read(path)
     if not results.rows:
         raise CheckpointError(f"{path}: holds no rows; measure again")
@@ -160,8 +146,7 @@ def _checked(path: Path, model: type[kinds.Results]) -> Any:
 
 def head_sections(results: kinds.HeadResults) -> Iterator[Section]:
     """Yield a section for each shape: the time of every head, and how many times faster than the full head it is."""
-    for shape in dict.fromkeys(row.shape for row in results.rows):
-        rows = [row for row in results.rows if row.shape == shape]
+    for (shape,), rows in kinds.grouped(results.rows, "shape").items():
         faster, batches = _faster(rows), sorted({row.batch for row in rows})
         columns = ["head", "MB read", *(c for batch in batches for c in (f"ms at batch {batch}", "times faster"))]
         table = []
@@ -170,7 +155,7 @@ def head_sections(results: kinds.HeadResults) -> Iterator[Section]:
             cells = [head, f"{next(iter(mine.values())).bytes / 1e6:.1f}"]
             for batch in batches:
                 cells.append(f"{mine[batch].p50_us / 1e3:.2f}" if batch in mine else "")
-                cells.append(_maybe(faster.get((head, batch)), ".2f", "x"))
+                cells.append(f"{faster[head, batch]:.2f}x" if (head, batch) in faster else "")
             table.append(cells)
         points = {(head, f"batch {batch}"): (x, x, x) for (head, batch), x in faster.items()}
         yield Section(
@@ -202,17 +187,13 @@ def _reference(rows: Sequence[kinds.HeadRow]) -> str:
 
 def acceptance_sections(results: kinds.AcceptanceResults) -> Iterator[Section]:
     """Yield a section for each K and temperature: what the target accepts from every drafter, by prompt set."""
-    for k, temperature in dict.fromkeys((r.num_speculative_tokens, r.temperature) for r in results.rows):
-        rows = [r for r in results.rows if (r.num_speculative_tokens, r.temperature) == (k, temperature)]
+    for (k, temperature), rows in kinds.grouped(results.rows, "num_speculative_tokens", "temperature").items():
         full = {row.prompt_set: row for row in rows if row.head == "full"}
         table = []
         for row in rows:
-            own = "" if row.equal is None else f"{row.equal} of {len(row.cycles)}"
-            own += f" ({row.near_ties} near ties)" if row.near_ties else ""
             ratio = "" if row.head == "full" else _ratio(row, full.get(row.prompt_set))
-            rates, size = " ".join(f"{rate:.2f}" for rate in row.per_position), f"{row.head_bytes / 1e6:.3g}"
-            length = _interval(row.length, row.low, row.high)
-            table.append([row.head, row.prompt_set, length, ratio, rates, size, own])
+            size = f"{row.head_bytes / 1e6:.3g}"
+            table.append([row.head, row.prompt_set, row.length_in_words, ratio, row.rates, size, row.identical])
         words = [
             f"The acceptance length is the mean number of tokens that a cycle yields in the real engine. The target is "
             f"{results.target} (D={results.hidden_size}, V={results.vocab_size}) in {results.dtype}, and an answer has "
@@ -247,18 +228,15 @@ def _ratio(mine: kinds.AcceptanceRow, full: kinds.AcceptanceRow | None) -> str:
         return (1 + accepted / np.maximum(cycles, 1)) / (1 + full_accepted / np.maximum(full_cycles, 1))
 
     low, high = interval(counts.shape[1], ratio)
-    return _interval(float(ratio(np.arange(counts.shape[1])[None])[0]), low, high)
+    return f"{ratio(np.arange(counts.shape[1])[None])[0]:.3f} ({low:.2f}-{high:.2f})"
 
 
 def states_sections(results: kinds.StatesResults) -> Iterator[Section]:
     """Yield a section for each K: what is accepted from every head on head states, and the bytes that it reads."""
     last = results.rows[-1].prompt_set  # the last rows are those of all prompt sets together, if there are several
-    for k in dict.fromkeys(row.num_speculative_tokens for row in results.rows):
-        rows = [row for row in results.rows if (row.prompt_set, row.num_speculative_tokens) == (last, k)]
-        table = []
-        for row in rows:
-            length, alpha = _interval(row.length, row.low, row.high), f"{sum(row.alpha) / len(row.alpha):.3f}"
-            table.append([row.head, f"{row.head_bytes / 1e6:.3g}", length, _share(row), alpha])
+    for (k,), all_rows in kinds.grouped(results.rows, "num_speculative_tokens").items():
+        rows = [row for row in all_rows if row.prompt_set == last]
+        table = [[row.head, f"{row.head_bytes / 1e6:.3g}", row.length_in_words, *row.cells] for row in rows]
         words = (
             f"For each head, this is how many of its draft tokens {results.target} (D={results.hidden_size}, "
             f"V={results.vocab_size}) accepts, and how many bytes a draft step reads for them. It was computed from "
@@ -276,21 +254,10 @@ def states_sections(results: kinds.StatesResults) -> Iterator[Section]:
         )
 
 
-def _share(row: kinds.StatesRow) -> str:
-    if row.accepted_of_full is None:
-        return ""
-    return f"{row.accepted_of_full:.1%} ({row.accepted_of_full_low or 0:.1%}-{row.accepted_of_full_high or 0:.1%})"
-
-
 def serve_sections(results: kinds.ServeResults) -> Iterator[Section]:
     """Yield a section for each data type: throughput, times and acceptance of every drafter under every load."""
-    for dtype in dict.fromkeys(row.dtype for row in results.rows):
-        rows = [row for row in results.rows if row.dtype == dtype]
-        table = []
-        for row in rows:
-            times = [f"{ms:.1f}" for ms in (row.ttft_ms_p50, row.itl_ms_p50, row.tpot_ms_p50)]
-            cells = [row.head, str(row.concurrency), f"{row.tokens_per_s:.1f}", *times]
-            table.append([*cells, _maybe(row.length, ".2f"), str(row.failed or "")])
+    for (dtype,), rows in kinds.grouped(results.rows, "dtype").items():
+        table = [[row.head, str(row.concurrency), *row.cells] for row in rows]
         words = [
             f"vllm bench serve loaded a server of {results.target} (D={results.hidden_size}, V={results.vocab_size}) "
             f"for each head, with the prompts {results.prompt_set}, K={results.num_speculative_tokens}, and "
@@ -323,14 +290,6 @@ def _filled(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list
     return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
-def _interval(value: float, low: float, high: float) -> str:
-    return f"{value:.3f} ({low:.2f}-{high:.2f})"
-
-
-def _maybe(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
-
-
 def _label(text: str) -> str:
     """Return text for a chart, at most 32 characters. Control characters, which an SVG must not have, are replaced."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -347,10 +306,7 @@ def _address(figure: Figure) -> str:
 def _dots(points: Mapping[tuple[str, str], tuple[float, float, float]], title: str, *, log: bool = False) -> Figure:
     """Return a chart with a line for each head and a mark for each series.
 
-    Args:
-        points: (head, series) -> value, and both ends of its interval.
-        title: the label of the axis.
-        log: whether the axis is logarithmic.
+    The points are (head, series) -> value, and both ends of its interval. The title is the label of the axis.
     """
     values = {head: max(value for (own, _), (value, _, _) in points.items() if own == head) for head, _ in points}
     heads = sorted(values, key=lambda head: -values[head])
@@ -420,9 +376,9 @@ def _throughput(rows: Sequence[kinds.ServeRow]) -> Figure:
     """Return a chart of tokens per second against requests at once, with a line for each head."""
     figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
-    heads = list(dict.fromkeys(row.head for row in rows))
-    for place, head in enumerate(heads):
-        points = sorted((row.concurrency, row.tokens_per_s) for row in rows if row.head == head)
+    heads = kinds.grouped(rows, "head")
+    for place, ((head,), own) in enumerate(heads.items()):
+        points = sorted((row.concurrency, row.tokens_per_s) for row in own)
         style: Any = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
         axes.plot(*zip(*points, strict=True), **style, markersize=5, linewidth=1.5, label=_label(head))
     loads = sorted({row.concurrency for row in rows})
@@ -431,7 +387,7 @@ def _throughput(rows: Sequence[kinds.ServeRow]) -> Figure:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set(xlabel="requests at once (log scale)", ylabel="tokens per second of the server")
-    _legend(figure, heads)
+    _legend(figure, [head for (head,) in heads])
     return figure
 
 
@@ -455,8 +411,8 @@ def plot_heads(path: Path, output: Path, batch: int = 1) -> None:
     """
     results: kinds.HeadResults = _checked(path, kinds.HeadResults)
     points: dict[tuple[str, str], tuple[float, float, float]] = {}
-    for shape in dict.fromkeys(row.shape for row in results.rows):
-        faster = _faster([row for row in results.rows if row.shape == shape and row.batch == batch])
+    for (shape,), rows in kinds.grouped(results.rows, "shape").items():
+        faster = _faster([row for row in rows if row.batch == batch])
         if not faster:
             raise CheckpointError(f"no head 'full' for {shape} at batch {batch}; measure it with `slimspec bench head`")
         shown = [(head, x) for (head, _), x in faster.items() if head in _SHOWN and (head != "full" or x == 1)]

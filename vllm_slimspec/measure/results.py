@@ -2,22 +2,25 @@
 
 import shlex
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_slimspec.common.output import claim_file
 from vllm_slimspec.errors import CheckpointError
 
+R = TypeVar("R", bound="Record")
+
 
 class Record(BaseModel):
     """A part of a result file. Unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
 
 class Results(Record):
@@ -30,8 +33,6 @@ class Results(Record):
     versions: dict[str, str]
     device: str
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
     def write(self, path: Path) -> None:
         """Write the results to ``path`` as JSON. An interrupted write leaves no partial file."""
         text = self.model_dump_json(by_alias=True, indent=1) + "\n"
@@ -40,20 +41,15 @@ class Results(Record):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read and return the results that :meth:`write` wrote.
-
-        Raises:
-            OSError: the file cannot be read.
-            CheckpointError: the file holds results of another kind or version, or none.
-        """
+        """Read and return the results that :meth:`write` wrote, or raise CheckpointError if the file holds others."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            kind = cls.model_fields["kind"].default
-            words = f"not what this version writes as {kind!r} ({place}: {first['msg']}); measure again"
-            raise CheckpointError(f"{path}: {words}") from None
+            place, kind = ".".join(map(str, first["loc"])), cls.model_fields["kind"].default
+            raise CheckpointError(
+                f"{path}: not what this version writes as {kind!r} ({place}: {first['msg']}); measure again"
+            ) from None
 
 
 class HeadRow(Record):
@@ -145,6 +141,16 @@ class _AcceptedRow(DescribedHead):
     cycles: list[int]  # number of cycles for each prompt
     accepted: list[int]  # number of accepted draft tokens for each prompt
 
+    @property
+    def length_in_words(self) -> str:
+        """Return the acceptance length with its interval, as tables show it."""
+        return f"{self.length:.3f} ({self.low:.2f}-{self.high:.2f})"
+
+    @property
+    def rates(self) -> str:
+        """Return the shares of accepted drafts by position, as tables show them."""
+        return " ".join(f"{rate:.2f}" for rate in self.per_position)
+
 
 class AcceptanceRow(_AcceptedRow):
     """What one drafter reached in the engine, at one temperature."""
@@ -154,6 +160,12 @@ class AcceptanceRow(_AcceptedRow):
     equal: int | None  # number of answers that are the target's own, token for token; None if answers were sampled
     near_ties: int | None  # number of other answers whose first difference is a near tie
     largest_gap: float | None  # largest gap between the two tokens at a first difference, in nats
+
+    @property
+    def identical(self) -> str:
+        """Return how many answers are the target's own, as tables show it."""
+        same = "" if self.equal is None else f"{self.equal} of {len(self.cycles)}"
+        return same + (f" ({self.near_ties} near ties)" if self.near_ties else "")
 
 
 class AcceptanceResults(Results):
@@ -175,6 +187,13 @@ class StatesRow(_AcceptedRow):
     accepted_of_full_low: float | None  # 95% interval, by resampling the same prompts for both heads
     accepted_of_full_high: float | None
     alpha: list[float]  # mean over all places of sum(min(p, q)) at temperature 1, for each draft step
+
+    @property
+    def cells(self) -> tuple[str, str]:
+        """Return the share of accepted drafts with its interval and the mean alpha, as tables show them."""
+        share, low, high = self.accepted_of_full, self.accepted_of_full_low or 0, self.accepted_of_full_high or 0
+        words = "" if share is None else f"{share:.1%} ({low:.1%}-{high:.1%})"
+        return words, f"{sum(self.alpha) / len(self.alpha):.3f}"
 
 
 class StatesResults(Results):
@@ -207,6 +226,12 @@ class ServeRow(Record):
     tpot_ms_p80: float
     length: float | None  # acceptance length; None without a drafter
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Return tokens per second, times, acceptance length and failed requests, as tables show them."""
+        times = (f"{number:.1f}" for number in (self.tokens_per_s, self.ttft_ms_p50, self.itl_ms_p50, self.tpot_ms_p50))
+        return *times, "" if self.length is None else f"{self.length:.2f}", str(self.failed or "")
+
 
 class ServeResults(Results):
     """The results of ``slimspec bench serve``."""
@@ -220,6 +245,14 @@ class ServeResults(Results):
     max_tokens: int
     acceptance: str | None = None  # the target whose measured acceptance vLLM imitated; None: drafts were verified
     rows: list[ServeRow]
+
+
+def grouped(rows: Iterable[R], *names: str) -> dict[tuple[Any, ...], list[R]]:
+    """Return rows by their values of the fields ``names``, in the order of the first row of each group."""
+    groups: dict[tuple[Any, ...], list[R]] = {}
+    for row in rows:
+        groups.setdefault(tuple(getattr(row, name) for name in names), []).append(row)
+    return groups
 
 
 def provenance() -> dict[str, Any]:
