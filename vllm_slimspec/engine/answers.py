@@ -1,8 +1,7 @@
 """The answers of a target, with or without a drafter, from a vLLM engine in a separate process.
 
 An engine does not release all of its memory when it ends, so each engine runs in its own process and writes its answers
-to a file. If the file already answers the same question, it is read and no engine starts. So a run that was killed can
-continue.
+to a file. A file that answers the same question is read instead, so that a run that was killed can continue.
 """
 
 import hashlib
@@ -45,6 +44,10 @@ class Answers(BaseModel):
     tokens: list[list[int]]
     accepted: list[Acceptance] | None  # None without a drafter
     top: list[list[dict[int, float]]] | None  # log-probabilities of the best tokens; None with a drafter
+
+    def part(self, some: slice) -> "Answers":
+        """Return the answers to some of the prompts."""
+        return Answers(**{name: found and found[some] for name, found in self})
 
 
 class Found(BaseModel):

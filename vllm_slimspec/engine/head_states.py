@@ -131,9 +131,7 @@ class HeadStates:
             yield rows if held_out is None else rows[(rows.doc % _HELD_OUT == 0) == held_out]
 
     def sample(self, held_out: bool, limit: int) -> Rows:
-        """Return about ``limit`` rows of one split, or all rows if there are fewer.
-
-        The rows belong to whole documents, which are spread evenly over the collection.
+        """Return about ``limit`` rows of one split, of whole documents that are spread evenly over the collection.
 
         Raises:
             CheckpointError: the split is empty.
@@ -176,10 +174,7 @@ def concatenate(parts: list[Rows]) -> Rows:
 
 
 def common(one: Rows, other: Rows) -> tuple[Rows, Rows]:
-    """Return the rows of two collections at the places and draft steps that both have, in the same order.
-
-    ``pos`` and ``step`` must be known in both.
-    """
+    """Return the rows of two collections at the places and draft steps that both have, in the same order."""
     keys = []
     for rows in (one, other):
         assert rows.pos is not None

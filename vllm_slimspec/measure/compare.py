@@ -58,7 +58,6 @@ def measure(options: Options) -> AcceptanceResults:
     # An engine may draft up to k tokens beyond the last token of an answer.
     room = options.max_tokens + options.k
     sets = read_sets(options.prompts, target, max_model_len=options.engine.get("max_model_len"), room=room)
-    prompts = [ids for found in sets.values() for ids in found]
     work = options.work or Path(tempfile.mkdtemp(prefix="slimspec-"))
 
     def run(drafter: str | None, name: str) -> Found:
@@ -66,7 +65,7 @@ def measure(options: Options) -> AcceptanceResults:
             target=options.target,
             drafter=drafter,
             num_speculative_tokens=options.k,
-            prompts=prompts,
+            prompts=[ids for found in sets.values() for ids in found],
             temperatures=[t for t in options.temperatures if drafter is not None or not t],
             max_tokens=options.max_tokens,
             ignore_eos=options.ignore_eos,
@@ -76,47 +75,46 @@ def measure(options: Options) -> AcceptanceResults:
         file = "".join(c if c.isalnum() or c in "-.+" else "-" for c in name)
         return ask(question, work / f"{file}.json")
 
-    alone = run(None, "target alone") if 0 in options.temperatures else None
-    rows, device, dtype = [], "", ""
+    alone = run(None, "target alone").answers[0] if 0 in options.temperatures else None
+    rows = []
     for name, drafter in options.drafters.items():
         found = run(drafter, name)
-        device, dtype = found.device, found.dtype
         for temperature, answers in zip(options.temperatures, found.answers, strict=True):
-            own = alone.answers[0] if alone is not None and not temperature else None
             first = 0
             for prompt_set, members in sets.items():
                 part = slice(first, first + len(members))
                 first = part.stop
+                own = alone.part(part) if alone is not None and not temperature else None
                 row = AcceptanceRow(
                     head=name,
                     prompt_set=prompt_set,
                     temperature=temperature,
                     num_speculative_tokens=options.k,
                     **heads[name].model_dump(),
-                    **_counts(_cut(answers, part), own and _cut(own, part)),
+                    **_counts(answers.part(part), own),
                 )
-                _check(row, dtype)
+                _check(row, found.dtype)
                 rows.append(row)
     if options.work is None:
         shutil.rmtree(work)
     return AcceptanceResults(
         **provenance(),
-        device=device,
+        device=found.device,
         target=options.target,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
-        dtype=dtype,
+        dtype=found.dtype,
         max_tokens=options.max_tokens,
         rows=rows,
     )
 
 
 class Compared(NamedTuple):
-    """The result of comparing greedy answers with the target's own."""
+    """How greedy answers compare with the target's own. The fields are those of :class:`AcceptanceRow`."""
 
-    equal: int  # number of identical answers
-    near_ties: int  # number of other answers whose first difference is a near tie
-    largest_gap: float  # largest gap at a first difference, in nats; 0 if all answers are identical
+    equal: int
+    near_ties: int
+    largest_gap: float
 
 
 def compare(alone: Answers, drafted: Answers) -> Compared:
@@ -129,24 +127,19 @@ def compare(alone: Answers, drafted: Answers) -> Compared:
     assert alone.top is not None
     gaps = []
     for own, other, top in zip(alone.tokens, drafted.tokens, alone.top, strict=True):
-        if own == other:
-            continue
-        place = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), None)
-        if place is None:  # one answer is the beginning of the other
+        differing = ((best, a, b) for best, a, b in zip(top, own, other, strict=False) if a != b)
+        if first := next(differing, None):
+            best, a, b = first
+            gaps.append(best[a] - best.get(b, min(best.values())))
+        elif own != other:  # One answer is the beginning of the other.
             gaps.append(float("inf"))
-        else:
-            best = top[place]
-            gaps.append(best[own[place]] - best.get(other[place], min(best.values())))
     near = sum(gap < NEAR_TIE for gap in gaps)
     return Compared(len(alone.tokens) - len(gaps), near, max(gaps, default=0.0))
 
 
 def _check(row: AcceptanceRow, dtype: str) -> None:
-    """Raise EngineError if float32 answers differ from the target's own by more than rounding explains.
-
-    In half precision a batch of another shape may round by more than the gap between two tokens. Differences are then
-    counted and are no error.
-    """
+    """Raise EngineError if float32 answers differ from the target's own by more than rounding explains."""
+    # In half precision a batch of another shape may round by more than the gap between two tokens.
     if dtype != "float32" or row.equal is None or row.near_ties is None:
         return
     if others := len(row.cycles) - row.equal - row.near_ties:
@@ -176,20 +169,8 @@ def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
     }
 
 
-def _cut(answers: Answers, part: slice) -> Answers:
-    return Answers(
-        tokens=answers.tokens[part],
-        accepted=answers.accepted and answers.accepted[part],
-        top=answers.top and answers.top[part],
-    )
-
-
 def describe_head(drafter: str, target: Target) -> DescribedHead:
-    """Return the description of a drafter's head; ``drafter`` is a folder or a Hugging Face id.
-
-    Raises:
-        CheckpointError: this package and vLLM cannot serve ``drafter``.
-    """
+    """Return the description of the head of a drafter, which is a folder or a Hugging Face id."""
     checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
     spec, size = checkpoint.spec, checkpoint.head_bytes
     if spec is None:

@@ -1,8 +1,4 @@
-"""``slimspec bench serve``: run vLLM's own load generator against a server for each drafter.
-
-It measures what a client sees: the time to the first token, the time between tokens, and the tokens per second. At one
-request at a time a cycle waits for memory; with many requests it waits for arithmetic. Both ends are worth measuring.
-"""
+"""``slimspec bench serve``: run vLLM's own load generator against a server for each drafter."""
 
 import json
 import logging
@@ -61,10 +57,7 @@ class Options:
 
 
 def dtypes_of(pair: Pair) -> Sequence[str | None]:
-    """Return the dtypes to serve a pair in by default; None stands for vLLM's own choice.
-
-    On a CPU these are the dtypes of :func:`fitting`, unless the server's arguments have a --dtype.
-    """
+    """Return the dtypes to serve a pair in by default; None stands for vLLM's own choice, or that of the arguments."""
     if torch.accelerator.is_available() or any(argument.startswith("--dtype") for argument in pair.server):
         return (None,)
     return fitting(pair.target)
@@ -143,11 +136,7 @@ def measure(options: Options) -> Iterator[ServeResults]:
 
 
 def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) -> dict[str, Any]:
-    """Run `vllm bench serve` at one concurrency, and return the JSON object that it saved.
-
-    Raises:
-        EngineError: it failed, or no request was completed.
-    """
+    """Run `vllm bench serve` at one concurrency, and return the JSON object that it saved."""
     result, log = work / "result.json", work / f"load-{concurrency}.log"
     count = concurrency * options.requests
     command = [

@@ -31,22 +31,15 @@ Each one costs a second of compilation per form, rank and batch bucket. At most 
 heads have more. The tilings with two stages fit where shared memory is small.
 """
 
-GEMM_BATCHES = (64, 128, 256, 512)
-"""The batch sizes at which an unfused matrix product may begin to be faster than the fused kernel."""
-
-CROSSOVER_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
-"""The numbers of rows at which integer and bfloat16 products are compared on a CPU."""
+GEMM_BATCHES = (64, 128, 256, 512)  # where an unfused matrix product may begin to be faster than the fused kernel
+CROSSOVER_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # at which integer and bfloat16 products are compared on a CPU
 
 
 def tune(shapes: Sequence[str], device: torch.device, known: TunedTable | None = None) -> Iterator[TunedTable]:
     """Time the tilings for each form of `up`, rank and batch bucket, and yield the table after each form and rank.
 
-    Of shapes with the same padded rank only the first is timed, since a table is looked up by rank.
-
-    Args:
-        shapes: names of ``SHAPES``.
-        device: a device on which Triton runs.
-        known: an earlier table. Its entries are kept if it was made with the same versions.
+    Of shapes with the same padded rank only the first is timed, since a table is looked up by rank. The entries of a
+    ``known`` table are kept if it was made with the same versions.
 
     Raises:
         ValueError: Triton cannot run on ``device``.
@@ -115,10 +108,7 @@ def _gemm_rows(
     best: TunedRow,
     tick: Callable[[], None],
 ) -> int:
-    """Return the number of rows from which an unfused matrix product with an argmax is faster than the fused kernel.
-
-    If it never is, return twice the largest number that was tried.
-    """
+    """Return the number of rows from which an unfused product is faster, or twice the largest if it never is."""
     from vllm_slimspec.kernels._tiles import Tiling
     from vllm_slimspec.kernels.low_rank_argmax import low_rank_argmax
 
