@@ -15,6 +15,11 @@ class EngineHead(Head):
     drafts_as: str | None = None  # name of another head that drafts the same tokens by other code
 
     @property
+    def has_factors(self) -> bool:
+        """Whether the head consists of low-rank factors and so has a rank."""
+        return self.family in ("low-rank", "spec-vocab")
+
+    @property
     def is_rival(self) -> bool:
         """Whether only :mod:`cycle_worker` implements this head, and neither vLLM nor the plugin does."""
         quantized = self.family == "full" and self.quantization is not None

@@ -74,9 +74,7 @@ class HeadStates:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "HeadStates":
-        """Read and check the index and the headers, and return the collection.
-
-        ``index["sha256s"]`` of the result holds the checksums of the files as they are now.
+        """Read and check the index, with the checksums of the files as they are now, and return the collection.
 
         Raises:
             CheckpointError: the folder holds no head states or another format, or a file has changed.
@@ -112,11 +110,7 @@ class HeadStates:
             )
 
     def read(self, held_out: bool | None = None) -> Iterator[Rows]:
-        """Yield the rows of one split, or of both for None, one file at a time. One document in five is held out.
-
-        Raises:
-            CheckpointError: a state holds NaN or Inf.
-        """
+        """Yield the rows of one split, or of both for None, one file at a time. One document in five is held out."""
         before = 0
         for file in self.files:
             with safe_open(str(file), framework="pt") as handle:
@@ -148,11 +142,7 @@ class HeadStates:
         return concatenate([rows for rows in parts if len(rows)])
 
     def documents(self, held_out: bool | None = None) -> list[Document]:
-        """Return the documents of one split, or of both for None, over which the states were recorded.
-
-        Raises:
-            CheckpointError: the documents were not stored with the states.
-        """
+        """Return the documents of one split, or of both for None, over which the states were recorded."""
         found = []
         for file in self.files:
             with safe_open(str(file), framework="pt") as handle:

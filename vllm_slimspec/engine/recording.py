@@ -63,8 +63,9 @@ def collect(
             vLLM failed.
         OptionError: ``engine`` asks for several devices or processes.
     """
-    options, file = engine or {}, Path(prompts)
+    options = engine or {}
     check_engine(options)
+    file = Path(prompts)
     rows = read_prompts(file)
     settings = {"order": "random", "K": k, "max_tokens": max_tokens, "max_states": max_states}
     writer = StatesWriter(folder, {**_models(target, drafter), "prompts_sha256": sha256(file), **settings})
@@ -128,11 +129,7 @@ def collect_again(
 
 
 def limits(target: str | Path, options: dict[str, Any]) -> tuple[int, int]:
-    """Return the target's vocabulary size and longest sequence length in an engine with these options.
-
-    Raises:
-        CheckpointError: vLLM refuses the target.
-    """
+    """Return the target's vocabulary size and longest sequence in an engine, or raise CheckpointError if it refuses."""
     from vllm import EngineArgs
 
     try:
@@ -146,20 +143,13 @@ def limits(target: str | Path, options: dict[str, Any]) -> tuple[int, int]:
 
 def _models(target: str | Path, drafter: str | Path) -> dict[str, str]:
     """Return the names of both models and their fingerprints, because the model under a name may change."""
-    return {
-        "target": str(target),
-        "drafter": str(drafter),
-        "target_fingerprint": fingerprint(target),
-        "drafter_fingerprint": fingerprint(drafter),
-    }
+    models = {"target": target, "drafter": drafter}
+    names = {key: str(model) for key, model in models.items()}
+    return names | {f"{key}_fingerprint": fingerprint(model) for key, model in models.items()}
 
 
 def check_engine(options: Mapping[str, Any]) -> None:
-    """Refuse arguments of ``vllm.LLM`` with which the draft head runs in another process and cannot be watched.
-
-    Raises:
-        OptionError: an argument asks for several devices or processes; the message names it.
-    """
+    """Raise OptionError for an argument of ``vllm.LLM`` with which the draft head runs in another process."""
     asked = {key: options[key] for key in _PARALLEL if options.get(key) not in (None, 1)}
     if options.get("distributed_executor_backend") not in (None, "uni"):
         asked["distributed_executor_backend"] = options["distributed_executor_backend"]
@@ -173,11 +163,8 @@ def check_engine(options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, Any]) -> Iterator[Any]:
-    """Run an offline engine in this process, where its draft head can be watched.
-
-    It uses Model Runner V1, which calls the head from Python at every step. V2 replays the head from CUDA graphs.
-    """
-    # vLLM reads these variables when it starts, so they are set before, and removed when the engine ends.
+    """Run an offline engine in this process, where its draft head can be watched."""
+    # Model Runner V1 calls the head from Python at every step. V2 replays the head from CUDA graphs.
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     with patch.dict(os.environ, environment):
         from vllm import LLM
@@ -225,10 +212,6 @@ class _Request:
     start: int  # the number of tokens in the prompt
     next: int  # the place of the next cycle, if all drafts are accepted
     cycles: dict[int, torch.Tensor] = field(default_factory=dict)  # place -> states [K, D]
-
-    def wanted(self, place: int) -> int:
-        """Return the target's token at a place; beyond the answer's end, its last token."""
-        return self.tokens[min(place, len(self.tokens) - 1)]
 
 
 class _Watcher:
@@ -302,7 +285,8 @@ class _Watcher:
     def _next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         step = len(self._states)
         self._states.append(hidden.clone())
-        tokens = [walk.wanted(walk.next + step) for walk in self._batch]
+        # Beyond the end of an answer, its last token is as good as any.
+        tokens = [walk.tokens[min(walk.next + step, len(walk.tokens) - 1)] for walk in self._batch]
         if len(self._states) == max(self._k, 2):
             self._end()
         return torch.tensor(tokens, device=hidden.device)

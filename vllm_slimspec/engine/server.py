@@ -19,15 +19,8 @@ from vllm_slimspec.errors import EngineError
 class Server:
     """A ``vllm serve`` process as a context manager.
 
-    Args:
-        model: the target.
-        arguments: further arguments of ``vllm serve``.
-        log: the file that gets the server's output; it is replaced.
-        env: variables that are added to the environment.
-        timeout: seconds within which the server must answer.
-
-    Raises (on entry):
-        EngineError: the server exited, or did not answer in time. No process is left running.
+    Its output replaces the file ``log``. Entering it raises EngineError if the server exits, or does not answer within
+    ``timeout`` seconds. No process is left running.
     """
 
     def __init__(
@@ -87,11 +80,7 @@ class Server:
 
 
 def vllm_command() -> str:
-    """Return the path of the `vllm` command beside this Python, or else on PATH.
-
-    Raises:
-        EngineError: there is no such command.
-    """
+    """Return the path of the `vllm` command beside this Python, or else on PATH."""
     found = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if found is None:
         raise EngineError("no `vllm` command beside this Python; install vLLM into this environment")

@@ -37,11 +37,6 @@ class Head:
     by_logits: bool = False  # whether vLLM asks the head for logits over the whole vocabulary instead of tokens
     devices: tuple[str, ...] = ("cpu", "cuda")  # devices that have a kernel for the head
 
-    @property
-    def has_factors(self) -> bool:
-        """Whether the head consists of low-rank factors and so has a rank."""
-        return self.family in ("low-rank", "spec-vocab")
-
 
 HEADS = {
     head.name: head

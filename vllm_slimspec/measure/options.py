@@ -42,11 +42,7 @@ def dtypes(given: str | None) -> list[str] | None:
 
 
 def device_of(name: str | None) -> "torch.device":
-    """Return the device that ``--device`` names; None means cuda if this machine has it, else cpu.
-
-    Raises:
-        OptionError: this machine cannot run on that device.
-    """
+    """Return the device that ``--device`` names; None means cuda if this machine has it, else cpu."""
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,10 +58,7 @@ def device_of(name: str | None) -> "torch.device":
 
 @contextmanager
 def claim_results(json: Path | None, *, run: Path | None = None) -> Iterator[Callable[["Results"], None]]:
-    """Claim the file of ``--json``, if given, before anything is measured, and give the function that writes results.
-
-    See :func:`claim_file` for ``run`` and the errors.
-    """
+    """Claim the file of ``--json``, if given, before anything is measured, and give the function that writes to it."""
     if json is None:
         yield lambda results: None
     else:

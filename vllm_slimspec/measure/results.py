@@ -168,15 +168,20 @@ class AcceptanceRow(_AcceptedRow):
         return same + (f" ({self.near_ties} near ties)" if self.near_ties else "")
 
 
-class AcceptanceResults(Results):
-    """The results of ``slimspec bench acceptance``."""
+class _TargetResults(Results):
+    """Results that were measured with one target."""
 
-    kind: Literal["acceptance"] = "acceptance"
     target: str
     hidden_size: int
     vocab_size: int
-    dtype: str
     max_tokens: int
+
+
+class AcceptanceResults(_TargetResults):
+    """The results of ``slimspec bench acceptance``."""
+
+    kind: Literal["acceptance"] = "acceptance"
+    dtype: str
     rows: list[AcceptanceRow]
 
 
@@ -196,14 +201,10 @@ class StatesRow(_AcceptedRow):
         return words, f"{sum(self.alpha) / len(self.alpha):.3f}"
 
 
-class StatesResults(Results):
+class StatesResults(_TargetResults):
     """The results of ``slimspec bench states``."""
 
     kind: Literal["states"] = "states"
-    target: str
-    hidden_size: int
-    vocab_size: int
-    max_tokens: int
     rows: list[StatesRow]
 
 
@@ -233,16 +234,12 @@ class ServeRow(Record):
         return *times, "" if self.length is None else f"{self.length:.2f}", str(self.failed or "")
 
 
-class ServeResults(Results):
+class ServeResults(_TargetResults):
     """The results of ``slimspec bench serve``."""
 
     kind: Literal["serve"] = "serve"
-    target: str
-    hidden_size: int
-    vocab_size: int
     prompt_set: str
     num_speculative_tokens: int
-    max_tokens: int
     acceptance: str | None = None  # the target whose measured acceptance vLLM imitated; None: drafts were verified
     rows: list[ServeRow]
 

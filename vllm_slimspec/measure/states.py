@@ -170,14 +170,10 @@ def body_key(folder: Path) -> str:
 
 @torch.inference_mode()
 def score(head: DraftHead, rows: Rows, document: Document, p: torch.Tensor, ks: Sequence[int]) -> _Scores:
-    """Return the scores of one head in one document.
+    """Return the scores of one head in one document, over its recorded ``rows``.
 
-    Args:
-        head: the head.
-        rows: the recorded states of the document.
-        document: the prompt and its answer.
-        p: float32 [answer, vocabulary], the target's probabilities at each place of the answer.
-        ks: numbers of draft tokens per cycle, at most the number of steps that were recorded.
+    The target's probabilities ``p`` are float32 [answer, vocabulary], one row for each place of the answer. The numbers
+    of draft tokens ``ks`` are at most the number of steps that were recorded.
     """
     assert rows.pos is not None
     assert rows.step is not None
