@@ -1,8 +1,7 @@
 """``slimspec tune``: find the fastest kernel tilings of a GPU, or time the two forms of quantized heads on a CPU."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -10,11 +9,6 @@ from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.output import claim_file
 from vllm_slimspec.measure.options import choices, claim_results, device_of
 from vllm_slimspec.measure.shapes import SHAPES
-
-if TYPE_CHECKING:
-    import torch
-
-    from vllm_slimspec.measure.results import CrossoverResults
 
 EXAMPLE = "Example: slimspec tune --device cuda --shapes llama-3.1-8b,llama-3.2-1b"
 
@@ -44,36 +38,29 @@ def tune(
     """
     names = choices(shapes, SHAPES, "--shapes")
     with one_line_errors(), claim_results(json) as write:
+        from vllm_slimspec.measure import tune as bench
+
         where = device_of(device)
         if where.type == "cpu":
-            write(_tune_cpu(names, repeats))
-        else:
-            _tune_gpu(names, where, json)
+            found = bench.crossovers(names, repeats)
+            write(found)
+            for row in found.rows:
+                faster = "integers" if row.integer_us < row.bfloat16_us else "bfloat16"
+                typer.echo(
+                    f"{row.shape} {row.kind} rows={row.batch}: integers {row.integer_us:.0f} us, "
+                    f"bfloat16 {row.bfloat16_us:.0f} us: {faster}"
+                )
+            return
+        from vllm_slimspec.common.device import device_name
+        from vllm_slimspec.kernels._tiles import tuned_path
+        from vllm_slimspec.measure.results import TunedTable
 
-
-def _tune_cpu(shapes: Sequence[str], repeats: int) -> "CrossoverResults":
-    from vllm_slimspec.measure.tune import crossovers
-
-    found = crossovers(shapes, repeats)
-    for row in found.rows:
-        faster = "integers" if row.integer_us < row.bfloat16_us else "bfloat16"
+        path = json or tuned_path(device_name(where))
+        known = TunedTable.read(path) if path.is_file() else None
+        with claim_file(path):
+            # Each table takes minutes, so that every one is written as soon as it is known.
+            for table in bench.tune(names, where, known):
+                table.write(path)
         typer.echo(
-            f"{row.shape} {row.kind} rows={row.batch}: integers {row.integer_us:.0f} us, "
-            f"bfloat16 {row.bfloat16_us:.0f} us: {faster}"
+            f"{path}: entries for these versions were kept and the others tuned; remove the file to tune all again"
         )
-    return found
-
-
-def _tune_gpu(shapes: Sequence[str], device: "torch.device", json: Path | None) -> None:
-    from vllm_slimspec.common.device import device_name
-    from vllm_slimspec.kernels._tiles import tuned_path
-    from vllm_slimspec.measure.results import TunedTable
-    from vllm_slimspec.measure.tune import tune as tilings
-
-    path = json or tuned_path(device_name(device))
-    known = TunedTable.read(path) if path.is_file() else None
-    with claim_file(path):
-        # Each table takes minutes, so that every one is written as soon as it is known.
-        for table in tilings(shapes, device, known):
-            table.write(path)
-    typer.echo(f"{path}: entries for these versions were kept and the others tuned; remove the file to tune all again")

@@ -98,11 +98,8 @@ def measure(options: Options) -> AcceptanceResults:
     if options.work is None:
         shutil.rmtree(work)
     return AcceptanceResults(
-        **provenance(),
+        **provenance(target),
         device=found.device,
-        target=options.target,
-        hidden_size=target.hidden_size,
-        vocab_size=target.vocab_size,
         dtype=found.dtype,
         max_tokens=options.max_tokens,
         rows=rows,
@@ -153,19 +150,22 @@ def _check(row: AcceptanceRow, dtype: str) -> None:
 def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
     assert answers.accepted is not None
     counts = np.array([(prompt.drafts, *(prompt.accepted_per_position or (0,))) for prompt in answers.accepted])
-    cycles, positions = counts[:, 0], counts[:, 1:]
-    if not cycles.sum():
+    if not counts[:, 0].sum():
         raise EngineError("no draft token was verified, since every answer has one token only; give other prompts")
-    length = acceptance_length(counts)
+    compared = dict.fromkeys(Compared._fields) if alone is None else compare(alone, answers)._asdict()
+    return {**accepted(counts), **compared, "tokens": sum(map(len, answers.tokens))}
+
+
+def accepted(counts: np.ndarray) -> dict[str, Any]:
+    """Return the fields of a row that follow from the cycles of each prompt, see :mod:`vllm_slimspec.common.walk`."""
+    length, cycles = acceptance_length(counts), counts.sum(0)
     return {
-        **(dict.fromkeys(Compared._fields) if alone is None else compare(alone, answers)._asdict()),
         "length": length.value,
         "low": length.low,
         "high": length.high,
-        "per_position": (positions.sum(0) / cycles.sum()).tolist(),
-        "cycles": cycles.tolist(),
-        "accepted": positions.sum(1).tolist(),
-        "tokens": sum(map(len, answers.tokens)),
+        "per_position": (cycles[1:] / cycles[0]).tolist(),
+        "cycles": counts[:, 0].tolist(),
+        "accepted": counts[:, 1:].sum(1).tolist(),
     }
 
 

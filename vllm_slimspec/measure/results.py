@@ -7,12 +7,15 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_slimspec.common.output import claim_file
 from vllm_slimspec.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from vllm_slimspec.target import Target
 
 R = TypeVar("R", bound="Record")
 
@@ -252,11 +255,14 @@ def grouped(rows: Iterable[R], *names: str) -> dict[tuple[Any, ...], list[R]]:
     return groups
 
 
-def provenance() -> dict[str, Any]:
-    """Return the fields of :class:`Results` that say how a file was made: the command, the time and the versions."""
+def provenance(target: "Target | None" = None) -> dict[str, Any]:
+    """Return the fields of results that say how a file was made, and for which target, if there is one."""
     versions = {}
     for name in ("vllm-slimspec", "torch", "triton", "vllm"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "time": datetime.now(UTC).replace(microsecond=0), "versions": versions}
+    found = {"command": command, "time": datetime.now(UTC).replace(microsecond=0), "versions": versions}
+    if target is None:
+        return found
+    return found | {"target": target.name, "hidden_size": target.hidden_size, "vocab_size": target.vocab_size}

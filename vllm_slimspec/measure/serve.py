@@ -122,11 +122,8 @@ def measure(options: Options) -> Iterator[ServeResults]:
                     saved = _load(options, server.url, data, concurrency, work)
                 rows.append(row(name, concurrency, saved, dtype))
         yield ServeResults(
-            **provenance(),
+            **provenance(target),
             device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
-            target=pair.target,
-            hidden_size=target.hidden_size,
-            vocab_size=target.vocab_size,
             prompt_set=prompt_set,
             num_speculative_tokens=options.k,
             max_tokens=options.max_tokens,

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.progress import progress
-from vllm_slimspec.common.walk import acceptance_length, accepted_share, walk
+from vllm_slimspec.common.walk import accepted_share, walk
 from vllm_slimspec.common.work_dtype import Asked
 from vllm_slimspec.drafters.body import in_body
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
@@ -29,7 +29,7 @@ from vllm_slimspec.drafters.source import normalized
 from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, concatenate
 from vllm_slimspec.engine.recording import collect, collect_again
 from vllm_slimspec.errors import OptionError
-from vllm_slimspec.measure.compare import describe_head
+from vllm_slimspec.measure.compare import accepted, describe_head
 from vllm_slimspec.measure.draft_head import DraftHead
 from vllm_slimspec.measure.results import DescribedHead, StatesResults, StatesRow, provenance
 from vllm_slimspec.target import Target, fetch
@@ -105,11 +105,8 @@ def measure(options: Options) -> StatesResults:
                     scores[name, prompt_set].append(found)
                     scores[name, ALL].append(found)
     return StatesResults(
-        **provenance(),
+        **provenance(target),
         device=device_name(device),
-        target=options.target,
-        hidden_size=target.hidden_size,
-        vocab_size=target.vocab_size,
         max_tokens=options.max_tokens,
         rows=[
             StatesRow(
@@ -235,16 +232,10 @@ def _row(scores: Sequence[_Scores], reference: Sequence[_Scores] | None, k: int)
     counts = np.stack([one.walks[k] for one in scores])
     share = reference and accepted_share(counts, np.stack([one.walks[k] for one in reference]))
     overlap = np.sum([one.overlap[:k] for one in scores], axis=0)
-    cycles, length = counts.sum(0), acceptance_length(counts)
     return {
-        "length": length.value,
-        "low": length.low,
-        "high": length.high,
-        "per_position": (cycles[1:] / cycles[0]).tolist(),
+        **accepted(counts),
         "accepted_of_full": share and share.value,
         "accepted_of_full_low": share and share.low,
         "accepted_of_full_high": share and share.high,
         "alpha": (overlap[:, 0] / overlap[:, 1]).tolist(),
-        "cycles": counts[:, 0].tolist(),
-        "accepted": counts[:, 1:].sum(1).tolist(),
     }
