@@ -263,10 +263,8 @@ class _Watcher:
         return propose(*args, **kwargs)
 
     def _look_at_positions(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Read the place of each cycle from the positions of draft step 1.
-
-        Chunked prefill, preemption and rejected drafts move a cycle from its expected place.
-        """
+        """Read the place of each cycle from the positions of draft step 1."""
+        # Chunked prefill, preemption and rejected drafts move a cycle from its expected place.
         if len(self._states) == 1:
             positions = kwargs["positions"]
             # M-RoPE has several rows of positions, which are equal for text.
@@ -303,10 +301,8 @@ class _Watcher:
 
 
 def _forget_after_divergence(walk: _Request, answer: Sequence[int]) -> None:
-    """Drop the cycles after the first token that differs between the two answers of the target.
-
-    Near ties are decided differently in another batch, because the target computes in half precision.
-    """
+    """Drop the cycles after the first token that differs between the two answers of the target."""
+    # Near ties are decided differently in another batch, because the target computes in half precision.
     pairs = enumerate(zip(walk.tokens[walk.start :], answer, strict=False), walk.start)
     differing = next((place for place, (a, b) in pairs if a != b), None)
     if differing is not None:

@@ -194,11 +194,7 @@ def read_sets(
 ) -> dict[str, list[list[int]]]:
     """Return the token ids of the prompts of each JSONL file, by the file's name without its suffix.
 
-    Args:
-        files: see :mod:`vllm_slimspec.engine.prompts`.
-        target: the model whose tokenizer and sizes apply.
-        max_model_len: the engine's limit of tokens; None: the target's own limit.
-        room: number of tokens that must fit behind a prompt.
+    Behind each prompt there must be ``room`` tokens within ``max_model_len``, or else within the target's own limit.
 
     Raises:
         CheckpointError: a prompt is bad or too long, or two files have the same name.

@@ -19,12 +19,7 @@ def measure(
 ) -> HeadResults:
     """Check and time every head at every shape and batch in bfloat16, time the memory, and return all results.
 
-    Args:
-        shapes: names of ``SHAPES``.
-        heads: heads to time; those without a kernel for ``device`` are left out.
-        batches: numbers of rows of a call.
-        device: where the heads run.
-        repeats: timed calls of each head.
+    The shapes are names of ``SHAPES``. Heads without a kernel for ``device`` are left out.
 
     Raises:
         ValueError: a head drafts a wrong token; no results are returned then.

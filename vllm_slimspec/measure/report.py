@@ -18,8 +18,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vllm_slimspec.common.bootstrap import interval
 from vllm_slimspec.common.output import claim_file, claim_folder
+from vllm_slimspec.common.walk import acceptance_length
 from vllm_slimspec.errors import CheckpointError, OutputError
 from vllm_slimspec.measure import results as kinds
 
@@ -215,20 +215,12 @@ def acceptance_sections(results: kinds.AcceptanceResults) -> Iterator[Section]:
 
 
 def _ratio(mine: kinds.AcceptanceRow, full: kinds.AcceptanceRow | None) -> str:
-    """Return in words the ratio of the acceptance length to the full head's, with its 95% interval.
-
-    The same prompts are resampled for both heads. The text is empty if there is no full head on the same prompts.
-    """
+    """Return the ratio of the acceptance length to the full head's in words, none without it on the same prompts."""
     if full is None or len({*map(len, (mine.cycles, mine.accepted, full.cycles, full.accepted))}) > 1:
         return ""
-    counts = np.array([mine.accepted, mine.cycles, full.accepted, full.cycles])
-
-    def ratio(drawn: np.ndarray) -> np.ndarray:
-        accepted, cycles, full_accepted, full_cycles = counts[:, drawn].sum(-1)
-        return (1 + accepted / np.maximum(cycles, 1)) / (1 + full_accepted / np.maximum(full_cycles, 1))
-
-    low, high = interval(counts.shape[1], ratio)
-    return f"{ratio(np.arange(counts.shape[1])[None])[0]:.3f} ({low:.2f}-{high:.2f})"
+    counts, of = (np.stack([row.cycles, row.accepted], axis=1) for row in (mine, full))
+    ratio = acceptance_length(counts, of)
+    return f"{ratio.value:.3f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 def states_sections(results: kinds.StatesResults) -> Iterator[Section]:
