@@ -73,7 +73,7 @@ def main() -> None:
         before = from_server(server.url)
         drafted = ask(server.url, questions)
         acceptance = from_server(server.url) - before
-        log = server.output()
+        log = server.log.read_text(errors="replace")
 
     differing = [(a, d) for a, d in zip(alone.answers, drafted.answers, strict=True) if a.ids != d.ids]
     result = {

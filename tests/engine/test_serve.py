@@ -74,7 +74,7 @@ def test_two_ranks_answer_as_the_target_alone(served, engine):
 def test_log_of_the_server_names_the_path_that_drafts(served):
     """Catches: a server's log from which a user cannot tell whether the fused path runs."""
     _, server = served
-    log = server.output()
+    log = server.log.read_text(errors="replace")
     assert "SlimSpec draft head: rank 16 of 64, 300 of 512 tokens" in log
     assert "fused argmax (torch)" in log
     assert "drafting by the fused path" in log

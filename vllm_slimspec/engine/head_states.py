@@ -187,7 +187,7 @@ class StatesWriter:
     def __init__(self, folder: str | os.PathLike[str], recipe: dict[str, Any]) -> None:
         self.path, self._recipe = Path(folder), recipe
         if self.complete:
-            found = {key: value for key, value in _read_index(self.path).items() if key in recipe}
+            found = _read_index(self.path)
         elif (self.path / "recipe.json").is_file():
             found = json.loads((self.path / "recipe.json").read_text(encoding="utf-8"))
         else:

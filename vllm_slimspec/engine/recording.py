@@ -27,7 +27,10 @@ from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.target import fingerprint
 
 _DOCUMENTS = 16  # answered together and stored in one file; up to 16 * max_tokens * K states are in memory
-_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_ONE_PROCESS: dict[str, Any] = {
+    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), 1),
+    "distributed_executor_backend": "uni",
+}
 _RUN_AGAIN = "what was recorded is kept, so run the command again"
 
 
@@ -150,15 +153,12 @@ def _models(target: str | Path, drafter: str | Path) -> dict[str, str]:
 
 def check_engine(options: Mapping[str, Any]) -> None:
     """Raise OptionError for an argument of ``vllm.LLM`` with which the draft head runs in another process."""
-    asked = {key: options[key] for key in _PARALLEL if options.get(key) not in (None, 1)}
-    if options.get("distributed_executor_backend") not in (None, "uni"):
-        asked["distributed_executor_backend"] = options["distributed_executor_backend"]
-    if asked:
-        key, value = next(iter(asked.items()))
-        raise OptionError(
-            f"--engine-args {key}={value!r}: head states are recorded in one process, on one device; leave it out, or "
-            "give states that are recorded already (--hidden-states)"
-        )
+    for key, one in _ONE_PROCESS.items():
+        if options.get(key) not in (None, one):
+            raise OptionError(
+                f"--engine-args {key}={options[key]!r}: head states are recorded in one process, on one device; leave "
+                "it out, or give states that are recorded already (--hidden-states)"
+            )
 
 
 @contextmanager

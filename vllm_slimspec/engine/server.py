@@ -62,10 +62,6 @@ class Server:
             stop(self.process)
             self.process = None
 
-    def output(self) -> str:
-        """Return what the server has printed so far."""
-        return self.log.read_text(errors="replace")
-
     def _wait(self) -> None:
         assert self.process is not None
         deadline = time.monotonic() + self._timeout

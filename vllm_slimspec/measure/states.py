@@ -34,8 +34,7 @@ from vllm_slimspec.measure.draft_head import DraftHead
 from vllm_slimspec.measure.results import DescribedHead, StatesResults, StatesRow, provenance
 from vllm_slimspec.target import Target, fetch
 
-REFERENCE = "full"
-"""The name of the head that the others are compared with, if it is given."""
+REFERENCE = "full"  # the name of the head that the others are compared with, if it is given
 ALL = "all sets"
 _ROWS = 512  # number of states that are scored at a time: for 150,000 tokens their scores take 300 MB
 
