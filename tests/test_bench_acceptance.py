@@ -45,8 +45,8 @@ def test_first_difference_is_judged_rounding_or_fault(first, expected):
     """Catches: a rounding difference taken for a fault, a fault taken for rounding, or tokens judged after the first
     difference."""
     found = compare.compare(ALONE, drafted(first, [4, 5, 6]))
-    assert (found.equal, found.near_ties) == expected[:2]
-    assert found.largest_gap == pytest.approx(expected[2])
+    assert (found["equal"], found["near_ties"]) == expected[:2]
+    assert found["largest_gap"] == pytest.approx(expected[2])
 
 
 def _row(equal, near_ties, cycles=2):

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,20 +106,13 @@ def measure(options: Options) -> AcceptanceResults:
     )
 
 
-class Compared(NamedTuple):
-    """How greedy answers compare with the target's own. The fields are those of :class:`AcceptanceRow`."""
-
-    equal: int
-    near_ties: int
-    largest_gap: float
-
-
-def compare(alone: Answers, drafted: Answers) -> Compared:
+def compare(alone: Answers, drafted: Answers) -> dict[str, Any]:
     """Count the answers that are equal to the target's own, and measure the first difference of each other one.
 
-    The gap at a first difference is the target's log-probability of its own token minus that of the token in the other
-    answer, in nats. It is tiny if only rounding decides between the two. If the other token is not among the recorded
-    best ones, the least of those takes its place, and the true gap is larger.
+    The result is the fields of a row that say so. The gap at a first difference is the target's log-probability of its
+    own token minus that of the token in the other answer, in nats. It is tiny if only rounding decides between the two.
+    If the other token is not among the recorded best ones, the least of those takes its place, and the true gap is
+    larger.
     """
     assert alone.top is not None
     gaps = []
@@ -131,7 +124,7 @@ def compare(alone: Answers, drafted: Answers) -> Compared:
         elif own != other:  # One answer is the beginning of the other.
             gaps.append(float("inf"))
     near = sum(gap < NEAR_TIE for gap in gaps)
-    return Compared(len(alone.tokens) - len(gaps), near, max(gaps, default=0.0))
+    return {"equal": len(alone.tokens) - len(gaps), "near_ties": near, "largest_gap": max(gaps, default=0.0)}
 
 
 def _check(row: AcceptanceRow, dtype: str) -> None:
@@ -152,7 +145,7 @@ def _counts(answers: Answers, alone: Answers | None) -> dict[str, Any]:
     counts = np.array([(prompt.drafts, *(prompt.accepted_per_position or (0,))) for prompt in answers.accepted])
     if not counts[:, 0].sum():
         raise EngineError("no draft token was verified, since every answer has one token only; give other prompts")
-    compared = dict.fromkeys(Compared._fields) if alone is None else compare(alone, answers)._asdict()
+    compared = compare(alone, answers) if alone else {"equal": None, "near_ties": None, "largest_gap": None}
     return {**accepted(counts), **compared, "tokens": sum(map(len, answers.tokens))}
 
 

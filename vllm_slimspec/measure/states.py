@@ -214,8 +214,9 @@ def _record(options: Options, prompts: Path, entrants: Iterable[_Entrant]) -> di
         else:
             with prompts.open("rb") as lines:
                 most = sum(1 for _ in lines) * options.max_tokens * max(options.ks)
-            limits = {"max_tokens": options.max_tokens, "max_states": most}
-            found[body] = collect(options.target, folder, prompts, place, **limits, **common)
+            found[body] = collect(
+                options.target, folder, prompts, place, max_tokens=options.max_tokens, max_states=most, **common
+            )
     return found
 
 
