@@ -39,14 +39,16 @@ def measure(
                     check(arm, hidden)
                 times = clock.measure([partial(arm.run, hidden) for arm in arms], repeats, shown.update)
                 for arm, microseconds in zip(arms, times, strict=True):
-                    quantiles = np.quantile(microseconds, (0.2, 0.5, 0.8), method="nearest").round(2).tolist()
+                    p20, p50, p80 = np.quantile(microseconds, (0.2, 0.5, 0.8), method="nearest").round(2).tolist()
                     rows.append(
                         HeadRow(
                             head=arm.name,
                             shape=shape,
                             batch=batch,
                             dtype="bfloat16",
-                            **dict(zip(("p20_us", "p50_us", "p80_us"), quantiles, strict=True)),
+                            p20_us=p20,
+                            p50_us=p50,
+                            p80_us=p80,
                             bytes=arm.bytes + batch * arm.bytes_per_row,
                             percent_of_copy_bandwidth=0.0,
                         )

@@ -54,23 +54,23 @@ def tune(shapes: Sequence[str], device: torch.device, known: TunedTable | None =
     if known is not None and known.versions == origin["versions"]:
         rows, gemm_rows = {(row.form, row.rank, row.batch): row for row in known.rows}, known.gemm_rows
     with progress("Tuning kernels", None, "turn") as shown:
-        for shape, kind in product(shapes, (None, "fp8", "int8", "int4")):
-            if kind is None:
-                weights = Weights(SHAPES[shape], dtype, device)
-            up = ops.quantize_up(weights.up, kind) if kind else weights.up
-            down, packed = ops.pack(weights.down, up, impl="triton")
-            assert isinstance(down, Tensor)
-            assert not isinstance(packed, PackedFactor)
-            form, rank = _tiles.form_of(_tiles.factor_of(packed)), packed.shape[1]
-            if (form, rank, _tiles.BATCH_BUCKETS[0]) in rows:
-                continue
-            for bucket in _tiles.BATCH_BUCKETS:
-                rows[form, rank, bucket] = _best_tiling(clock, weights.hidden(bucket), down, packed, shown.update)
-            if kind is None:
-                found = _gemm_rows(clock, weights, down, packed, rows[form, rank, bucket], shown.update)
-                gemm_rows = max(gemm_rows, found)
-            ordered = [rows[key] for key in sorted(rows)]
-            yield TunedTable(**origin, device=device_name(device), gemm_rows=gemm_rows, rows=ordered)
+        for shape in shapes:
+            weights = Weights(SHAPES[shape], dtype, device)
+            for kind in (None, "fp8", "int8", "int4"):
+                up = ops.quantize_up(weights.up, kind) if kind else weights.up
+                down, packed = ops.pack(weights.down, up, impl="triton")
+                assert isinstance(down, Tensor)
+                assert not isinstance(packed, PackedFactor)
+                form, rank = _tiles.form_of(_tiles.factor_of(packed)), packed.shape[1]
+                if (form, rank, _tiles.BATCH_BUCKETS[0]) in rows:
+                    continue
+                for bucket in _tiles.BATCH_BUCKETS:
+                    rows[form, rank, bucket] = _best_tiling(clock, weights.hidden(bucket), down, packed, shown.update)
+                if kind is None:
+                    faster_from = _gemm_rows(clock, weights, down, packed, rows[form, rank, bucket], shown.update)
+                    gemm_rows = max(gemm_rows, faster_from)
+                ordered = [rows[key] for key in sorted(rows)]
+                yield TunedTable(**origin, device=device_name(device), gemm_rows=gemm_rows, rows=ordered)
 
 
 def _best_tiling(
