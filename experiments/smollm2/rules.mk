@@ -9,6 +9,7 @@ SLIMSPEC = $(PY) -m vllm_slimspec
 
 DENSE = examples/smollm2-135m-instruct-dense
 SHIPPED = examples/smollm2-135m-instruct
+TRAINED = experiments/smollm2/low-rank
 
 .PHONY: target-smollm2 questions-smollm2 train-smollm2 ablation-smollm2 states-smollm2 heads-smollm2 compare-smollm2 serve-smollm2 ship-smollm2
 
@@ -78,8 +79,8 @@ MADE = --drafter full=$(DENSE) $(foreach head,$(HEADS),--drafter $(head)=$(WORK)
 ENGINE = --drafter full=$(DENSE) $(foreach head,vocab-trim-32768 vocab-trim-16384 distilled-rerank-16 distilled-rerank-64,\
 	--drafter $(head)=$(WORK)/heads/$(head)) --drafter slimspec=$(SHIPPED)
 compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
-	$(STATES) $(MADE) --drafter slimspec=$(SHIPPED) --rerank svd=2048 --rerank weighted=16,64,256 \
-		--rerank distilled=16,64,256 --json docs/results/smollm2-states.json
+	$(STATES) $(MADE) --drafter trained=$(TRAINED) --rerank svd=2048 --rerank weighted=16,64,256 --rerank distilled=16,64,256 \
+		--rerank distilled-kl=16,64,256 --rerank distilled-rank-144=16,64 --json docs/results/smollm2-states.json
 	$(SLIMSPEC) bench acceptance $(ANSWERING) -k 3 $(ENGINE) --json docs/results/smollm2-acceptance.json
 	$(PY) tools/documents.py
 
