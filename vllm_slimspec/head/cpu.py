@@ -6,7 +6,7 @@ read fewer bytes. For more rows the dequantized bfloat16 form is faster, because
 integer kernels process four rows at a time (docs/results/crossover-cpu.json, from `slimspec tune`).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +24,6 @@ _INT4_GROUPS = (256, 128, 64, 32)
 _INT4_ENTRIES = 16  # rows of a block; V is padded to a multiple of it
 
 
-class _Int8(NamedTuple):
-    weight: Tensor  # [V, R]
-    scale: Tensor  # [V]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
-
-
-class _Int4(NamedTuple):
-    weight: Tensor  # in ATen's packed layout
-    scale_and_zero: Tensor  # [R / group, V, 2]
-    group_size: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.group_size, self.scale_and_zero)
-
-
 class PackedFactor:
     """A factor [N, K] from :func:`vllm_slimspec.ops.pack`. It can only be multiplied: ``x @ factor.T``."""
 
@@ -49,11 +32,11 @@ class PackedFactor:
         self.dtype = dtype
         self.device = factor.device
         self.integer_rows = 0  # the integer form is used for up to this many rows
-        self._small: _Int8 | _Int4 | None = None
+        self._small: Callable[[Tensor], Tensor] | None = None
         self._scale: Tensor | None = None  # [N]
         if isinstance(factor, QuantizedUp):
             if dtype == torch.bfloat16:
-                self._small = _integer_form(factor)
+                self._small = _integer_product(factor)
                 self.integer_rows = INTEGER_ROWS if self._small else 0
             if dtype == torch.bfloat16 and factor.group_size is None:
                 # Every entry is exact in bfloat16, but its product with the scale is not, so scale the result instead.
@@ -62,7 +45,8 @@ class PackedFactor:
             else:
                 factor = factor.dequantize().to(dtype)
         self._weight = factor
-        if dtype == torch.bfloat16 and _onednn_takes_bfloat16():
+        onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if dtype == torch.bfloat16 and onednn:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(factor.contiguous(), 1)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -77,21 +61,20 @@ class PackedFactor:
         return product if self._scale is None else product.mul_(self._scale)
 
 
-def _integer_form(up: QuantizedUp) -> _Int8 | _Int4 | None:
+def _integer_product(up: QuantizedUp) -> Callable[[Tensor], Tensor] | None:
+    """Return ``x @ up.T`` by an integer kernel, [B, V] with V perhaps padded; None if no kernel takes ``up``."""
     rows, rank = up.shape
     if rank % RANK_MULTIPLE:
         return None
     if up.kind == "int8" and up.group_size is None:
-        return _Int8(up.weight, up.scale.squeeze(1).bfloat16())
+        scale = up.scale.squeeze(1).bfloat16()
+        return lambda x: torch.ops.aten._weight_int8pack_mm(x, up.weight, scale)
     if up.kind == "int4":
         group_size = up.group_size or next(size for size in _INT4_GROUPS if rank % size == 0)
         padding = -rows % _INT4_ENTRIES
         nibbles = F.pad(up.integers() + 8, (0, 0, 0, padding)).int()
         weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
         scale = F.pad(up.scale, (0, 0, 0, padding)).bfloat16().T.expand(rank // group_size, -1)
-        return _Int4(weight, torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous(), group_size)
+        scale_and_zero = torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous()  # [R / group, V, 2]
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scale_and_zero)
     return None
-
-
-def _onednn_takes_bfloat16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

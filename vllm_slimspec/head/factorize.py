@@ -15,13 +15,9 @@ Letters: N states, D hidden size, R rank, V vocabulary.
 
 import torch
 
-# Rows that are processed at once: [8192, 4096] is 256 MiB in float64.
-_CHUNK = 8192
-# A token to which the calibration states give no probability keeps this share of the weight of a uniform token.
-_FLOOR = 0.1
-# This share of the mean variance is added to each direction, so that S is not singular if the states do not span the
-# space.
-_DAMPING = 1e-6
+_CHUNK = 8192  # rows that are processed at once: [8192, 4096] is 256 MiB in float64
+_FLOOR = 0.1  # the share of a uniform token's weight that a token without probability keeps
+_DAMPING = 1e-6  # the share of the mean variance that is added to each direction, as states may not span the space
 
 
 def factorize(
@@ -31,9 +27,11 @@ def factorize(
     second_moment: torch.Tensor | None = None,
     probabilities: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factorize a dense head and return the best ``down`` and ``up`` of this rank.
+    """Factorize a dense head and return the best ``down`` [R, D] and ``up`` [V, R] of this rank, in its dtype.
 
-    ``up @ down`` approximates ``weight`` minus one row that is subtracted from all rows, which changes no draft.
+    ``up @ down`` approximates ``weight`` minus one row that is subtracted from all rows, which changes no draft. Each
+    row of ``down`` has the same root mean square as its column of ``up``, so that an optimizer changes both at the same
+    rate.
 
     Args:
         weight: the dense head [V, D], in any floating dtype and on any device.
@@ -41,10 +39,6 @@ def factorize(
         second_moment: E[h h^T] [D, D] of the states in service; see :func:`second_moment`. None: the identity.
         probabilities: the mean probability of each token, [V]; see :func:`token_probabilities`. None: all rows have the
             same weight and no row is subtracted. If ``second_moment`` is None too, this is the plain truncated SVD.
-
-    Returns:
-        down [R, D] and up [V, R] in the dtype of ``weight``. Each row of ``down`` has the same root mean square as its
-        column of ``up``, so that an optimizer changes both at the same rate.
 
     Raises:
         ValueError: a shape or the rank does not fit, or a value is not finite.
@@ -58,7 +52,6 @@ def factorize(
     _check("probabilities", probabilities, (vocab,))
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("weight holds NaN or Inf, all values must be finite; load the head again")
-
     root, inverse_root = _roots(second_moment, hidden, weight.device)
     if probabilities is None:
         mean, row_weights = root.new_zeros(hidden), root.new_ones(vocab)
@@ -76,7 +69,7 @@ def factorize(
     down = directions.T @ inverse_root
     lift = root @ directions
     up = torch.cat([(rows.double() - mean) @ lift for rows in weight.split(_CHUNK)])
-    balance = (_rms(up, 0) / _rms(down, 1)).sqrt()
+    balance = (up.square().mean(0).sqrt() / down.square().mean(1).sqrt()).sqrt()
     balance = torch.where(balance > 0, balance, 1.0)  # 0 where the rank of the head is below R
     return (down * balance[:, None]).to(weight.dtype), (up / balance).to(weight.dtype)
 
@@ -107,10 +100,6 @@ def _roots(moment: torch.Tensor | None, hidden: int, device: torch.device) -> tu
     values, vectors = torch.linalg.eigh(moment.to(device, torch.float64))
     values = (values.clamp(min=0) + _DAMPING * values.mean()).sqrt()
     return vectors * values @ vectors.T, vectors / values @ vectors.T
-
-
-def _rms(matrix: torch.Tensor, dim: int) -> torch.Tensor:
-    return matrix.square().mean(dim).sqrt()
 
 
 def _check(name: str, value: torch.Tensor | None, shape: tuple[int, ...]) -> None:

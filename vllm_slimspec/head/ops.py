@@ -13,6 +13,9 @@ imported on its first use. Arguments are checked in microseconds and nothing syn
 
 In every result the lowest id wins a tie, a row with any NaN score is (NaN, 0), and a score of -inf has id 0. Results
 are contiguous.
+
+Every function raises a TypeError or ValueError that names the argument if a dtype, shape, device, ``k`` or ``impl``
+does not fit.
 """
 
 import functools
@@ -57,11 +60,7 @@ def low_rank_logits(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Return the logits of every vocabulary entry, [B, V] in the dtype of ``hidden``.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, device or ``impl`` does not fit; the message names the argument.
-    """
+    """Return the logits of every vocabulary entry, [B, V] in the dtype of ``hidden``."""
     if _check(hidden, down, up, impl) == "triton":
         from vllm_slimspec.kernels.low_rank_logits import low_rank_logits as kernel
 
@@ -87,12 +86,9 @@ def low_rank_argmax(
     large batch than in a small one.
 
     The fused argmax is the idea of FlashSampling (arXiv 2603.15854), and the head that of SlimSpec (arXiv 2605.10453).
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, device or ``impl`` does not fit; the message names the argument.
     """
     implementation = _check(hidden, down, up, impl)
-    valid_vocab = _check_valid_vocab(valid_vocab, up)
+    valid_vocab = _check_entries(up, valid_vocab)
     if implementation == "triton":
         from vllm_slimspec.kernels._tiles import gemm_wins
         from vllm_slimspec.kernels.low_rank_argmax import low_rank_argmax as kernel
@@ -118,15 +114,11 @@ def low_rank_topk(
     """Return the ``k`` best entries of each row, best first, as (scores float32 [B, k], ids int64 [B, k]).
 
     The top-k is exact for every order of the vocabulary. If fewer than ``k`` entries are valid, the rest is (-inf, 0).
-    Triton compares float32 scores at every batch size, torch compares scores rounded to the model dtype.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, device, ``k`` (1 to 64, at most V) or ``impl`` does not fit; the message
-            names the argument.
+    Triton compares float32 scores at every batch size, torch compares scores rounded to the model dtype. ``k`` is 1 to
+    64, and at most V.
     """
     implementation = _check(hidden, down, up, impl)
-    valid_vocab = _check_valid_vocab(valid_vocab, up)
-    _check_k(k, up)
+    valid_vocab = _check_entries(up, valid_vocab, k)
     if implementation == "triton":
         from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
 
@@ -145,22 +137,14 @@ def low_rank_rerank(
     valid_vocab: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Score the entries of :func:`low_rank_topk` again with a dense head, and return them best first.
+    """Score the entries of :func:`low_rank_topk` again with a dense head, and return them best first in the same form.
 
     A score is ``hidden . dense[row]``, accumulated in float32. The row of entry i is i, or ``dense_rows[i]`` (int64,
     below N; this is not checked, because the check would wait for the device). Column 0 of the result is the dense
     head's argmax over the candidates, which SpecVocab drafts (arXiv 2602.13836).
-
-    Returns:
-        scores float32 [B, k], ids int64 [B, k].
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, device, ``k`` (1 to 64, at most V) or ``impl`` does not fit; the message
-            names the argument.
     """
     implementation = _check(hidden, down, up, impl)
-    valid_vocab = _check_valid_vocab(valid_vocab, up)
-    _check_k(k, up)
+    valid_vocab = _check_entries(up, valid_vocab, k)
     _check_dense(hidden, up, dense, dense_rows)
     if implementation == "triton":
         from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
@@ -179,9 +163,6 @@ def reduce_pairs(
     """Return the highest value of each row and its id, as (float32 [B], int64 [B]).
 
     The pairs may be those of N tensor-parallel ranks, with global ids below 2**31, in any order. The result is exact.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, device or ``impl`` does not fit; the message names the argument.
     """
     if values.dtype != torch.float32:
         raise TypeError(f"values must be float32, got {values.dtype}")
@@ -214,20 +195,14 @@ def pack(
     zeros to a multiple of what the kernels read at once, and a factor that needs no padding is returned as it is. On a
     CPU both become a :class:`PackedFactor`, which copies the factor (a quantized one also gets a bfloat16 copy), so
     drop the originals if nothing else reads them.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, device or ``impl`` does not fit; the message names the argument.
     """
     implementation = _check(down.new_empty(0, down.shape[-1]), down, up, impl)
-    rank = up.shape[1]
+    rank, multiple = up.shape[1], RANK_MULTIPLE if isinstance(up, QuantizedUp) else 1
     if implementation == "triton":
         from vllm_slimspec.kernels._tiles import rank_multiple
 
         multiple = rank_multiple(rank, up.group_size if isinstance(up, QuantizedUp) else None)
-    else:
-        multiple = RANK_MULTIPLE if isinstance(up, QuantizedUp) else 1
-    extra = -rank % multiple
-    if extra:
+    if extra := -rank % multiple:
         down = F.pad(down, (0, 0, 0, extra))
         up = pad_rank(up, rank + extra) if isinstance(up, QuantizedUp) else F.pad(up, (0, extra))
     if implementation == "triton" or down.device.type != "cpu":
@@ -250,9 +225,6 @@ def prepare(
     The variants are those of :func:`low_rank_argmax`, also of :func:`low_rank_topk` if ``k`` is given, and also of
     :func:`low_rank_rerank` if ``dense`` is given. Pass the arguments of the calls in service. Call it once, outside of
     CUDA-graph capture; afterwards these functions compile nothing. With torch it does nothing.
-
-    Raises:
-        ValueError: ``max_batch`` is below 1, or ``impl`` does not fit.
     """
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
@@ -273,11 +245,7 @@ def prepare(
 
 
 def resolve_impl(device: torch.device | str, impl: str = "auto") -> str:
-    """Return the implementation that runs on ``device``: "torch" or "triton".
-
-    Raises:
-        ValueError: ``impl`` or ``SLIMSPEC_IMPL`` is not a known name, or names Triton where it cannot run.
-    """
+    """Return the implementation that runs on ``device``: "torch" or "triton"."""
     name = "impl"
     if impl == "auto":
         name, impl = "SLIMSPEC_IMPL", os.environ.get("SLIMSPEC_IMPL") or "auto"
@@ -306,10 +274,7 @@ def _product(x: Tensor, factor: Up) -> Tensor:
 
 
 def _check(hidden: Tensor, down: Down, up: Up, impl: str) -> str:
-    """Check the arguments and return the implementation to use.
-
-    Only attributes are compared, because this runs at every draft step.
-    """
+    """Check the arguments and return the implementation. It compares attributes only, as it runs at every step."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden must be a tensor, got {type(hidden).__name__}")
     if not isinstance(down, Tensor | PackedFactor):
@@ -324,12 +289,8 @@ def _check(hidden: Tensor, down: Down, up: Up, impl: str) -> str:
                 raise TypeError(f"{name} must be float32, float16 or bfloat16, got {factor.dtype}")
             if factor.dtype != hidden.dtype:
                 raise TypeError(f"{name} must be {hidden.dtype} as hidden is, got {factor.dtype}")
-        if factor.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {factor.device}")
-        if isinstance(factor, Tensor) and name != "hidden" and not factor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, got strides {factor.stride()} for shape {tuple(factor.shape)}"
-            )
+        if name != "hidden":
+            _check_memory(name, factor, hidden)
     if down.shape[1] != hidden.shape[1]:
         raise ValueError(f"down must be [R, D={hidden.shape[1]}] as hidden is [B, D], got {tuple(down.shape)}")
     if up.shape[1] != down.shape[0] or up.shape[0] * up.shape[1] == 0:
@@ -340,17 +301,21 @@ def _check(hidden: Tensor, down: Down, up: Up, impl: str) -> str:
     return implementation
 
 
-def _check_valid_vocab(valid_vocab: int | None, up: Up) -> int:
-    if valid_vocab is None:
-        return up.shape[0]
-    if not 0 <= valid_vocab <= up.shape[0]:
-        raise ValueError(f"valid_vocab must be in [0, V={up.shape[0]}], got {valid_vocab}")
-    return valid_vocab
+def _check_memory(name: str, tensor: Up, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {tensor.device}")
+    if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
 
 
-def _check_k(k: int, up: Up) -> None:
-    if not 1 <= k <= min(MAX_K, up.shape[0]):
-        raise ValueError(f"k must be in [1, {min(MAX_K, up.shape[0])}] for V={up.shape[0]}, got {k}")
+def _check_entries(up: Up, valid_vocab: int | None, k: int = 1) -> int:
+    """Check both numbers of entries and return how many of ``up`` are valid."""
+    vocab = up.shape[0]
+    if valid_vocab is not None and not 0 <= valid_vocab <= vocab:
+        raise ValueError(f"valid_vocab must be in [0, V={vocab}], got {valid_vocab}")
+    if not 1 <= k <= min(MAX_K, vocab):
+        raise ValueError(f"k must be in [1, {min(MAX_K, vocab)}] for V={vocab}, got {k}")
+    return vocab if valid_vocab is None else valid_vocab
 
 
 def _check_dense(hidden: Tensor, up: Up, dense: Tensor, dense_rows: Tensor | None) -> None:
@@ -358,12 +323,9 @@ def _check_dense(hidden: Tensor, up: Up, dense: Tensor, dense_rows: Tensor | Non
         raise TypeError(f"dense must be a tensor, got {type(dense).__name__}")
     if dense.dtype != hidden.dtype:
         raise TypeError(f"dense must be {hidden.dtype} as hidden is, got {dense.dtype}")
-    if dense.device != hidden.device:
-        raise ValueError(f"dense must be on {hidden.device} as hidden is, got {dense.device}")
     if dense.dim() != 2 or dense.shape[1] != hidden.shape[1]:
         raise ValueError(f"dense must be [N, D={hidden.shape[1]}] as hidden is [B, D], got {tuple(dense.shape)}")
-    if not dense.is_contiguous():
-        raise ValueError(f"dense must be contiguous, got strides {dense.stride()} for shape {tuple(dense.shape)}")
+    _check_memory("dense", dense, hidden)
     if dense_rows is None:
         if dense.shape[0] < up.shape[0]:
             raise ValueError(f"dense must have V={up.shape[0]} rows or more without dense_rows, got {dense.shape[0]}")
@@ -373,7 +335,4 @@ def _check_dense(hidden: Tensor, up: Up, dense: Tensor, dense_rows: Tensor | Non
         raise TypeError(f"dense_rows must be an int64 tensor, got {kind}")
     if dense_rows.shape != (up.shape[0],):
         raise ValueError(f"dense_rows must be [V={up.shape[0]}], got {tuple(dense_rows.shape)}")
-    if dense_rows.device != hidden.device:
-        raise ValueError(f"dense_rows must be on {hidden.device} as hidden is, got {dense_rows.device}")
-    if not dense_rows.is_contiguous():
-        raise ValueError(f"dense_rows must be contiguous, got strides {dense_rows.stride()}")
+    _check_memory("dense_rows", dense_rows, hidden)

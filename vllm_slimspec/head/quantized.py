@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_slimspec.head.spec import GROUPS, QUANTIZED
@@ -74,24 +75,20 @@ class QuantizedUp:
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the tensors."""
         return self.weight.device
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of weight and scale together."""
         return self.weight.nbytes + self.scale.nbytes
 
     def to(self, device: torch.device | str) -> "QuantizedUp":
-        """Return a copy of the factor on ``device``."""
         return QuantizedUp(self.weight.to(device), self.scale.to(device), self.group_size)
 
     def integers(self) -> Tensor:
         """Return the entries before scaling, float32 [V, R]."""
         if self.kind != "int4":
             return self.weight.float()
-        nibbles = torch.stack([self.weight & 15, self.weight >> 4], dim=-1)
-        return nibbles.flatten(1).float() - 8
+        return torch.stack([self.weight & 15, self.weight >> 4], dim=-1).flatten(1).float() - 8
 
     def dequantize(self) -> Tensor:
         """Return the dequantized factor, float32 [V, R]."""
@@ -99,23 +96,14 @@ class QuantizedUp:
         return (entries * self.scale[:, :, None]).flatten(1)
 
 
-def quantize_up(
-    up: Tensor,  # [V, R]
-    kind: str,
-    group_size: int | None = None,
-) -> QuantizedUp:
-    """Quantize ``up`` by rounding to the nearest entries, with a scale for each row or each group of columns.
+def quantize_up(up: Tensor, kind: str, group_size: int | None = None) -> QuantizedUp:
+    """Quantize ``up`` [V, R] by rounding to the nearest entries of "fp8", "int8" or "int4".
 
-    The scales are rounded to bfloat16 and kept as float32, so backends that take bfloat16 scales compute the same.
-
-    Args:
-        up: the factor [V, R] in floats.
-        kind: "fp8", "int8" or "int4".
-        group_size: the number of columns that share a scale; None for one scale for each row.
+    Each row has a scale, or each ``group_size`` columns of it. The scales are rounded to bfloat16 and kept as float32,
+    so backends that take bfloat16 scales compute the same.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, ``kind`` or ``group_size`` does not fit, or ``up`` is not finite; the
-            message names the argument.
+        TypeError, ValueError: an argument does not fit, or ``up`` is not finite; the message names the argument.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -152,15 +140,10 @@ def _quantize_rows(up: Tensor, kind: str, group_size: int) -> tuple[Tensor, Tens
 def pad_rank(up: QuantizedUp, rank: int) -> QuantizedUp:
     """Return the factor padded with zero columns to ``rank``, a multiple of the group size if there are groups."""
     extra = rank - up.shape[1]
-    if extra == 0:
-        return up
-    zero = 0x88 if up.kind == "int4" else 0
-    columns = extra // 2 if up.kind == "int4" else extra
-    raw = up.weight.view(torch.uint8)
-    weight = torch.cat([raw, raw.new_full((len(raw), columns), zero)], dim=1).view(up.weight.dtype)
-    scale = up.scale
-    if up.group_size is not None:
-        scale = torch.cat([scale, scale.new_ones(len(scale), extra // up.group_size)], dim=1)
+    columns, zero = (extra // 2, 0x88) if up.kind == "int4" else (extra, 0)
+    raw = up.weight.view(torch.uint8)  # F.pad does not support float8
+    weight = F.pad(raw, (0, columns), value=zero).view(up.weight.dtype)
+    scale = up.scale if up.group_size is None else F.pad(up.scale, (0, extra // up.group_size), value=1.0)
     return QuantizedUp(weight, scale, up.group_size)
 
 

@@ -13,11 +13,7 @@ _TOP_GROUP = 128  # near sqrt(V / k), where choosing the groups and choosing ins
 
 
 def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the highest score of each row of ``scores`` [B, V] and its first place, as (float32 [B], int64 [B]).
-
-    This is faster on a CPU than ``scores.float().max(dim=1)``, because a maximum is vectorized there but an argmax is
-    not.
-    """
+    """Return the highest score of each row of ``scores`` [B, V] and its first place, as (float32 [B], int64 [B])."""
     rows, columns = scores.shape
     count = max(1, columns // _BEST_GROUP)
     stride = columns // count
@@ -60,11 +56,7 @@ def rescored(
     dense: Tensor,  # [N, D]
     dense_rows: Tensor | None,  # [V]
 ) -> tuple[Tensor, Tensor]:
-    """Score the candidates of :func:`top_of` again with the dense head, in float32, and return them best first.
-
-    Returns:
-        scores float32 [B, k], ids int64 [B, k].
-    """
+    """Score the candidates of :func:`top_of` again with the dense head, and return them in the same form."""
     rows = dense[ids if dense_rows is None else dense_rows[ids]]  # [B, k, D]
     exact = torch.bmm(rows.float(), hidden.float()[:, :, None]).squeeze(2)
     exact = torch.where(screened > float("-inf"), exact, screened)  # a row of NaN stays NaN
@@ -72,10 +64,7 @@ def rescored(
 
 
 def _best_first(values: Tensor, ids: Tensor, k: int, poisoned: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the k best of float32 ``values`` [B, N], padded with (-inf, 0) if N < k.
-
-    Rows for which ``poisoned`` [B, 1] is true become (NaN, 0).
-    """
+    """Return the k best of ``values`` [B, N], padded with (-inf, 0). ``poisoned`` rows [B, 1] become (NaN, 0)."""
     places = _keys(values, ids).topk(min(k, values.shape[1]), dim=1).indices
     values, ids = values.gather(1, places), ids.gather(1, places)
     if values.shape[1] < k:
@@ -86,10 +75,7 @@ def _best_first(values: Tensor, ids: Tensor, k: int, poisoned: Tensor) -> tuple[
 
 
 def _keys(values: Tensor, ids: Tensor) -> Tensor:
-    """Return int64 keys that sort pairs (float32 score, id below 2**31) by score, then by lowest id.
-
-    The place of NaN in this order is undefined.
-    """
+    """Return int64 keys that sort pairs (float32 score, id below 2**31) by score, then by lowest id; NaN anywhere."""
     bits = (values + 0.0).view(torch.int32)  # -0.0 ties with 0.0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return torch.add(-ids, order, alpha=1 << 32)
