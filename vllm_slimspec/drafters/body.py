@@ -2,7 +2,8 @@
 
 If a tensor is missing, vLLM's loader leaves whatever is in memory in its parameter. If the model has no parameter for a
 bias, the loader drops the bias. It reports neither (vllm/model_executor/models/utils.py, AutoWeightsLoader). So a
-folder must have all tensors in the table, and no others except those that vLLM and training ignore.
+folder must have all tensors in the table, and no others except those that vLLM and training ignore. Each refusal is a
+CheckpointError that names the drafter ``where``, the first wrong tensor, and the key to change.
 
 Letters: D hidden size of the drafter, i number of a layer.
 """
@@ -35,10 +36,10 @@ _QUANTIZED = re.compile(
 )
 _UNQUANTIZED = (*FLOATS, "F64", "I64", "BOOL")  # dtypes that quantized weights never have
 _MOST_AUX_LAYERS = 1024
-_FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+_QWEN3_HINT = 'it belongs to a Qwen3 drafter, so name Qwen3 in "architectures", or remove it'
 _HINTS = {
-    "self_attn.q_norm": 'it belongs to a Qwen3 drafter, so name Qwen3 in "architectures", or remove it',
-    "self_attn.k_norm": 'it belongs to a Qwen3 drafter, so name Qwen3 in "architectures", or remove it',
+    "self_attn.q_norm": _QWEN3_HINT,
+    "self_attn.k_norm": _QWEN3_HINT,
     "fc_norm": "set fc_norm to true if the drafter was trained with it, or remove it",
     "input_norm": "set norm_before_fc to true if the drafter was trained with it, or remove it",
     "fc.weight": "set use_aux_hidden_state in eagle_config to true if the drafter was trained with it, or remove it",
@@ -70,16 +71,7 @@ class Body:
     """All tensors that vLLM loads into the body of one drafter."""
 
     def __init__(self, config: Mapping[str, Any], family: Family, where: str) -> None:
-        """Read the sizes of the body.
-
-        Args:
-            config: the config from :func:`vllm_slimspec.drafters.config.flatten`.
-            family: the family of the drafter.
-            where: the name of the drafter, for errors.
-
-        Raises:
-            CheckpointError: a size is missing or not a positive integer, or vLLM cannot serve such a body.
-        """
+        """Read the sizes from a flat config, and refuse those of a body that vLLM cannot serve."""
         self.where, self.family, self._config = where, family, config
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise CheckpointError(
@@ -108,15 +100,7 @@ class Body:
         self._first, self._other = dict(self._layer(first=True)), dict(self._layer(first=False))
 
     def check(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Refuse a body whose tensors are not those of the table.
-
-        Args:
-            tensors: the safetensors dtype and shape of every tensor in the drafter, by name.
-
-        Raises:
-            CheckpointError: a tensor is wrong, missing or not in the table; the message names the first one, and the
-                key to change.
-        """
+        """Refuse a drafter, given the safetensors dtype and shape of its tensors, whose body is not the table's."""
         body = {name: tensor for name, tensor in tensors.items() if in_body(name)}
         for name, (dtype, _) in body.items():
             self._check_plain(name, dtype)
@@ -126,11 +110,7 @@ class Body:
         self.check_whole(body)
 
     def check_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor that is not in the table, or whose shape or dtype does not fit.
-
-        Raises:
-            CheckpointError: the tensor does not fit.
-        """
+        """Refuse a tensor that is not in the table, or whose shape or dtype does not fit."""
         self._check_plain(name, dtype)
         expected = self._expected(name)
         if expected is None:
@@ -147,14 +127,7 @@ class Body:
             )
 
     def check_whole(self, names: Iterable[str]) -> None:
-        """Refuse a body that lacks a tensor of the table, or has a tensor twice.
-
-        Args:
-            names: the names of the body's tensors.
-
-        Raises:
-            CheckpointError: a tensor is missing or there twice; the message names the first one.
-        """
+        """Refuse a body that lacks a tensor of the table, or has a tensor twice."""
         present: dict[str, str] = {}
         for name in names:
             key = _canonical(name)
@@ -166,7 +139,7 @@ class Body:
         midlayer = any(name.startswith("midlayer.") for name in present.values())
         for key, shape in self.table():
             fused = _fused(key)
-            if fused in present and key in present:
+            if fused != key and fused in present and key in present:
                 raise CheckpointError(
                     f"{self.where}: tensor {present[key]} is also a part of {present[fused]}; remove one of them"
                 )
@@ -190,7 +163,6 @@ class Body:
             yield from ((f"layers.{i}.{part}", s) for part, s in self._other.items() if part != _UNREAD)
 
     def _size(self, key: str, default: int) -> int:
-        """Return the size under ``key``, or ``default`` if the config leaves it out."""
         return positive_int(self._config, key, self.where) if self._config.get(key) else default
 
     def _outside_layers(self) -> Iterator[tuple[str, Shape]]:
@@ -240,23 +212,17 @@ class Body:
         match = _LAYER.fullmatch(key)
         if match is None:
             return self._outside.get(key)
-        i, part = int(match[1]), match[2]
-        if i >= self.layers:
+        if int(match[1]) >= self.layers:
             return None
-        parts = self._first if i == 0 else self._other
-        module, _, kind = part.rpartition(".")
-        if module not in _FUSED:
-            return parts.get(part)
-        pieces = [parts.get(f"{module.partition('.')[0]}.{piece}.{kind}") for piece in _FUSED[module]]
-        if None in pieces:
-            return None
-        rows = sum(piece.sizes[0] for piece in pieces if piece is not None)
-        whole = pieces[0]
-        assert whole is not None
-        return Shape((rows, *whole.sizes[1:]), f"{' + '.join(_FUSED[module])}")
+        parts = self._first if match[1] == "0" else self._other
+        pieces = {name: shape for name, shape in parts.items() if _fused(name) == match[2]}
+        if match[2] in parts or not pieces:
+            return parts.get(match[2])
+        rows = sum(shape.sizes[0] for shape in pieces.values())
+        _, *columns = next(iter(pieces.values())).sizes
+        return Shape((rows, *columns), " + ".join(name.split(".")[1] for name in pieces))
 
     def _check_plain(self, name: str, dtype: str) -> None:
-        """Refuse a tensor of a quantized body, which its name or its dtype shows."""
         if _QUANTIZED.search(name) or dtype not in _UNQUANTIZED:
             raise CheckpointError(
                 f"{self.where}: tensor {name} ({dtype}) belongs to a quantized body, which is not supported; use the "
@@ -264,7 +230,6 @@ class Body:
             )
 
     def _check_depth(self, names: Iterable[str]) -> None:
-        """Refuse a config whose number of layers is not that of the tensors."""
         found = [int(match[1]) for name in names if (match := _LAYER.fullmatch(_canonical(name)))]
         depth = max(found, default=0) + 1
         if depth != self.layers:
@@ -288,11 +253,9 @@ class Body:
                 f"drafter's {self.family.name} layers were trained with all of their biases, or remove the tensor"
             )
         key = re.sub(r"^layers\.\d+\.", "", _canonical(name))
-        hint = next((hint for start, hint in _HINTS.items() if key.startswith(start)), None)
-        return (
-            f"is not part of the {self.family.name} drafter that config.json describes; "
-            f"{hint or 'remove it, or correct the config'}"
-        )
+        hints = (hint for start, hint in _HINTS.items() if key.startswith(start))
+        cure = next(hints, "remove it, or correct the config")
+        return f"is not part of the {self.family.name} drafter that config.json describes; {cure}"
 
     def _size_cure(self, name: str, shape: tuple[int, ...]) -> str:
         if _canonical(name) != "fc.weight" or len(shape) != 2 or shape[0] != self.hidden_size:
@@ -311,11 +274,5 @@ def _canonical(name: str) -> str:
 
 
 def _fused(key: str) -> str:
-    """Return the name of the fused tensor that may hold this one; an empty string if there is none."""
-    prefix, _, kind = key.rpartition(".")
-    for module, pieces in _FUSED.items():
-        parent, _, _ = module.partition(".")
-        for piece in pieces:
-            if prefix.endswith(f".{parent}.{piece}"):
-                return f"{prefix.removesuffix(f'{parent}.{piece}')}{module}.{kind}"
-    return ""
+    """Return the name of the fused tensor that may hold this one; the name itself if there is none."""
+    return re.sub(r"\b(gate|up)_proj\b", "gate_up_proj", re.sub(r"\b[qkv]_proj\b", "qkv_proj", key))

@@ -1,24 +1,8 @@
 """Reading, checking and writing of drafter checkpoints.
 
-A SlimSpec drafter is a plain Hugging Face EAGLE-3 folder whose head is two factors (arXiv 2605.10453). The names of the
-keys and tensors were introduced by TorchSpec (lightseekorg/TorchSpec, pull request 185):
-
-    config.json    lm_head_rank: R   (TorchSpec: lm_head_rank_divisor, R = D // divisor)
-                   draft_vocab_size: V   (below vocab_size with a d2t map; absent means vocab_size)
-                   lm_head_rerank: k   (optional: the k best are scored again with the rows of a dense head)
-                   lm_head_rerank_rows: "target"   (optional: the target has those rows; absent means lm_head.weight)
-                   lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
-    *.safetensors  lm_head.down.weight [R, D], lm_head.up.weight [V, R], d2t [V] int64, and EAGLE-3's body
-                   lm_head.weight [V, D]   (for re-ranking with the drafter's own rows)
-                   lm_head.up.scale [V, R / group] float32   (for a quantized up; [V, 1] without a group)
-
-A quantized up is float8_e4m3fn or int8 [V, R], or uint8 [V, R / 2] with the even column of int4 in the low nibble and
-value = nibble - 8; weight = value * scale. An up in floats is quantized at load if ``lm_head_quantization`` is set.
-
-Letters: D hidden size of the drafter, R rank, V draft vocabulary.
-
-Weights are read from safetensors only, and no code from a checkpoint is ever run. Every refusal is a
-:class:`CheckpointError`: one line with the file, the key and the cure.
+A SlimSpec drafter is a plain Hugging Face EAGLE-3 folder whose head is two factors (arXiv 2605.10453), with the keys
+and tensors of :mod:`vllm_slimspec.head.spec`. Weights are read from safetensors only, and no code from a checkpoint is
+ever run. Every refusal is a :class:`CheckpointError`: one line with the file, the key and the cure.
 """
 
 import json
@@ -29,15 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_slimspec.common.files import (
-    TensorInfo,
-    check_place,
-    load_tensor,
-    read_config,
-    read_headers,
-    read_json_object,
-    save_tensors,
-)
+from vllm_slimspec.common import files
+from vllm_slimspec.common.files import TensorInfo, load_tensor
 from vllm_slimspec.common.output import claim_folder
 from vllm_slimspec.drafters.body import Body, skipped
 from vllm_slimspec.drafters.config import (
@@ -85,7 +62,7 @@ class DraftCheckpoint:
             CheckpointError: the folder is not an EAGLE-3 drafter, or its tensors contradict its config.
         """
         path = Path(folder)
-        config, tensors = read_config(path), read_headers(path)
+        config, tensors = files.read_config(path), files.read_headers(path)
         check_algorithm(config, tensors, str(path))
         where = str(path / "config.json")
         spec = head_spec(flatten(config, where), where) if is_low_rank(config) else None
@@ -102,7 +79,7 @@ class DraftCheckpoint:
 
     @property
     def family(self) -> Family | None:
-        """Return the family of the drafter; None for a family that only vLLM knows."""
+        """Return the family; None for one that only vLLM knows."""
         return family(self.config)
 
     @property
@@ -112,11 +89,7 @@ class DraftCheckpoint:
 
     @cached_property
     def dense_head(self) -> StoredHead | None:
-        """Return the dense head of a drafter without factors; None if the drafter uses the target's head.
-
-        Raises:
-            CheckpointError: the head is stored in a form that is not supported.
-        """
+        """Return the dense head of a drafter without factors; None if the drafter uses the target's head."""
         flat, where = self.flat, str(self.path / "config.json")
         vocab = "draft_vocab_size" if flat.get("draft_vocab_size") else "vocab_size"
         shape = (positive_int(flat, vocab, where), positive_int(flat, "hidden_size", where))
@@ -164,11 +137,7 @@ class DraftCheckpoint:
             check_map(self.load("d2t"), t2d, vocab, str(self.path))
 
     def check_values(self) -> None:
-        """Read every weight and refuse NaN and Inf. This takes a second for the drafter of an 8B target.
-
-        Raises:
-            CheckpointError: a tensor that is served holds NaN or Inf.
-        """
+        """Read every weight and refuse NaN and Inf. This takes a second for the drafter of an 8B target."""
         for name in self.tensors:
             if not skipped(name):
                 check_finite(name, self.load(name), str(self.tensors[name].file))
@@ -179,27 +148,15 @@ class DraftCheckpoint:
         return flatten(self.config, str(self.path / "config.json"))
 
     def provenance(self) -> dict[str, Any]:
-        """Return slimspec.json, which says how this checkpoint was made; empty if another tool made it.
-
-        Raises:
-            CheckpointError: the file is not a JSON object.
-        """
+        """Return slimspec.json, which says how this checkpoint was made; empty if another tool made it."""
         file = self.path / "slimspec.json"
         if not os.path.lexists(file):
             return {}
-        check_place(file)
-        return read_json_object(file)
+        files.check_place(file)
+        return files.read_json_object(file)
 
     def check_target(self, vocab_size: int, target: str) -> None:
-        """Refuse a target whose vocabulary size is not that of this drafter.
-
-        Args:
-            vocab_size: the target's vocabulary size.
-            target: the name of the target, for errors.
-
-        Raises:
-            CheckpointError: the sizes differ.
-        """
+        """Refuse a target whose vocabulary size is not that of this drafter."""
         if self.spec is not None:
             check_vocabulary(self.spec, vocab_size, target, str(self.path / "config.json"))
 
@@ -213,15 +170,9 @@ class DraftCheckpoint:
         return "embed_tokens.weight" in self.tensors
 
     def check_sizes(self, hidden_size: int, layers: int | None, target: str) -> None:
-        """Refuse a target whose hidden states or embeddings do not fit, such as another size of the same model.
+        """Refuse a target whose hidden states, embeddings or layers do not fit, such as another size of the same model.
 
-        Args:
-            hidden_size: the target's hidden size.
-            layers: the target's number of layers; None if it is not known.
-            target: the name of the target, for errors.
-
-        Raises:
-            CheckpointError: the drafter needs states or embeddings of another width, or layers that do not exist.
+        ``layers`` is the target's number of layers, None if it is not known.
         """
         cure = "use the drafter that was made for this target"
         count, ids = self.aux_layers()
@@ -246,7 +197,6 @@ class DraftCheckpoint:
             )
 
     def load(self, name: str) -> "torch.Tensor":
-        """Load one tensor onto the CPU in its stored dtype, and return it."""
         return load_tensor(self.tensors[name], name)
 
     @property
@@ -274,10 +224,10 @@ def write_checkpoint(
 
     Args:
         folder: the folder of the new drafter, which must be empty or not exist.
-        config: the content of config.json, with the keys of this module's docstring.
+        config: the content of config.json.
         tensors: the tensors by name, contiguous or not, on any device. They are written as model.safetensors.
         provenance: the content of slimspec.json, which says how this checkpoint was made.
-        card: the content of README.md, the model card; None for no card.
+        card: the content of README.md, the model card.
 
     Raises:
         OutputError: the folder is not empty, or cannot be written.
@@ -287,7 +237,7 @@ def write_checkpoint(
 
     def fill(new: Path) -> None:
         whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_tensors(whole, new / "model.safetensors", {"format": "pt"})
+        files.save_tensors(whole, new / "model.safetensors", {"format": "pt"})
         for name, content in (("config.json", config), ("slimspec.json", provenance)):
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if card is not None:

@@ -3,6 +3,9 @@
 vLLM reads the plain layout with the transformers class of the model type and that class's defaults. From speculators'
 layout, vLLM reads the block ``transformer_layer_config`` without defaults, and a few keys at the top
 (vllm/transformers_utils/configs/speculators/algos.py, update_eagle3).
+
+Functions take the content of config.json in either layout, unless they ask for a ``flat`` one. Each refusal is a
+CheckpointError that begins with ``where``, the name of the file.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,11 +54,8 @@ def is_speculators(config: Mapping[str, Any]) -> bool:
 
 def is_low_rank(config: Mapping[str, Any]) -> bool:
     """Return whether this config.json declares a low-rank head, even a malformed one."""
-    layer = config.get("transformer_layer_config")
-    nested = layer if isinstance(layer, Mapping) else {}
-    return names_our_model(config) or any(
-        key in c for c in (config, nested) for key in ("lm_head_rank", "lm_head_rank_divisor")
-    )
+    keys = config.keys() | _layer(config).keys()
+    return names_our_model(config) or not keys.isdisjoint(("lm_head_rank", "lm_head_rank_divisor"))
 
 
 def names_our_model(config: Mapping[str, Any]) -> bool:
@@ -66,19 +66,14 @@ def names_our_model(config: Mapping[str, Any]) -> bool:
 def flatten(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
     """Return the config in the plain layout, with the meaning that it has for vLLM. Keys that are null are left out.
 
-    Args:
-        config: the content of config.json, in either layout.
-        where: the name of the file, for errors.
-
     Raises:
         CheckpointError: vLLM could not read the rope parameters.
     """
     if is_speculators(config):
         return _flatten_speculators(config, where)
     plain_rope(config, where)
-    flat = _without_none(config)
-    known = _BY_MODEL_TYPE.get(str(flat.get("model_type")))
-    return {**(known.defaults if known else {}), **flat}
+    known = _BY_MODEL_TYPE.get(str(config.get("model_type")))
+    return {**(known.defaults if known else {}), **_without_none(config)}
 
 
 def family(config: Mapping[str, Any]) -> Family | None:
@@ -89,17 +84,8 @@ def family(config: Mapping[str, Any]) -> Family | None:
 
 
 def known_family(config: Mapping[str, Any], where: str) -> Family:
-    """Return the family that a config names.
-
-    Args:
-        config: the content of config.json, in either layout.
-        where: the name of the file, for errors.
-
-    Raises:
-        CheckpointError: the family is not known.
-    """
-    found = family(config)
-    if found is not None:
+    """Return the family that a config names, and refuse one that is not known."""
+    if (found := family(config)) is not None:
         return found
     if is_speculators(config):
         return family_of_type(_layer(config).get("model_type"), f"{where}: transformer_layer_config")
@@ -110,15 +96,7 @@ def known_family(config: Mapping[str, Any], where: str) -> Family:
 
 
 def family_of_type(model_type: Any, where: str) -> Family:
-    """Return the family of a model type, such as "llama".
-
-    Args:
-        model_type: the model type of the drafter's layer.
-        where: the place that names it, for errors.
-
-    Raises:
-        CheckpointError: the family is not known.
-    """
+    """Return the family of a model type, such as "llama", and refuse one that is not known."""
     found = _BY_MODEL_TYPE.get(str(model_type))
     if found is None:
         raise CheckpointError(
@@ -130,16 +108,9 @@ def family_of_type(model_type: Any, where: str) -> Family:
 def check_algorithm(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     """Refuse a drafter of another algorithm than EAGLE-3, such as one that drafts all its tokens in one pass.
 
-    Args:
-        config: the content of config.json, in either layout.
-        names: the names of the drafter's tensors, as far as they are known.
-        where: the name of the drafter, for errors.
-
-    Raises:
-        CheckpointError: the drafter is of another algorithm; the message names it.
+    ``names`` are those of the drafter's tensors, as far as they are known.
     """
-    found = _other_algorithm(config, names)
-    if found is not None:
+    if (found := _other_algorithm(config, names)) is not None:
         why, algorithm = found
         raise CheckpointError(
             f"{where}: {why}, so this is a drafter of {algorithm}, which this package neither serves nor converts; "
@@ -213,18 +184,16 @@ def _other_algorithm(config: Mapping[str, Any], names: Iterable[str]) -> tuple[s
     config = {**_layer(config), **config}
     for key, value in said:
         word = value.lower().replace("-", "") if isinstance(value, str) else ""
-        if "eagle3" in word.replace("peagle", ""):
+        wrapped = key == "model_type" and word == "eagle"  # the type of vLLM's own config wrapper
+        if wrapped or "eagle3" in word.replace("peagle", ""):
             continue
         for part, algorithm in _ALGORITHMS.items():
-            if part in word and not (
-                key == "model_type" and word == "eagle"
-            ):  # vLLM's own config wrapper has this type
+            if part in word:
                 return f"{key} names {value!r}", algorithm
     parallel = next((k for k in _PARALLEL_KEYS if config.get(k) is not None and config[k] is not False), None)
     if parallel is not None:
         return f"{parallel}={config[parallel]!r}", _ALGORITHMS["peagle"]
-    mask = next((name for name in names if "mask_hidden" in name), None)
-    if mask is not None:
+    if (mask := next((name for name in names if "mask_hidden" in name), None)) is not None:
         return f"tensor {mask} is there", _ALGORITHMS["peagle"]
     for key, algorithm in (("dflash_config", "DFlash"), ("medusa_num_heads", "Medusa")):
         if config.get(key) is not None:

@@ -1,7 +1,8 @@
 """Checks that the tensors of a head match its spec and are finite.
 
 The checks take the safetensors dtype and the shape of each tensor. So they serve both the headers of a folder and the
-tensors that are sent to a running engine.
+tensors that are sent to a running engine. Each refusal is a CheckpointError that begins with ``where``, the name of the
+checkpoint.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,16 +23,8 @@ def check_head(
 ) -> None:
     """Refuse tensors that do not make up the head that ``spec`` describes.
 
-    Args:
-        spec: the head that config.json describes.
-        tensors: the safetensors dtype and shape of every tensor in the checkpoint, by name.
-        where: the name of the checkpoint, for errors.
-        whole: whether all tensors of the head must be there. With False, for an update of a loaded head, tensors may be
-            missing, but a quantized `up` and its scale must come together.
-
-    Raises:
-        CheckpointError: a factor or d2t is missing or has another shape or dtype, or there is a dense head or another
-            tensor with lm_head in its name that does not belong to the head.
+    ``tensors`` has the safetensors dtype and shape of every tensor by name. If not ``whole``, they update a loaded
+    head: some may be missing, but a quantized `up` and its scale must come together.
     """
     quantized = UP in tensors and tensors[UP][0] not in FLOATS
     if not whole and quantized != (SCALE in tensors):
@@ -94,17 +87,7 @@ def _expected(
 
 
 def check_vocabulary(spec: HeadSpec, vocab_size: int, target: str, where: str) -> None:
-    """Refuse a target whose vocabulary size is not the one in ``spec``.
-
-    Args:
-        spec: the head.
-        vocab_size: the target's vocabulary size.
-        target: the name of the target, for errors.
-        where: the name of the drafter, for errors.
-
-    Raises:
-        CheckpointError: the sizes differ.
-    """
+    """Refuse a target whose vocabulary size is not the one in ``spec``."""
     if spec.vocab_size != vocab_size:
         raise CheckpointError(
             f"{where}: vocab_size={spec.vocab_size} but the target {target} has {vocab_size}; "
@@ -113,16 +96,7 @@ def check_vocabulary(spec: HeadSpec, vocab_size: int, target: str, where: str) -
 
 
 def check_finite(name: str, tensor: "torch.Tensor", where: str) -> None:
-    """Refuse a tensor that holds NaN or Inf.
-
-    Args:
-        name: the name of the tensor, for errors.
-        tensor: the tensor.
-        where: the name of the checkpoint, for errors.
-
-    Raises:
-        CheckpointError: the tensor holds NaN or Inf.
-    """
+    """Refuse a tensor that holds NaN or Inf."""
     if count := count_not_finite(tensor):
         raise CheckpointError(
             f"{where}: tensor {name} holds {count} NaN or Inf values, all must be finite; "

@@ -31,11 +31,7 @@ class StoredHead:
     scale: str | None  # of a head in float8; None for a head in floats
 
     def read(self, load: Callable[[str], "torch.Tensor"]) -> "torch.Tensor":
-        """Load the head and return it in floats, [V, D]. A head stored in float8 becomes bfloat16.
-
-        Args:
-            load: returns the tensor of a name.
-        """
+        """Load the head by names and return it in floats, [V, D]. A head stored in float8 becomes bfloat16."""
         import torch
 
         weight = load(self.weight)
@@ -47,27 +43,19 @@ class StoredHead:
 
 
 def stored_head(tensors: Described, shape: tuple[int, int], where: str, *, prefixed: bool = False) -> StoredHead | None:
-    """Find the dense head among a model's tensors and return the names of its tensors.
+    """Find the dense head [V, D] among a model's tensors; None if no tensor has lm_head in its name.
 
-    Args:
-        tensors: the safetensors dtype and shape of the model's tensors, or only of those with lm_head in their names.
-        shape: [V, D] of the head.
-        where: the name of the model, for errors.
-        prefixed: whether the names may have a prefix. A target's may; vLLM looks for a drafter's head without one.
-
-    Returns:
-        the names of the head's tensors; None if no tensor has lm_head in its name.
+    If ``prefixed``, the names may have a prefix. A target's may; vLLM looks for a drafter's head without one.
 
     Raises:
-        CheckpointError: a tensor has another shape, is quantized in an unsupported way, or is a bias; the message names
-            it.
+        CheckpointError: a tensor has another shape, is quantized in an unsupported way, or is a bias.
     """
     names = sorted(name for name in tensors if "lm_head" in name and not name.startswith("verifier_"))
     if not names:
         return None
-    prefixes = sorted({name[: name.index("lm_head")] for name in names})
+    prefixes = sorted({name.partition("lm_head")[0] for name in names})
     fit = [prefix for prefix in prefixes if prefix + DENSE in tensors and tensors[prefix + DENSE][1] == shape]
-    prefix = fit[0] if prefixed and fit else prefixes[0]
+    prefix = (fit or prefixes)[0] if prefixed else prefixes[0]
     if prefix and not prefixed:
         raise CheckpointError(
             f"{where}: tensor {names[-1]} has lm_head behind {prefix!r}, where vLLM does not look for a drafter's "
@@ -78,9 +66,9 @@ def stored_head(tensors: Described, shape: tuple[int, int], where: str, *, prefi
     in_float8 = dtype in _FLOAT8 and scale in tensors
     for name in (name for name in names if name.startswith(prefix)):
         if name != weight and not (in_float8 and name == scale):
-            raise CheckpointError(_refusal(name, tensors[name][0], where))
+            raise _refusal(name, tensors[name][0], where)
     if dtype not in FLOATS and not in_float8:
-        raise CheckpointError(_refusal(weight, dtype, where))
+        raise _refusal(weight, dtype, where)
     if actual != shape:
         raise CheckpointError(
             f"{where}: tensor {weight} has shape {list(actual)}, but config.json says [draft_vocab_size, hidden_size] "
@@ -96,12 +84,10 @@ def stored_head(tensors: Described, shape: tuple[int, int], where: str, *, prefi
     return StoredHead(weight, scale if in_float8 else None)
 
 
-def _refusal(name: str, dtype: str, where: str) -> str:
+def _refusal(name: str, dtype: str, where: str) -> CheckpointError:
     if name.endswith("lm_head.bias"):
-        return (
-            f"{where}: tensor {name} is the bias of a head, which vLLM's drafters do not add; use a model without one"
-        )
-    return (
-        f"{where}: tensor {name} ({dtype}) belongs to a quantized head in a form that is not supported; use the model "
-        "from which it was quantized"
-    )
+        why = "is the bias of a head, which vLLM's drafters do not add; use a model without one"
+    else:
+        cure = "use the model from which it was quantized"
+        why = f"({dtype}) belongs to a quantized head in a form that is not supported; {cure}"
+    return CheckpointError(f"{where}: tensor {name} {why}")

@@ -21,7 +21,7 @@ class _LayOutAfterLoading(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
         assert isinstance(layer, LowRankHead)
-        if layer.factors is None:  # At the first load, `prepare` lays the factors out later.
+        if layer.factors is None:  # At the first load, the slot's `prepare` lays the factors out later.
             return
         if missing := {DOWN, UP} - layer.fresh:  # vLLM has discarded the old weights of the layer.
             raise CheckpointError(
@@ -58,43 +58,25 @@ class LowRankHead(ParallelLMHead):
         self.fresh: set[str] = set()  # the factors that were loaded since the last `lay_out`
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load the head's tensors from a checkpoint or a piece of one, and keep this rank's rows.
+        """Load any of the head's tensors, a quantized `up` together with its scale, and keep this rank's rows.
 
         The parameters' own loaders are called, because vLLM replaces them during an online update.
-
-        Args:
-            tensors: any of the head's tensors by name; a quantized `up` together with its scale.
         """
         self.fresh |= {DOWN, UP} & tensors.keys()
         if UP in tensors:
             up, self.quantized = tensors[UP], None
             if SCALE in tensors:
                 stored = ops.QuantizedUp(up, tensors[SCALE], self.spec.quantization_group)
-                self.quantized = self._shard(stored)
-                up = stored.dequantize()
+                self.quantized, up = self._shard(stored), stored.dequantize()
             self.weight.weight_loader(self.weight, up)
         if DOWN in tensors:
             self.down.weight_loader(self.down, tensors[DOWN])  # type: ignore[attr-defined]
 
-    def prepare(
-        self, max_batch: int, dense: torch.Tensor | None = None, dense_rows: torch.Tensor | None = None
-    ) -> None:
-        """Lay the factors out, and compile and run every kernel variant that batches of up to ``max_batch`` rows need.
-
-        Call it once, before graph capture, with the ``dense`` and ``dense_rows`` of later :meth:`argmax` calls.
-        """
-        self.lay_out()
-        assert self.factors is not None
-        ops.prepare(*self.factors, max_batch, k=self.spec.rerank, dense=dense, dense_rows=dense_rows)
-
     def lay_out(self) -> None:
         """Make ``factors`` from the loaded tensors. Reuse existing memory, which captured graphs read."""
-        up = self.weight.data
-        if self.spec.quantization is None:
-            factors = ops.pack(self.down.data, up)
-        else:
-            stored = self.quantized or ops.quantize_up(up, self.spec.quantization, self.spec.quantization_group)
-            factors = ops.pack(self.down.data, stored)
+        up, kind = self.weight.data, self.spec.quantization
+        stored = self.quantized or (ops.quantize_up(up, kind, self.spec.quantization_group) if kind else up)
+        factors = ops.pack(self.down.data, stored)
         self.quantized, self.fresh = None, set()
         if self.factors is not None:
             self.factors = in_place(self.factors, factors)
@@ -105,14 +87,10 @@ class LowRankHead(ParallelLMHead):
             self.register_buffer("up_weight", factors[1].weight, persistent=False)
             self.register_buffer("up_scale", factors[1].scale, persistent=False)
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states projected by ``down``, in the model dtype: [B, D] -> [B, R]."""
-        return F.linear(hidden, self.down)
-
     def argmax(
         self, hidden: torch.Tensor, dense: torch.Tensor | None = None, dense_rows: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the best draft id of each row and its score, over all tensor-parallel ranks.
+        """Return the score and the draft id of the best entry of each row, over all tensor-parallel ranks.
 
         If the head re-ranks, each rank scores the k best of its own entries again.
 
@@ -120,11 +98,8 @@ class LowRankHead(ParallelLMHead):
             hidden: the hidden states [B, D] in the model dtype.
             dense: this rank's rows [N, D] of the dense head, for a head that re-ranks; otherwise None.
             dense_rows: int64 [V], the row in ``dense`` of each of this rank's draft ids; None if row i belongs to id i.
-
-        Returns:
-            scores float32 [B], and ids int64 [B] in the draft vocabulary. The lowest id wins a tie.
         """
-        assert self.factors is not None, "prepare() comes first"
+        assert self.factors is not None, "lay_out() comes first"
         if dense is None:
             values, ids = ops.low_rank_argmax(hidden, *self.factors, valid_vocab=self.local_vocab)
         else:
@@ -152,10 +127,7 @@ class LowRankHead(ParallelLMHead):
 
 
 def in_place(old: tuple[ops.Down, ops.Up], new: tuple[ops.Down, ops.Up]) -> tuple[ops.Down, ops.Up]:
-    """Copy ``new`` into the memory of ``old`` and return ``old``.
-
-    Return ``new`` itself if the factors are packed for a CPU, which captures no graphs.
-    """
+    """Copy ``new`` into the memory of ``old`` and return it; ``new`` if packed for a CPU, which captures no graphs."""
     for kept, fresh in zip(old, new, strict=True):
         if isinstance(kept, ops.QuantizedUp) and isinstance(fresh, ops.QuantizedUp):
             kept.weight.view(torch.uint8).copy_(fresh.weight.view(torch.uint8))

@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
+from vllm_slimspec.common.memory import ran_out
 from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head import ops
 from vllm_slimspec.head.checks import check_finite, check_head, describe
 from vllm_slimspec.head.handover import hand_over
 from vllm_slimspec.head.layer import LowRankHead
@@ -25,13 +28,9 @@ class HeadSlot:
     """The place of one low-rank head in a draft model."""
 
     def __init__(self, spec: HeadSpec, max_batch: int, source: str, prefix: str = "") -> None:
-        """Build an empty head in the default dtype and on the default device.
+        """Build an empty head for calls of at most ``max_batch`` rows, in the default dtype and on the default device.
 
-        Args:
-            spec: the sizes of the head.
-            max_batch: the most rows of one call.
-            source: the name of the drafter, for errors.
-            prefix: the name of the head in the draft model.
+        Errors name the drafter ``source``, and ``prefix`` is the name of the head in the draft model.
 
         Raises:
             MemoryError: the device has no memory for the head.
@@ -48,14 +47,12 @@ class HeadSlot:
         return self.head.down.is_meta
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Refuse tensors that do not fit the head. Before :meth:`prepare`, all tensors of the head must be there.
+        """Refuse tensors (d2t, t2d and all with lm_head in their names) that do not fit the head or are not finite.
 
-        Args:
-            tensors: d2t, t2d and all tensors with lm_head in their names.
+        Before :meth:`prepare`, all tensors of the head must be there.
 
         Raises:
-            CheckpointError: a tensor is missing, has a wrong shape or dtype, or is not finite; the message names the
-                first one.
+            CheckpointError: the message names the first wrong tensor.
         """
         described = {name: describe(tensor) for name, tensor in tensors.items()}
         check_head(self.spec, described, self.source, whole=not self.prepared)
@@ -71,7 +68,7 @@ class HeadSlot:
         if self.prepared and not in_update and {DOWN, UP} & tensors.keys():
             self.head.lay_out()
         if "d2t" in tensors and self.dense is not None and self.dense[1] is not None:
-            _fill_rows(self.dense[1], tensors["d2t"])
+            self.dense[1][: len(tensors["d2t"])] = target_ids(tensors["d2t"])
 
     @torch.inference_mode(False)  # Later loads write to these tensors outside of inference mode.
     def prepare(self, lm_head: torch.nn.Module | None = None, d2t: torch.Tensor | None = None) -> None:
@@ -89,7 +86,10 @@ class HeadSlot:
             assert lm_head is not None
             self.dense = self._dense_rows(lm_head, d2t)
         with _memory_for(self.source, self.spec.bytes(self.head.weight.element_size())):
-            self.head.prepare(self.max_batch, *(self.dense or ()))
+            self.head.lay_out()
+            assert self.head.factors is not None
+            dense, rows = self.dense or (None, None)
+            ops.prepare(*self.head.factors, self.max_batch, k=self.spec.rerank, dense=dense, dense_rows=rows)
         self.prepared = True
 
     def top_tokens(self, hidden: torch.Tensor, d2t: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,21 +105,18 @@ class HeadSlot:
         Tokens that are not in a truncated draft vocabulary get -inf. The result is None on tensor-parallel ranks to
         which vLLM gathers no logits.
         """
-        logits = processor(self.head, self.head.project(hidden))
+        logits = processor(self.head, F.linear(hidden, self.head.down))
         if logits is None:
             return None
         if d2t is not None:
-            scores, logits = logits, logits.new_full((logits.shape[0], self.spec.vocab_size), float("-inf"))
+            scores, logits = logits, logits.new_full((len(logits), self.spec.vocab_size), float("-inf"))
             logits[:, target_ids(d2t)] = scores
         return hand_over(logits, logits.dtype)  # the model's dtype, or the head_dtype that the user gave to vLLM
 
     def _dense_rows(
         self, lm_head: torch.nn.Module, d2t: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the rows [N, D] that re-ranking scores with, and the row of each draft id.
-
-        The second is int64 [V or more], or None if row i belongs to draft id i.
-        """
+        """Return the rows [N, D] that re-ranking scores with, and the row of each draft id, int64 [V or more]."""
         head, spec = self.head, self.spec
         if spec.rerank_rows == "own":
             return cast(torch.Tensor, lm_head.weight).data, None
@@ -128,12 +125,11 @@ class HeadSlot:
                 f'{self.source}: lm_head_rerank_rows="target" needs the target\'s lm_head.weight as {head.down.dtype} '
                 f"[{spec.vocab_size}, {spec.hidden_size}], and it has {found}; convert again with rows of its own"
             )
-        rows = cast(torch.Tensor, lm_head.weight).data
-        if d2t is None:
-            return rows, None
-        ids = torch.zeros(head.weight.shape[0], dtype=torch.int64, device=d2t.device)  # padding is never a candidate
-        _fill_rows(ids, d2t)
-        return rows, ids
+        ids = None
+        if d2t is not None:
+            ids = torch.zeros(len(head.weight), dtype=torch.int64, device=d2t.device)  # padding is never a candidate
+            ids[: len(d2t)] = target_ids(d2t)
+        return cast(torch.Tensor, lm_head.weight).data, ids
 
     def _unfit_rows(self, lm_head: torch.nn.Module) -> str | None:
         """Return what ``lm_head`` holds instead of the target's rows, in words; None if it holds them."""
@@ -149,20 +145,15 @@ class HeadSlot:
         return None
 
 
-def _fill_rows(rows: torch.Tensor, d2t: torch.Tensor) -> None:
-    """Write the target id of each draft id into ``rows``, int64 [V or more]."""
-    rows[: d2t.numel()] = target_ids(d2t.to(rows.device))
-
-
 @contextmanager
 def _memory_for(source: str, size: int) -> Iterator[None]:
     """Turn a failed allocation in this context into a MemoryError that names the head and its size."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+        if not ran_out(error):
             raise
+        reason = str(error).partition("\n")[0]
         raise MemoryError(
             f"{source}: no memory for a draft head of {size / 1e6:.1f} MB beside what is loaded ({reason}); free the "
             "device, serve over more ranks (--tensor-parallel-size), or convert the drafter to a lower rank"

@@ -1,13 +1,20 @@
 """The sizes of a low-rank head: the keys of config.json that describe it, and the names of its tensors.
 
-    lm_head_rank: R   (TorchSpec: lm_head_rank_divisor, R = D // divisor)
-    draft_vocab_size: V   (below vocab_size with a d2t map; absent means vocab_size)
-    lm_head_rerank: k   (optional: the k best are scored again with the rows of a dense head)
-    lm_head_rerank_rows: "target"   (optional: the target has those rows; absent means lm_head.weight)
-    lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
+    config.json    lm_head_rank: R   (TorchSpec: lm_head_rank_divisor, R = D // divisor)
+                   draft_vocab_size: V   (below vocab_size with a d2t map; absent means vocab_size)
+                   lm_head_rerank: k   (optional: the k best are scored again with the rows of a dense head)
+                   lm_head_rerank_rows: "target"   (optional: the target has those rows; absent means lm_head.weight)
+                   lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
+    *.safetensors  lm_head.down.weight [R, D], lm_head.up.weight [V, R], d2t [V] int64, and EAGLE-3's body
+                   lm_head.weight [V, D]   (for re-ranking with the drafter's own rows)
+                   lm_head.up.scale [V, R / group] float32   (for a quantized up; [V, 1] without a group)
 
-Letters: D hidden size of the drafter, R rank, V draft vocabulary. This module does not depend on a drafter family and
-does not import torch.
+:mod:`vllm_slimspec.head.quantized` has the formats of a quantized up. An up in floats is quantized at load if
+``lm_head_quantization`` is set. TorchSpec introduced the names (lightseekorg/TorchSpec, pull request 185).
+
+Letters: D hidden size of the drafter, R rank, V draft vocabulary. This module does not import torch. Its functions take
+a flat config (see :func:`vllm_slimspec.drafters.config.flatten`) and the name of the file for errors. They raise a
+CheckpointError if a key is missing, has the wrong type or an impossible value.
 """
 
 import math
@@ -50,7 +57,6 @@ class HeadSizes:
 
     @property
     def dense_parameters(self) -> int:
-        """Return the number of parameters of a dense head: V * D."""
         return self.draft_vocab_size * self.hidden_size
 
 
@@ -66,15 +72,10 @@ class HeadSpec(HeadSizes):
 
     @property
     def parameters(self) -> int:
-        """Return the number of parameters of the two factors: R * D + V * R."""
         return self.rank * (self.hidden_size + self.draft_vocab_size)
 
     def bytes(self, element_size: int) -> int:
-        """Return the bytes of factors and scales that a draft step reads.
-
-        Args:
-            element_size: bytes of one number in the model dtype.
-        """
+        """Return the bytes of factors and scales that a draft step reads, at these bytes for a number of the model."""
         if self.quantization is None:
             return self.parameters * element_size
         halves = 1 if self.quantization == "int4" else 2
@@ -84,15 +85,7 @@ class HeadSpec(HeadSizes):
 
 
 def head_sizes(config: Mapping[str, Any], where: str = "config.json") -> HeadSizes:
-    """Return the sizes of the head that a config describes.
-
-    Args:
-        config: the config as a flat mapping, see :func:`vllm_slimspec.drafters.config.flatten`.
-        where: the name of the file, for errors.
-
-    Raises:
-        CheckpointError: a key is missing, has the wrong type or an impossible value.
-    """
+    """Return the sizes of the head that a config describes."""
     hidden = positive_int(config, "hidden_size", where)
     vocab = positive_int(config, "vocab_size", where)
     draft_vocab = positive_int({"draft_vocab_size": vocab, **config}, "draft_vocab_size", where)
@@ -108,36 +101,15 @@ def head_sizes(config: Mapping[str, Any], where: str = "config.json") -> HeadSiz
 
 
 def head_spec(config: Mapping[str, Any], where: str = "config.json") -> HeadSpec:
-    """Return the low-rank head that a config describes.
-
-    Args:
-        config: the config as a flat mapping, see :func:`vllm_slimspec.drafters.config.flatten`.
-        where: the name of the file, for errors.
-
-    Raises:
-        CheckpointError: a key is missing, has the wrong type or an impossible value.
-    """
+    """Return the low-rank head that a config describes."""
     sizes = head_sizes(config, where)
     rank = _rank(config, sizes.hidden_size, where)
-    return HeadSpec(
-        **asdict(sizes),
-        rank=rank,
-        **_rerank(config, sizes.draft_vocab_size, where),
-        **_quantization(config, rank, where),
-    )
+    searched = _rerank(config, sizes.draft_vocab_size, where)
+    return HeadSpec(**asdict(sizes), rank=rank, **searched, **_quantization(config, rank, where))
 
 
 def positive_int(config: Mapping[str, Any], key: str, where: str) -> int:
-    """Return a size from a config.
-
-    Args:
-        config: the config as a flat mapping.
-        key: the key of the size.
-        where: the name of the file, for errors.
-
-    Raises:
-        CheckpointError: the key is missing, or its value is not a positive integer below 2**31.
-    """
+    """Return the positive integer below 2**31 under a key of a config."""
     value = config.get(key)
     if value is None:
         raise CheckpointError(f"{where}: {key} is missing; add it (a positive integer)")

@@ -1,7 +1,8 @@
 """The map ``d2t`` of a truncated draft vocabulary: d2t[draft id] = target id - draft id.
 
 Trainers also store ``t2d``, which says for each token of the target whether it is in the draft vocabulary. vLLM reads
-only d2t, in any order. So t2d can show that d2t was stored wrongly, with ids instead of offsets or never filled.
+only d2t, in any order. So t2d can show that d2t was stored wrongly, with ids instead of offsets or never filled. Each
+refusal is a CheckpointError that begins with ``where``, the name of the drafter.
 """
 
 from typing import TYPE_CHECKING
@@ -24,14 +25,8 @@ def target_ids(d2t: "torch.Tensor") -> "torch.Tensor":
 def check_map_shape(found: tuple[str, tuple[int, ...]] | None, draft_vocab: int, vocab: int, where: str) -> None:
     """Refuse a map that is missing but needed, or that has a wrong dtype or shape.
 
-    Args:
-        found: the safetensors dtype and the shape of d2t; None if the drafter has no d2t.
-        draft_vocab: V, as config.json says.
-        vocab: the target's vocabulary size.
-        where: the name of the drafter, for errors.
-
-    Raises:
-        CheckpointError: the map is missing, or has a wrong dtype or shape.
+    ``found`` is the safetensors dtype and the shape of d2t, ``draft_vocab`` is config.json's V, and ``vocab`` the
+    target's vocabulary size.
     """
     if found is None:
         if draft_vocab != vocab:
@@ -49,17 +44,9 @@ def check_map_shape(found: tuple[str, tuple[int, ...]] | None, draft_vocab: int,
 
 
 def check_map(d2t: "torch.Tensor", t2d: "torch.Tensor | None", vocab_size: int, where: str) -> None:
-    """Refuse a map that is not one to one, or that contradicts t2d or the size of the vocabulary.
+    """Refuse a map [V] that is not one to one, that leaves the vocabulary, or that contradicts t2d.
 
-    Args:
-        d2t: integers [V].
-        t2d: nonzero for the tokens of the draft vocabulary, in any dtype; None if the drafter has no t2d.
-        vocab_size: the target's vocabulary size.
-        where: the name of the drafter, for errors.
-
-    Raises:
-        CheckpointError: a target id is outside of the vocabulary or occurs twice, t2d marks other tokens, or d2t is
-            not zero although the vocabulary is not truncated.
+    ``t2d`` is nonzero for the tokens of the draft vocabulary, in any dtype. A map of a full vocabulary must be zero.
     """
     d2t = d2t.cpu().long()
     if len(d2t) == vocab_size:
