@@ -61,9 +61,10 @@ def factor_of(up: Tensor | QuantizedUp) -> Factor:
     return Factor(weight, up.scale, up.kind, up.group_size or 0)
 
 
-def as_float32(up: Tensor | QuantizedUp) -> Tensor:
-    """Return the dequantized factor, float32 [V, R], for the reference implementations."""
-    return up.dequantize() if isinstance(up, QuantizedUp) else up.float()
+def reference_scores(hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp) -> Tensor:
+    """Return the scores float32 [B, V] for the reference implementations, with every accumulation in float32."""
+    z = (hidden.float() @ down.float().T).to(hidden.dtype)
+    return z.float() @ (up.dequantize() if isinstance(up, QuantizedUp) else up.float()).T
 
 
 def form_of(factor: Factor) -> str:
@@ -79,13 +80,7 @@ def bucket_of(batch: int) -> int:
 
 
 def default_tiling(batch: int, rank: int, form: str) -> Tiling:
-    """Return a tiling that fits the 99 KiB of shared memory of a consumer GPU without register spills.
-
-    Args:
-        batch: the number of rows.
-        rank: R.
-        form: the form of the factor from :func:`form_of`.
-    """
+    """Return a tiling that fits the 99 KiB of shared memory of a consumer GPU without register spills."""
     narrowest, widest, block_b = 16, 128, bucket_of(batch)
     block_v, num_warps, num_stages = 64, 4, 3
     if form == "float32":  # Tensor cores are not used, and registers hold small blocks only.
@@ -101,13 +96,9 @@ def default_tiling(batch: int, rank: int, form: str) -> Tiling:
     return Tiling(block_v, block_b, block_r, num_warps, num_stages)
 
 
-def tiling_for(device: torch.device, batch: int, rank: int, factor: Factor) -> Tiling:
-    """Return the tuned tiling for this device and these sizes, or else the default tiling."""
-    return _tiling_for(device, bucket_of(batch), rank, form_of(factor))
-
-
 @functools.cache
-def _tiling_for(device: torch.device, bucket: int, rank: int, form: str) -> Tiling:
+def tiling_for(device: torch.device, bucket: int, rank: int, form: str) -> Tiling:
+    """Return the tuned tiling for this device and these sizes, or else the default tiling."""
     for row in _table(device).get("rows", ()):
         if (row["form"], row["rank"], row["batch"]) == (form, rank, bucket):
             return Tiling(**{name: row[name] for name in Tiling._fields})
@@ -138,24 +129,11 @@ class Launch(NamedTuple):
     inputs: tuple[Tensor, Tensor, Tensor | None]  # z [B, R], the weight of `up`, its scale
     blocks: int  # the number of blocks of rows
     tiles: int  # the number of tiles of entries
+    grid: tuple[int]  # programs; those of one tile are neighbors, so that the tile is read from memory only once
     constants: dict[str, Any]  # compile-time arguments
 
-    @property
-    def grid(self) -> tuple[int]:
-        """Return the grid: one program for every tile and block.
 
-        The programs of one tile are neighbors, so that the tile is read from memory only once.
-        """
-        return (self.blocks * self.tiles,)
-
-
-def launch_of(
-    hidden: Tensor,  # [B, D]
-    down: Tensor,  # [R, D]
-    up: Tensor | QuantizedUp,  # [V, R]
-    entries: int,
-    tiling: Tiling | None,
-) -> Launch:
+def launch_of(hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp, entries: int, tiling: Tiling | None) -> Launch:
     """Compute ``z = down(hidden)`` and return the arguments of a pass over the first ``entries`` rows of ``up``.
 
     ``tiling`` None means the tiling of the device.
@@ -163,7 +141,7 @@ def launch_of(
     z = F.linear(hidden, down)
     batch, rank = z.shape
     factor = factor_of(up)
-    cut = tiling or tiling_for(z.device, batch, rank, factor)
+    cut = tiling or tiling_for(z.device, bucket_of(batch), rank, form_of(factor))
     constants = {
         "R": rank,
         "KIND": factor.kind,
@@ -175,8 +153,8 @@ def launch_of(
         "num_warps": cut.num_warps,
         "num_stages": cut.num_stages,
     }
-    inputs = z, factor.weight, factor.scale
-    return Launch(inputs, triton.cdiv(batch, cut.block_b), max(1, triton.cdiv(entries, cut.block_v)), constants)
+    blocks, tiles = triton.cdiv(batch, cut.block_b), max(1, triton.cdiv(entries, cut.block_v))
+    return Launch((z, factor.weight, factor.scale), blocks, tiles, (blocks * tiles,), constants)
 
 
 def rank_multiple(rank: int, group_size: int | None) -> int:

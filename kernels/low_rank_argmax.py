@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_slimspec.head.quantized import QuantizedUp
 from vllm_slimspec.kernels._pairs import pack, unpack
-from vllm_slimspec.kernels._tiles import Tiling, as_float32, launch_of, tile_scores
+from vllm_slimspec.kernels._tiles import Tiling, launch_of, reference_scores, tile_scores
 from vllm_slimspec.kernels.reduce_pairs import reduce_pairs
 
 
@@ -48,11 +48,7 @@ def _tile_argmax_kernel(
 
 
 def low_rank_argmax(
-    hidden: Tensor,  # [B, D]
-    down: Tensor,  # [R, D]
-    up: Tensor | QuantizedUp,  # [V, R], contiguous
-    valid_vocab: int,
-    tiling: Tiling | None = None,
+    hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp, valid_vocab: int, tiling: Tiling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the highest score of each row and the lowest id that has it, as (float32 [B], int64 [B]).
 
@@ -74,7 +70,5 @@ def low_rank_argmax_reference(
     hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp, valid_vocab: int
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`low_rank_argmax` in plain torch, with every accumulation in float32."""
-    z = (hidden.float() @ down.float().T).to(hidden.dtype)
-    scores = z.float() @ as_float32(up)[:valid_vocab].T
-    values, ids = scores.max(dim=1)
+    values, ids = reference_scores(hidden, down, up)[:, :valid_vocab].max(dim=1)
     return values, torch.where(values.isnan(), 0, ids)

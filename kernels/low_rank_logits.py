@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_slimspec.head.quantized import QuantizedUp
-from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, as_float32, launch_of, tile_scores
+from vllm_slimspec.kernels._tiles import INTERPRETED, Tiling, launch_of, reference_scores, tile_scores
 
 
 @triton.jit(do_not_specialize=["B", "V", "blocks"])
@@ -33,12 +33,7 @@ def _logits_kernel(
     tl.store(out, scores, mask=(ids < V)[:, None] & (rows < B)[None, :])
 
 
-def low_rank_logits(
-    hidden: Tensor,  # [B, D]
-    down: Tensor,  # [R, D]
-    up: Tensor | QuantizedUp,  # [V, R], contiguous
-    tiling: Tiling | None = None,
-) -> Tensor:
+def low_rank_logits(hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp, tiling: Tiling | None = None) -> Tensor:
     """Return the logits ``up(down(hidden))``, [B, V] in the model dtype, rounded once from a float32 sum."""
     launch = launch_of(hidden, down, up, up.shape[0], tiling)
     batch, vocab = hidden.shape[0], up.shape[0]
@@ -50,5 +45,4 @@ def low_rank_logits(
 
 def low_rank_logits_reference(hidden: Tensor, down: Tensor, up: Tensor | QuantizedUp) -> Tensor:
     """Compute :func:`low_rank_logits` in plain torch, with every accumulation in float32."""
-    z = (hidden.float() @ down.float().T).to(hidden.dtype)
-    return (z.float() @ as_float32(up).T).to(hidden.dtype)
+    return reference_scores(hidden, down, up).to(hidden.dtype)

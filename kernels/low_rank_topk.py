@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vllm_slimspec.head.quantized import QuantizedUp
 from vllm_slimspec.kernels._pairs import id_of, key_of, order_of, pack, unpack
-from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, Tiling, as_float32, entry_scores, launch_of, tile_scores
+from vllm_slimspec.kernels._tiles import BATCH_BUCKETS, Tiling, entry_scores, launch_of, reference_scores, tile_scores
 
 MEMBERS = 16  # entries of a group; k * MEMBERS rows of `up` are read again
 CHUNK = 1024  # groups of a chunk; a vocabulary of 128k has eight chunks
@@ -257,8 +257,7 @@ def low_rank_topk_reference(
 
     NaN, -inf and fewer than k entries are not handled.
     """
-    z = (hidden.float() @ down.float().T).to(hidden.dtype)
-    scores = z.float() @ as_float32(up)[:valid_vocab].T
+    scores = reference_scores(hidden, down, up)[:, :valid_vocab]
     values, ids = scores.sort(dim=1, descending=True, stable=True)
     return values[:, :k], ids[:, :k]
 

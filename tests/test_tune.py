@@ -36,14 +36,14 @@ def test_kernels_find_the_table(monkeypatch, tmp_path):
     try:
         for form in ("float32", "fp8", "int8", "int4"):
             for bucket in _tiles.BATCH_BUCKETS:
-                found = _tiles._tiling_for(gpu, bucket, 64, form)
+                found = _tiles.tiling_for(gpu, bucket, 64, form)
                 assert found == _tiles.default_tiling(bucket, 64, form)._replace(
                     block_v=128, block_r=64, num_warps=8, num_stages=4
                 )
         assert _tiles.gemm_wins(gpu, table.gemm_rows, torch.empty(1, 1))
         assert not _tiles.gemm_wins(gpu, table.gemm_rows - 1, torch.empty(1, 1))
     finally:
-        _tiles._tiling_for.cache_clear()
+        _tiles.tiling_for.cache_clear()
         _tiles._table.cache_clear()
 
 

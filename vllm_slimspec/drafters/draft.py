@@ -45,7 +45,8 @@ class LowRankDraft(_Eagle3):
         body = Body(flat, known_family(declared, draft.model), draft.model)
         target = vllm_config.model_config
         check_vocabulary(spec, target.get_vocab_size(), target.model, draft.model)
-        with without_dense_head(_base(type(self))):
+        # The base that served.py gives to the class is vLLM's model.
+        with without_dense_head(next(c for c in type(self).__mro__ if c.__module__.startswith("vllm."))):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.spec, self.body, self.source = spec, body, draft.model
         batch = vllm_config.scheduler_config.max_num_seqs
@@ -96,10 +97,7 @@ class LowRankDraft(_Eagle3):
         return self.slot.top_tokens(hidden_states, self.draft_id_to_target_id)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Return logits, [B, D] -> [B, target vocabulary]. They are never re-ranked.
-
-        Tokens that are not in a truncated draft vocabulary get -inf.
-        """
+        """Return logits, [B, D] -> [B, target vocabulary], as :meth:`HeadSlot.logits` does."""
         self._announce("dense", "the dense path (compute_logits)")
         return self.slot.logits(hidden_states, self.logits_processor, self.draft_id_to_target_id)
 
@@ -109,9 +107,6 @@ class LowRankDraft(_Eagle3):
         When a running engine is updated, any part may be loaded, and captured graphs do not call `forward` again. In an
         online update (vllm/model_executor/model_loader/reload), the parameters are on the meta device until all weights
         are there, and then vLLM has the head laid out again.
-
-        Args:
-            weights: names and tensors of the drafter.
 
         Raises:
             CheckpointError: a tensor is missing, does not fit or is not finite.
@@ -177,11 +172,6 @@ class LowRankDraft(_Eagle3):
         if path not in self.announced:
             self.announced.add(path)
             logger.info("SlimSpec: drafting by %s", words)
-
-
-def _base(model: type) -> type:
-    """Return the vLLM class among the bases of a draft model."""
-    return next(c for c in model.__mro__ if c.__module__.startswith("vllm."))
 
 
 def _headline(slot: HeadSlot, speculative: SpeculativeConfig) -> str:

@@ -17,14 +17,9 @@ _CONVERT_AGAIN = f"convert the drafter again with vllm-slimspec {_FIXED_IN} or n
 
 
 def past_faults(checkpoint: DraftCheckpoint, target_rope: Mapping[str, Any] | None = None) -> Iterator[tuple[str, str]]:
-    """Yield what an earlier version may have written wrongly in a drafter.
+    """Yield each fault that an earlier version may have written into a drafter, and its cure.
 
-    Args:
-        checkpoint: the drafter.
-        target_rope: the rope parameters of the target; None if they are not known.
-
-    Yields:
-        the fault, and its cure.
+    ``target_rope`` holds the rope parameters of the target; None if they are not known.
     """
     provenance = checkpoint.provenance()
     written = _version(provenance)

@@ -19,24 +19,14 @@ _THETA = 10000.0  # transformers' default
 
 
 def plain_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the rope parameters that vLLM reads from a config in the plain layout.
-
-    Raises:
-        CheckpointError: vLLM could not read the parameters.
-    """
+    """Return the rope parameters that vLLM reads from a config in the plain layout, and refuse unreadable ones."""
     return _parameters(config, config.get("rope_scaling") or config.get("rope_parameters"), where)
 
 
 def speculators_rope(layer: Mapping[str, Any], silent_theta: float, where: str) -> dict[str, Any]:
     """Return the rope parameters that vLLM reads from the ``transformer_layer_config`` of speculators' layout.
 
-    Args:
-        layer: the block ``transformer_layer_config``.
-        silent_theta: vLLM's base frequency for a block without rope parameters.
-        where: the name of the file, for errors.
-
-    Raises:
-        CheckpointError: vLLM could not read the parameters.
+    ``silent_theta`` is vLLM's base frequency for a block without rope parameters. Unreadable parameters are refused.
     """
     named = [key for key in layer if key in _BLOCKS]
     if not named and layer.get("rope_theta") is None:
@@ -68,12 +58,10 @@ def _parameters(config: Mapping[str, Any], block: Any, where: str) -> dict[str, 
                 f"move its keys up to where {name} is"
             )
     theta = config.get("rope_theta")
-    parameters.setdefault("rope_theta", _THETA if theta is None else theta)
-    theta = parameters["rope_theta"]
+    theta = parameters.setdefault("rope_theta", _THETA if theta is None else theta)
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
         raise CheckpointError(f"{where}: rope_theta={theta!r} must be a number above 0; correct it")
-    partial = next((config[key] for key in _PARTIAL if config.get(key) is not None), None)
-    if partial is not None:
+    if (partial := next((config[key] for key in _PARTIAL if config.get(key) is not None), None)) is not None:
         parameters.setdefault("partial_rotary_factor", partial)
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     if config.get(_ORIGINAL) is not None and parameters["rope_type"] in ("llama3", "yarn", "longrope", "su"):

@@ -2,9 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 # vLLM configures the loggers below its own name only, in every process it starts.
 logger = logging.getLogger("vllm.slimspec")
@@ -25,18 +25,12 @@ def dense_reason(speculative_config: Any) -> str | None:
     return None
 
 
-@contextmanager
-def without_dense_head(model: type) -> Iterator[None]:
-    """Keep ``model.__init__`` from allocating a dense [V, D] head in this context, because we would drop the head."""
+def without_dense_head(model: type) -> AbstractContextManager[Any]:
+    """Keep ``model.__init__`` from allocating a dense [V, D] head in this context, because we would drop the head.
+
+    If a vLLM builds the head elsewhere, it is allocated for a moment, with the same result.
+    """
     import torch
 
     module = sys.modules[model.__module__]
-    original = getattr(module, "ParallelLMHead", None)
-    if original is None:  # This vLLM builds the head elsewhere. It is allocated for a moment, with the same result.
-        yield
-        return
-    module.ParallelLMHead = lambda *args, **kwargs: torch.nn.Identity()  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.ParallelLMHead = original  # type: ignore[attr-defined]
+    return patch.object(module, "ParallelLMHead", lambda *args, **kwargs: torch.nn.Identity(), create=True)

@@ -13,14 +13,13 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from vllm_slimspec.common.files import TensorInfo, check_tokenizer
+from vllm_slimspec.common.files import TensorInfo, check_tokenizer, load_tensor
 from vllm_slimspec.drafters.body import in_body
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.config import known_family
@@ -59,10 +58,7 @@ class Drafter:
     def open(cls, drafter: str | os.PathLike[str], target: Target | None = None) -> "Drafter":
         """Read a drafter from a folder or the Hugging Face hub (safetensors only).
 
-        Args:
-            drafter: the folder or the repository id.
-            target: the drafter's target, which is checked and whose head is compared. It is required if the drafter
-                has no head.
+        Its target, which is checked and whose head is compared, is required if the drafter has no head.
 
         Raises:
             CheckpointError: the drafter cannot be used, or it was made for another target.
@@ -83,16 +79,14 @@ class Drafter:
         factors = None if checkpoint.spec is None else (checkpoint.load(DOWN), checkpoint.load(UP))
         if SCALE in checkpoint.tensors:
             raise CheckpointError(f"{where}: its factors are quantized; convert the drafter that they were made from")
-        stored = checkpoint.dense_head if factors is None else None
-        if stored is not None:
-            head = stored.read(checkpoint.load)
-        elif factors is not None:
+        if factors is not None:
             head = (factors[1].float() @ factors[0].float()).to(factors[0].dtype)
+        elif (stored := checkpoint.dense_head) is not None:
+            head = stored.read(checkpoint.load)
         elif target is None:
             raise CheckpointError(f"{where}: has no lm_head.weight, so its head is the target's; give --target")
         else:
-            head = target.head()
-            head = head if ids is None else head[ids]
+            head = target.head() if ids is None else target.head()[ids]
         if head.shape[1] != sizes.hidden_size:
             raise CheckpointError(
                 f"{where}: the head is {list(head.shape)}, must be [V, {sizes.hidden_size}] as hidden_size says; give "
@@ -116,19 +110,15 @@ class Drafter:
         return sum(info.nbytes for name, info in self.body.items() if not name.startswith("embed_tokens"))
 
     def body_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the names and tensors of the body, which conversion does not change."""
-        for name, info in self.body.items():
-            with safe_open(str(info.file), framework="pt") as handle:
-                yield name, handle.get_tensor(name)
+        """Return the names and tensors of the body, which conversion does not change."""
+        return ((name, load_tensor(info, name)) for name, info in self.body.items())
 
     def full_vocabulary(self, target: Target) -> tuple["Drafter", float]:
-        """Return this drafter with a row for every token of the target.
+        """Return this drafter with a row for every token of the target, and the residual of the map that made the rows.
 
         If the head is the target's rows, the missing rows are copied from the target. Otherwise a least-squares map M
-        with head ~ target[ids] M, both centered, computes the missing rows. Existing rows stay as they are.
-
-        Returns:
-            the drafter, and the map's relative residual on rows that it was not fitted to (0 without a map).
+        with head ~ target[ids] M, both centered, computes the missing rows. Existing rows stay as they are. The
+        residual is relative, on rows that the map was not fitted to (0 without a map).
 
         Raises:
             CheckpointError: the residual is too large for the map to be useful.
@@ -147,20 +137,15 @@ class Drafter:
                     f"allowed is {_MAX_RESIDUAL}); keep the vocabulary with --vocab keep"
                 )
         config = self.config | {"draft_vocab_size": len(head)}
-        return Drafter(self.path, config, self.body, head, None, None, self.target_rows), residual
+        return replace(self, config=config, head=head, factors=None, d2t=None), residual
 
     def truncated(self, keep: torch.Tensor) -> "Drafter":
-        """Return this drafter with a subset of its draft vocabulary.
-
-        Args:
-            keep: the draft ids to keep, int64 [N], ascending.
-        """
+        """Return this drafter with only the draft ids ``keep``, int64 [N], ascending."""
         if len(keep) == len(self.head):
             return self
         ids = keep if self.ids is None else self.ids[keep]
         config = self.config | {"draft_vocab_size": len(keep)}
-        d2t = ids - torch.arange(len(keep))
-        return Drafter(self.path, config, self.body, self.head[keep], None, d2t, self.target_rows)
+        return replace(self, config=config, head=self.head[keep], factors=None, d2t=ids - torch.arange(len(keep)))
 
 
 def _no_safetensors(name: str) -> str:
@@ -184,15 +169,15 @@ def normalized(checkpoint: DraftCheckpoint) -> dict[str, Any]:
 
 
 def _check_target(checkpoint: DraftCheckpoint, config: dict[str, Any], target: Target) -> None:
-    where, layers = str(checkpoint.path), target.config.get("num_hidden_layers")
+    where, layers = checkpoint.path, target.config.get("num_hidden_layers")
     checkpoint.check_sizes(target.hidden_size, layers if isinstance(layers, int) else None, target.name)
     if config["vocab_size"] != target.vocab_size:
         raise CheckpointError(
             f"{where}: vocab_size={config['vocab_size']} but {target.name} has {target.vocab_size}; "
             "give the target that this drafter was made for"
         )
-    check_tokenizer(Path(where))
-    tokenizers = [_vocabulary(folder / "tokenizer.json") for folder in (Path(where), target.path)]
+    check_tokenizer(where)
+    tokenizers = [_vocabulary(folder / "tokenizer.json") for folder in (where, target.path)]
     if all(tokenizers) and tokenizers[0] != tokenizers[1]:
         raise CheckpointError(
             f"{where}: its tokenizer is not that of {target.name}; give the target that this drafter was made for"
@@ -226,15 +211,9 @@ def _is_target_rows(head: torch.Tensor, target: Target, ids: torch.Tensor | None
 
 
 def _mapped(head: torch.Tensor, source: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Map ``source`` [vocab, D'] to the space of ``head`` [V, D] by least squares, and keep the rows of ``head``.
+    """Map the target's head [vocab, D'] to the space of ``head`` [V, D] by least squares.
 
-    Args:
-        head: the drafter's head.
-        source: the target's head.
-        ids: the target id of each row of ``head``, int64 [V].
-
-    Returns:
-        the mapped rows [vocab, D] with the rows ``ids`` as they are in ``head``, and the relative residual.
+    Return the mapped rows [vocab, D], with those of the target ids ``ids`` as they are in ``head``, and the residual.
     """
     fitted = torch.arange(len(ids)) % 10 != 0  # The residual is measured on the other tenth of the rows.
     wide = source.shape[1]

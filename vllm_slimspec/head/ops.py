@@ -2,9 +2,9 @@
 
 Letters in every signature: B rows (tokens being drafted), D hidden size, R rank, V draft vocabulary.
 
-A head is two factors, ``down`` [R, D] and ``up`` [V, R]. ``z = down(hidden)`` is rounded to the model dtype, and the
-score of entry v is ``z . up[v]``. Every function also takes a :class:`QuantizedUp` as ``up``. To serve a head, pass the
-two factors that :func:`pack` returned at load.
+A head is two factors, ``down`` [R, D] and ``up`` [V, R]. For ``hidden`` [B, D], ``z = down(hidden)`` is rounded to the
+model dtype, and the score of entry v is ``z . up[v]``. Every function also takes a :class:`QuantizedUp` as ``up``. To
+serve a head, pass the two factors that :func:`pack` returned at load.
 
 Every function takes ``impl``: "torch" (any device), "triton" (a GPU, or a CPU under ``TRITON_INTERPRET=1``) or "auto",
 which is the value of the environment variable ``SLIMSPEC_IMPL``, or else Triton on a GPU and torch elsewhere. Triton is
@@ -53,13 +53,7 @@ Down: TypeAlias = Tensor | PackedFactor
 Up: TypeAlias = Tensor | QuantizedUp | PackedFactor
 
 
-def low_rank_logits(
-    hidden: Tensor,  # [B, D]
-    down: Down,  # [R, D]
-    up: Up,  # [V, R]
-    *,
-    impl: str = "auto",
-) -> Tensor:
+def low_rank_logits(hidden: Tensor, down: Down, up: Up, *, impl: str = "auto") -> Tensor:
     """Return the logits of every vocabulary entry, [B, V] in the dtype of ``hidden``."""
     if _check(hidden, down, up, impl) == "triton":
         from vllm_slimspec.kernels.low_rank_logits import low_rank_logits as kernel
@@ -69,12 +63,7 @@ def low_rank_logits(
 
 
 def low_rank_argmax(
-    hidden: Tensor,  # [B, D]
-    down: Down,  # [R, D]
-    up: Up,  # [V, R]
-    *,
-    valid_vocab: int | None = None,
-    impl: str = "auto",
+    hidden: Tensor, down: Down, up: Up, *, valid_vocab: int | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Return the best vocabulary entry of each row, as (scores float32 [B], ids int64 [B]).
 
@@ -103,13 +92,7 @@ def low_rank_argmax(
 
 
 def low_rank_topk(
-    hidden: Tensor,  # [B, D]
-    down: Down,  # [R, D]
-    up: Up,  # [V, R]
-    k: int,
-    *,
-    valid_vocab: int | None = None,
-    impl: str = "auto",
+    hidden: Tensor, down: Down, up: Up, k: int, *, valid_vocab: int | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Return the ``k`` best entries of each row, best first, as (scores float32 [B, k], ids int64 [B, k]).
 
@@ -154,13 +137,8 @@ def low_rank_rerank(
     return rescored(hidden, screened, ids, dense, dense_rows)
 
 
-def reduce_pairs(
-    values: Tensor,  # [B, N]
-    ids: Tensor,  # [B, N]
-    *,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Return the highest value of each row and its id, as (float32 [B], int64 [B]).
+def reduce_pairs(values: Tensor, ids: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Return the highest of float32 values [B, N] in each row and its id of int64 [B, N], as (float32 [B], int64 [B]).
 
     The pairs may be those of N tensor-parallel ranks, with global ids below 2**31, in any order. The result is exact.
     """
@@ -183,12 +161,7 @@ def reduce_pairs(
     return best, torch.where(best > float("-inf"), best_ids, 0)  # the comparison is false for NaN too
 
 
-def pack(
-    down: Tensor,  # [R, D]
-    up: Tensor | QuantizedUp,  # [V, R]
-    *,
-    impl: str = "auto",
-) -> tuple[Down, Up]:
+def pack(down: Tensor, up: Tensor | QuantizedUp, *, impl: str = "auto") -> tuple[Down, Up]:
     """Return the two factors in the layout that their device reads fastest. Call it once, at load.
 
     Every function of this module takes the result; never store it in a checkpoint. On a GPU the rank is padded with
@@ -211,8 +184,8 @@ def pack(
 
 
 def prepare(
-    down: Down,  # [R, D]
-    up: Up,  # [V, R]
+    down: Down,
+    up: Up,
     max_batch: int,
     *,
     k: int | None = None,
