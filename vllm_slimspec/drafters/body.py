@@ -102,8 +102,6 @@ class Body:
     def check(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         """Refuse a drafter, given the safetensors dtype and shape of its tensors, whose body is not the table's."""
         body = {name: tensor for name, tensor in tensors.items() if in_body(name)}
-        for name, (dtype, _) in body.items():
-            self._check_plain(name, dtype)
         self._check_depth(body)
         for name, (dtype, shape) in body.items():
             self.check_tensor(name, dtype, shape)
@@ -111,9 +109,12 @@ class Body:
 
     def check_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Refuse a tensor that is not in the table, or whose shape or dtype does not fit."""
-        self._check_plain(name, dtype)
-        expected = self._expected(name)
-        if expected is None:
+        if _QUANTIZED.search(name) or dtype not in _UNQUANTIZED:
+            raise CheckpointError(
+                f"{self.where}: tensor {name} ({dtype}) belongs to a quantized body, which is not supported; use the "
+                "drafter from which it was quantized"
+            )
+        if (expected := self._expected(name)) is None:
             raise CheckpointError(f"{self.where}: tensor {name} {self._why_not(name)}")
         if dtype not in FLOATS:
             raise CheckpointError(
@@ -222,13 +223,6 @@ class Body:
         _, *columns = next(iter(pieces.values())).sizes
         return Shape((rows, *columns), " + ".join(name.split(".")[1] for name in pieces))
 
-    def _check_plain(self, name: str, dtype: str) -> None:
-        if _QUANTIZED.search(name) or dtype not in _UNQUANTIZED:
-            raise CheckpointError(
-                f"{self.where}: tensor {name} ({dtype}) belongs to a quantized body, which is not supported; use the "
-                "drafter from which it was quantized"
-            )
-
     def _check_depth(self, names: Iterable[str]) -> None:
         found = [int(match[1]) for name in names if (match := _LAYER.fullmatch(_canonical(name)))]
         depth = max(found, default=0) + 1
@@ -241,21 +235,20 @@ class Body:
 
     def _why_not(self, name: str) -> str:
         """Return what is wrong with a name that is not in the table, and the cure."""
+        kind = self.family.name
         if name.endswith(".bias"):
             key = "mlp_bias" if ".mlp." in name else "attention_bias"
             if self._config.get(key):
-                return (
-                    f"is a bias that vLLM's {self.family.name} drafters do not have, so vLLM would drop it; use a "
-                    "drafter without it"
-                )
+                cure = "use a drafter without it"
+                return f"is a bias that vLLM's {kind} drafters do not have, so vLLM would drop it; {cure}"
             return (
                 f"is a bias that config.json does not announce, which vLLM would drop; set {key} to true if the "
-                f"drafter's {self.family.name} layers were trained with all of their biases, or remove the tensor"
+                f"drafter's {kind} layers were trained with all of their biases, or remove the tensor"
             )
         key = re.sub(r"^layers\.\d+\.", "", _canonical(name))
         hints = (hint for start, hint in _HINTS.items() if key.startswith(start))
         cure = next(hints, "remove it, or correct the config")
-        return f"is not part of the {self.family.name} drafter that config.json describes; {cure}"
+        return f"is not part of the {kind} drafter that config.json describes; {cure}"
 
     def _size_cure(self, name: str, shape: tuple[int, ...]) -> str:
         if _canonical(name) != "fc.weight" or len(shape) != 2 or shape[0] != self.hidden_size:

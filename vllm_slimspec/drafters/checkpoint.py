@@ -98,17 +98,12 @@ class DraftCheckpoint:
     def _check_dense(self) -> None:
         """Refuse a folder without factors that is not a dense EAGLE-3 drafter."""
         path, tensors = self.path, self.tensors
-        eagle3 = any(name.endswith(".hidden_norm.weight") for name in tensors)
-        if "fc.weight" in tensors and not eagle3:
-            raise CheckpointError(
-                f"{path}: no tensor *.hidden_norm.weight, so this is an EAGLE or EAGLE-2 drafter, not an EAGLE-3 one; "
-                'vLLM serves it with "method": "eagle", without this package'
-            )
-        if not eagle3:
-            raise CheckpointError(
-                f"{path}: no tensor *.hidden_norm.weight, so this is not an EAGLE-3 drafter; give the drafter's "
-                "folder, not the target's"
-            )
+        if not any(name.endswith(".hidden_norm.weight") for name in tensors):
+            why = "not an EAGLE-3 drafter; give the drafter's folder, not the target's"
+            if "fc.weight" in tensors:
+                why = "an EAGLE or EAGLE-2 drafter, not an EAGLE-3 one; "
+                why += 'vLLM serves it with "method": "eagle", without this package'
+            raise CheckpointError(f"{path}: no tensor *.hidden_norm.weight, so this is {why}")
         if UP in tensors or DOWN in tensors:
             raise CheckpointError(
                 f"{path / 'config.json'}: lm_head_rank is missing but {UP if UP in tensors else DOWN} is there; "

@@ -93,12 +93,12 @@ class LowRankDraft(_Eagle3):
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the draft token of each row without computing logits: [B, D] -> int64 [B], target ids."""
-        self._announce("fused", "the fused path (get_top_tokens)")
+        self._announce("the fused path (get_top_tokens)")
         return self.slot.top_tokens(hidden_states, self.draft_id_to_target_id)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return logits, [B, D] -> [B, target vocabulary], as :meth:`HeadSlot.logits` does."""
-        self._announce("dense", "the dense path (compute_logits)")
+        self._announce("the dense path (compute_logits)")
         return self.slot.logits(hidden_states, self.logits_processor, self.draft_id_to_target_id)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -146,32 +146,30 @@ class LowRankDraft(_Eagle3):
     @torch.no_grad()
     def _forget_body(self) -> None:
         """Set every parameter of the body to NaN, so that :meth:`_check_filled` finds those that no tensor fills."""
-        for name, parameter in self._body_parameters():
-            # Most drafters have no embeddings, and writing to this parameter would make Linux allocate its memory.
-            if name != "embed_tokens.weight":
-                parameter.fill_(torch.nan)
+        # Most drafters have no embeddings, and writing to this parameter would make Linux allocate its memory.
+        for _, parameter in self._body_parameters(embeddings=False):
+            parameter.fill_(torch.nan)
 
     def _check_filled(self, own_embeddings: bool) -> None:
-        for name, parameter in self._body_parameters():
-            if name == "embed_tokens.weight" and not own_embeddings:
-                continue
+        for name, parameter in self._body_parameters(own_embeddings):
             if count := count_not_finite(parameter):
                 raise CheckpointError(
                     f"{self.source}: {count} values of the parameter {name} are NaN or Inf, or no tensor of the "
                     "drafter fills them; check the drafter with `slimspec doctor`, and copy or convert it again"
                 )
 
-    def _body_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def _body_parameters(self, embeddings: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in self.model.named_parameters():
             # Only the first layer reads its hidden_norm, and drafters with several layers store only that one.
             unread = name.endswith(".hidden_norm.weight") and not name.startswith("layers.0.")
+            unread |= name == "embed_tokens.weight" and not embeddings
             if parameter.is_floating_point() and not unread:
                 yield name, parameter
 
-    def _announce(self, path: str, words: str) -> None:
+    def _announce(self, path: str) -> None:
         if path not in self.announced:
             self.announced.add(path)
-            logger.info("SlimSpec: drafting by %s", words)
+            logger.info("SlimSpec: drafting by %s", path)
 
 
 def _headline(slot: HeadSlot, speculative: SpeculativeConfig) -> str:

@@ -65,7 +65,12 @@ class Drafter:
         """
         path = fetch(drafter, ["*.json", "*.safetensors"])
         if path != Path(drafter) and not any(path.glob("*.safetensors")):
-            raise CheckpointError(_no_safetensors(str(drafter)))
+            raise CheckpointError(
+                f"{drafter}: has no safetensors on the Hugging Face hub; pickled weights can run code and are not "
+                f"opened: convert them where you trust them, and give the folder: hf download {drafter} "
+                '--local-dir drafter && cd drafter && python -c "import torch, safetensors.torch as s; '
+                "s.save_file(torch.load('pytorch_model.bin', weights_only=True), 'model.safetensors')\""
+            )
         checkpoint = DraftCheckpoint.open(path)
         where = str(checkpoint.path)
         config = normalized(checkpoint)
@@ -146,16 +151,6 @@ class Drafter:
         ids = keep if self.ids is None else self.ids[keep]
         config = self.config | {"draft_vocab_size": len(keep)}
         return replace(self, config=config, head=self.head[keep], factors=None, d2t=ids - torch.arange(len(keep)))
-
-
-def _no_safetensors(name: str) -> str:
-    """Return the message for a repository without safetensors, whose pickled weights are not opened."""
-    return (
-        f"{name}: has no safetensors on the Hugging Face hub; pickled weights can run code and are not opened: "
-        f"convert them where you trust them, and give the folder: hf download {name} "
-        '--local-dir drafter && cd drafter && python -c "import torch, safetensors.torch as s; s.save_file(torch.load('
-        "'pytorch_model.bin', weights_only=True), 'model.safetensors')\""
-    )
 
 
 def normalized(checkpoint: DraftCheckpoint) -> dict[str, Any]:
