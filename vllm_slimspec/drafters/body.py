@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from vllm_slimspec.drafters.config import aux_layers, eagle_config
 from vllm_slimspec.drafters.family import Family
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.head.spec import FLOATS, positive_int
+from vllm_slimspec.head.spec import FLOATS, Described, positive_int
 
 # Tensors that public folders hold but that no drafter needs. vLLM itself skips those of the first list.
 _SKIPPED_PARTS = (
@@ -99,8 +99,8 @@ class Body:
         self._outside = dict(self._outside_layers())
         self._first, self._other = dict(self._layer(first=True)), dict(self._layer(first=False))
 
-    def check(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Refuse a drafter, given the safetensors dtype and shape of its tensors, whose body is not the table's."""
+    def check(self, tensors: Described) -> None:
+        """Refuse a drafter with these tensors if its body is not that of the table."""
         body = {name: tensor for name, tensor in tensors.items() if in_body(name)}
         self._check_depth(body)
         for name, (dtype, shape) in body.items():

@@ -31,7 +31,7 @@ from vllm_slimspec.drafters.family import Family
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.checks import check_finite, check_head, check_vocabulary
 from vllm_slimspec.head.dense import StoredHead, stored_head
-from vllm_slimspec.head.spec import DENSE, DOWN, FLOATS, SCALE, UP, HeadSpec, head_spec, positive_int
+from vllm_slimspec.head.spec import DENSE, DOWN, FLOATS, SCALE, UP, Described, HeadSpec, head_spec, positive_int
 from vllm_slimspec.head.vocabulary import check_map, check_map_shape
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class DraftCheckpoint:
         return family(self.config)
 
     @property
-    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def described(self) -> Described:
         """Return the safetensors dtype and shape of every tensor, by name."""
         return {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
 
@@ -125,9 +125,8 @@ class DraftCheckpoint:
                     "use the drafter as it was before its quantization"
                 )
         vocab = flat["vocab_size"]
-        draft_vocab, info = flat.get("draft_vocab_size") or vocab, self.tensors.get("d2t")
-        check_map_shape(None if info is None else (info.dtype, info.shape), draft_vocab, vocab, str(self.path))
-        if info is not None:
+        check_map_shape(self.described.get("d2t"), flat.get("draft_vocab_size") or vocab, vocab, str(self.path))
+        if "d2t" in self.tensors:
             t2d = self.load("t2d") if "t2d" in self.tensors else None
             check_map(self.load("d2t"), t2d, vocab, str(self.path))
 

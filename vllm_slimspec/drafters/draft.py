@@ -54,13 +54,12 @@ class LowRankDraft(_Eagle3):
         self.low_rank_head = self.slot.head
         # Without re-ranking nothing here reads `lm_head`, but Model Runner V2 compares its weight with the target's.
         self.lm_head = self.low_rank_head
-        if spec.rerank is not None and spec.rerank_rows == "own":
-            self.lm_head = ParallelLMHead(
-                spec.draft_vocab_size, spec.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
-            )
+        if spec.rerank_rows == "own":
+            name = maybe_prefix(prefix, "lm_head")
+            self.lm_head = ParallelLMHead(spec.draft_vocab_size, spec.hidden_size, prefix=name)
             # The reference is weak, because vLLM drops rows that equal the target's to save memory.
             self.own_rows = weakref.ref(self.lm_head)
-        elif spec.rerank is not None:
+        elif spec.rerank_rows == "target":
             self.has_own_lm_head = False  # so that vLLM puts the target's head into `lm_head`, in this case only
             if spec.truncated and self.low_rank_head.tp_size > 1:
                 raise CheckpointError(

@@ -5,11 +5,11 @@ tensors that are sent to a running engine. Each refusal is a CheckpointError tha
 checkpoint.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.head.spec import DENSE, DOWN, FLOATS, QUANTIZED, SCALE, UP, HeadSpec
+from vllm_slimspec.head.spec import DENSE, DOWN, FLOATS, QUANTIZED, SCALE, UP, Described, HeadSpec
 from vllm_slimspec.head.vocabulary import check_map_shape
 
 if TYPE_CHECKING:
@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 _PIECE = 1 << 20  # numbers of a tensor that are checked at once
 
 
-def check_head(
-    spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str, *, whole: bool = True
-) -> None:
+def check_head(spec: HeadSpec, tensors: Described, where: str, *, whole: bool = True) -> None:
     """Refuse tensors that do not make up the head that ``spec`` describes.
 
-    ``tensors`` has the safetensors dtype and shape of every tensor by name. If not ``whole``, they update a loaded
-    head: some may be missing, but a quantized `up` and its scale must come together.
+    If not ``whole``, they update a loaded head: some may be missing, but a quantized `up` and its scale must come
+    together.
     """
     quantized = UP in tensors and tensors[UP][0] not in FLOATS
     if not whole and quantized != (SCALE in tensors):
@@ -52,7 +50,7 @@ def check_head(
             )
     if strays := sorted(n for n in tensors if "lm_head" in n and n not in (DOWN, UP, SCALE, DENSE)):
         raise CheckpointError(f"{where}: tensor {strays[0]} is not part of a low-rank head; remove it")
-    if DENSE in tensors and (spec.rerank is None or spec.rerank_rows == "target"):
+    if DENSE in tensors and spec.rerank_rows != "own":
         without = "without lm_head_rerank" if spec.rerank is None else 'with lm_head_rerank_rows="target"'
         raise CheckpointError(
             f"{where}: holds both the dense {DENSE} and the factors {DOWN}, {UP}, {without}; "
@@ -67,9 +65,7 @@ def check_head(
         check_map_shape(tensors.get("d2t"), spec.draft_vocab_size, spec.vocab_size, where)
 
 
-def _expected(
-    spec: HeadSpec, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> dict[str, tuple[tuple[int, ...], str, Iterable[str]]]:
+def _expected(spec: HeadSpec, tensors: Described) -> dict[str, tuple[tuple[int, ...], str, Iterable[str]]]:
     """Return the shape, the shape in words and the allowed dtypes of the head's tensors, by name."""
     v, r, d = spec.draft_vocab_size, spec.rank, spec.hidden_size
     out: dict[str, tuple[tuple[int, ...], str, Iterable[str]]] = {DOWN: ((r, d), "[rank, hidden_size]", FLOATS)}
@@ -81,7 +77,7 @@ def _expected(
         out[UP] = ((v, columns[0]), f"[draft_vocab_size, {columns[1]}]", (*FLOATS, QUANTIZED[spec.quantization]))
         group = spec.quantization_group or r
         out[SCALE] = ((v, r // group), "[draft_vocab_size, rank / lm_head_quantization_group]", ("F32",))
-    if spec.rerank is not None and spec.rerank_rows == "own":
+    if spec.rerank_rows == "own":
         out[DENSE] = ((v, d), "[draft_vocab_size, hidden_size]", FLOATS)
     return out
 

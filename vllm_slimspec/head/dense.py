@@ -7,20 +7,18 @@ dropped or misread.
 Letters: D hidden size, V rows of the head.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.head.spec import DENSE, FLOATS
+from vllm_slimspec.head.spec import DENSE, FLOATS, Described
 
 if TYPE_CHECKING:
     import torch
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _ROWS = 4096  # rows that are dequantized at once
-
-Described = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors dtype, shape
 
 
 @dataclass(frozen=True)

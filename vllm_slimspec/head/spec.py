@@ -29,6 +29,8 @@ UP = "lm_head.up.weight"
 SCALE = "lm_head.up.scale"
 DENSE = "lm_head.weight"
 
+Described = Mapping[str, tuple[str, tuple[int, ...]]]  # the safetensors dtype and the shape of tensors, by name
+
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a number, by safetensors' name
 QUANTIZED = {"fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}  # how each kind is stored, by safetensors' name
 GROUPS = (32, 64, 128)  # allowed numbers of columns of `up` that share a scale
@@ -66,7 +68,7 @@ class HeadSpec(HeadSizes):
 
     rank: int  # R
     rerank: int | None = None  # k
-    rerank_rows: Literal["own", "target"] = "own"
+    rerank_rows: Literal["own", "target"] | None = None  # whose rows score again
     quantization: Literal["fp8", "int8", "int4"] | None = None
     quantization_group: int | None = None  # columns of `up` that share a scale; None: all columns of a row
 
