@@ -4,9 +4,9 @@ vLLM imports a draft model by the names of its module and class, in every proces
 its first use, because its base is vLLM's own draft model, and the process that the user starts must not import that.
 """
 
-from importlib import import_module
+from pkgutil import resolve_name
 
-from vllm_slimspec.drafters import FAMILIES, Family
+from vllm_slimspec.drafters import FAMILIES
 
 RELEASE = "0.2.0"  # a release must change this file, because vLLM caches what it learns of a class under its hash
 
@@ -15,13 +15,9 @@ def __getattr__(name: str) -> type:
     family = next((family for family in FAMILIES if family.model == name), None)
     if family is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = made = _draft_model(family)
-    return made
-
-
-def _draft_model(family: Family) -> type:
     from vllm_slimspec.drafters.draft import LowRankDraft
 
-    module, _, stock = family.stock.partition(":")
-    bases = (LowRankDraft, getattr(import_module(module), stock))
-    return type(family.model, bases, {"__module__": __name__, "__doc__": f"vLLM's {stock} under a low-rank head."})
+    stock = resolve_name(family.stock)
+    doc = f"vLLM's {stock.__name__} under a low-rank head."
+    globals()[name] = made = type(name, (LowRankDraft, stock), {"__module__": __name__, "__doc__": doc})
+    return made
