@@ -216,9 +216,11 @@ class Body:
         if int(match[1]) >= self.layers:
             return None
         parts = self._first if match[1] == "0" else self._other
+        if match[2] in parts:
+            return parts[match[2]]
         pieces = {name: shape for name, shape in parts.items() if _fused(name) == match[2]}
-        if match[2] in parts or not pieces:
-            return parts.get(match[2])
+        if not pieces:
+            return None
         rows = sum(shape.sizes[0] for shape in pieces.values())
         _, *columns = next(iter(pieces.values())).sizes
         return Shape((rows, *columns), " + ".join(name.split(".")[1] for name in pieces))
