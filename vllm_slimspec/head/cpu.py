@@ -67,8 +67,8 @@ def _integer_product(up: QuantizedUp) -> Callable[[Tensor], Tensor] | None:
     if rank % RANK_MULTIPLE:
         return None
     if up.kind == "int8" and up.group_size is None:
-        scale = up.scale.squeeze(1).bfloat16()
-        return lambda x: torch.ops.aten._weight_int8pack_mm(x, up.weight, scale)
+        weight, scale = up.weight, up.scale.squeeze(1).bfloat16()
+        return lambda x: torch.ops.aten._weight_int8pack_mm(x, weight, scale)
     if up.kind == "int4":
         group_size = up.group_size or next(size for size in _INT4_GROUPS if rank % size == 0)
         padding = -rows % _INT4_ENTRIES

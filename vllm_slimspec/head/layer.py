@@ -127,7 +127,7 @@ class LowRankHead(ParallelLMHead):
 
 
 def in_place(old: tuple[ops.Down, ops.Up], new: tuple[ops.Down, ops.Up]) -> tuple[ops.Down, ops.Up]:
-    """Copy ``new`` into the memory of ``old`` and return it; ``new`` if packed for a CPU, which captures no graphs."""
+    """Copy ``new`` into ``old`` and return ``old``; or return ``new`` if packed for a CPU, which captures no graphs."""
     for kept, fresh in zip(old, new, strict=True):
         if isinstance(kept, ops.QuantizedUp) and isinstance(fresh, ops.QuantizedUp):
             kept.weight.view(torch.uint8).copy_(fresh.weight.view(torch.uint8))
