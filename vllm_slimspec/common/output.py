@@ -1,11 +1,9 @@
 """Claims on the outputs of commands: an output is claimed before any work, and written completely or not at all.
 
-A claim is a folder. It is ``.NAME.partial`` beside the output if the output is a file or does not exist yet, and
-``.slimspec.partial`` inside the output if that is an existing folder (an empty one, the current one, a mount point).
-The file ``lock`` in the claim names the process that owns it. The owner holds a file lock on it, which ends with the
-process. New files are written into the claim, and move to the output when they are complete. So two runs never write
-one output, only leftovers of a dead owner are removed, and an output that cannot be written is refused before hours of
-work.
+A claim is a folder: ``.NAME.partial`` beside an output that is a file or does not exist yet, ``.slimspec.partial`` in
+one that is an existing folder (an empty one, the current one, a mount point). Its file ``lock`` names the process that
+owns it and holds a file lock on it, which ends with the process. New files are written into the claim, and move to the
+output when they are complete.
 """
 
 import errno
@@ -16,7 +14,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +28,6 @@ _INSIDE = ".slimspec.partial"
 _LOCK, _FILLING = "lock", "filling"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 
 Kind = Literal["folder", "file", "work"]
 
@@ -58,13 +55,13 @@ class Claim:
                 for complete once this file is there.
 
         Raises:
-            Exception: ``make`` raised it; nothing of the new output is left on the disk.
-            OutputError: the finished output cannot move to its place; the message says where it is.
+            OutputError: the finished output cannot move to its place; the message says where it is. If ``make`` raises,
+                nothing of the new output is left on the disk.
         """
         new = self.place / f"new{self.real.suffix}"
         try:
             make(new)
-            for path in (*(new.rglob("*") if new.is_dir() else ()), new):
+            for path in (*new.rglob("*"), new):
                 sync(path)
         except BaseException:
             _remove(new)
@@ -133,10 +130,9 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-@contextmanager
 def claim_folder(
     path: str | os.PathLike[str], *, run: Path | None = None, earlier: str | None = None
-) -> Iterator[Claim]:
+) -> AbstractContextManager[Claim]:
     """Claim an output folder, which must be empty or not exist. Fill it with :meth:`Claim.write_folder`.
 
     If the same thread already holds a claim on the same output, that claim is returned.
@@ -149,36 +145,21 @@ def claim_folder(
     Raises:
         OutputError: the folder is not empty, it cannot be written, or another process is writing it.
     """
-    with ExitStack() as stack:
-        claim = stack.enter_context(_claim(Path(path), "folder", earlier))
-        if run is not None:
-            stack.enter_context(claim_work(run))
-        yield claim
+    return _claim(Path(path), "folder", run, earlier)
 
 
-@contextmanager
-def claim_file(path: str | os.PathLike[str], *, run: Path | None = None) -> Iterator[Claim]:
+def claim_file(path: str | os.PathLike[str], *, run: Path | None = None) -> AbstractContextManager[Claim]:
     """Claim an output file, which is replaced if it exists. Arguments and errors are those of :func:`claim_folder`."""
-    with ExitStack() as stack:
-        claim = stack.enter_context(_claim(Path(path), "file"))
-        if run is not None:
-            stack.enter_context(claim_work(run))
-        yield claim
+    return _claim(Path(path), "file", run)
 
 
-@contextmanager
-def claim_work(path: str | os.PathLike[str]) -> Iterator[Claim]:
+def claim_work(path: str | os.PathLike[str]) -> AbstractContextManager[Claim]:
     """Claim a folder for work in progress, which may hold files of an earlier run. See :func:`claim_folder`."""
-    with _claim(Path(path), "work") as claim:
-        yield claim
+    return _claim(Path(path), "work")
 
 
 def check_free(path: str | os.PathLike[str], *, earlier: str | None = None) -> None:
-    """Refuse an output folder that exists and is not empty. Nothing is written.
-
-    Args:
-        path: the output.
-        earlier: if the folder holds a file of this name, it is an earlier output and is accepted.
+    """Refuse an output folder that is a file, or that holds anything but an earlier output; see :func:`claim_folder`.
 
     Raises:
         OutputError: the folder is not empty, or the path is a file.
@@ -199,17 +180,12 @@ def beside(output: Path, suffix: str) -> Path:
 
 
 def write_whole(file: Path, write: Callable[[Path], Any], *, durable: bool = True) -> None:
-    """Write a file beside its place, then rename it, so that the file never exists with half of its content.
-
-    Use this for files in a claimed folder.
+    """Write a file of a claimed folder beside its place, then rename it, so that it never has half of its content.
 
     Args:
         file: the file, which is replaced if it exists.
-        write: called with the path to write.
+        write: called with the path to write. If it raises, nothing is left on the disk.
         durable: whether to wait until the bytes are on the disk. Otherwise a power failure may leave a damaged file.
-
-    Raises:
-        Exception: ``write`` raised it; nothing is left on the disk.
     """
     part = file.with_name(f".{file.name}.partial")
     try:
@@ -233,25 +209,23 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _claim(path: Path, kind: Kind, earlier: str | None = None) -> Iterator[Claim]:
-    with _refusals(path):
-        real = _resolve(path, kind)
-        inside = kind == "work" or real.is_dir()
-        place = real / _INSIDE if inside else real.with_name(f".{real.name}.partial")
-    claim = _held.get(place)
-    if claim is not None and claim.thread == threading.get_ident():
+def _claim(path: Path, kind: Kind, run: Path | None = None, earlier: str | None = None) -> Iterator[Claim]:
+    with ExitStack() as stack:
+        with _refusals(path):
+            real = _resolve(path, kind)
+            inside = kind == "work" or real.is_dir()
+            place = real / _INSIDE if inside else real.with_name(f".{real.name}.partial")
+            claim = _held.get(place)
+            if claim is None or claim.thread != threading.get_ident():
+                claim = _acquire(path, real, place, kind, earlier)
+                stack.callback(_release, claim)
+        if run is not None:
+            stack.enter_context(claim_work(run))
         yield claim
-        return
-    with _refusals(path):
-        claim = _acquire(path, real, place, kind, earlier)
-    try:
-        yield claim
-    finally:
-        _release(claim)
 
 
 def _acquire(path: Path, real: Path, place: Path, kind: Kind, earlier: str | None) -> Claim:
-    if kind == "folder" and not (place / _FILLING).exists():  # if it exists, _roll_back empties the folder first
+    if kind == "folder" and not (place / _FILLING).exists():  # if it exists, the folder is emptied first
         check_free(path, earlier=earlier)
     made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
     try:
@@ -262,7 +236,11 @@ def _acquire(path: Path, real: Path, place: Path, kind: Kind, earlier: str | Non
         raise
     claim = _held[place] = Claim(path, real, place, kind, earlier, lock, threading.get_ident(), made)
     try:
-        _roll_back(claim)
+        filling = place / _FILLING
+        if filling.exists():  # A dead owner has filled the output folder by half.
+            for name in filling.read_text().splitlines():
+                (real / name).unlink(missing_ok=True)
+            filling.unlink()
         if kind == "folder":
             check_free(path, earlier=earlier)
         _remove_leftovers(claim)
@@ -286,15 +264,6 @@ def _release(claim: Claim) -> None:
     _remove_empty([claim.place, *claim.made])
 
 
-def _roll_back(claim: Claim) -> None:
-    """Remove the files of a half-written output that a dead owner left in the output folder."""
-    filling = claim.place / _FILLING
-    if filling.exists():
-        for name in filling.read_text().splitlines():
-            (claim.real / name).unlink(missing_ok=True)
-        filling.unlink()
-
-
 def _remove_leftovers(claim: Claim) -> None:
     for left in claim.place.iterdir():
         if left.name != _LOCK:
@@ -302,7 +271,7 @@ def _remove_leftovers(claim: Claim) -> None:
 
 
 def _resolve(path: Path, kind: str) -> Path:
-    """Return the absolute path with links resolved, and refuse one that cannot be an output of this kind."""
+    """Return the absolute path without links, and refuse one that cannot be an output of this kind."""
     for part in (path, *path.parents):
         if part.is_symlink() and not part.exists():
             raise OutputError(
@@ -326,18 +295,13 @@ def _lock(path: Path, place: Path) -> int:
         raise OutputError(f"{path}: {place} is in the way, with other files in it; remove it or choose another output")
     while True:
         place.mkdir(exist_ok=True)
-        try:
+        with suppress(FileNotFoundError), ExitStack() as stack:  # The previous owner has just removed folder or file.
             lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # The previous owner has just removed the folder.
-            continue
-        try:
+            stack.callback(os.close, lock)
             _lock_or_refuse(path, place, lock)
-        except OutputError:
-            os.close(lock)
-            raise
-        if _is_there(place / _LOCK, lock):
-            return lock
-        os.close(lock)
+            if os.path.samestat(os.stat(place / _LOCK), os.fstat(lock)):
+                stack.pop_all()
+                return lock
 
 
 def _lock_or_refuse(path: Path, place: Path, lock: int) -> None:
@@ -359,13 +323,6 @@ def _lock_or_refuse(path: Path, place: Path, lock: int) -> None:
         )
 
 
-def _is_there(file: Path, descriptor: int) -> bool:
-    """Return whether an open file still has its name. The previous owner may have removed it."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.stat(file), os.fstat(descriptor))
-    return False
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -381,22 +338,20 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into an OutputError for ``path`` while the context is open."""
+    """Turn errors of the file system into an OutputError for ``path``, with the cure."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path}: {_why(error, path)}") from None
-
-
-def _why(error: OSError, path: Path) -> str:
-    """Return why an output cannot be written, and the cure."""
-    if error.errno in _NO_ROOM:
-        return f"its disk has no room ({error.strerror}); make room or choose another output"
-    if error.errno in _FORBIDDEN:
-        return f"you may not write there ({error.strerror}: {error.filename}); choose another output"
-    if error.errno in _NO_FOLDER:
-        file = next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), error.filename)
-        return f"{file} is not a folder, so nothing can be written in it; choose another output"
-    if error.errno == errno.ENAMETOOLONG:
-        return "the path is too long; choose a shorter output"
-    return f"cannot be written ({error.strerror}: {error.filename}); choose another output"
+        reason = f"{error.strerror}: {error.filename}"
+        if error.errno in _NO_ROOM:
+            why = f"its disk has no room ({error.strerror}); make room or choose another output"
+        elif error.errno in _FORBIDDEN:
+            why = f"you may not write there ({reason}); choose another output"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+            file = next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), error.filename)
+            why = f"{file} is not a folder, so nothing can be written in it; choose another output"
+        elif error.errno == errno.ENAMETOOLONG:
+            why = "the path is too long; choose a shorter output"
+        else:
+            why = f"cannot be written ({reason}); choose another output"
+        raise OutputError(f"{path}: {why}") from None
