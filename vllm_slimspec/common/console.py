@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -30,16 +29,14 @@ _EXTRAS = {
     **dict.fromkeys(("vllm", "torch", "transformers"), "install this package into the environment of vLLM"),
 }
 _CURES = {
-    errno.ENOENT: "check the path",
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "check the path"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions"),
     errno.EISDIR: "give the path of a file",
-    errno.ENOTDIR: "check the path",
-    errno.EACCES: "check its permissions",
-    errno.EPERM: "check its permissions",
 }
 
 
 class Dtype(StrEnum):
-    """The values of ``--dtype``. :mod:`vllm_slimspec.common.work_dtype`, which imports torch, gives them a meaning."""
+    """The values of ``--dtype``, to which :mod:`vllm_slimspec.common.work_dtype` gives a meaning."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -61,14 +58,13 @@ DtypeOption = Annotated[
 def log_on_stderr() -> Iterator[None]:
     """Print what this package logs, at level INFO and above, to stderr while the context is open."""
     log = logging.getLogger("vllm_slimspec")
-    handler = logging.StreamHandler(sys.stderr)
-    before, handlers = log.level, list(log.handlers)
+    level, handlers = log.level, log.handlers
     log.setLevel(logging.INFO)
-    log.handlers = [handler]  # One command may call another, and each line must be printed once.
+    log.handlers = [logging.StreamHandler(sys.stderr)]  # One command may call another; each line is printed once.
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.setLevel(level)
         log.handlers = handlers
 
 
@@ -76,20 +72,25 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM asked the command to end."""
 
 
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the command with one line on stderr if the code in the context raises.
 
-    The exit code is 1 for an error, 130 for an interrupt and 143 for SIGTERM. SIGTERM raises an exception, as an
-    interrupt does, so that the command can shut its engine down. Otherwise the engine would go on computing.
+    The exit code is 1 for an error, 130 for an interrupt and 143 for SIGTERM. SIGTERM raises an exception, so that the
+    command can shut its engine down, which would otherwise go on computing.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
     try:
         yield
+    except Terminated as error:
+        _end(error, "terminated", 143)
     except KeyboardInterrupt as error:
-        terminated = isinstance(error, Terminated)
-        _end(error, str(error) or ("terminated" if terminated else "interrupted"), 143 if terminated else 130)
+        _end(error, str(error) or "interrupted", 130)
     except Exception as error:
         if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # typer handles its own
             raise
@@ -100,10 +101,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def describe(error: Exception) -> str:
-    """Return one line that says what went wrong and how to fix it.
-
-    For an unexpected error, write the traceback to a file and name the file in the line.
-    """
+    """Return one line that says what went wrong and how to fix it, or where the traceback of an unexpected error is."""
     text = " ".join(str(error).split())
     if missing := next(filter(memory.ran_out, _chain(error)), None):
         detail = " ".join(str(missing).split()) or type(missing).__name__
@@ -111,9 +109,7 @@ def describe(error: Exception) -> str:
             f"memory ran out ({detail}); close other programs, raise the limit that is set (ulimit -v, a container's), "
             "or use smaller sizes or a machine with more memory"
         )
-    if isinstance(error, SlimSpecError):
-        return text
-    if isinstance(error, ValueError | OSError | ImportError) and _is_ours(error):
+    if isinstance(error, SlimSpecError) or (isinstance(error, ValueError | OSError | ImportError) and _is_ours(error)):
         return text
     if (isinstance(error, OSError) and error.errno in _NO_ROOM) or any(phrase in text.lower() for phrase in _DISK):
         return f"{getattr(error, 'filename', None) or text}: the disk has no room; make room and run the command again"
@@ -123,15 +119,16 @@ def describe(error: Exception) -> str:
         place = f"{error.filename}: {error.strerror}" if error.filename else text
         return f"{place}; {_CURES[error.errno]}" if error.errno in _CURES else place
     words = text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
-    return f"{words}; {_log(error)}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="slimspec-", suffix=".log", delete=False) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return f"{words}; run it again with --verbose for the traceback"
+    return f"{words}; the traceback is in {file.name}"
 
 
 def json_object(text: str, option: str) -> dict[str, Any]:
-    """Parse the value of an option and return it.
-
-    Args:
-        text: the value, which must be a JSON object.
-        option: the name of the option, for the error.
+    """Return the JSON object that is the value of an option.
 
     Raises:
         typer.BadParameter: the value is not a JSON object.
@@ -152,10 +149,6 @@ def _end(error: BaseException, line: str, code: int) -> NoReturn:
     raise SystemExit(code) from None
 
 
-def _terminate(sign: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
-
-
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error, then the errors that caused it."""
     while error is not None:
@@ -167,13 +160,3 @@ def _is_ours(error: BaseException) -> bool:
     """Return whether this package raised the error, so that its text is already a complete message."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__", "").partition(".")[0] == "vllm_slimspec"
-
-
-def _log(error: Exception) -> str:
-    """Write the traceback to a file, and return a phrase that says where the file is."""
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="slimspec-", suffix=".log", delete=False) as file:
-            traceback.print_exception(error, file=file)
-    except OSError:
-        return "run it again with --verbose for the traceback"
-    return f"the traceback is in {file.name}"

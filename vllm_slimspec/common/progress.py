@@ -1,8 +1,7 @@
 """Progress of long work: a bar at a terminal, and plain lines everywhere else.
 
-A file, a CI log and a notebook's pipe get one line at the start of the work, one every 15 seconds and one at its end,
-without escape codes. A separate thread writes the lines, so that they also come while one call of an engine or one
-factorization takes minutes.
+A file, a CI log and a notebook's pipe get one line at the start of the work, one every 15 seconds and one at its end. A
+separate thread writes them, so that they also come while one call of an engine or one factorization takes minutes.
 """
 
 import io
@@ -87,9 +86,7 @@ class Progress:
         self._before, self._start, self._note = done, clock(), ""
         self._over = threading.Event()
         self._bar: tqdm | None = None
-        if stream is None:
-            return
-        if stream.isatty() and not ends:
+        if stream is None or (stream.isatty() and not ends):
             self._stream = None
             return
         if stream.isatty():
@@ -99,7 +96,7 @@ class Progress:
             )
             every = _REFRESH
         elif ends:
-            self._say(f"{what} started" + (f" at {self._count()}" if done else ""))
+            self._say(f"{what} started at {self._count()}" if done else f"{what} started")
         self._teller = threading.Thread(target=self._tell, args=(every,), name=f"progress of {what}", daemon=True)
         self._teller.start()
 
@@ -121,13 +118,10 @@ class Progress:
 
     def line(self) -> str:
         """Return the current line: the steps done, the time so far, and the estimated time to go."""
-        taken = self._clock() - self._start
-        parts = [self._count()] if self.unit else []
-        parts.append(f"{_duration(taken)} so far")
-        fresh = self.done - self._before
+        taken, fresh, to_go = self._clock() - self._start, self.done - self._before, ""
         if self.total and fresh > 0 and self.done < self.total:
-            parts.append(f"about {_duration(taken / fresh * (self.total - self.done))} to go")
-        return f"{self.what}: {', '.join([*parts, *filter(None, [self._note])])}"
+            to_go = f"about {_duration(taken / fresh * (self.total - self.done))} to go"
+        return self._words(self._count(), f"{_duration(taken)} so far", to_go)
 
     def close(self, how: str) -> None:
         """Stop showing progress, and write the last line: ``how`` (such as ``done in``) and the time."""
@@ -138,10 +132,14 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._ends:
-            parts = [f"{how} {_duration(self._clock() - self._start)}", *([self._count()] if self.unit else [])]
-            self._say(f"{self.what}: {', '.join([*parts, *filter(None, [self._note])])}")
+            self._say(self._words(f"{how} {_duration(self._clock() - self._start)}", self._count()))
+
+    def _words(self, *parts: str) -> str:
+        return f"{self.what}: {', '.join(filter(None, [*parts, self._note]))}"
 
     def _count(self) -> str:
+        if not self.unit:
+            return ""
         if self.total is None:
             return f"{self.done} {self.unit}s"
         share = f" ({self.done / self.total:.0%})" if self.total else ""
