@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from vllm_slimspec.common.text_sizes import text_config
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.target import Target
+from vllm_slimspec.target import Target, text_config
 
 TEXT = {"hidden_size": 64, "vocab_size": 128, "num_hidden_layers": 4}
 OTHER = {"hidden_size": 7, "vocab_size": 9}

@@ -1,8 +1,8 @@
 """A target model on disk or on the Hugging Face hub: reading its sizes, and its head for drafters that use it."""
 
 import hashlib
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +10,26 @@ from typing import Any
 
 import torch
 
-from vllm_slimspec.common.files import TensorInfo, load_tensor, read_config, read_header, read_headers
-from vllm_slimspec.common.text_sizes import text_config
+from vllm_slimspec.common.files import (
+    TensorInfo,
+    load_tensor,
+    read_config,
+    read_header,
+    read_headers,
+    read_json_object,
+    read_weight_map,
+)
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.dense import StoredHead, stored_head
 
 _FINGERPRINTED = 1 << 20  # bytes at the beginning and the end of a file that its fingerprint is made from
+_SHARDED = 1 << 30  # bytes of weights that any model with an index has at least
+# The keys under which multimodal targets keep their language model: those of transformers and of vLLM's own classes.
+_NESTED = (
+    *("text_config", "thinker_config", "llm_config", "language_config", "wrapped_model_config", "vlm_config"),
+    *("decoder_config", "decoder", "generator"),
+)
+_SIZES = ("hidden_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -28,10 +42,7 @@ class Target:
 
     @classmethod
     def open(cls, target: str | os.PathLike[str]) -> "Target":
-        """Read a target's config.json and return the target.
-
-        Args:
-            target: the folder or the Hugging Face id.
+        """Read the config.json of a folder or a Hugging Face id, and return the target.
 
         Raises:
             CheckpointError: there is no such folder or repository, or its config has no sizes.
@@ -43,11 +54,7 @@ class Target:
     def generation_config(self) -> dict[str, Any]:
         """Return generation_config.json, which names all tokens that end a text; empty if there is no such file."""
         file = self.path / "generation_config.json"
-        try:
-            config = json.loads(file.read_bytes()) if file.is_file() else {}
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from None
-        return config if isinstance(config, dict) else {}
+        return read_json_object(file) if file.is_file() else {}
 
     @property
     def hidden_size(self) -> int:
@@ -97,13 +104,9 @@ class Target:
 
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            try:
-                files = json.loads(index.read_bytes())["weight_map"]
-                needed = {str(files[name]) for name in files if may_be(name)}
-            except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index}: no usable weight_map ({error!r}); copy the file again") from None
-            folder = fetch(self.name, ["*.json", *sorted(needed)])
-            found = {name: info for file in sorted(needed) for name, info in read_header(folder / file).items()}
+            needed = sorted({file for name, file in read_weight_map(index, _SHARDED).items() if may_be(name)})
+            folder = fetch(self.name, ["*.json", *needed])
+            found = {name: info for file in needed for name, info in read_header(folder / file).items()}
         else:
             found = read_headers(fetch(self.name, ["*.json", "model.safetensors"]))
         return {name: info for name, info in found.items() if may_be(name)}
@@ -131,12 +134,38 @@ class Target:
         return 2 * (c.get("num_hidden_layers", 1) * layer + c["vocab_size"] * d)
 
 
-def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
-    """Return the path of a local folder, or download files of a Hugging Face repository and return their folder.
+def text_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the keys of the language model, as vLLM finds it, merged over the keys of the blocks around it.
 
     Args:
-        name: the folder or the repository id.
-        patterns: the patterns of the files to download.
+        config: the target's config.json.
+        folder: the target's folder. vLLM reads it if the config leaves sizes to the defaults of its class.
+
+    Raises:
+        CheckpointError: hidden_size or vocab_size is missing, and vLLM does not know a default.
+    """
+    merged: dict[str, Any] = {}
+    inner: Mapping[str, Any] | None = config
+    while inner is not None:
+        merged |= inner
+        part, inner = inner, next((inner[key] for key in _NESTED if isinstance(inner.get(key), Mapping)), None)
+    needed = _SIZES if part is config else (*_SIZES, "num_hidden_layers")
+    missing = next((key for key in needed if not isinstance(part.get(key), int)), None)
+    if missing is None:
+        return merged
+    try:
+        from vllm.transformers_utils.config import get_config, get_hf_text_config
+
+        found = get_hf_text_config(get_config(folder, trust_remote_code=False)).to_dict()
+        if all(isinstance(found.get(key), int) for key in _SIZES):
+            return merged | found
+    except Exception:  # The config's class may raise anything; the missing key is what the user can correct.
+        pass
+    raise CheckpointError(f"{folder / 'config.json'}: {missing} is missing; give the target's own folder")
+
+
+def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
+    """Return a local folder, or download the files with these patterns from a Hugging Face repository into one.
 
     Raises:
         CheckpointError: there is no such folder, and the hub has no such repository or cannot be reached.
@@ -156,8 +185,7 @@ def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
 def fingerprint(name: str | os.PathLike[str]) -> str:
     """Return a text that changes when the model under a name changes, without reading the whole model.
 
-    For a folder it is the SHA-256 of the config and of the size, the beginning and the end of each file. For a model on
-    the hub it is the revision.
+    It is the revision on the hub, or the SHA-256 of the config and of the size, the beginning and the end of each file.
     """
     path = fetch(name, ["config.json"])
     if path.parent.name == "snapshots":

@@ -1,8 +1,7 @@
 """Safe reading of untrusted checkpoint folders: config.json, other JSON files, and safetensors.
 
 Weights are read from safetensors only. No code from a folder is ever run, no link out of the folder is followed, and a
-file that is larger than it can reasonably be is not read into memory. Every refusal is a :class:`CheckpointError`: one
-line with the file and the cure.
+file that is larger than it can reasonably be is not read into memory. Every refusal is a :class:`CheckpointError`.
 """
 
 import json
@@ -62,41 +61,26 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
         for name, info in read_header(file).items():
-            if name in tensors:
-                raise CheckpointError(
-                    f"{file}: tensor {name} is also in {tensors[name].file.name}; keep one of the two"
-                )
-            tensors[name] = info
+            if (other := tensors.setdefault(name, info)) is not info:
+                raise CheckpointError(f"{file}: tensor {name} is also in {other.file.name}; keep one of the two")
     return tensors
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Return the declared dtype and shape of every tensor in a safetensors file, by name.
-
-    Raises:
-        CheckpointError: the file is incomplete.
-    """
+    """Return the declared dtype and shape of every tensor in one file; a CheckpointError says that it is incomplete."""
     with _safe_open(file) as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - the handle is not a mapping
         return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
 
 
 def load_tensor(info: TensorInfo, name: str) -> "torch.Tensor":
-    """Load one tensor onto the CPU in its stored dtype, and return it.
-
-    Raises:
-        CheckpointError: the file is incomplete.
-    """
+    """Load one tensor onto the CPU in its stored dtype; a CheckpointError says that the file is incomplete."""
     with _safe_open(info.file) as file:
         return file.get_tensor(name)
 
 
 def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: the file cannot be written. safetensors raises an error class of its own for this.
-    """
+    """Write a safetensors file. An OSError says that it cannot be written, for which safetensors has its own class."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -107,13 +91,9 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer.json that lies outside of its folder or is larger than any tokenizer. It may be absent.
-
-    Raises:
-        CheckpointError: the file must not be read; nothing of it has been read.
-    """
+    """Refuse a tokenizer.json, which may be absent, outside of its folder or larger than any; nothing of it is read."""
     file = folder / "tokenizer.json"
-    if not file.is_symlink() and not file.exists():
+    if not os.path.lexists(file):
         return
     check_place(file)
     if (size := file.stat().st_size) > _LARGEST_TOKENIZER:
@@ -126,10 +106,23 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read, is too large, or holds something else.
     """
-    found = _read_json(file, 0)
+    found = _read_json(file)
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: holds {type(found).__name__}, must be a JSON object; copy the file again")
     return found
+
+
+def read_weight_map(index: Path, described: int) -> dict[str, str]:
+    """Return which file holds each tensor, from an index that is not too large for the ``described`` bytes of weights.
+
+    Raises:
+        CheckpointError: the file cannot be read, is too large, or holds something else.
+    """
+    found = _read_json(index, described)
+    try:
+        return {name: str(file) for name, file in found["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: no usable weight_map ({error!r}); copy the file again") from None
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -139,19 +132,13 @@ def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if os.path.lexists(index):
         check_place(index)
-        found = _read_json(index, sum(file.stat().st_size for file in files))
-        try:
-            names = set(found["weight_map"].values())
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: no usable weight_map ({error!r}); copy the file again") from None
-        here = {file.name: file for file in files}
-        for name in names:
-            if name not in here:
-                raise CheckpointError(
-                    f"{index}: weight_map names {name!r}, must be a .safetensors file of the same folder; "
-                    "copy that file, or the index, again"
-                )
-        return [here[name] for name in sorted(names)]
+        names = set(read_weight_map(index, sum(file.stat().st_size for file in files)).values())
+        if foreign := names - {file.name for file in files}:
+            raise CheckpointError(
+                f"{index}: weight_map names {foreign.pop()!r}, must be a .safetensors file of the same folder; "
+                "copy that file, or the index, again"
+            )
+        return [file for file in files if file.name in names]
     if files:
         return files
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -179,14 +166,14 @@ def _safe_open(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
 
 
-def _read_json(file: Path, described: int) -> Any:
-    """Read and return any JSON value, from a file that is not too large for the ``described`` bytes of weights."""
+def _read_json(file: Path, described: int = 0) -> Any:
+    """Return any JSON value, from a file that is not too large for the ``described`` bytes of weights."""
     try:
         _check_size(file, file.stat().st_size, described)
         return json.loads(file.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
@@ -203,11 +190,7 @@ def _check_size(file: Path, size: int, described: int) -> None:
 
 
 def check_place(file: Path) -> None:
-    """Refuse a file that is not a regular file in its own folder, so that a checkpoint cannot make us open others.
-
-    Raises:
-        CheckpointError: the file is a broken link, a link out of its folder, or not a regular file.
-    """
+    """Refuse a broken link, a link out of the file's folder, and anything but a regular file, with CheckpointError."""
     try:
         real, root = file.resolve(strict=True), file.parent.resolve()
     except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
