@@ -1,12 +1,12 @@
 """The acceptance length of draft-and-verify cycles, and the walk of cycles through a known answer.
 
-A cycle that starts at a place drafts K tokens. The target accepts the first a of them, those that it would have chosen
-itself, and adds one token of its own. The next cycle starts a + 1 places further. So hard places start more cycles than
-easy ones, and a mean over all places is not the acceptance length of serving.
+A cycle drafts K tokens. The target accepts the first a of them, those that it would have chosen itself, and adds one of
+its own, so that the next cycle starts a + 1 places further. Hard places start more cycles than easy ones, so a mean
+over all places is not the acceptance length of serving.
 
 Cycles are counted as int64 [..., K + 1]. Entry 0 is the number of cycles; entry j is the number of cycles whose first j
-drafts were all accepted. vLLM counts the same, but it also counts the last cycle of an answer, whose drafts may go
-beyond the answer's end. Here the tokens beyond the end are unknown, so a walk ends where fewer than K tokens are left.
+drafts were all accepted. vLLM also counts the last cycle of an answer, whose drafts may go beyond the answer's end.
+Here the tokens beyond the end are unknown, so a walk ends where fewer than K tokens are left.
 """
 
 from dataclasses import dataclass
@@ -51,34 +51,26 @@ def acceptance_length(counts: np.ndarray, of: np.ndarray | None = None) -> Tau:
         of: the counts of other cycles through the same documents. If given, the result is the ratio of the two
             lengths.
     """
-    known = counts[:, 0] > 0
-    counts, of = counts[known], None if of is None else of[known]
-
-    def statistic(drawn: np.ndarray) -> np.ndarray:
-        return _length(counts[drawn]) if of is None else _length(counts[drawn]) / _length(of[drawn])
-
-    return Tau(float(statistic(np.arange(len(counts)))), *interval(len(counts), statistic))
+    return _per_cycle(counts, of, own=1)
 
 
 def accepted_share(counts: np.ndarray, of: np.ndarray) -> Tau:
-    """Return the ratio of accepted drafts per cycle between two sets of cycles through the same documents.
+    """Return the ratio of accepted drafts per cycle; the arguments are those of :func:`acceptance_length`.
 
     A ratio of acceptance lengths is closer to 1, because both lengths include the target's own token.
-
-    Args:
-        counts: int64 [documents, K + 1], the cycles of the numerator.
-        of: int64 [documents, K + 1], the cycles of the denominator.
     """
-    known = (counts[:, 0] > 0) & (of[:, 0] > 0)
-    counts, of = counts[known], of[known]
+    return _per_cycle(counts, of, own=0)
+
+
+def _per_cycle(counts: np.ndarray, of: np.ndarray | None, own: int) -> Tau:
+    """Return the tokens per cycle, ``own`` of them the target's, divided by those of the cycles ``of``."""
+    known = counts[:, 0] > 0 if of is None else (counts[:, 0] > 0) & (of[:, 0] > 0)
+
+    def tokens(cycles: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        total = cycles[known][drawn].sum(-2)
+        return own + total[..., 1:].sum(-1) / total[..., 0]
 
     def statistic(drawn: np.ndarray) -> np.ndarray:
-        return (_length(counts[drawn]) - 1) / (_length(of[drawn]) - 1)
+        return tokens(counts, drawn) if of is None else tokens(counts, drawn) / tokens(of, drawn)
 
-    return Tau(float(statistic(np.arange(len(counts)))), *interval(len(counts), statistic))
-
-
-def _length(counts: np.ndarray) -> np.ndarray:
-    """Return the mean number of tokens per cycle, float [...], for counts [..., documents, K + 1]."""
-    total = counts.sum(-2)
-    return 1 + total[..., 1:].sum(-1) / total[..., 0]
+    return Tau(float(statistic(np.arange(known.sum()))), *interval(int(known.sum()), statistic))
