@@ -5,18 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
-_CHOICES = (_RESERVED, "VLLM_CPU_OMP_THREADS_BIND")
 
 
 @contextmanager
 def every_core() -> Iterator[None]:
-    """Let an offline engine that starts in this context compute on every core of a CPU.
+    """Let an offline engine that starts in this context compute on every core, unless the environment chooses them.
 
-    By default vLLM reserves one core for its front end. The front end of an offline engine has almost no work while the
-    model computes, and on a machine with two cores the reserved one is half of it. Environment variables that the user
-    has set stay as they are.
+    By default vLLM reserves one core for its front end, which has almost no work while an offline engine computes.
     """
-    if any(name in os.environ for name in _CHOICES):
+    if _RESERVED in os.environ or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
         yield
         return
     os.environ[_RESERVED] = "0"

@@ -6,11 +6,9 @@ import torch
 
 
 def device_name(device: torch.device, threads: int | None = None) -> str:
-    """Return the name of a device for result files.
+    """Return the name of a device for result files; of a CPU, with the threads that computed and the instruction set.
 
-    Args:
-        device: the device. The name of a CPU includes the number of threads and the instruction set.
-        threads: the number of threads that computed on the CPU; None for the number that this process uses.
+    ``threads`` is None for the number that this process uses.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -24,9 +24,6 @@ def ran_out(error: BaseException) -> bool:
 
 
 def raise_if_ran_out(error: BaseException, file: Path) -> None:
-    """Raise a MemoryError that names ``file`` if ``error`` says that memory ran out.
-
-    Call it before an error is reported as damage of the file, which may be sound.
-    """
+    """Raise a MemoryError that names ``file`` before an error is reported as damage of a file that may be sound."""
     if ran_out(error):
         raise MemoryError(f"{file}: {error}") from None

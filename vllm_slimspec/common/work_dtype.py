@@ -1,8 +1,7 @@
 """The dtype of work over many rows: computing a target's states, training, and scoring recorded states with a head.
 
-A processor without bfloat16 instructions converts every number to float32 and back, so this work takes several times
-as long as in float32. A single row is different: most of its time goes into reading weights, and bfloat16 weights are
-half as large.
+A processor without bfloat16 instructions emulates them, which takes several times as long as float32. A single row is
+different: most of its time goes into reading weights, and bfloat16 weights are half as large.
 """
 
 import logging
@@ -37,12 +36,7 @@ class WorkDtype(NamedTuple):
 
 
 def work_dtype(asked: Asked, stored: torch.dtype) -> WorkDtype:
-    """Choose the dtype of work over many rows.
-
-    Args:
-        asked: the user's choice. ``auto`` chooses by the processor.
-        stored: the dtype of the stored weights, which an accelerator computes in.
-    """
+    """Choose the dtype of work over many rows: the asked one, or that of the stored weights on an accelerator."""
     if asked != "auto":
         return WorkDtype(getattr(torch, asked), "it was asked for")
     if torch.accelerator.is_available():
