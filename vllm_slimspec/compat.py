@@ -1,9 +1,7 @@
 """All uses of vLLM internals that may change, and the plugin that vLLM loads.
 
 vLLM has no hook between reading the name of the drafter and building the proposer. So one method is wrapped:
-``EngineArgs.create_speculative_config`` (vllm/engine/arg_utils.py, the same from 0.25 to 0.33). Also, the
-``ParallelLMHead`` of a vLLM module is replaced while one of our models is built. Everything else here is public vLLM:
-the plugin group, ``ModelRegistry.register_model``, and fields of ``SpeculativeConfig``.
+``EngineArgs.create_speculative_config`` (vllm/engine/arg_utils.py, the same from 0.25 to 0.33).
 
 This code runs in every vLLM process of an environment that has the package, also if no SlimSpec drafter is served. So
 if vLLM has changed, this code only warns. Only a drafter that declares a low-rank head can be refused.
@@ -11,12 +9,12 @@ if vLLM has changed, this code only warns. Only a drafter that declares a low-ra
 
 import dataclasses
 import functools
-import importlib
 import multiprocessing
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from packaging.version import InvalidVersion, Version
 
@@ -32,30 +30,20 @@ from vllm_slimspec.head.spec import HEAD_KEYS, HeadSpec, head_spec
 _METHODS = frozenset(family.method for family in FAMILIES)
 OLDEST, NEWEST = Version("0.26.0"), Version("0.33.0")
 
-_SOURCE = "https://github.com/vllm-project/vllm/blob/v0.32.0/"
-
 
 @dataclasses.dataclass(frozen=True)
 class Touch:
     """A vLLM internal that this package uses. Whether it exists is tested directly, not by vLLM's version."""
 
     name: str  # dotted name within ``module``
-    module: str
+    module: str  # its source is github.com/vllm-project/vllm, in the file of this name
     symptom: str  # what the user sees if it is missing
     drop: str  # what vLLM would have to offer so that this package no longer needs it
-
-    @property
-    def upstream(self) -> str:
-        """Return the URL of the source file in vLLM."""
-        return f"{_SOURCE}{self.module.replace('.', '/')}.py"
 
     def found(self) -> bool:
         """Import the module, and return whether the installed vLLM has this internal."""
         try:
-            thing = importlib.import_module(self.module)
-            for part in self.name.split("."):
-                fields = getattr(thing, "__dataclass_fields__", {})
-                thing = fields[part] if part in fields else getattr(thing, part)
+            pkgutil.resolve_name(f"{self.module}:{self.name}")
         except (ImportError, AttributeError):
             return False
         return True
@@ -117,30 +105,33 @@ def install() -> None:
     _wrap_create_speculative_config()
 
 
-def _supported(version: str) -> bool:
+def age(version: str) -> Literal["tested", "older", "newer", "unknown"]:
+    """Return how a version of vLLM, such as "0.32.0+cpu", compares with those that this package was tested with."""
     try:
         release = Version(Version(version).base_version)
     except InvalidVersion:
-        return True
-    if release < Version("0.1.1"):  # A build from source without git tags is 0.1.dev, whatever its age.
-        return True
-    if release < OLDEST:
+        return "unknown"
+    if release > NEWEST:
+        return "newer"
+    # A build from source without git tags is 0.1.dev, whatever its age.
+    return "older" if Version("0.1.1") <= release < OLDEST else "tested"
+
+
+def _supported(version: str) -> bool:
+    found = age(version)
+    if found == "older":
         _warn_once(
             "vllm-slimspec needs vLLM %s or newer and found %s: SlimSpec drafters are not available, everything else "
             "works as before. Upgrade vLLM to serve them.",
-            OLDEST,
-            version,
+            *(OLDEST, version),
         )
-        return False
-    if release > NEWEST:
+    if found == "newer":
         _warn_once(
             "vllm-slimspec was tested with vLLM %s to %s and found %s: if a SlimSpec drafter fails to load, look for a "
             "newer vllm-slimspec.",
-            OLDEST,
-            NEWEST,
-            version,
+            *(OLDEST, NEWEST, version),
         )
-    return True
+    return found != "older"
 
 
 def _warn_once(message: str, *args: object) -> None:
@@ -152,9 +143,8 @@ def _warn_once(message: str, *args: object) -> None:
 def _wrap_create_speculative_config() -> None:
     """Wrap vLLM's method so that it recognizes our drafters and turns on the local argmax for them.
 
-    Without "method", vLLM treats a folder without "eagle3" in its name as a full draft model. TorchSpec's folders name
-    the dense architecture. vLLM calls ``get_top_tokens`` only with ``use_local_argmax_reduction``, which both proposers
-    read before the draft model exists, so the model cannot turn it on itself.
+    vLLM treats a folder without "method" and without "eagle3" in its name as a full draft model. Both proposers read
+    ``use_local_argmax_reduction`` before the draft model exists, so the model cannot turn it on itself.
     """
     try:
         from vllm.engine.arg_utils import EngineArgs
@@ -173,7 +163,7 @@ def _wrap_create_speculative_config() -> None:
     def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         given: dict[str, Any] = {}
         with _left_to_vllm():
-            given = dict(self.speculative_config or {})
+            given |= self.speculative_config or {}
             _choose_method(self, given)
         config = original(self, *args, **kwargs)
         if config is not None:
@@ -187,10 +177,7 @@ def _wrap_create_speculative_config() -> None:
 
 @contextmanager
 def _left_to_vllm() -> Iterator[None]:
-    """Let a CheckpointError pass, and turn every other exception of this context into a warning.
-
-    Another exception means that this vLLM is not the one that we know.
-    """
+    """Let a CheckpointError pass; any other exception means that we do not know this vLLM, and becomes a warning."""
     try:
         yield
     except CheckpointError:
@@ -221,10 +208,7 @@ def _choose_method(engine_args: Any, given: dict[str, Any]) -> None:
 
 
 def _drafter_config(model: str, revision: str | None) -> dict[str, Any] | None:
-    """Return the raw config.json of a drafter, a folder or a hub id, read with vLLM's own reader.
-
-    Return None if it cannot be read, because vLLM then reports the problem itself.
-    """
+    """Return the config.json of a folder or a hub id by vLLM's own reader; None if vLLM must report the problem."""
     from vllm import envs
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
@@ -234,7 +218,7 @@ def _drafter_config(model: str, revision: str | None) -> dict[str, Any] | None:
         return None
     try:
         return get_hf_file_to_dict("config.json", model, revision)
-    except Exception:  # vLLM opens the same file next, and reports that it is missing or broken.
+    except Exception:  # vLLM opens the same file next.
         return None
 
 

