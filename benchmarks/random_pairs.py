@@ -193,7 +193,7 @@ def write_drafter(folder: Path, target: dict[str, Any], rank: int, head: EngineH
                 os.link(file, new / f"{part}.safetensors")
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-        claim.write_folder(fill)
+        claim.write(fill)
     return path
 
 

@@ -88,7 +88,7 @@ def test_output_folder_is_written_whole(place, tmp_path, monkeypatch):
     path = place(tmp_path)
     real = Path(os.path.realpath(path))
     with claim_folder(path, run=beside(Path(path), ".run")) as claim:
-        claim.write_folder(fill)
+        claim.write(fill)
     assert contents(real) == FILES
     left = {file for file in tmp_path.rglob("*") if not file.is_relative_to(real) and not file.is_symlink()}
     assert left == {folder for folder in real.parents if folder.is_relative_to(tmp_path) and folder != tmp_path} | {
@@ -286,7 +286,7 @@ def test_folder_that_cannot_be_synced_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     with claim_folder(tmp_path / "d") as claim:
-        claim.write_folder(fill)
+        claim.write(fill)
     assert contents(tmp_path / "d") == FILES
 
 
@@ -308,7 +308,7 @@ def test_result_is_kept_apart_when_the_output_was_filled_meanwhile(tmp_path):
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "config.json").write_text("mine")
         with pytest.raises(OutputError, match=r"it is kept in .*, move it from there"):
-            claim.write_folder(fill)
+            claim.write(fill)
     assert contents(tmp_path / "d") == {"config.json": "mine"}
     (kept,) = (tmp_path / ".d.partial").glob("new*")
     assert contents(kept) == FILES
@@ -349,7 +349,7 @@ def test_result_kept_apart_survives_the_next_run(tmp_path):
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "mine").write_text("mine")
         with pytest.raises(OutputError, match="it is kept in"):
-            claim.write_folder(fill)
+            claim.write(fill)
     with pytest.raises(OutputError, match="not an empty folder"), claim_folder(tmp_path / "d"):
         pytest.fail("the work began")
     assert contents(next((tmp_path / ".d.partial").glob("new*"))) == FILES
@@ -367,7 +367,7 @@ def test_result_stays_whole_when_moving_it_fails(tmp_path, monkeypatch):
     with claim_folder(tmp_path) as claim, monkeypatch.context() as patched:
         patched.setattr(Path, "replace", fail)
         with pytest.raises(OutputError, match=r"Input/output error\); it is kept in"):
-            claim.write_folder(fill)
+            claim.write(fill)
     (kept,) = (tmp_path / ".slimspec.partial").glob("new*")
     assert contents(kept) == FILES
     assert [file.name for file in tmp_path.iterdir()] == [".slimspec.partial"]
@@ -436,7 +436,7 @@ def test_unfinished_output_of_a_longer_name_is_left_alone(other, tmp_path):
     other("claim_folder", "llama-3.1-8b-slim")
     for name in ("llama-3", "llama-3.1-8b-slim.safetensors", "lama-3.1-8b-slim", ".llama-3.1-8b-slim"):
         with claim_folder(tmp_path / name) as claim:
-            claim.write_folder(fill)
+            claim.write(fill)
     found = tmp_path / ".llama-3.1-8b-slim.partial" / "new" / "model.safetensors"
     assert found.read_text() == "of the living"
 
@@ -467,7 +467,7 @@ def test_forked_child_does_not_keep_the_output_claimed(tmp_path):
         if child == 0:
             os._exit(1 if output._held else 0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        claim.write_folder(fill)
+        claim.write(fill)
     assert contents(tmp_path / "d") == FILES
 
 
@@ -479,7 +479,7 @@ def test_file_system_without_locks_only_warns(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(output.fcntl, "flock", refuse)
     with claim_folder(tmp_path / "d") as claim:
-        claim.write_folder(fill)
+        claim.write(fill)
     assert contents(tmp_path / "d") == FILES
     assert "cannot lock files (No locks available)" in caplog.text
 
@@ -505,7 +505,7 @@ def fill(new):
         (new / name).write_text(name)
 os.chdir(sys.argv[1])
 with output.claim_folder(".") as claim:
-    claim.write_folder(fill)
+    claim.write(fill)
 """
 
 
@@ -536,7 +536,7 @@ def test_earlier_report_is_replaced_and_other_files_are_not(tmp_path):
         check_free(tmp_path, earlier="report.md")
     (tmp_path / "report.md").write_text("old")
     with claim_folder(tmp_path, earlier="report.md") as claim:
-        claim.write_folder(lambda new: (new / "report.md").write_text("new"), last="report.md")
+        claim.write(lambda new: (new / "report.md").write_text("new"), last="report.md")
     assert contents(tmp_path) == {"config.json": "mine", "report.md": "new"}
 
 
@@ -544,7 +544,7 @@ def test_work_folder_of_an_earlier_run_is_kept(tmp_path):
     """Catches: the work folder of an earlier run emptied, or refused because it is not empty."""
     (tmp_path / "states").write_text("kept")
     with claim_work(tmp_path) as claim:
-        claim.write_folder(lambda new: (new / "more").write_text("new"), last="more")
+        claim.write(lambda new: (new / "more").write_text("new"), last="more")
     assert contents(tmp_path) == {"states": "kept", "more": "new"}
 
 

@@ -50,7 +50,7 @@ class Claim:
         """Call ``make`` to write the output beside its place, then move the output there.
 
         Args:
-            make: called with a path that does not exist yet, at which it creates a file or a folder.
+            make: called with the path of a file that does not exist yet, or of a new, empty folder.
             last: if the output is an existing folder, the file that is moved into it last. A reader takes the folder
                 for complete once this file is there.
 
@@ -60,6 +60,8 @@ class Claim:
         """
         new = self.place / f"new{self.real.suffix}"
         try:
+            if self.kind != "file":
+                new.mkdir()
             make(new)
             for path in (*new.rglob("*"), new):
                 sync(path)
@@ -77,15 +79,6 @@ class Claim:
                 f"{self.path}: the finished output cannot take this place ({reason}); it is kept in {new}, move it "
                 "from there"
             ) from None
-
-    def write_folder(self, fill: Callable[[Path], Any], *, last: str = "config.json") -> None:
-        """Create a new, empty folder, call ``fill`` to fill it, then move it to the output as :meth:`write` does."""
-
-        def make(new: Path) -> None:
-            new.mkdir()
-            fill(new)
-
-        self.write(make, last=last)
 
     def _publish(self, new: Path, last: str) -> None:
         if new.is_dir() and self.real.is_dir():
@@ -133,7 +126,7 @@ os.register_at_fork(after_in_child=_forget)
 def claim_folder(
     path: str | os.PathLike[str], *, run: Path | None = None, earlier: str | None = None
 ) -> AbstractContextManager[Claim]:
-    """Claim an output folder, which must be empty or not exist. Fill it with :meth:`Claim.write_folder`.
+    """Claim an output folder, which must be empty or not exist. Fill it with :meth:`Claim.write`.
 
     If the same thread already holds a claim on the same output, that claim is returned.
 

@@ -239,7 +239,7 @@ def write_checkpoint(
         DraftCheckpoint.open(new).check_values()
 
     with claim_folder(folder) as claim:
-        claim.write_folder(fill)
+        claim.write(fill)
     return DraftCheckpoint.open(folder)
 
 

@@ -79,7 +79,7 @@ def write_report(paths: Sequence[Path], output: Path, *, mixed_devices: bool = F
         earlier = output / "index.html"
         if earlier.exists() and f'content="{GENERATOR}"' not in earlier.read_text(encoding="utf-8", errors="replace"):
             raise OutputError(f"{earlier}: was not written by this `slimspec report`; choose another output")
-        claim.write_folder(lambda new: (new / "index.html").write_text(page, "utf-8", "replace"), last="index.html")
+        claim.write(lambda new: (new / "index.html").write_text(page, "utf-8", "replace"), last="index.html")
     return left_out
 
 

@@ -108,7 +108,7 @@ def _write_states(
         Dataset.from_dict(rows).with_format("torch").save_to_disk(new)
         torch.save(dict(Counter(token for d in documents for token in d.tokens[d.prompt :])), new / "token_freq.pt")
 
-    claim.write_folder(fill, last="dataset_info.json")
+    claim.write(fill, last="dataset_info.json")
 
 
 def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
