@@ -454,6 +454,7 @@ def test_head_times_as_one_picture(name, start, tmp_path):
 def test_report_names_the_extra_that_is_missing(tmp_path, monkeypatch):
     """Catches: a traceback, or an error without its cure, where the extra was not installed."""
     monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "vllm_slimspec.measure.report", raising=False)
     arguments = ["report", str(ROOT / "docs/results/head-cpu.json"), "--output-path", str(tmp_path / "report")]
     run = CliRunner().invoke(cli.app, arguments)
     assert run.exit_code == 1

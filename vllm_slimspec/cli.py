@@ -6,10 +6,13 @@ SIGTERM.
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 from typer.core import TyperGroup
 
 from vllm_slimspec import __version__
@@ -18,7 +21,7 @@ from vllm_slimspec.commands.train import app as train
 from vllm_slimspec.commands.tune import EXAMPLE as TUNE_EXAMPLE
 from vllm_slimspec.commands.tune import tune
 from vllm_slimspec.common import console
-from vllm_slimspec.common.console import one_line_errors
+from vllm_slimspec.common.console import json_object, one_line_errors
 from vllm_slimspec.errors import CheckpointError
 
 
@@ -52,24 +55,19 @@ def main() -> None:
         command = [word for word in sys.argv[1:] if word != "--verbose"][:1]
         console.verbose = "--verbose" in sys.argv
         if command in ([], ["-h"], ["--help"], ["bench"]):
-            try:
-                from vllm_slimspec.commands.measure import (
-                    app as bench,  # imports torch, which would slow the others down
-                )
+            try:  # It imports torch, which would slow the other commands down.
+                from vllm_slimspec.commands import measure
 
-                app.add_typer(
-                    bench,
-                    name="bench",
-                    help="Measure draft heads: the time of a head, the tokens that are accepted, and a server.",
-                )
+                words = "Measure draft heads: the time of a head, the tokens that are accepted, and a server."
+                app.add_typer(measure.app, name="bench", help=words)
             except ModuleNotFoundError:
                 if command == ["bench"]:
                     raise
         app(prog_name="slimspec")
 
 
-def _version(value: bool) -> None:
-    if value:
+def _version(asked: bool) -> None:
+    if asked:
         typer.echo(f"vllm-slimspec {__version__}")
         raise typer.Exit
 
@@ -93,7 +91,6 @@ def inspect(
 ) -> None:
     """Describe a drafter: its format, the size of its head, and what would stop vLLM from serving it."""
     from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
-    from vllm_slimspec.errors import CheckpointError
 
     found: dict[str, Any] = {"path": str(drafter), "servable": False, "problems": []}
     try:
@@ -126,25 +123,16 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
 ) -> None:
     """Check this installation, a drafter, and a drafter with its target for problems before you serve them."""
-    from dataclasses import asdict
-
     from vllm_slimspec.doctor import examine, table
 
-    try:
-        options = json.loads(speculative_config)
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{speculative_config!r} is not JSON ({error})", param_hint="--speculative-config"
-        ) from None
-    drafter = drafter or (options.get("model") if isinstance(options, dict) else None)
-    if not isinstance(options, dict) or (target is not None and drafter is None):
+    options = json_object(speculative_config, "--speculative-config")
+    drafter = drafter or options.get("model")
+    if target is not None and drafter is None:
         raise typer.BadParameter("give --drafter, or --speculative-config as a JSON object with a model in it")
     findings = list(examine(drafter, target, options))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        from rich.console import Console
-
         Console().print(table(findings))
     problems = sum(finding.level == "problem" for finding in findings)
     typer.echo(f"{problems} {'problem' if problems == 1 else 'problems'}", err=True)
@@ -172,25 +160,19 @@ def report(
     ] = False,
 ) -> None:
     """Write one page with tables and charts of head times, acceptance and served throughput."""
-    with one_line_errors():
-        try:
-            import jinja2  # noqa: F401
-            import matplotlib  # noqa: F401
+    from vllm_slimspec.measure.report import plot_heads, write_report
 
-            from vllm_slimspec.measure.report import plot_heads, write_report
-        except ModuleNotFoundError as error:
-            raise ImportError(f"{error}; pip install 'vllm-slimspec[bench]'") from None
-        if output_path.suffix in (".png", ".svg"):
-            if len(results) > 1:
-                raise CheckpointError(
-                    f"{output_path}: a picture shows one file of `slimspec bench head`, and {len(results)} are given; "
-                    "give one, or a folder as the output"
-                )
-            plot_heads(results[0], output_path, batch)
-        else:
-            for path, kind in write_report(results, output_path, mixed_devices=allow_mixed_devices):
-                typer.echo(f"left out: {path} holds {kind!r}, which the report does not show", err=True)
-            output_path /= "index.html"
+    if output_path.suffix in (".png", ".svg"):
+        if len(results) > 1:
+            raise CheckpointError(
+                f"{output_path}: a picture shows one file of `slimspec bench head`, and {len(results)} are given; "
+                "give one, or a folder as the output"
+            )
+        plot_heads(results[0], output_path, batch)
+    else:
+        for path, kind in write_report(results, output_path, mixed_devices=allow_mixed_devices):
+            typer.echo(f"left out: {path} holds {kind!r}, which the report does not show", err=True)
+        output_path /= "index.html"
     typer.echo(f"written: {output_path}")
 
 
@@ -214,9 +196,6 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in report.items():
         if key.endswith("_bytes"):

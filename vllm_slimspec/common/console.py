@@ -25,7 +25,9 @@ _DISK = ("no space left on device", "disk quota exceeded", "file too large", "py
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EXTRAS = {
     **dict.fromkeys(("speculators", "datasets", "tensorboard"), "pip install 'vllm-slimspec[train]'"),
-    **dict.fromkeys(("matplotlib", "jinja2", "httpx", "openai", "pandas"), "pip install 'vllm-slimspec[bench]'"),
+    **dict.fromkeys(
+        ("matplotlib", "jinja2", "numpy", "httpx", "openai", "pandas"), "pip install 'vllm-slimspec[bench]'"
+    ),
     **dict.fromkeys(("vllm", "torch", "transformers"), "install this package into the environment of vLLM"),
 }
 _CURES = {
@@ -109,12 +111,12 @@ def describe(error: Exception) -> str:
             f"memory ran out ({detail}); close other programs, raise the limit that is set (ulimit -v, a container's), "
             "or use smaller sizes or a machine with more memory"
         )
+    if isinstance(error, ModuleNotFoundError) and (cure := _EXTRAS.get((error.name or "").partition(".")[0])):
+        return f"{text}; {cure}"
     if isinstance(error, SlimSpecError) or (isinstance(error, ValueError | OSError | ImportError) and _is_ours(error)):
         return text
     if (isinstance(error, OSError) and error.errno in _NO_ROOM) or any(phrase in text.lower() for phrase in _DISK):
         return f"{getattr(error, 'filename', None) or text}: the disk has no room; make room and run the command again"
-    if isinstance(error, ModuleNotFoundError) and (cure := _EXTRAS.get((error.name or "").partition(".")[0])):
-        return f"{text}; {cure}"
     if isinstance(error, OSError):
         place = f"{error.filename}: {error.strerror}" if error.filename else text
         return f"{place}; {_CURES[error.errno]}" if error.errno in _CURES else place
