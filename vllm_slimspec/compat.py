@@ -100,7 +100,7 @@ def install() -> None:
             # Register by name, so that this process does not import model code.
             ModelRegistry.register_model(family.architecture, f"vllm_slimspec.drafters.served:{family.model}")
     except Exception as error:  # An exception here would end servers that do not use this package.
-        _warn_once("this vLLM did not register the SlimSpec models (%r): SlimSpec drafters are not available.", error)
+        _warn_once(f"this vLLM did not register the SlimSpec models ({error!r}): SlimSpec drafters are not available.")
         return
     _wrap_create_speculative_config()
 
@@ -121,23 +121,21 @@ def _supported(version: str) -> bool:
     found = age(version)
     if found == "older":
         _warn_once(
-            "vllm-slimspec needs vLLM %s or newer and found %s: SlimSpec drafters are not available, everything else "
-            "works as before. Upgrade vLLM to serve them.",
-            *(OLDEST, version),
+            f"vllm-slimspec needs vLLM {OLDEST} or newer and found {version}: SlimSpec drafters are not available, "
+            "everything else works as before. Upgrade vLLM to serve them."
         )
     if found == "newer":
         _warn_once(
-            "vllm-slimspec was tested with vLLM %s to %s and found %s: if a SlimSpec drafter fails to load, look for a "
-            "newer vllm-slimspec.",
-            *(OLDEST, NEWEST, version),
+            f"vllm-slimspec was tested with vLLM {OLDEST} to {NEWEST} and found {version}: if a SlimSpec drafter fails "
+            "to load, look for a newer vllm-slimspec."
         )
     return found != "older"
 
 
-def _warn_once(message: str, *args: object) -> None:
+def _warn_once(message: str) -> None:
     """Log a warning in the process that the user started, but not in the processes that vLLM starts."""
     if multiprocessing.parent_process() is None:
-        logger.warning(message, *args)
+        logger.warning("%s", message)
 
 
 def _wrap_create_speculative_config() -> None:
@@ -184,9 +182,8 @@ def _left_to_vllm() -> Iterator[None]:
         raise
     except Exception as error:
         _warn_once(
-            "vllm-slimspec does not understand this vLLM's speculative configuration (%r) and does not change it; for "
-            'SlimSpec drafters, set "method": "eagle3" and "use_local_argmax_reduction": true yourself.',
-            error,
+            f"vllm-slimspec does not understand this vLLM's speculative configuration ({error!r}) and does not change "
+            'it; for SlimSpec drafters, set "method": "eagle3" and "use_local_argmax_reduction": true yourself.'
         )
 
 
