@@ -1,11 +1,10 @@
 """``slimspec doctor``: find problems of an installation and of a drafter with its target before a server is started.
 
-As the last check, the configuration is built with the code that ``vllm serve`` runs, so what vLLM would refuse is
-reported here in one line. The drafter's weights are read, the target's are not, and no engine starts.
+The drafter's weights are read, the target's are not, and no engine starts.
 """
 
-import importlib
 import os
+import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.version import InvalidVersion, Version
+from rich.table import Table
+from rich.text import Text
 
 from vllm_slimspec import __version__, compat
 from vllm_slimspec.common.files import check_tokenizer
@@ -26,8 +27,6 @@ from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.spec import HEAD_KEYS
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from vllm_slimspec.target import Target
 
 _GROUP = "vllm.general_plugins"
@@ -53,11 +52,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Check the installation, then the drafter, then the drafter with its target, and yield what was found.
 
-    Args:
-        drafter: a folder or hub id; None to check the installation only.
-        target: a folder or hub id; None to check the drafter without a target.
-        speculative_config: the keys of ``--speculative-config`` besides the model. By default the drafter drafts 5
-            tokens.
+    ``speculative_config`` has the keys of ``--speculative-config`` besides the model. By default 5 tokens are drafted.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # The findings already say what vLLM would log.
     yield from _installation()
@@ -65,11 +60,8 @@ def examine(
         yield from _pair(drafter, target, {"num_speculative_tokens": 5, **(speculative_config or {})})
 
 
-def table(findings: Iterable[Finding]) -> "Table":
+def table(findings: Iterable[Finding]) -> Table:
     """Return a table of the findings for a terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
     out = Table(show_header=False, box=None, pad_edge=False)
     for _ in range(3):
         out.add_column(overflow="fold")
@@ -146,18 +138,17 @@ def _architectures() -> Iterator[Finding]:
     except Exception as error:
         yield _problem("architecture", _line(error), report)
         return
-    for family in FAMILIES:
-        architecture = family.architecture
-        if architecture not in registered:
+    for name, model in ((family.architecture, family.model) for family in FAMILIES):
+        if name not in registered:
             cure = "run with VLLM_LOGGING_LEVEL=DEBUG and look for slimspec"
-            yield _problem("architecture", f"{architecture} is not registered", cure)
+            yield _problem("architecture", f"{name} is not registered", cure)
             continue
         try:
-            getattr(importlib.import_module("vllm_slimspec.drafters.served"), family.model)
+            pkgutil.resolve_name(f"vllm_slimspec.drafters.served:{model}")
         except Exception as error:
-            yield _problem("architecture", f"{architecture}: {_line(error)}", report)
+            yield _problem("architecture", f"{name}: {_line(error)}", report)
         else:
-            yield _ok("architecture", architecture)
+            yield _ok("architecture", name)
 
 
 def _implementation() -> Finding:
@@ -172,10 +163,10 @@ def _implementation() -> Finding:
     except (ImportError, RuntimeError, ValueError) as error:
         return _problem("kernels", _line(error), "correct SLIMSPEC_IMPL, or unset it")
     detail = f"{impl} on {device} (torch {torch.__version__}, triton {_version_of('triton') or 'not installed'})"
-    if on_gpu and impl != "triton":
-        slow = f"{detail}: slow, because all logits are written"
-        return _warning("kernels", slow, "install triton, and unset SLIMSPEC_IMPL")
-    return _ok("kernels", detail)
+    if not on_gpu or impl == "triton":
+        return _ok("kernels", detail)
+    cure = "install triton, and unset SLIMSPEC_IMPL"
+    return _warning("kernels", f"{detail}: slow, because all logits are written", cure)
 
 
 def _pair(
@@ -232,8 +223,7 @@ def _writer(checkpoint: DraftCheckpoint) -> Iterator[Finding]:
     written = versions.get("vllm-slimspec") if isinstance(versions, dict) else None
     try:
         if written is not None and Version(str(written)) > Version(__version__):
-            later = f"vllm-slimspec {written}, later than this version {__version__}"
-            yield _warning("written by", later, newer)
+            yield _warning("written by", f"vllm-slimspec {written}, later than this version {__version__}", newer)
         elif written is not None:
             yield _ok("written by", f"vllm-slimspec {written}")
     except InvalidVersion:
@@ -261,9 +251,8 @@ def _made_for(checkpoint: DraftCheckpoint, target: str) -> Iterator[Finding]:
     for holder, key in ((provenance, "target"), (source, "target"), (verifier, "name_or_path")):
         name = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(name, str) and Path(name).name not in (Path(target).name, Path(target).resolve().name):
-            detail = f"made for {name}, not for {target}"
             cure = "if these are not the same model, use the drafter of this target"
-            yield _warning("made for", detail, cure)
+            yield _warning("made for", f"made for {name}, not for {target}", cure)
 
 
 def _tokens(checkpoint: DraftCheckpoint, target: "Target") -> Iterator[Finding]:
