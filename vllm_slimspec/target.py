@@ -58,12 +58,10 @@ class Target:
 
     @property
     def hidden_size(self) -> int:
-        """Return the width of the hidden states."""
         return self.config["hidden_size"]
 
     @property
     def vocab_size(self) -> int:
-        """Return the number of tokens in the vocabulary."""
         return self.config["vocab_size"]
 
     def head(self) -> torch.Tensor:

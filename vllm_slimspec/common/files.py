@@ -33,7 +33,6 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Return the size of the tensor in bytes."""
         return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
 
 

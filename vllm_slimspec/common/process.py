@@ -14,11 +14,10 @@ _WRAPPER = "Engine core initialization failed"  # the last exception of vLLM's f
 
 
 def run_ticking(arguments: Sequence[str], log: Path, tick: Callable[[], None]) -> int:
-    """Run ``python -m`` with these arguments in a new process, and return its exit code.
+    """Run ``python -m`` in a new process that writes its output to ``log``, and return its exit code.
 
     Args:
         arguments: the module and its arguments. The number of a pipe's file descriptor is added as the last one.
-        log: the file that gets the output of the process.
         tick: called for every byte that the process writes into the pipe.
     """
     reading, writing = os.pipe()
@@ -27,9 +26,9 @@ def run_ticking(arguments: Sequence[str], log: Path, tick: Callable[[], None]) -
             with log.open("wb") as output:
                 process = subprocess.Popen(
                     [sys.executable, "-m", *arguments, str(writing)],
+                    stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
                     pass_fds=[writing],
                     start_new_session=True,  # stop() ends this session, with the processes of the engine
                 )

@@ -39,8 +39,8 @@ def progress(
         total: the number of steps; None if it is not known.
         unit: the name of a step, such as ``prompt``.
         done: the number of steps that an earlier run has done.
-        ends: whether to write a line at the start and at the end. Set it to False for work that consists of other work
-            with progress of its own: it then writes lines only while no inner work does, and shows no bar.
+        ends: whether to write a line at the start and at the end. Work that consists of other work with progress of its
+            own does not: it writes lines only while no inner work does, and shows no bar.
         silent: whether to show nothing, as all processes of a run but the first do.
         stream: where the progress is written; None for stderr.
     """
@@ -49,11 +49,10 @@ def progress(
     try:
         yield shown
     except BaseException:
-        shown.close("stopped after")
+        shown.stopped = True
         raise
-    else:
-        shown.close("stopped after" if shown.stopped else "done in")
     finally:
+        shown.close("stopped after" if shown.stopped else "done in")
         _under_way.remove(shown)
 
 
@@ -107,7 +106,6 @@ class Progress:
             self._bar.update(count)
 
     def reach(self, done: int) -> None:
-        """Set how many steps are done."""
         self.update(done - self.done)
 
     def note(self, text: str) -> None:
@@ -118,7 +116,8 @@ class Progress:
 
     def line(self) -> str:
         """Return the current line: the steps done, the time so far, and the estimated time to go."""
-        taken, fresh, to_go = self._clock() - self._start, self.done - self._before, ""
+        taken, fresh = self._clock() - self._start, self.done - self._before
+        to_go = ""
         if self.total and fresh > 0 and self.done < self.total:
             to_go = f"about {_duration(taken / fresh * (self.total - self.done))} to go"
         return self._words(self._count(), f"{_duration(taken)} so far", to_go)
@@ -163,9 +162,7 @@ class Progress:
 def counting(part: str | None = None) -> Callable[..., tqdm] | bool:
     """Return a value for ``use_tqdm`` of ``LLM.generate`` that counts its answers in the innermost progress.
 
-    Args:
-        part: a text such as "of 96 requests". If it is given, the number of answers is shown as a note, because the
-            progress counts something else.
+    If the progress counts something else, ``part`` is a text such as "of 96 requests", and the answers become a note.
     """
     if not _under_way:
         return False
