@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,8 +46,8 @@ _ok, _warning, _problem = partial(Finding, "ok"), partial(Finding, "warning"), p
 
 
 def examine(
-    drafter: str | os.PathLike[str] | None = None,
-    target: str | os.PathLike[str] | None = None,
+    drafter: str | Path | None = None,
+    target: str | Path | None = None,
     speculative_config: Mapping[str, Any] | None = None,
 ) -> Iterator[Finding]:
     """Check the installation, then the drafter, then the drafter with its target, and yield what was found.
@@ -169,9 +169,7 @@ def _implementation() -> Finding:
     return _warning("kernels", f"{detail}: slow, because all logits are written", cure)
 
 
-def _pair(
-    drafter: str | os.PathLike[str], target: str | os.PathLike[str] | None, speculative_config: Mapping[str, Any]
-) -> Iterator[Finding]:
+def _pair(drafter: str | Path, target: str | Path | None, speculative_config: Mapping[str, Any]) -> Iterator[Finding]:
     try:
         from vllm_slimspec.target import Target, fetch
     except ImportError as error:
@@ -320,8 +318,5 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:3])}" if lines else type(error).__name__
 
 
-def _version_of(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+def _version_of(name: str) -> str | None:
+    return next((found.version for found in distributions(name=name)), None)

@@ -309,10 +309,8 @@ def _lock_or_refuse(path: Path, place: Path, lock: int) -> None:
         ) from None
     except OSError as error:
         logger.warning(
-            "%s: its file system cannot lock files (%s), so nothing keeps a second run from this output; start only "
-            "one",
-            path,
-            error.strerror,
+            f"{path}: its file system cannot lock files ({error.strerror}), so nothing keeps a second run from this "
+            "output; start only one"
         )
 
 
