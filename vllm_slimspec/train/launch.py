@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,6 @@ from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
 from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
 from vllm_slimspec.train.plan import drafter_operations
 from vllm_slimspec.train.quiet import quiet
-from vllm_slimspec.train.replaced import replaced
 from vllm_slimspec.train.store import check_states, knows_prompts, read_layer_ids
 from vllm_slimspec.train.trainer import ServerGone, SlimSpecTrainer, metrics_file, settle
 
@@ -95,23 +95,25 @@ def slimspec_in_speculators(others: Mapping[str, Path] | None = None) -> Iterato
         return trainers[-1]
 
     with ExitStack() as stack:
-        for place, values in (
-            (SpeculatorModel, {"registry": {**(SpeculatorModel.registry or {}), "eagle3": SlimSpecEagle3Model}}),
-            (speculators_cli, {"Trainer": make_trainer, "setup_metric_logger": _setup_metrics}),
-            (speculators_cli, {"setup_root_logger": lambda: None}),  # the caller decides how to log
-            (speculators_trainer, {"tqdm": lambda loader, **_: loader}),  # the run has one bar of its own
-        ):
-            stack.enter_context(replaced(place, **values))
+
+        def replace(place: Any, **values: Any) -> None:
+            stack.enter_context(patch.multiple(place, **values))
+
+        replace(SpeculatorModel, registry={**(SpeculatorModel.registry or {}), "eagle3": SlimSpecEagle3Model})
+        replace(speculators_cli, Trainer=make_trainer, setup_metric_logger=_setup_metrics)
+        replace(speculators_cli, setup_root_logger=lambda: None)  # the caller decides how to log
+        replace(speculators_trainer, tqdm=lambda loader, **_: loader)  # the run has one bar of its own
         if not torch.accelerator.is_available():
             # speculators synchronizes with a GPU and loads checkpoints to it without asking whether there is one.
-            stack.enter_context(replaced(torch.accelerator, synchronize=lambda: None))
-            stack.enter_context(replaced(speculators_checkpointer, get_current_device=lambda: "cpu"))
-            stack.enter_context(replaced(speculators_cli, maybe_setup_distributed=_setup_gloo))
+            replace(torch.accelerator, synchronize=lambda: None)
+            replace(speculators_checkpointer, get_current_device=lambda: "cpu")
+            replace(speculators_cli, maybe_setup_distributed=_setup_gloo)
             losses = speculators_losses._LOSS_FN_MAPS
-            faster = {**losses, "eager": {**losses["eager"], "kl_div": on_cpu.kl_div_loss}}
-            stack.enter_context(replaced(speculators_losses, _LOSS_FN_MAPS=faster))
-            stack.enter_context(replaced(eager_losses, kl_div_loss=on_cpu.kl_div_loss))  # for losses that contain it
-            stack.enter_context(replaced(torch, argmax=on_cpu.argmax))
+            replace(
+                speculators_losses, _LOSS_FN_MAPS=losses | {"eager": losses["eager"] | {"kl_div": on_cpu.kl_div_loss}}
+            )
+            replace(eager_losses, kl_div_loss=on_cpu.kl_div_loss)  # for losses that contain it
+            replace(torch, argmax=on_cpu.argmax)
         yield trainers
 
 

@@ -5,6 +5,7 @@ speculators freezes its dense head, which is a copy of the target's rows. Here t
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from unittest.mock import patch
 
 import torch
 from pydantic import Field
@@ -19,7 +20,6 @@ from vllm_slimspec.common.progress import progress
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.factorize import factorize, second_moment, token_probabilities
 from vllm_slimspec.train.on_cpu import answers_only
-from vllm_slimspec.train.replaced import replaced
 from vllm_slimspec.train.store import read_final_states
 
 HeadInit = Literal["weighted-svd", "svd", "random"]
@@ -129,7 +129,7 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             return SlimSpecEagle3Config(**ours, **fields)
 
         # The parent builds a config of its own class, which does not know the rank.
-        with replaced(eagle3_core, Eagle3SpeculatorConfig=config):
+        with patch.object(eagle3_core, "Eagle3SpeculatorConfig", config):
             model = super().from_training_args(verifier_config, t2d=t2d, d2t=d2t, **kwargs)
         model.init_head(kwargs["head_init"], kwargs["data_path"])
         return model

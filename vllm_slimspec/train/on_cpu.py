@@ -11,16 +11,14 @@ The operations of speculators are written for a GPU. Three of them are replaced:
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from speculators.models.eagle3 import core as eagle3_core
 from speculators.models.eagle3 import metrics as eagle3_metrics
 from torch import nn
-
-from vllm_slimspec.train.replaced import replaced
 
 # At a vocabulary of 50,000 the float32 tensors of so many rows fit the caches of a core. More rows gain nothing.
 _ROWS = 16
@@ -76,38 +74,34 @@ def answers_only(teacher: nn.Module, head: nn.Module, loss_mask: torch.Tensor) -
     def starts(k: int) -> torch.Tensor:
         return places[places >= k] - k
 
+    def compute_metrics(
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        mask: torch.Tensor,
+        so_far: torch.Tensor,
+        k: int,
+        *args: Any,
+        **kw: Any,
+    ) -> Any:
+        rows = starts(k)
+        correct, everything = so_far[:, rows], torch.ones_like(mask[:, rows])
+        with patch.object(eagle3_metrics, "align_for_step", lambda *aligned: aligned[:4]):  # The rows are aligned.
+            found = eagle3_metrics.compute_metrics(
+                logits, targets[:, targets.shape[1] - len(rows) :], everything, correct, k, *args, **kw
+            )
+        so_far[:, rows] = correct  # speculators' function has changed it in place
+        return found
+
     handles = (
         teacher.register_forward_pre_hook(lambda _, args: (args[0][:, places],)),
         head.register_forward_pre_hook(lambda _, args: (args[0][:, starts(next(step))],)),
     )
     try:
-        with replaced(eagle3_core, compute_metrics=partial(_compute_metrics, starts)):
+        with patch.object(eagle3_core, "compute_metrics", compute_metrics):
             yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _compute_metrics(
-    starts: Any,
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    mask: Any,
-    so_far: torch.Tensor,
-    k: int,
-    *args: Any,
-    **kw: Any,
-) -> Any:
-    """Call speculators' ``compute_metrics`` with rows that are already chosen and aligned."""
-    rows = starts(k)
-    correct = so_far[:, rows]
-    with replaced(eagle3_metrics, align_for_step=lambda *aligned: aligned[:4]):
-        everything = torch.ones_like(mask[:, : len(rows)])
-        found = eagle3_metrics.compute_metrics(
-            logits, targets[:, targets.shape[1] - len(rows) :], everything, correct, k, *args, **kw
-        )
-    so_far[:, rows] = correct  # compute_metrics has changed it in place
-    return found
 
 
 def argmax(values: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:

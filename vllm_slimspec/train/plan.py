@@ -10,6 +10,7 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import load_from_disk
@@ -21,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vllm_slimspec.train.config import SlimSpecTrainConfig
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.quiet import quiet
-from vllm_slimspec.train.replaced import replaced
 
 AT_ONCE = 256  # requests that vLLM answers together; one read of the target's weights serves all of them
 _ADAM = 8  # bytes of both moments of a parameter
@@ -175,7 +175,7 @@ def build_empty(config: SlimSpecTrainConfig) -> SlimSpecEagle3Model:
     )
     with (
         torch.device("meta"),
-        replaced(
+        patch.multiple(
             SlimSpecEagle3Model,
             load_verifier_weights=lambda self: None,
             load_vocab_mappings=lambda self, *_: None,
