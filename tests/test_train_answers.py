@@ -15,7 +15,7 @@ from vllm_slimspec.cli import app
 from vllm_slimspec.engine.head_states import Document
 from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.train import answers as module
-from vllm_slimspec.train.answers import engine_failed, write_answers
+from vllm_slimspec.train.answers import generate, write_answers
 from vllm_slimspec.train.documents import read_documents
 
 PROMPTS = [[i, i + 1, i + 2] for i in range(1, 11)]
@@ -101,8 +101,13 @@ def test_engine_killed_for_memory_is_reported_as_such():
     class EngineDeadError(Exception):
         pass
 
-    message = str(engine_failed(EngineDeadError("EngineCore encountered an issue.")))
-    assert "it was killed because memory ran out: close other programs; repeat the command" in message
+    class DeadEngine:
+        def generate(self, prompts, params, use_tqdm):
+            raise EngineDeadError("EngineCore encountered an issue.")
+
+    message = "it was killed because memory ran out: close other programs; repeat the command"
+    with pytest.raises(EngineError, match=message):
+        generate(DeadEngine(), [], [], use_tqdm=False)
 
 
 def test_answers_of_another_target_or_temperature_are_not_resumed(target, engine, prompts, tmp_path):

@@ -115,7 +115,7 @@ def test_write_prompts_resumes_after_a_kill_with_the_same_questions(target, engi
     with pytest.raises(EngineError, match="repeat the command"):
         write_prompts(target, tmp_path / "p.jsonl", 30, sampling=ALONE, openings=openings)
     with (tmp_path / "p.jsonl.partial").open("a") as file:
-        file.write('{"messages": [{"role": "user", "content": "a torn ba')
+        file.write('{"tried": 24, "found": [[{"role": "user", "content": "a torn ba')
     engine.dies_after = None
     write_prompts(target, tmp_path / "p.jsonl", 30, sampling=ALONE, openings=openings)
     assert (tmp_path / "p.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -139,7 +139,7 @@ def test_write_prompts_refuses_a_malformed_opening(target, engine, tmp_path, lin
     file = tmp_path / "openings.jsonl"
     file.write_text(f"{{}}\n{line}\n")
     with pytest.raises(CheckpointError, match=r"openings.jsonl:2: is not an opening"):
-        write_prompts(target, tmp_path / "p.jsonl", 5, openings=file)
+        write_prompts(target, tmp_path / "p.jsonl", 5, ALONE, openings=file)
     assert not (tmp_path / "p.jsonl.json").exists()
 
 

@@ -173,10 +173,12 @@ def run(
         # Bad options are refused here, before any stage has taken hours.
         config = resolve(target, data / "states", output_path, **flags)
         if plan:
-            from vllm_slimspec.train.answers import read_lengths
+            from vllm_slimspec.train.answers import prompt_tokens
             from vllm_slimspec.train.plan import Data
 
-            asked = [_PLANNED_PROMPT] * count if prompts is None else read_lengths(target, prompts)
+            asked = (
+                [_PLANNED_PROMPT] * count if prompts is None else [len(ids) for ids in prompt_tokens(target, prompts)]
+            )
             lengths = [n + max_tokens for n in asked]
             _show_plan(config, Data(lengths, len(lengths) * max_tokens), output_path, tflops, terabytes)
             return

@@ -9,16 +9,16 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vllm_slimspec.common.cores import every_core
 from vllm_slimspec.common.output import beside, claim_file, write_whole
 from vllm_slimspec.common.progress import counting, progress
 from vllm_slimspec.common.work_dtype import Asked, engine_options
-from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokenize
+from vllm_slimspec.engine.prompts import one_line, open_tokenizer, read_prompts, tokenize
 from vllm_slimspec.engine.recording import limits
 from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.target import fingerprint
@@ -48,9 +48,6 @@ def write_answers(
         engine: further arguments of ``vllm.LLM``.
         dtype: dtype in which the target computes, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
 
-    Returns:
-        The number of answers in the file.
-
     Raises:
         CheckpointError: a line is no prompt, is too long for the target, or cannot be tokenized; or vLLM does not
             accept the target; or the output holds the answers of another target, other prompts or other sampling.
@@ -58,79 +55,67 @@ def write_answers(
         EngineError: vLLM failed. The answers so far are kept.
     """
     with claim_file(output) as claim, progress("train answers", ends=False):
-        return _write_answers(target, Path(prompts), claim.path, temperatures, max_tokens, engine or {}, dtype)
-
-
-def _write_answers(
-    target: str | Path,
-    prompts: Path,
-    output: Path,
-    temperatures: Sequence[float] | None,
-    max_tokens: int,
-    engine: Mapping[str, Any],
-    dtype: Asked,
-) -> int:
-    rows = read_prompts(prompts)
-    tokenizer = open_tokenizer(rows, str(target))
-    vocab_size, length = limits(target, dict(engine))
-    documents = tokenize(rows, tokenizer, vocab_size, length - max_tokens, prompts)
-    made_from = {
-        "target": fingerprint(target),  # does not change if the target is moved or renamed
-        "prompts": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
-        "temperatures": list(temperatures or ()) or None,
-        "max_tokens": max_tokens,
-    }
-    _claim(output, made_from)
-    if output.exists():
-        return len(documents)
-    part = beside(output, ".partial")
-    with part.open("ab+") as file:
-        done = _whole_lines(file)
+        documents = prompt_tokens(target, prompts, max_tokens, engine)
+        made_from = {
+            "target": fingerprint(target),  # does not change if the target is moved or renamed
+            "prompts": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
+            "temperatures": list(temperatures or ()) or None,
+            "max_tokens": max_tokens,
+        }
+        claim_for(claim.path, made_from)
+        if claim.path.exists():
+            return len(documents)
+        part = beside(claim.path, ".partial")
+        done = len(whole_lines(part))
         with (
-            _engine(target, engine_options(engine, dtype, "answers")) as llm,
+            part.open("a") as file,
+            _engine(target, engine_options(engine or {}, dtype, "answers")) as llm,
             progress("Answers", len(documents), "prompt", done=done) as shown,
         ):
             for first in range(done, len(documents), _TOGETHER):
                 batch = documents[first : first + _TOGETHER]
-                answers = _ask(llm, batch, first, temperatures, max_tokens)
-                for prompt, answer in zip(batch, answers, strict=True):
-                    line = {"input_ids": prompt + answer, "prompt_tokens": len(prompt)}
-                    file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                params = []
+                for number in range(first, first + len(batch)):
+                    params.append(llm.get_default_sampling_params())
+                    # With a seed of its own, each prompt gets the same answer in a resumed run.
+                    params[-1].max_tokens, params[-1].detokenize, params[-1].seed = max_tokens, False, number
+                    if temperatures:
+                        params[-1].temperature = temperatures[number % len(temperatures)]
+                answers = [list(output.token_ids) for output in generate(llm, batch, params, counting())]
+                pairs = zip(batch, answers, strict=True)
+                append(file, ({"input_ids": ids + answer, "prompt_tokens": len(ids)} for ids, answer in pairs))
                 shown.reach(first + len(batch))
-    part.replace(output)
-    return len(documents)
+        part.replace(claim.path)
+        return len(documents)
 
 
-def read_lengths(target: str | Path, prompts: str | Path) -> list[int]:
-    """Return the number of tokens of each different prompt.
+def prompt_tokens(
+    target: str | Path, prompts: str | Path, max_tokens: int = 0, engine: Mapping[str, Any] | None = None
+) -> list[list[int]]:
+    """Return the tokens of each different prompt, which must leave room for ``max_tokens`` more in an engine.
 
     Raises:
         CheckpointError: a prompt or the target cannot be used, as in :func:`write_answers`.
     """
     rows = read_prompts(Path(prompts))
     tokenizer = open_tokenizer(rows, str(target))
-    vocab_size, length = limits(target, {})
-    return [len(prompt) for prompt in tokenize(rows, tokenizer, vocab_size, length, Path(prompts))]
+    vocab_size, length = limits(target, dict(engine or {}))
+    return tokenize(rows, tokenizer, vocab_size, length - max_tokens, Path(prompts))
 
 
-def _ask(
-    llm: Any, prompts: Sequence[list[int]], first: int, temperatures: Sequence[float] | None, max_tokens: int
-) -> Iterator[list[int]]:
-    """Yield the answers to a batch. Each prompt has its own seed, so that a resumed run gets the same answers."""
-    params = []
-    for place in range(len(prompts)):
-        params.append(llm.get_default_sampling_params())
-        params[-1].max_tokens, params[-1].detokenize, params[-1].seed = max_tokens, False, first + place
-        if temperatures:
-            params[-1].temperature = temperatures[(first + place) % len(temperatures)]
+def generate(llm: Any, prompts: Sequence[list[int]], params: Sequence[Any], use_tqdm: Any) -> list[Any]:
+    """Return what the engine ``llm`` writes after each prompt, given as token ids, as vLLM's ``CompletionOutput``.
+
+    Raises:
+        EngineError: vLLM failed.
+    """
     try:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=counting())
-    except Exception as error:  # A dying engine may raise any class.
-        raise engine_failed(error) from None
-    for request in outputs:
-        yield list(request.outputs[0].token_ids)
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=use_tqdm)
+    except Exception as error:  # A dying engine may raise any class, and vLLM does not say why it died.
+        died = type(error).__name__ == "EngineDeadError"
+        hint = " if nothing above says why, it was killed because memory ran out: close other programs;" if died else ""
+        raise EngineError(f"vLLM failed ({one_line(error)});{hint} repeat the command to resume") from None
+    return [output.outputs[0] for output in outputs]
 
 
 @contextmanager
@@ -144,7 +129,9 @@ def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
         with every_core(), progress("Starting vLLM"):
             llm = LLM(model=str(target), **whole | options)
     except Exception as error:
-        raise EngineError(f"{target}: vLLM does not start ({_line(error)}); check --target and --engine-args") from None
+        raise EngineError(
+            f"{target}: vLLM does not start ({one_line(error)}); check --target and --engine-args"
+        ) from None
     try:
         yield llm
     finally:
@@ -153,7 +140,8 @@ def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
         gc.collect()
 
 
-def _claim(output: Path, made_from: dict[str, Any]) -> None:
+def claim_for(output: Path, made_from: dict[str, Any]) -> None:
+    """Write what an output is made from beside it, or refuse an output that was made from something else."""
     file = output.with_name(f"{output.name}.json")
     if file.exists() and json.loads(file.read_text()) != made_from:
         raise CheckpointError(
@@ -162,24 +150,20 @@ def _claim(output: Path, made_from: dict[str, Any]) -> None:
     if output.exists() and not file.exists():
         raise CheckpointError(f"{output}: exists and was not written by this command; choose another output")
     if not file.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda part: part.write_text(json.dumps(made_from, indent=2) + "\n"))
 
 
-def _whole_lines(file: Any) -> int:
-    """Return the number of whole lines of a file, and cut off a line that a kill has left unfinished."""
-    file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
-    return content.count(b"\n")
+def whole_lines(part: Path) -> list[bytes]:
+    """Return the lines of a file, and cut off one that a kill has left unfinished. A missing file has no lines."""
+    content = part.read_bytes() if part.exists() else b""
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(part, end)
+    return content[:end].splitlines()
 
 
-def engine_failed(error: Exception) -> EngineError:
-    """Return the error to raise for an engine that failed, with a hint, because vLLM does not say why it died."""
-    died = type(error).__name__ == "EngineDeadError"
-    hint = " if nothing above says why, it was killed because memory ran out: close other programs;" if died else ""
-    return EngineError(f"vLLM failed ({_line(error)});{hint} repeat the command to resume")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def append(file: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add a line of JSON for each row to a file, and wait until they are on the disk."""
+    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.flush()
+    os.fsync(file.fileno())

@@ -5,28 +5,27 @@ there is a question. A question that it does not finish, or has written before, 
 
 OUTPUT.jsonl            {"messages": [...]}, one line for each different question
 OUTPUT.jsonl.json       what the questions were made from: target, sampling, openings
-OUTPUT.jsonl.partial    the questions so far, from which the same command resumes
+OUTPUT.jsonl.partial    the questions so far, one line for each batch, from which the same command resumes
 
 On its own, a small model asks only a few kinds of questions. ``openings.jsonl`` makes them more varied: each of its
 lines is a system prompt, the first words of a question, or both, and the samples take the lines in turn.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_slimspec.common.output import Claim, beside, claim_file
+from vllm_slimspec.common.output import beside, claim_file
 from vllm_slimspec.common.progress import counting, progress
 from vllm_slimspec.common.work_dtype import Asked, engine_options
+from vllm_slimspec.engine.head_states import sha256
 from vllm_slimspec.engine.prompts import one_line
 from vllm_slimspec.engine.recording import limits
 from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.target import fingerprint
-from vllm_slimspec.train.answers import _claim, _engine, engine_failed
+from vllm_slimspec.train.answers import _engine, append, claim_for, generate, whole_lines
 
 OPENINGS = Path(__file__).with_name("openings.jsonl")
 _TOGETHER = 512  # samples in a batch, which is the most that is sampled again after a kill
@@ -54,8 +53,8 @@ def write_prompts(
     target: str | Path,
     output: str | Path,
     count: int,
+    sampling: Sampling,
     *,
-    sampling: Sampling | None = None,
     openings: str | Path = OPENINGS,
     engine: Mapping[str, Any] | None = None,
     dtype: Asked = "auto",
@@ -78,63 +77,52 @@ def write_prompts(
         EngineError: vLLM failed, or the target does not write questions. The questions so far are kept.
     """
     with claim_file(output) as claim, progress("train prompts", ends=False):
-        _write_prompts(target, claim, count, sampling or Sampling(), Path(openings), dict(engine or {}), dtype)
-
-
-def _write_prompts(
-    target: str | Path,
-    claim: Claim,
-    count: int,
-    sampling: Sampling,
-    openings: Path,
-    options: dict[str, Any],
-    dtype: Asked,
-) -> None:
-    output, starts = claim.path, _read_openings(openings)
-    chat = _Chat(target)
-    limits(target, options)
-    recipe = {**vars(sampling), "temperatures": list(sampling.temperatures)}
-    _claim(output, {"target": fingerprint(target), "count": count, "openings": _hash(openings), **recipe})
-    if output.exists():
-        return
-    part = beside(output, ".partial")
-    kept, tried = _resume(part)
-    seen = {_normal(messages[-1]["content"]) for messages in kept}
-    with (
-        part.open("a", encoding="utf-8") as file,
-        _engine(target, engine_options(options, dtype, "prompts")) as llm,
-        progress("Prompts", count, "prompt", done=len(kept)) as shown,
-    ):
-        while len(kept) < count:
-            if tried >= _TRIES * count + _TOGETHER:
-                raise EngineError(
-                    f"{target}: {tried} samples gave {len(kept)} usable questions, and --count asks for {count}; "
-                    "lower --count, or give prompts of your own with --prompts"
-                )
-            batch = [starts[(tried + place) % len(starts)] for place in range(_TOGETHER)]
-            found = _new(chat.questions(llm, batch, tried, sampling), seen)
-            found = found[: max(1, round((count - len(kept)) * (1 - sampling.second_turns)))]
-            if follow := round(len(found) * sampling.second_turns / (1 - sampling.second_turns)):
-                replied = [(messages, "") for messages in chat.replies(llm, found[:follow], tried, sampling)]
-                found += _new(chat.questions(llm, replied, tried, sampling), seen)
-            found, tried = found[: count - len(kept)], tried + _TOGETHER
-            file.writelines(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in found)
-            file.write(json.dumps({"tried": tried}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            kept += found
-            shown.update(len(found))
-    lines = "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in kept)
-    claim.write(lambda new: new.write_text(lines, encoding="utf-8"))
-    part.unlink()
+        starts = _read_openings(Path(openings))
+        chat = _Chat(target, sampling)
+        limits(target, dict(engine or {}))  # refuses the target before anything is written
+        recipe = {**vars(sampling), "temperatures": list(sampling.temperatures)}
+        made_from = {"target": fingerprint(target), "count": count, "openings": sha256(Path(openings)), **recipe}
+        claim_for(claim.path, made_from)
+        if claim.path.exists():
+            return
+        part = beside(claim.path, ".partial")
+        kept: dict[str, list[Message]] = {}
+        tried = 0
+        for batch in map(json.loads, whole_lines(part)):
+            tried = batch["tried"]
+            _add(kept, batch["found"], count)
+        with (
+            part.open("a", encoding="utf-8") as file,
+            _engine(target, engine_options(engine or {}, dtype, "prompts")) as llm,
+            progress("Prompts", count, "prompt", done=len(kept)) as shown,
+        ):
+            while (missing := count - len(kept)) > 0:
+                if tried >= _TRIES * count + _TOGETHER:
+                    raise EngineError(
+                        f"{target}: {tried} samples gave {len(kept)} usable questions, and --count asks for {count}; "
+                        "lower --count, or give prompts of your own with --prompts"
+                    )
+                second = sampling.second_turns
+                begun = [starts[number % len(starts)] for number in range(tried, tried + _TOGETHER)]
+                found = _add(kept, chat.questions(llm, begun, tried), max(1, round(missing * (1 - second))))
+                if follow := round(len(found) * second / (1 - second)):
+                    replied = [(messages, "") for messages in chat.replies(llm, found[:follow], tried)]
+                    found += _add(kept, chat.questions(llm, replied, tried), missing - len(found))
+                tried += _TOGETHER
+                append(file, [{"tried": tried, "found": found}])
+                shown.update(len(found))
+        lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in kept.values()]
+        claim.write(lambda new: new.write_text("".join(lines), encoding="utf-8"))
+        part.unlink()
 
 
 class _Chat:
     """A target's chat template, with which the target speaks as the user and as the assistant."""
 
-    def __init__(self, target: str | Path) -> None:
+    def __init__(self, target: str | Path, sampling: Sampling) -> None:
         from transformers import AutoTokenizer
 
+        self._sampling = sampling
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(target))
         except Exception as error:  # transformers, tokenizers and the hub raise classes of their own
@@ -149,16 +137,13 @@ class _Chat:
         self._stop = [i for i in ids[:1] if i in self._tokenizer.all_special_ids]
         self._stop_text = None if self._stop or not after.strip() else after.strip()
 
-    def questions(
-        self, llm: Any, starts: Sequence[tuple[list[Message], str]], first: int, sampling: Sampling
-    ) -> list[list[Message]]:
+    def questions(self, llm: Any, starts: Sequence[tuple[list[Message], str]], first: int) -> list[list[Message]]:
         """Let the target speak as the user, and return the usable conversations that result.
 
         Args:
             llm: the engine.
             starts: for each sample, the messages so far and the first words of the question.
             first: number of the first sample.
-            sampling: how the questions are sampled.
 
         Returns:
             For each finished and usable question, the messages with that question as the last one.
@@ -167,7 +152,7 @@ class _Chat:
         for messages, opening in starts:
             before = self._render([*messages, {"role": "user", "content": _PLACE}]).partition(_PLACE)[0]
             texts.append(before + opening)
-        said = self._continue(llm, texts, first, sampling, sampling.max_tokens)
+        said = self._continue(llm, texts, first, self._sampling.max_tokens)
         questions = []
         for (messages, opening), words in zip(starts, said, strict=True):
             question = "" if words is None else (opening + words).strip()
@@ -175,12 +160,10 @@ class _Chat:
                 questions.append([*messages, {"role": "user", "content": question}])
         return questions
 
-    def replies(
-        self, llm: Any, conversations: Sequence[list[Message]], first: int, sampling: Sampling
-    ) -> list[list[Message]]:
+    def replies(self, llm: Any, conversations: Sequence[list[Message]], first: int) -> list[list[Message]]:
         """Let the target answer, and return the conversations with their answers, without unfinished ones."""
         texts = [self._render(messages, add_generation_prompt=True) for messages in conversations]
-        said = self._continue(llm, texts, first, sampling, _REPLY_TOKENS)
+        said = self._continue(llm, texts, first, _REPLY_TOKENS)
         return [
             [*messages, {"role": "assistant", "content": words.strip()}]
             for messages, words in zip(conversations, said, strict=True)
@@ -197,12 +180,11 @@ class _Chat:
                 "system prompts, --second-turns 0, or prompts of your own"
             ) from None
 
-    def _continue(
-        self, llm: Any, texts: Sequence[str], first: int, sampling: Sampling, max_tokens: int
-    ) -> list[str | None]:
+    def _continue(self, llm: Any, texts: Sequence[str], first: int, max_tokens: int) -> list[str | None]:
         """Return what the target writes after each text; None where it did not finish."""
         from vllm import SamplingParams
 
+        sampling = self._sampling
         params = [
             SamplingParams(
                 temperature=sampling.temperatures[number % len(sampling.temperatures)],
@@ -216,13 +198,7 @@ class _Chat:
             for number in range(first, first + len(texts))
         ]
         ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        try:
-            outputs = llm.generate(
-                [{"prompt_token_ids": i} for i in ids], params, use_tqdm=counting(f"of {len(ids)} samples")
-            )
-        except Exception as error:  # A dying engine may raise any class.
-            raise engine_failed(error) from None
-        ended = (output.outputs[0] for output in outputs)
+        ended = generate(llm, ids, params, counting(f"of {len(ids)} samples"))
         return [output.text if output.finish_reason == "stop" else None for output in ended]
 
 
@@ -253,40 +229,12 @@ def _read_openings(file: Path) -> list[tuple[list[Message], str]]:
     return starts
 
 
-def _new(found: Sequence[list[Message]], seen: set[str]) -> list[list[Message]]:
-    """Return the conversations whose last question is not in ``seen``, and add these questions to it."""
-    fresh = []
-    for messages in found:
-        question = _normal(messages[-1]["content"])
-        if question not in seen:
-            seen.add(question)
-            fresh.append(messages)
-    return fresh
-
-
-def _normal(question: str) -> str:
-    return " ".join(question.casefold().split())
-
-
-def _resume(part: Path) -> tuple[list[list[Message]], int]:
-    """Return the questions of a killed run and the number of samples they took, and cut off an unfinished batch."""
-    kept: list[list[Message]] = []
-    batch: list[list[Message]] = []
-    tried = end = place = 0
-    for line in part.read_bytes().splitlines(keepends=True) if part.exists() else ():
-        place += len(line)
-        try:
-            row = json.loads(line)
-        except ValueError:  # The kill has left this line unfinished.
-            break
-        if "tried" in row:
-            kept, batch, tried, end = kept + batch, [], row["tried"], place
-        else:
-            batch.append(row["messages"])
-    if part.exists():
-        os.truncate(part, end)
-    return kept, tried
-
-
-def _hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _add(kept: dict[str, list[Message]], conversations: Sequence[list[Message]], most: int) -> list[list[Message]]:
+    """Add up to ``most`` conversations whose last question is not in ``kept`` yet, and return those."""
+    added: list[list[Message]] = []
+    for messages in conversations:
+        question = " ".join(messages[-1]["content"].casefold().split())
+        if question not in kept and len(added) < most:
+            kept[question] = messages
+            added.append(messages)
+    return added
