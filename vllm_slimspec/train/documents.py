@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import AutoConfig
 
@@ -43,52 +43,34 @@ def read_documents(
                 f"{file}:{number}: is a prompt without its answer; run `slimspec train answers` over the file first"
             )
     vocab_size = AutoConfig.from_pretrained(str(target)).get_text_config().vocab_size
+    found = tokens_of(rows, open_tokenizer(rows, str(target)), vocab_size, file)
     documents, unknown, cut = [], 0, 0
-    for (number, ids), (_, row) in zip(
-        tokens_of(rows, open_tokenizer(rows, str(target)), vocab_size, file), rows, strict=True
-    ):
-        prompt = _prompt_tokens(row, len(ids), f"{file}:{number}")
+    for (number, ids), (_, row) in zip(found, rows, strict=True):
+        prompt = row.get("prompt_tokens")
+        # type() and not isinstance(), because True is an int as well.
+        if prompt is not None and (type(prompt) is not int or not 0 <= prompt <= len(ids)):
+            raise CheckpointError(
+                f"{file}:{number}: prompt_tokens is {prompt!r}, must be an integer from 0 to {len(ids)}, the "
+                "document's tokens; correct it, or leave it out to train on the whole document"
+            )
         unknown += prompt is None
         cut += len(ids) > max_length
         documents.append(Document(number, ids[:max_length], (prompt or 0) if train_on == "answers" else 0))
-    if cut:
-        logger.warning("%s: %d of %d documents are cut to --max-length %d", file, cut, len(documents), max_length)
-    if unknown and train_on == "answers":
-        logger.warning(
-            "%s: %d of %d documents have no prompt_tokens, so the whole of each is trained on and measured",
-            file,
-            unknown,
-            len(documents),
-        )
     teaching = [d for d in documents if not d.prompt or len(d.tokens) - d.prompt >= 2]
-    if len(teaching) < len(documents):
-        logger.warning(
-            "%s: %d of %d documents are left out: fewer than 2 tokens of their answer are within --max-length %d",
-            file,
+    unknown = unknown if train_on == "answers" else 0
+    for count, what in (
+        (cut, f"are cut to --max-length {max_length}"),
+        (unknown, "have no prompt_tokens, so the whole of each is trained on and measured"),
+        (
             len(documents) - len(teaching),
-            len(documents),
-            max_length,
-        )
+            f"are left out: fewer than 2 tokens of their answer are within --max-length {max_length}",
+        ),
+    ):
+        if count:
+            logger.warning("%s: %d of %d documents %s", file, count, len(documents), what)
     if not teaching:
         raise CheckpointError(
             f"{file}: no document has 2 tokens of an answer within --max-length {max_length}; raise it, or give "
             "--train-on all"
         )
     return teaching
-
-
-def _prompt_tokens(row: dict[str, Any], length: int, place: str) -> int | None:
-    """Return how many of a document's tokens are its prompt, or None if the line does not say.
-
-    Raises:
-        CheckpointError: the line gives a number that is not possible.
-    """
-    found = row.get("prompt_tokens")
-    if found is None:
-        return None
-    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found <= length:
-        raise CheckpointError(
-            f"{place}: prompt_tokens is {found!r}, must be an integer from 0 to {length}, the document's tokens; "
-            "correct it, or leave it out to train on the whole document"
-        )
-    return found
