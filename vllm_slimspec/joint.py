@@ -50,12 +50,12 @@ class JointRecipe:
         from vllm_slimspec.train.config import LOSSES
         from vllm_slimspec.train.launch import fit
         from vllm_slimspec.train.states import write_states
-        from vllm_slimspec.train.store import read_layer_ids
+        from vllm_slimspec.train.store import read_identity
 
         trained = folder / "drafter"
         if not trained.exists():
             layer_ids = resolve_target_layer_ids(drafter.config.get("eagle_aux_hidden_state_layer_ids"), target)
-            if self.data is not None and (found := read_layer_ids(self.data)) != layer_ids:
+            if self.data is not None and (found := read_identity(Path(self.data))["layer_ids"]) != layer_ids:
                 raise CheckpointError(
                     f"{self.data}: holds the states of layers {found}, but this drafter reads layers {layer_ids}; "
                     "write the states again with --target-layer-ids"

@@ -16,7 +16,7 @@ from vllm_slimspec.common.output import beside, check_free
 from vllm_slimspec.common.work_dtype import work_dtype
 from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.train.model import HeadInit
-from vllm_slimspec.train.store import read_layer_ids
+from vllm_slimspec.train.store import read_identity
 
 MIXED = torch.bfloat16  # The dtype in which speculators computes by default; its weights are in float32.
 # The paper's recipe in speculators' names. Betas (0.9, 0.95), eps 1e-8 and clipping at 1.0 have no flag. The paper's
@@ -59,8 +59,7 @@ class SlimSpecTrainConfig(TrainConfig):
     head_init: HeadInit = "weighted-svd"
 
     def flatten(self) -> dict[str, Any]:
-        ours = {key: getattr(self, key) for key in ("lm_head_rank", "head_is_targets", "head_init")}
-        return {**super().flatten(), **ours}
+        return super().flatten() | {key: getattr(self, key) for key in ("lm_head_rank", "head_is_targets", "head_init")}
 
 
 def resolve(
@@ -75,34 +74,50 @@ def resolve(
 ) -> SlimSpecTrainConfig:
     """Check the options of a run, and return its configuration. Nothing is written, and ``data`` need not exist yet.
 
-    The arguments are those of :func:`vllm_slimspec.train.launch.fit`.
+    Args:
+        target: Hugging Face folder or id.
+        data: folder of hidden states.
+        output: folder of the drafter.
+        head: ``low-rank``; ``dense``, an ordinary head for comparison, which is trained as the factors are and served
+            by vLLM; or ``target``, the target's own head, which is neither trained nor exported: vLLM shares it.
+        rank: R of a low-rank head; None takes D // 8.
+        head_init: first values of the head, see :meth:`SlimSpecEagle3Model.init_head`.
+        flags: any flag of ``speculators train``, with underscores. A flag wins over :data:`RECIPE`.
 
     Raises:
         OptionError: a value is not allowed.
         CheckpointError: the data hold the states of other layers.
         OutputError: the output exists already.
     """
-    _require_speculators()
+    found = version("speculators")
+    if not found.startswith("0.9."):
+        raise OptionError(f"speculators {found} is not supported, 0.9.* is; pip install 'vllm-slimspec[train]'")
     if flags.get("hidden_states_dtype") == "float16":
         raise OptionError("--dtype float16: gradients would need scaling; choose auto, float32 or bfloat16")
     output = Path(output)
     check_free(output)
-    layer_ids = read_layer_ids(Path(data))
+    layer_ids = read_identity(Path(data))["layer_ids"]
     if layer_ids and flags.get("target_layer_ids", layer_ids) != layer_ids:
         raise CheckpointError(
             f"{data}: holds the states of layers {layer_ids}; leave out --target-layer-ids, or write other states"
         )
     hidden = AutoConfig.from_pretrained(str(target)).get_text_config().hidden_size
-    start = flags.get("from_pretrained")
-    found = _rank_of(start) if start else None
-    rank = found or hidden // 8 if rank is None else rank
-    if found not in (None, rank if head == "low-rank" else 0):
-        raise OptionError(
-            f"--from-pretrained {start}: its rank is {found} (0: dense); give the --rank and --head of that run"
-        )
+    if start := flags.get("from_pretrained"):
+        config = PretrainedConfig.get_config_dict(start)[0]
+        if config.get("speculators_model_type") != "slimspec_eagle3":
+            raise OptionError(
+                f"--from-pretrained {start}: not a checkpoint of a run; give one (DRAFTER.run/checkpoints/N), or go on "
+                "training this drafter with `slimspec convert --joint-steps`"
+            )
+        started = config["lm_head_rank"]
+        rank = started or hidden // 8 if rank is None else rank
+        if started != (rank if head == "low-rank" else 0):
+            raise OptionError(
+                f"--from-pretrained {start}: its rank is {started} (0: dense); give the --rank and --head of that run"
+            )
+    rank = hidden // 8 if rank is None else rank
     if not 1 <= rank <= hidden:
         raise OptionError(f"rank={rank} does not fit hidden_size={hidden} of {target}; choose 1 to {hidden}")
-
     if head == "target" and (head_init == "random" or flags.get("draft_vocab_size") is not None):
         raise OptionError(
             "--head target is the target's whole head; leave out --head-init random and --draft-vocab-size, or train a "
@@ -135,24 +150,3 @@ def resolve(
     except ValidationError as error:
         first = error.errors()[0]
         raise OptionError(f"{first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
-
-
-def _rank_of(start: str) -> int:
-    """Return the rank of the head that training starts from; 0 for a dense head.
-
-    Raises:
-        OptionError: ``start`` is not a checkpoint of this package.
-    """
-    config = PretrainedConfig.get_config_dict(start)[0]
-    if config.get("speculators_model_type") != "slimspec_eagle3":
-        raise OptionError(
-            f"--from-pretrained {start}: not a checkpoint of a run; give one (DRAFTER.run/checkpoints/N), or go on "
-            "training this drafter with `slimspec convert --joint-steps`"
-        )
-    return config["lm_head_rank"]
-
-
-def _require_speculators() -> None:
-    found = version("speculators")
-    if not found.startswith("0.9."):
-        raise OptionError(f"speculators {found} is not supported, 0.9.* is; pip install 'vllm-slimspec[train]'")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -38,37 +38,23 @@ from vllm_slimspec.common.work_dtype import work_dtype
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.train import on_cpu
-from vllm_slimspec.train.config import MIXED, SlimSpecTrainConfig, resolve
+from vllm_slimspec.train.config import MIXED, resolve
 from vllm_slimspec.train.export import check_servable, export
 from vllm_slimspec.train.held_out import check_measurable, loader_like
 from vllm_slimspec.train.metrics import METRICS, plot_metrics, read_metrics
-from vllm_slimspec.train.model import HeadInit, SlimSpecEagle3Model
+from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.plan import drafter_operations
 from vllm_slimspec.train.quiet import quiet
-from vllm_slimspec.train.store import check_states, knows_prompts, read_layer_ids
+from vllm_slimspec.train.store import check_states, read_identity
 from vllm_slimspec.train.trainer import ServerGone, SlimSpecTrainer, metrics_file, settle
 
 logger = logging.getLogger(__name__)
 
 # The settings that identify a run. A checkpoint is only resumed by a run with the same ones.
 _IDENTITY = (
-    "verifier_name_or_path",
-    "data_path",
-    "from_pretrained",
-    "lm_head_rank",
-    "head_is_targets",
-    "head_init",
-    "draft_vocab_size",
-    "draft_arch",
-    "num_layers",
-    "total_seq_len",
-    "seed",
-    "optimizer",
-    "lr",
-    "loss_fn",
-    "epochs",
-    "max_steps",
-    "train_data_ratio",
+    *("verifier_name_or_path", "data_path", "from_pretrained"),
+    *("lm_head_rank", "head_is_targets", "head_init", "draft_vocab_size", "draft_arch", "num_layers"),
+    *("total_seq_len", "seed", "optimizer", "lr", "loss_fn", "epochs", "max_steps", "train_data_ratio"),
 )
 
 
@@ -76,11 +62,8 @@ _IDENTITY = (
 def slimspec_in_speculators(others: Mapping[str, Path] | None = None) -> Iterator[list[SlimSpecTrainer]]:
     """Make ``speculators train --speculator-type eagle3`` use the model and the trainer of this package.
 
-    Args:
-        others: folders of further hidden states to measure on, by name.
-
-    Yields:
-        A list of the trainers that are made while the context is open. speculators does not return them.
+    ``others`` are folders of further hidden states to measure on, by name. The context yields a list of the trainers
+    that are made in it, because speculators does not return them.
     """
     trainers: list[SlimSpecTrainer] = []
 
@@ -123,9 +106,6 @@ def fit(
     data: str | Path,
     output: str | Path,
     *,
-    head: Literal["low-rank", "dense", "target"] = "low-rank",
-    rank: int | None = None,
-    head_init: HeadInit = "weighted-svd",
     also_evaluate: Mapping[str, Path] | None = None,
     **flags: Any,
 ) -> DraftCheckpoint | None:
@@ -136,13 +116,9 @@ def fit(
         data: folder of hidden states, written by :mod:`vllm_slimspec.train.states` or by speculators.
         output: folder of the drafter, which must be missing or empty. Everything else goes to ``<output>.run``:
             metrics.jsonl, training.png, and the checkpoints from which a stopped or killed run resumes.
-        head: ``low-rank``; ``dense``, an ordinary head for comparison, which is trained as the factors are and served
-            by vLLM; or ``target``, the target's own head, which is neither trained nor exported: vLLM shares it.
-        rank: R of a low-rank head; None takes D // 8.
-        head_init: first values of the head, see :meth:`SlimSpecEagle3Model.init_head`.
         also_evaluate: further folders like ``data``, by name, on which the acceptance length is measured after
             each epoch.
-        flags: any flag of ``speculators train``, with underscores. A flag wins over :data:`RECIPE`.
+        flags: ``head``, ``rank``, ``head_init`` and flags of speculators, see :func:`resolve`.
 
     Returns:
         The drafter; None in every process of torchrun but the first.
@@ -154,26 +130,26 @@ def fit(
         OSError: the disk is full, or the vLLM server of ``on_missing="generate"`` is gone. Checkpoints are kept.
         KeyboardInterrupt: the run was interrupted; its checkpoint is kept.
     """
-    config = resolve(target, data, output, head=head, rank=rank, head_init=head_init, **flags)
-    run = config.flatten()
-    if not (Path(data) / "dataset_info.json").exists():
+    config = resolve(target, data, output, **flags)
+    run, data, output, others = config.flatten(), Path(data), Path(output), also_evaluate or {}
+    if not (data / "dataset_info.json").exists():
         raise CheckpointError(f"{data}: holds no training data; make it with `slimspec train states` first")
-    if run["draft_vocab_size"] and not (Path(data) / "token_freq.pt").exists():
+    if run["draft_vocab_size"] and not (data / "token_freq.pt").exists():
         raise CheckpointError(
             f"{data}: holds no token_freq.pt, by which --draft-vocab-size chooses tokens; write the states again"
         )
+    known = read_identity(data)
     sizes = {name: run[name] for name in ("total_seq_len", "ttt_steps")}
-    check_measurable(Path(data), train_data_ratio=run["train_data_ratio"], **sizes)
-    others = also_evaluate or {}
+    check_measurable(data, train_data_ratio=run["train_data_ratio"], **sizes)
     for name, folder in others.items():
-        if not (folder / "dataset_info.json").exists() or read_layer_ids(folder) != read_layer_ids(Path(data)):
+        if not (folder / "dataset_info.json").exists() or read_identity(folder)["layer_ids"] != known["layer_ids"]:
             raise OptionError(
                 f"--also-evaluate {name}={folder}: holds no states of the same layers as {data}; write them with "
                 "`slimspec train states`"
             )
         check_measurable(folder, train_data_ratio=0, **sizes)
-    output = Path(output)
-    process = int(os.environ.get("RANK", "0"))  # Of torchrun's processes, the first one writes the output.
+    # Of torchrun's processes, the first one writes the output.
+    process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with (
         claim_folder(output, run=beside(output, ".run")) if process == 0 else nullcontext(),
         progress("train fit", ends=False, silent=process > 0),
@@ -182,84 +158,64 @@ def fit(
             work_dtype(flags.get("hidden_states_dtype", "auto"), MIXED).log("training")
         if not torch.accelerator.is_available():
             keep_freed_memory()
-        return _fit(config, Path(data), output, others)
+        check_states(data, missing_is_wrong=run["on_missing"] == "raise", part=process, parts=processes)
+        for folder in others.values():
+            check_states(folder, part=process, parts=processes)
+        if process == 0:
+            _claim(output, run)
+            if not known["prompts"]:
+                logger.warning(
+                    "%s: the data do not say which tokens are prompts, so every token is trained on and measured", data
+                )
+        with slimspec_in_speculators(others) as trainers:
+            try:
+                speculators_cli.main(config)
+            except ServerGone as error:
+                raise ConnectionError(
+                    f"{run['vllm_endpoint']}: no hidden states any more ({error}); start vLLM again and repeat the "
+                    "command to resume"
+                ) from None
+        (trainer,) = trainers
+        if trainer.interrupted:
+            raise KeyboardInterrupt(f"stopped; the checkpoint is in {run['save_path']}")
+        return _export(trainer, run, output) if process == 0 else None
 
 
-def _fit(config: SlimSpecTrainConfig, data: Path, output: Path, others: Mapping[str, Path]) -> DraftCheckpoint | None:
-    run = config.flatten()
-    target, checkpoints = run["verifier_name_or_path"], Path(run["save_path"])
-    process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check_states(data, missing_is_wrong=run["on_missing"] == "raise", part=process, parts=processes)
-    for folder in others.values():
-        check_states(folder, part=process, parts=processes)
-    if process == 0:
-        _claim(output, run)
-        if not knows_prompts(data):
-            logger.warning(
-                "%s: the data do not say which tokens are prompts, so every token is trained on and measured", data
-            )
-    with slimspec_in_speculators(others) as trainers:
-        try:
-            speculators_cli.main(config)
-        except ServerGone as error:
-            raise ConnectionError(
-                f"{run['vllm_endpoint']}: no hidden states any more ({error}); start vLLM again and repeat the "
-                "command to resume"
-            ) from None
-    (trainer,) = trainers
-    if trainer.interrupted:
-        raise KeyboardInterrupt(f"stopped; the checkpoint is in {checkpoints}")
-    if process:
-        return None
+def _export(trainer: SlimSpecTrainer, run: Mapping[str, Any], output: Path) -> DraftCheckpoint:
     # The trainer's own model may be wrapped or sharded by torchrun, so the last checkpoint is read.
+    checkpoints = Path(run["save_path"])
     last = max((path for path in checkpoints.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
     model = SlimSpecEagle3Model.from_pretrained(str(last))
     metrics = metrics_file(checkpoints)
-    speed = _speed(model, run, metrics)
-    logger.info("%d steps, %.0f tokens and %.3g TFLOP a second on each device", trainer.global_step, *speed.values())
-    target_config = AutoConfig.from_pretrained(target).get_text_config()
-    checkpoint = export(
-        model,
-        output,
-        dtype=target_config.dtype or torch.bfloat16,
-        provenance={
-            "command": sys.argv,
-            "versions": {
-                "vllm-slimspec": vllm_slimspec.__version__,
-                **{name: version(name) for name in ("speculators", "torch", "transformers")},
-            },
-            "target": target,
-            "flags": {key: run[key] for key in sorted(run) if run[key] is not None},
-            "steps": trainer.global_step,
-            "held_out": trainer.held_out,
-            **({"also_evaluated": trainer.also} if others else {}),
-            **speed,
+    # The median step of each device. The number of operations is what a plan takes as --tflops.
+    steps = [line["tokens_per_s"] for line in read_metrics(metrics) if line["split"] == "train"]
+    tokens = statistics.median(steps) if steps else 0.0
+    tflops = tokens * drafter_operations(model, run["ttt_steps"], run["total_seq_len"]) / 1e12
+    logger.info("%d steps, %.0f tokens and %.3g TFLOP a second on each device", trainer.global_step, tokens, tflops)
+    target = run["verifier_name_or_path"]
+    provenance = {
+        "command": sys.argv,
+        "versions": {
+            "vllm-slimspec": vllm_slimspec.__version__,
+            **{name: version(name) for name in ("speculators", "torch", "transformers")},
         },
-    )
+        "target": target,
+        "flags": {key: run[key] for key in sorted(run) if run[key] is not None},
+        "steps": trainer.global_step,
+        "held_out": trainer.held_out,
+        **({"also_evaluated": trainer.also} if trainer.others else {}),
+        "tokens_per_s": tokens,
+        "tflops": tflops,
+    }
+    dtype = AutoConfig.from_pretrained(target).get_text_config().dtype or torch.bfloat16
+    checkpoint = export(model, output, dtype=dtype, provenance=provenance)
     plot_metrics(metrics, metrics.with_name("training.png"))
     return checkpoint
 
 
-def _speed(model: SlimSpecEagle3Model, run: Mapping[str, Any], metrics: Path) -> dict[str, float]:
-    """Return the tokens and the 1e12 operations per second of each device, by the median step.
-
-    The number of operations is what a plan takes as ``--tflops``.
-    """
-    steps = [line["tokens_per_s"] for line in read_metrics(metrics) if line["split"] == "train"]
-    tokens = statistics.median(steps) if steps else 0.0
-    operations = drafter_operations(model, run["ttt_steps"], run["total_seq_len"])
-    return {"tokens_per_s": tokens, "tflops": tokens * operations / 1e12}
-
-
 def _claim(output: Path, run: Mapping[str, Any]) -> None:
-    """Write the identity of this run to ``<output>.run``.
-
-    Raises:
-        CheckpointError: the folder holds another run.
-        OSError: the disk refuses.
-    """
+    """Write the identity of this run to ``<output>.run``, or refuse a folder that holds another run."""
     folder = beside(output, ".run")
-    folder.mkdir(parents=True, exist_ok=True)
     mine = {key: run[key] for key in _IDENTITY}
     file = folder / "run.json"
     theirs = json.loads(file.read_text()) if file.exists() else mine

@@ -15,13 +15,13 @@ from datasets import Dataset
 from speculators.models.utils import resolve_target_layer_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from vllm_slimspec.common.output import Claim, claim_work, write_whole
+from vllm_slimspec.common.output import claim_work, write_whole
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.common.work_dtype import Asked, work_dtype
 from vllm_slimspec.engine.head_states import Document
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.train.quiet import quiet
-from vllm_slimspec.train.store import flaw, is_checked, write_state
+from vllm_slimspec.train.store import flaw, is_checked, read_identity, write_state
 
 
 @quiet()
@@ -55,68 +55,62 @@ def write_states(
         OutputError: the folder cannot be written, or is being written by another process.
     """
     with claim_work(folder) as claim, progress("train states", ends=False):
-        _write_states(target, documents, claim, layer_ids, keep, tokens_per_batch, dtype)
-
-
-def _write_states(
-    target: str | Path,
-    documents: Sequence[Document],
-    claim: Claim,
-    layer_ids: list[int] | None,
-    keep: int | None,
-    tokens_per_batch: int,
-    dtype: Asked,
-) -> None:
-    path = claim.path
-    with progress("Loading the target"):
-        model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
-    _blocks(model)  # refuses the target before anything is written
-    layers = resolve_target_layer_ids(layer_ids, str(target))
-    vocab = model.config.get_text_config().vocab_size
-    tokens = [document.tokens for document in documents]
-    for i, ids in enumerate(tokens):
-        if len(ids) < 2 or not 0 <= min(ids) <= max(ids) < vocab:
+        path = claim.path
+        with progress("Loading the target"):
+            model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
+        _blocks(model)  # refuses the target before anything is written
+        layers = resolve_target_layer_ids(layer_ids, str(target))
+        vocab = model.config.get_text_config().vocab_size
+        tokens = [document.tokens for document in documents]
+        for i, ids in enumerate(tokens):
+            if len(ids) < 2 or not 0 <= min(ids) <= max(ids) < vocab:
+                raise CheckpointError(
+                    f"document {i}: has {len(ids)} tokens, and must have 2 or more, with ids from 0 to {vocab - 1}; "
+                    "drop it, or tokenize it with the target's tokenizer"
+                )
+        identity = {
+            "target": str(target),
+            "layer_ids": layers,
+            "prompts": sum(d.prompt > 0 for d in documents),
+            "sha256": _fingerprint(model, layers, documents),
+        }
+        if not (path / "states.json").exists() and not (path / "dataset_info.json").exists():
+            (path / "hidden_states").mkdir(exist_ok=True)
+            write_whole(path / "states.json", lambda part: part.write_text(json.dumps(identity, indent=2) + "\n"))
+        elif read_identity(path).get("sha256") != identity["sha256"]:
             raise CheckpointError(
-                f"document {i}: has {len(ids)} tokens, and must have 2 or more, with ids from 0 to {vocab - 1}; drop "
-                "it, or tokenize it with the target's tokenizer"
+                f"{path}: holds a data set already, of another target, other documents or another --train-on; choose "
+                "another folder"
             )
-    identity = {"target": str(target), "layer_ids": layers, "prompts": sum(d.prompt > 0 for d in documents)}
-    _claim(path, {**identity, "sha256": _fingerprint(model, layers, documents)})
+        chosen, stored = work_dtype(dtype, model.dtype), model.dtype
+        chosen.log("hidden states")
+        if chosen.dtype != stored:  # Module.to() would round the rotary frequencies too, so the model is loaded again.
+            model = AutoModelForCausalLM.from_pretrained(str(target), dtype=chosen.dtype).eval()
+        model.to(torch.accelerator.current_accelerator() or "cpu")
+        kept = tokens[:keep]
+        todo = [] if is_checked(path) else [i for i, ids in enumerate(kept) if flaw(path, i, ids)]
+        with progress("Hidden states", len(kept), "document", done=len(kept) - len(todo)) as shown:
+            for indices in _batches(todo, tokens, tokens_per_batch):
+                batch = [torch.tensor(tokens[i], dtype=torch.long) for i in indices]
+                for i, document, states in zip(indices, batch, hidden_states(model, batch, layers), strict=True):
+                    write_state(path, i, document, states.to(stored))
+                shown.update(len(indices))
+        if not (path / "dataset_info.json").exists():
+            claim.write(lambda new: _write_documents(documents, new), last="dataset_info.json")
 
-    chosen, stored = work_dtype(dtype, model.dtype), model.dtype
-    chosen.log("hidden states")
-    if chosen.dtype != stored:  # Module.to() would round the rotary frequencies as well, so the model is loaded again.
-        model = AutoModelForCausalLM.from_pretrained(str(target), dtype=chosen.dtype).eval()
-    model.to(torch.accelerator.current_accelerator() or "cpu")
-    kept = tokens[:keep]
-    todo = [] if is_checked(path) else [i for i, ids in enumerate(kept) if flaw(path, i, ids)]
-    with progress("Hidden states", len(kept), "document", done=len(kept) - len(todo)) as shown:
-        for indices in _batches(todo, [len(tokens[i]) for i in todo], tokens_per_batch):
-            batch = [torch.tensor(tokens[i], dtype=torch.long) for i in indices]
-            for i, document, states in zip(indices, batch, hidden_states(model, batch, layers), strict=True):
-                write_state(path, i, document, states.to(stored))
-            shown.update(len(indices))
-    if (path / "dataset_info.json").exists():
-        return
+
+def _write_documents(documents: Sequence[Document], folder: Path) -> None:
     rows = {
-        "input_ids": tokens,
+        "input_ids": [d.tokens for d in documents],
         "loss_mask": [[0] * d.prompt + [1] * (len(d.tokens) - d.prompt) for d in documents],
-        "seq_len": [len(ids) for ids in tokens],
+        "seq_len": [len(d.tokens) for d in documents],
     }
-
-    def fill(new: Path) -> None:
-        Dataset.from_dict(rows).with_format("torch").save_to_disk(new)
-        torch.save(dict(Counter(token for d in documents for token in d.tokens[d.prompt :])), new / "token_freq.pt")
-
-    claim.write(fill, last="dataset_info.json")
+    Dataset.from_dict(rows).with_format("torch").save_to_disk(folder)
+    torch.save(dict(Counter(token for d in documents for token in d.tokens[d.prompt :])), folder / "token_freq.pt")
 
 
 def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """Return the layers of the target's decoder.
-
-    Raises:
-        CheckpointError: the decoder has no attribute ``layers``.
-    """
+    """Return the layers of the target's decoder, or refuse a target that keeps them elsewhere."""
     blocks = getattr(model.get_decoder(), "layers", None)
     if blocks is None:
         raise CheckpointError(
@@ -124,20 +118,6 @@ def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
             "give a target such as Llama or Qwen3"
         )
     return blocks
-
-
-def _claim(path: Path, identity: dict[str, object]) -> None:
-    """Write the identity of the states to the folder, or refuse a folder that holds other states."""
-    file = path / "states.json"
-    if file.exists() and json.loads(file.read_text())["sha256"] == identity["sha256"]:
-        return
-    if file.exists() or (path / "dataset_info.json").exists():
-        raise CheckpointError(
-            f"{path}: holds a data set already, of another target, other documents or another --train-on; choose "
-            "another folder"
-        )
-    (path / "hidden_states").mkdir(parents=True, exist_ok=True)
-    write_whole(file, lambda part: part.write_text(json.dumps(identity, indent=2) + "\n"))
 
 
 def _fingerprint(model: PreTrainedModel, layer_ids: list[int], documents: Sequence[Document]) -> str:
@@ -190,15 +170,15 @@ def hidden_states(
     return [states[: len(ids)].contiguous() for ids, states in zip(batch, stacked, strict=True)]
 
 
-def _batches(indices: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def _batches(todo: Sequence[int], tokens: Sequence[list[int]], budget: int) -> Iterator[list[int]]:
     """Yield batches of neighboring documents, as many as fit ``budget`` tokens when padded to the longest."""
     batch: list[int] = []
     longest = 0
-    for i, length in zip(indices, lengths, strict=True):
-        if batch and max(length, longest) * (len(batch) + 1) > budget:
+    for i in todo:
+        if batch and max(len(tokens[i]), longest) * (len(batch) + 1) > budget:
             yield batch
             batch, longest = [], 0
         batch.append(i)
-        longest = max(longest, length)
+        longest = max(longest, len(tokens[i]))
     if batch:
         yield batch

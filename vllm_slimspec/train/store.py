@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_from_disk
@@ -36,16 +37,9 @@ def state_file(folder: Path, i: int) -> Path:
 
 
 def write_state(folder: Path, i: int, ids: torch.Tensor, states: torch.Tensor) -> None:
-    """Write the states of document ``i`` to a file, which appears only when it is whole.
+    """Write the states [T, n_aux + 1, D] of document ``i`` to a file, which appears only when it is whole.
 
-    Args:
-        folder: the data set.
-        i: number of the document.
-        ids: its tokens, int64 [T].
-        states: their states, [T, n_aux + 1, D].
-
-    Raises:
-        OSError: the disk refuses.
+    Its tokens ``ids`` are int64 [T]. Raises an OSError if the disk refuses.
     """
     file = state_file(folder, i)
     tensors = {"hidden_states": states, "token_ids": ids}
@@ -90,27 +84,21 @@ def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, 
     """Read every file of states once, and refuse broken ones before a run trains on them or stops hours later.
 
     Files that were found whole are read again only if a name, a size or a time has changed, because they may be
-    terabytes.
-
-    Args:
-        folder: the data set.
-        missing_is_wrong: whether a document without states is an error.
-        part: number of this process, of those that share the work.
-        parts: number of processes that share the work.
+    terabytes. This process is number ``part`` of the ``parts`` that share the work. A document without states is an
+    error if ``missing_is_wrong``.
 
     Raises:
         CheckpointError: files are broken. The message names the first one.
     """
-    if is_checked(folder, missing_is_wrong=missing_is_wrong, part=part, parts=parts):
+    if is_checked(folder, missing_is_wrong, part, parts):
         return
     seen = _look(folder, missing_is_wrong)
     documents = load_from_disk(folder).with_format(None)["input_ids"]
     flaws = []
     mine = range(part, len(documents), parts)
     for i in steps(mine, "Checking states", len(mine), "document", silent=part > 0):
-        ids = documents[i]
         if missing_is_wrong or state_file(folder, i).exists():
-            found = flaw(folder, i, ids)
+            found = flaw(folder, i, documents[i])
             flaws += [found] if found else []
     if flaws:
         raise CheckpointError(
@@ -118,17 +106,13 @@ def check_states(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, 
             "run `slimspec train states` again, it rewrites only those"
         )
     with suppress(OSError):  # In a read-only folder the result cannot be kept, and the next run checks again.
-        write_whole(_checked(folder, part, parts), lambda file: file.write_text(seen))
+        write_whole(folder / f"checked-{part}-of-{parts}", lambda file: file.write_text(seen))
 
 
-def is_checked(folder: Path, *, missing_is_wrong: bool = True, part: int = 0, parts: int = 1) -> bool:
+def is_checked(folder: Path, missing_is_wrong: bool = True, part: int = 0, parts: int = 1) -> bool:
     """Return whether :func:`check_states`, with the same arguments, has found these very files whole before."""
-    stamp = _checked(folder, part, parts)
+    stamp = folder / f"checked-{part}-of-{parts}"
     return stamp.exists() and stamp.read_text() == _look(folder, missing_is_wrong)
-
-
-def _checked(folder: Path, part: int, parts: int) -> Path:
-    return folder / f"checked-{part}-of-{parts}"
 
 
 def _look(folder: Path, missing_is_wrong: bool) -> str:
@@ -140,16 +124,11 @@ def _look(folder: Path, missing_is_wrong: bool) -> str:
     return digest.hexdigest()
 
 
-def read_layer_ids(folder: Path) -> list[int] | None:
-    """Return the target layers whose inputs are stored; None if this package did not write the folder."""
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Return states.json. A folder of another tool has none, and is assumed to mask its prompts."""
     file = folder / "states.json"
-    return json.loads(file.read_text())["layer_ids"] if file.exists() else None
-
-
-def knows_prompts(folder: Path) -> bool:
-    """Return whether the data mask the prompt of any document. Data of other tools are assumed to do so."""
-    file = folder / "states.json"
-    return not file.exists() or json.loads(file.read_text()).get("prompts", 0) > 0
+    found = json.loads(file.read_text()) if file.exists() else {"layer_ids": None, "prompts": 1}
+    return {"prompts": 0, **found}  # Version 0.1.0 masked no prompts, and did not count them.
 
 
 def read_final_states(folder: str | Path, limit: int) -> torch.Tensor:
