@@ -27,13 +27,9 @@ from vllm_slimspec.errors import CheckpointError
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[np.ndarray]]:
-    """Collect, while the context is open, the counts of cycles of each document that the model reads, int64 [K + 1].
-
-    Args:
-        model: a :class:`vllm_slimspec.train.model.SlimSpecEagle3Model`, perhaps wrapped for several processes.
-    """
+    """Collect, while the context is open, the counts of cycles of each document that the model reads, int64 [K + 1]."""
     found: list[np.ndarray] = []
-    trained: Any = getattr(model, "module", model)
+    trained: Any = getattr(model, "module", model)  # torchrun wraps it
     d2t: torch.Tensor | None = trained.d2t
 
     def look(_: Any, args: Any, batch: Mapping[str, torch.Tensor], output: tuple[list[torch.Tensor], Any, Any]) -> None:
@@ -74,7 +70,7 @@ def gathered(found: list[np.ndarray], k: int) -> np.ndarray:
     """Collect the counts of all processes, and return them as int64 [documents, K + 1]."""
     parts = [found]
     if dist.is_initialized():
-        parts = [[] for _ in range(dist.get_world_size())]
+        parts *= dist.get_world_size()
         dist.all_gather_object(parts, found)
     return np.array([counts for part in parts for counts in part], dtype=np.int64).reshape(-1, k + 1)
 
@@ -97,14 +93,8 @@ def loader_like(loader: DataLoader, folder: Path) -> DataLoader:
 def check_measurable(folder: Path, *, train_data_ratio: float, total_seq_len: int, ttt_steps: int) -> None:
     """Refuse a data set whose held-out documents have no place at which a cycle can be measured.
 
-    Args:
-        folder: the data set.
-        train_data_ratio: speculators' flag: the share of the documents, the first ones, that is only trained on.
-        total_seq_len: speculators' flag: the number of tokens to which a document is cut.
-        ttt_steps: speculators' flag: the number of draft steps K.
-
-    Raises:
-        CheckpointError: there is no such place.
+    The arguments are flags of speculators: the share of the documents, the first ones, that is only trained on, the
+    number of tokens to which a document is cut, and the number of draft steps K.
     """
     documents = load_from_disk(folder).select_columns(["loss_mask", "seq_len"]).with_format("numpy")
     measured = documents.select(range(int(len(documents) * train_data_ratio), len(documents)))

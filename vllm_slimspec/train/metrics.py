@@ -5,18 +5,14 @@
      "length": ..., "low": ..., "high": ..., "accepted": [...], "cycles": ..., "documents": ...}
     {"split": NAME, "step": 230, "epoch": 0, "length": ..., ...}, of the documents in another folder
 
-Three keys describe the cycles through the answers, as they would be served (:mod:`vllm_slimspec.train.held_out`).
-``length`` is the acceptance length, ``low`` to ``high`` is its 95% interval by resampling documents, and ``accepted``
-is the share of cycles whose drafts at positions 1, 2, ... were all accepted.
-
-Two keys are means over all places that are trained on. ``by_place`` is the share of places where the drafts at
-positions 1, 2, ... are all the target's own best tokens. ``alpha`` is the mean of sum(min(p, q)) at each position,
-which is the probability that sampling accepts a draft.
+docs/training.md says what the keys mean.
 """
 
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,40 +46,43 @@ class MetricsFile(logging.Handler):
         """Write a line if the record reports a training step."""
         report: Any = record.msg
         if isinstance(report, Mapping) and "train" in report:
-            measured = _of(report["train"], self.decay)
+            measured = measure_places(report["train"], self.decay)
             speed = {"lr": report["lr"], "tokens_per_s": report["profile"]["tokens_per_s"]}
             self.write({"split": "train", "step": record.step, "epoch": report["epoch"], **measured, **speed})  # type: ignore[attr-defined]
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Write a line."""
         self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
         super().close()
 
 
 def measure_cycles(counts: np.ndarray) -> dict[str, Any]:
-    """Return the keys that describe cycles.
-
-    Args:
-        counts: counts of cycles, int64 [documents, K + 1], see :mod:`vllm_slimspec.common.walk`.
-    """
+    """Return the keys that describe cycles, from their counts, int64 [documents, K + 1] (see common.walk)."""
     length, (cycles, *accepted) = acceptance_length(counts), counts.sum(0).tolist()
     return {
         "length": length.value,
         "low": length.low,
         "high": length.high,
-        "accepted": [count / cycles for count in accepted],
+        "accepted": [number / cycles for number in accepted],
         "cycles": cycles,
         "documents": int(np.count_nonzero(counts[:, 0])),
     }
 
 
 def measure_places(report: Mapping[str, float], decay: float) -> dict[str, Any]:
-    """Return the keys that describe an evaluation of speculators, which weights position i of a loss by decay**i."""
-    return _of({name.removesuffix("_epoch"): value for name, value in report.items()}, decay)
+    """Return the keys that describe a report of speculators, which weights position i of a loss by decay**i."""
+
+    def by_position(name: str) -> list[float]:
+        names = (f"{name}_{position}" for position in count())
+        return [metrics[key] for key in takewhile(metrics.__contains__, names)]
+
+    metrics = {name.removesuffix("_epoch"): value for name, value in report.items()}
+    found: dict[str, Any] = {"loss": metrics["loss"], "by_place": by_position("full_acc")}
+    if distance := by_position("tv_loss"):
+        found["alpha"] = [1 - d / decay**position for position, d in enumerate(distance)]
+    return found
 
 
 def describe(measured: Mapping[str, Any]) -> str:
@@ -96,30 +95,12 @@ def describe(measured: Mapping[str, Any]) -> str:
     )
 
 
-def _of(metrics: Mapping[str, float], decay: float) -> dict[str, Any]:
-    """Return speculators' metrics under the keys of this module."""
-    found: dict[str, Any] = {"loss": metrics["loss"], "by_place": _by_position(metrics, "full_acc_{}")}
-    distance = _by_position(metrics, "tv_loss_{}")
-    if distance:
-        found["alpha"] = [1 - d / decay**position for position, d in enumerate(distance)]
-    return found
-
-
-def _by_position(metrics: Mapping[str, float], name: str) -> list[float]:
-    found: list[float] = []
-    while (key := name.format(len(found))) in metrics:
-        found.append(metrics[key])
-    return found
-
-
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics file, without one that a kill has left unfinished. A missing file has no lines."""
     lines = []
     for line in file.read_text().splitlines() if file.exists() else ():
-        try:
+        with suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return lines
 
 
@@ -128,28 +109,26 @@ def plot_metrics(file: Path, output: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = read_metrics(file)
-    train, held_out = ([line for line in lines if line["split"] == split] for split in ("train", "held-out"))
     # Version 0.1.0 wrote a mean over places under the key "length", without an interval.
     walked = [line for line in lines if "low" in line]
+
+    def series(lines: list[dict[str, Any]], split: str, name: str) -> tuple[list[int], list[float]]:
+        own = [line for line in lines if line["split"] == split]
+        return [line["step"] for line in own], [line[name] for line in own]
+
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     loss, length = figure.subplots(1, 2)
-    loss.plot(*_series(train, "loss"), color="0.7", linewidth=1, label="training")
-    loss.plot(*_series(held_out, "loss"), color="C0", marker="o", markersize=4, label="held out")
+    loss.plot(*series(lines, "train", "loss"), color="0.7", linewidth=1, label="training")
+    loss.plot(*series(lines, "held-out", "loss"), color="C0", marker="o", markersize=4, label="held out")
     loss.set_ylabel("loss")
-    loss.legend(frameon=False)
     for split in dict.fromkeys(line["split"] for line in walked):
-        own = [line for line in walked if line["split"] == split]
-        steps, lengths = _series(own, "length")
+        steps, lengths = series(walked, split, "length")
         (curve,) = length.plot(steps, lengths, marker="o", markersize=4, label=split)
-        interval = (_series(own, bound)[1] for bound in ("low", "high"))
-        length.fill_between(steps, *interval, color=curve.get_color(), alpha=0.2, linewidth=0)
+        low, high = (series(walked, split, bound)[1] for bound in ("low", "high"))
+        length.fill_between(steps, low, high, color=curve.get_color(), alpha=0.2, linewidth=0)
     length.set_ylabel("acceptance length")
-    length.legend(frameon=False)
     for axes in (loss, length):
+        axes.legend(frameon=False)
         axes.set_xlabel("optimizer steps")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output, dpi=160)
-
-
-def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    return [line["step"] for line in lines], [line[name] for line in lines]

@@ -1,7 +1,7 @@
 """Extend speculators' trainer by the paper's betas, by checkpoints that survive a kill, and by metrics.
 
-A checkpoint is written beside the last one, and takes its place only when it is whole. It holds float32 weights and the
-place in the epoch. A run that was stopped or killed therefore resumes with the batches and steps of an undisturbed run.
+A checkpoint takes the place of the last one only when it is whole. It holds float32 weights and the place in the epoch.
+A run that was stopped or killed therefore resumes with the batches and steps of an undisturbed run.
 """
 
 import logging
@@ -62,6 +62,7 @@ class SlimSpecTrainer(Trainer):
     ) -> None:
         self.others = others  # measured beside the held-out documents
         self.also: dict[str, dict[str, Any]] = {}  # what the last evaluation measured of them
+        self._call = config.val_call_kwargs or {}  # with which speculators calls the model in an evaluation
         super().__init__(model, config, train, held_out)
 
     def setup_trainer(self) -> None:
@@ -84,9 +85,8 @@ class SlimSpecTrainer(Trainer):
         self._between = min(_STEPS_BETWEEN_CHECKPOINTS, steps // 10)
         reports = logging.getLogger(METRICS)
         if self.rank == 0:
-            self._metrics = MetricsFile(
-                metrics_file(self.checkpointer.path), self.global_step, self._of_call("ttt_step_loss_decay")
-            )
+            file = metrics_file(self.checkpointer.path)
+            self._metrics = MetricsFile(file, self.global_step, self._call["ttt_step_loss_decay"])
             reports.addHandler(self._metrics)
         try:
             with progress("Training", steps, "step", done=self.global_step, silent=self.rank > 0) as shown:
@@ -123,12 +123,11 @@ class SlimSpecTrainer(Trainer):
     def val_epoch(self, epoch: int) -> dict[str, float] | None:
         with watched(self.model) as found:
             report = super().val_epoch(epoch)
-        counts = gathered(found, self._of_call("ttt_steps"))
+        counts = gathered(found, self._call["ttt_steps"])
         if not report or not counts.any():
             logger.warning("epoch %d: no process had a held-out answer, so nothing was measured", epoch)
             return report
-        places = measure_places(report, self._of_call("ttt_step_loss_decay"))
-        self.held_out = {**places, **measure_cycles(counts)}
+        self.held_out = measure_places(report, self._call["ttt_step_loss_decay"]) | measure_cycles(counts)
         self._report("held-out", epoch, self.held_out)
         for name, loader in self.others.items():
             self.also[name] = measure_cycles(self._walk_through(loader))
@@ -141,14 +140,14 @@ class SlimSpecTrainer(Trainer):
         with watched(self.model) as found, torch.autocast(self.device_type, dtype=self.config.hidden_states_dtype):
             for batch in loader:
                 moved = {k: v.to(self.local_rank) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                self.model(**moved, **(self.config.val_call_kwargs or {}))
-        return gathered(found, self._of_call("ttt_steps"))
+                self.model(**moved, **self._call)
+        return gathered(found, self._call["ttt_steps"])
 
     def _report(self, split: str, epoch: int, measured: Mapping[str, Any]) -> None:
         if self._metrics:
             self._metrics.write({"split": split, "step": self.global_step, "epoch": epoch, **measured})
-            length = {"acceptance_length": measured["length"]}
-            logging.getLogger(METRICS).info({split: length}, extra={"step": self.global_step})
+            report = {split: {"acceptance_length": measured["length"]}}
+            logging.getLogger(METRICS).info(report, extra={"step": self.global_step})
             loss = f"loss {measured['loss']:.3f}, " if "loss" in measured else ""
             logger.info("epoch %d, %s: %s%s", epoch, split, loss, describe(measured))
 
@@ -183,14 +182,8 @@ class SlimSpecTrainer(Trainer):
             _publish(path, str(epoch))
 
     def maybe_update_best(self, epoch: int, val_metrics: dict[str, float] | None) -> None:
-        if (
-            self.config.save_best or self._saved == self.global_step
-        ):  # otherwise the end of this epoch has no checkpoint
+        if self.config.save_best or self._saved == self.global_step:  # else the end of this epoch has no checkpoint
             super().maybe_update_best(epoch, val_metrics)
-
-    def _of_call(self, name: str) -> Any:
-        """Return the argument of this name with which the model is called in validation."""
-        return (self.config.val_call_kwargs or {})[name]
 
     def _ask_to_stop(self, sign: int, frame: FrameType | None) -> None:
         if self._asked_to_stop:
