@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from vllm_slimspec.cli import app
 from vllm_slimspec.train.config import resolve
 from vllm_slimspec.train.launch import fit
-from vllm_slimspec.train.plan import build_empty, data_of, drafter_operations, make_plan, target_operations
+from vllm_slimspec.train.plan import build_empty, drafter_operations, make_plan, read_lengths, target_operations
 from vllm_slimspec.train.trainer import SlimSpecTrainer
 
 
@@ -39,7 +39,7 @@ def test_plan_states_the_steps_parameters_bytes_and_operations_of_the_run(work, 
 
     monkeypatch.setattr(SlimSpecTrainer, "train_epoch", counted)
     config = resolve(work / "llama", work / "states", tmp_path / "d", **flags)
-    plan = make_plan(config, data_of(work / "states"), tmp_path / "d")
+    plan = make_plan(config, read_lengths(work / "states"), tmp_path / "d")
     fit(work / "llama", work / "states", tmp_path / "d", **flags)
 
     model = trainers[0].model

@@ -17,7 +17,7 @@ from vllm_slimspec.train import trainer as trainer_module
 from vllm_slimspec.train.config import resolve
 from vllm_slimspec.train.launch import fit
 from vllm_slimspec.train.metrics import read_metrics
-from vllm_slimspec.train.plan import data_of, make_plan
+from vllm_slimspec.train.plan import make_plan, read_lengths
 from vllm_slimspec.train.trainer import SlimSpecTrainer
 
 
@@ -205,7 +205,7 @@ def test_two_processes_share_the_steps_and_write_one_drafter(work, tmp_path):
     subprocess.run([*command, f"--output-path={tmp_path / 'd'}", *flags], env=environment, check=True)
     found, whole = (json.loads((folder / "slimspec.json").read_text()) for folder in (tmp_path / "d", work / "whole"))
     config = resolve(work / "llama", work / "states", tmp_path / "unused", **FLAGS)
-    assert found["steps"] == make_plan(config, data_of(work / "states"), "unused", ranks=2).steps < whole["steps"]
+    assert found["steps"] == make_plan(config, read_lengths(work / "states"), "unused", ranks=2).steps < whole["steps"]
     assert load_file(tmp_path / "d/model.safetensors").keys() == load_file(work / "whole/model.safetensors").keys()
     train = [line["step"] for line in read_metrics(tmp_path / "d.run/metrics.jsonl") if line["split"] == "train"]
     assert train == list(range(found["steps"]))

@@ -2,9 +2,8 @@
 
 import argparse
 import os
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -15,10 +14,7 @@ from vllm_slimspec.errors import OptionError
 
 
 class _Stages(TyperGroup):
-    """Make ``run`` the default stage: ``slimspec train --target T`` means ``slimspec train run --target T``.
-
-    The help of the group therefore shows the options of ``run`` as well.
-    """
+    """Make ``run`` the default stage, and show its options in the help of the group as well."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
@@ -36,34 +32,11 @@ _PLANNED_PROMPT = 60  # A plan assumes this many tokens for each prompt that the
 _PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-class _Head(StrEnum):
-    LOW_RANK = "low-rank"
-    DENSE = "dense"
-    TARGET = "target"
-
-
-class _TrainOn(StrEnum):
-    ANSWERS = "answers"
-    ALL = "all"
-
-
-class _HeadInit(StrEnum):
-    WEIGHTED_SVD = "weighted-svd"
-    SVD = "svd"
-    RANDOM = "random"
-
-
 Target = Annotated[
     str,
     typer.Option("--target", "--verifier", help="Target model to train a drafter for: a folder or a Hugging Face id."),
 ]
-Prompts = Annotated[
-    Path,
-    typer.Option(
-        help='JSONL file of prompts to answer. Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
-        '{"input_ids": [...]}.'
-    ),
-]
+_LINES = 'Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or {"input_ids": [...]}.'
 Drafter = Annotated[
     Path, typer.Option(help="Folder to write the new drafter to. Everything else goes to OUTPUT_PATH.run.")
 ]
@@ -82,18 +55,11 @@ EngineArgs = Annotated[
 ]
 MaxLength = Annotated[int, typer.Option(min=2, help="Maximum number of tokens of each document. Longer ones are cut.")]
 TrainOn = Annotated[
-    _TrainOn,
+    Literal["answers", "all"],
     typer.Option(help="Tokens to train on and to measure on: those of the answers, or all of them, prompts included."),
 ]
-Layers = Annotated[
-    list[int] | None,
-    typer.Option(
-        help="Number of a target layer whose input the drafter reads. Give the option once for each layer.",
-        show_default="2, n/2 and n-3 of n layers",
-    ),
-]
 Head = Annotated[
-    _Head,
+    Literal["low-rank", "dense", "target"],
     typer.Option(
         help="Kind of the head. A dense head is for comparison. target is the target's own dense head: it is neither "
         "trained nor stored, because vLLM shares the target's head with the drafter."
@@ -101,7 +67,7 @@ Head = Annotated[
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank R of the low-rank head.", show_default="hidden size / 8")]
 Init = Annotated[
-    _HeadInit,
+    Literal["weighted-svd", "svd", "random"],
     typer.Option(
         help="First values of the head. Both SVDs factorize the target's head, weighted-svd for the recorded states. A "
         "dense head starts as a copy of the target's unless random is chosen."
@@ -139,8 +105,7 @@ def run(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='JSONL file of prompts. Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
-            '{"input_ids": [...]}.',
+            help=f"JSONL file of prompts. {_LINES}",
             show_default="prompts that the target writes itself, --count of them",
         ),
     ] = None,
@@ -149,10 +114,10 @@ def run(
     max_tokens: MaxTokens = 512,
     engine_args: EngineArgs = "{}",
     max_length: MaxLength = 2048,
-    train_on: TrainOn = _TrainOn.ANSWERS,
-    head: Head = _Head.LOW_RANK,
+    train_on: TrainOn = "answers",
+    head: Head = "low-rank",
     rank: Rank = None,
-    head_init: Init = _HeadInit.WEIGHTED_SVD,
+    head_init: Init = "weighted-svd",
     loss: Loss = None,
     dtype: DtypeOption = Dtype.AUTO,
     plan: ShowPlan = False,
@@ -162,7 +127,7 @@ def run(
     """Run all stages, from prompts to a trained drafter. Repeat the command to resume a run that was stopped."""
     data = beside(output_path, ".run")
     with one_line_errors():
-        flags = _flags(context, loss, dtype, head=head.value, rank=rank, head_init=head_init.value)
+        flags = _flags(context, loss, dtype, head=head, rank=rank, head_init=head_init)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise OptionError(
                 "WORLD_SIZE is above 1, but only `fit` takes several processes: run `answers` and `states` first, then "
@@ -174,22 +139,25 @@ def run(
         config = resolve(target, data / "states", output_path, **flags)
         if plan:
             from vllm_slimspec.train.answers import prompt_tokens
-            from vllm_slimspec.train.plan import Data
+            from vllm_slimspec.train.plan import make_plan
 
-            asked = (
-                [_PLANNED_PROMPT] * count if prompts is None else [len(ids) for ids in prompt_tokens(target, prompts)]
-            )
+            asked = [_PLANNED_PROMPT] * count
+            if prompts is not None:
+                asked = [len(ids) for ids in prompt_tokens(target, prompts)]
             lengths = [n + max_tokens for n in asked]
-            _show_plan(config, Data(lengths, len(lengths) * max_tokens), output_path, tflops, terabytes)
+            answered = len(lengths) * max_tokens
+            _print(make_plan(config, lengths, output_path, answered=answered), tflops, terabytes)
             return
-    with one_line_errors(), claim_folder(output_path, run=data):
+    with log_on_stderr(), one_line_errors(), claim_folder(output_path, run=data):
         if prompts is None:
             prompts = data / "prompts.jsonl"
             write(target, prompts, count, engine_args=engine_args, dtype=dtype)
         answers(target, prompts, data / "answers.jsonl", temperature, max_tokens, engine_args, dtype)
         layers = flags.get("target_layer_ids")
         states(target, data / "answers.jsonl", data / "states", max_length, train_on, layers, dtype=dtype)
-        _fit(target, data / "states", output_path, flags)
+        from vllm_slimspec.train.launch import fit as train
+
+        train(target, data / "states", output_path, **flags)
 
 
 @app.command("prompts", epilog="Example: slimspec train prompts --target T --count 4000 --output-path prompts.jsonl")
@@ -252,21 +220,14 @@ def write(
         from vllm_slimspec.train.prompts import OPENINGS, Sampling, write_prompts
 
         sampling = Sampling(tuple(temperature or (1.0,)), top_p, min_p, max_tokens, second_turns, seed)
-        write_prompts(
-            target,
-            output_path,
-            count,
-            sampling=sampling,
-            openings=openings or OPENINGS,
-            engine=engine,
-            dtype=dtype.value,
-        )
+        chosen = openings or OPENINGS
+        write_prompts(target, output_path, count, sampling, openings=chosen, engine=engine, dtype=dtype.value)
 
 
 @app.command(epilog="Example: slimspec train answers --target T --prompts prompts.jsonl --output-path answers.jsonl")
 def answers(
     target: Target,
-    prompts: Prompts,
+    prompts: Annotated[Path, typer.Option(help=f"JSONL file of prompts to answer. {_LINES}")],
     output_path: Annotated[Path, typer.Option(help="JSONL file to write the answers to, for `slimspec train states`.")],
     temperature: Temperature = None,
     max_tokens: MaxTokens = 512,
@@ -279,15 +240,8 @@ def answers(
     with log_on_stderr(), one_line_errors(), claim_file(output_path):
         from vllm_slimspec.train.answers import write_answers
 
-        write_answers(
-            target,
-            prompts,
-            output_path,
-            temperatures=temperature,
-            max_tokens=max_tokens,
-            engine=engine,
-            dtype=dtype.value,
-        )
+        sampling: dict[str, Any] = {"temperatures": temperature, "max_tokens": max_tokens}
+        write_answers(target, prompts, output_path, **sampling, engine=engine, dtype=dtype.value)
 
 
 @app.command(epilog="Example: slimspec train states --target T --documents answers.jsonl --output-path states")
@@ -302,8 +256,14 @@ def states(
     ],
     output_path: Annotated[Path, typer.Option(help="Folder to write the hidden states to.")],
     max_length: MaxLength = 2048,
-    train_on: TrainOn = _TrainOn.ANSWERS,
-    target_layer_ids: Layers = None,
+    train_on: TrainOn = "answers",
+    target_layer_ids: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Number of a target layer whose input the drafter reads. Give the option once for each layer.",
+            show_default="2, n/2 and n-3 of n layers",
+        ),
+    ] = None,
     keep: Annotated[
         int | None,
         typer.Option(
@@ -319,17 +279,8 @@ def states(
         from vllm_slimspec.train.documents import read_documents
         from vllm_slimspec.train.states import write_states
 
-        found = read_documents(documents, target, max_length, train_on.value)
+        found = read_documents(documents, target, max_length, train_on)
         write_states(target, found, output_path, layer_ids=target_layer_ids, keep=keep, dtype=dtype.value)
-
-
-AlsoEvaluate = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=FOLDER",
-        help="Folder of hidden states on which the acceptance length is measured as well. May be given several times.",
-    ),
-]
 
 
 @app.command(
@@ -341,28 +292,38 @@ def fit(
     target: Target,
     data_path: Annotated[Path, typer.Option(help="Folder of hidden states that `slimspec train states` wrote.")],
     output_path: Drafter,
-    head: Head = _Head.LOW_RANK,
+    head: Head = "low-rank",
     rank: Rank = None,
-    head_init: Init = _HeadInit.WEIGHTED_SVD,
+    head_init: Init = "weighted-svd",
     loss: Loss = None,
     dtype: DtypeOption = Dtype.AUTO,
-    also_evaluate: AlsoEvaluate = None,
+    also_evaluate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="Folder of hidden states on which the acceptance length is measured as well. May be given several "
+            "times.",
+        ),
+    ] = None,
     plan: ShowPlan = False,
     tflops: Tflops = None,
     terabytes: Terabytes = None,
 ) -> None:
     """Train a drafter on hidden states by the paper's recipe. Any flag of `speculators train` may follow and wins."""
     others = _folders(also_evaluate or [])
-    with one_line_errors():
-        flags = _flags(context, loss, dtype, head=head.value, rank=rank, head_init=head_init.value)
+    with log_on_stderr(), one_line_errors():
+        flags = _flags(context, loss, dtype, head=head, rank=rank, head_init=head_init)
         if plan:
             from vllm_slimspec.train.config import resolve
-            from vllm_slimspec.train.plan import data_of
+            from vllm_slimspec.train.plan import make_plan, read_lengths
 
             config = resolve(target, data_path, output_path, **flags)
-            _show_plan(config, data_of(data_path), output_path, tflops, terabytes)
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            _print(make_plan(config, read_lengths(data_path), output_path, ranks=ranks), tflops, terabytes)
             return
-    _fit(target, data_path, output_path, {**flags, "also_evaluate": others})
+        from vllm_slimspec.train.launch import fit as train
+
+        train(target, data_path, output_path, also_evaluate=others, **flags)
 
 
 @app.command(
@@ -382,7 +343,7 @@ def plan(
     ],
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of each prompt.")],
     answer_tokens: Annotated[int, typer.Option(min=0, help="Number of tokens of each answer.")],
-    head: Head = _Head.LOW_RANK,
+    head: Head = "low-rank",
     rank: Rank = None,
     ranks: Annotated[int, typer.Option(min=1, help="Number of devices that train together.")] = 1,
     tflops: Tflops = None,
@@ -391,11 +352,11 @@ def plan(
     """Estimate the steps, memory, disk space, operations and hours of a training run, without starting it."""
     with one_line_errors():
         from vllm_slimspec.train.config import resolve
-        from vllm_slimspec.train.plan import Data
+        from vllm_slimspec.train.plan import make_plan
 
-        config = resolve(target, "states", "drafter", **_flags(context, None, Dtype.AUTO, head=head.value, rank=rank))
-        data = Data([prompt_tokens + answer_tokens] * documents, answer_tokens * documents)
-        _show_plan(config, data, Path("drafter"), tflops, terabytes, ranks)
+        config = resolve(target, "states", "drafter", **_flags(context, None, Dtype.AUTO, head=head, rank=rank))
+        lengths, answered = [prompt_tokens + answer_tokens] * documents, answer_tokens * documents
+        _print(make_plan(config, lengths, "drafter", answered=answered, ranks=ranks), tflops, terabytes)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -406,12 +367,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any) -> dict[str, Any]:
-    """Return the flags of this package together with the flags of speculators that follow them.
-
-    Raises:
-        OptionError: there is no such loss.
-        typer.BadParameter: there is no such flag.
-    """
+    """Return the flags of this package together with the flags of speculators that follow them."""
     from speculators.train.config.resolution import add_config_cli_arguments
 
     from vllm_slimspec.train.config import LOSSES
@@ -420,19 +376,16 @@ def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any)
         raise OptionError(f"--loss {loss}: there is no such loss; choose one of {', '.join(LOSSES)}")
     parser = _Parser("slimspec train fit", add_help=False)
     add_config_cli_arguments(parser)
-    chosen = {
-        **({"loss_fn": LOSSES[loss]} if loss else {}),
-        **({} if dtype is Dtype.AUTO else {"hidden_states_dtype": dtype.value}),
-    }
-    return {**vars(parser.parse_args(context.args)), **chosen, **flags}
+    chosen = vars(parser.parse_args(context.args)) | flags
+    if loss is not None:
+        chosen["loss_fn"] = LOSSES[loss]
+    if dtype is not Dtype.AUTO:
+        chosen["hidden_states_dtype"] = dtype.value
+    return chosen
 
 
 def _folders(named: list[str]) -> dict[str, Path]:
-    """Return the folders of ``NAME=FOLDER`` texts by their names.
-
-    Raises:
-        typer.BadParameter: a text does not have that form, or its name is taken.
-    """
+    """Return the folders of ``NAME=FOLDER`` texts by their names."""
     folders: dict[str, Path] = {}
     for item in named:
         name, separator, folder = item.partition("=")
@@ -445,21 +398,9 @@ def _folders(named: list[str]) -> dict[str, Path]:
     return folders
 
 
-def _fit(target: str, data: Path, output: Path, flags: dict[str, Any]) -> None:
-    with log_on_stderr(), one_line_errors():
-        from vllm_slimspec.train.launch import fit
-
-        fit(target, data, output, **flags)
-
-
-def _show_plan(
-    config: Any, data: Any, output: Path, tflops: float | None, terabytes: float | None, ranks: int | None = None
-) -> None:
+def _print(plan: Any, tflops: float | None, terabytes: float | None) -> None:
     from rich.console import Console
 
-    from vllm_slimspec.train.plan import make_plan
-
-    found = make_plan(config, data, output, ranks=ranks or int(os.environ.get("WORLD_SIZE", "1")))
     console = Console()
-    for table in found.tables(tflops, terabytes):
+    for table in plan.tables(tflops, terabytes):
         console.print(table)

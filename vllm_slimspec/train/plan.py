@@ -23,21 +23,9 @@ from vllm_slimspec.train.config import SlimSpecTrainConfig
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.quiet import quiet
 
-AT_ONCE = 256  # requests that vLLM answers together; one read of the target's weights serves all of them
+_AT_ONCE = 256  # requests that vLLM answers together; one read of the target's weights serves all of them
 _ADAM = 8  # bytes of both moments of a parameter
 _FLOAT = 4  # bytes of a number in float32
-
-
-@dataclass(frozen=True)
-class Data:
-    """The size of the documents that are trained on."""
-
-    lengths: list[int]  # tokens of each document
-    answered: int = 0  # number of all tokens that the target has still to write
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -54,42 +42,17 @@ class Stage:
 class Plan:
     """What a run that is not started yet will cost."""
 
-    documents: int
-    tokens: int
-    ranks: int
-    tokens_per_step: int
-    mean_length: float
     steps: int
-    epochs: int
     trained: int  # number of parameters
     frozen: int  # number of parameters
-    weights_bytes: int  # on each device: weights, gradients and moments of the optimizer
-    logits_bytes: int  # on each device: logits of all draft steps, which the backward pass needs
     checkpoint_bytes: int
     stages: list[Stage]
-    output: str
-    beside: list[str]  # files in <output>.run
-
-    def hours(self, stage: Stage, tflops: float, terabytes: float) -> float:
-        """Return the device hours of a stage at a throughput in TFLOP/s and TB/s, whichever of the two limits it."""
-        return max(stage.operations / tflops, stage.bytes_read / terabytes) / 1e12 / 3600
+    rows: dict[str, str]  # what the first table says
 
     def tables(self, tflops: float | None = None, terabytes: float | None = None) -> list[Table]:
-        """Return the plan as tables for a terminal, with hours if both throughputs are given."""
+        """Return the plan as tables for a terminal, with device hours if both throughputs are given."""
         run = Table(show_header=False, box=None)
-        for name, value in (
-            ("data", f"{self.documents:,} documents, {self.tokens:,} tokens"),
-            ("steps", f"{self.steps:,} in {self.epochs} epochs on {self.ranks} device(s)"),
-            (
-                "tokens per step",
-                f"{self.tokens_per_step:,}, or {self.tokens_per_step / self.mean_length:.0f} documents",
-            ),
-            ("for a batch of 64 documents", f"--total-seq-len {math.ceil(64 * self.mean_length / self.ranks):,}"),
-            ("trained parameters", f"{self.trained:,}, besides {self.frozen:,} frozen ones"),
-            ("memory per device", f"{_gb(self.weights_bytes)} weights, {_gb(self.logits_bytes)} logits (estimate)"),
-            ("checkpoint", f"{_gb(self.checkpoint_bytes)} each; the newest and the best are kept"),
-            ("output", f"{self.output}; {self.output}.run with {', '.join(self.beside)}"),
-        ):
+        for name, value in self.rows.items():
             run.add_row(name, value)
         stages = Table("stage", "operations", "bytes read", "left on disk", box=None)
         if tflops and terabytes:
@@ -97,82 +60,77 @@ class Plan:
         for stage in self.stages:
             cells = [stage.name, f"{stage.operations:.2e}", _gb(stage.bytes_read), _gb(stage.disk)]
             if tflops and terabytes:
-                cells.append(f"{self.hours(stage, tflops, terabytes):,.1f}")
+                seconds = max(stage.operations / tflops, stage.bytes_read / terabytes) / 1e12  # the slower of the two
+                cells.append(f"{seconds / 3600:,.1f}")
             stages.add_row(*cells)
         return [run, stages]
 
 
 @quiet()
-def make_plan(config: SlimSpecTrainConfig, data: Data, output: str | Path, *, ranks: int = 1) -> Plan:
+def make_plan(
+    config: SlimSpecTrainConfig, lengths: list[int], output: str | Path, *, answered: int = 0, ranks: int = 1
+) -> Plan:
     """Return the plan of a run. Only config.json of the target is read.
 
     Args:
         config: configuration of the run, from :func:`vllm_slimspec.train.config.resolve`.
-        data: sizes of all documents, held-out ones included.
+        lengths: number of tokens of each document, held-out ones included.
         output: folder of the drafter.
+        answered: number of all tokens that the target has still to write.
         ranks: number of devices that train.
     """
     run = config.flatten()
-    name = run["verifier_name_or_path"]
+    name, length, ratio = run["verifier_name_or_path"], run["total_seq_len"], run["train_data_ratio"]
     target_config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(target_config)
     drafter = build_empty(config)
     itemsize = (target_config.get_text_config().dtype or torch.bfloat16).itemsize
-    states = _bytes_of_states(drafter, data, itemsize)
+    tokens = sum(lengths)
+    states = tokens * ((len(drafter.target_layer_ids) + 1) * drafter.hidden_size * itemsize + 8)
     trained, frozen = (sum(p.numel() for p in drafter.parameters() if p.requires_grad is r) for r in (True, False))
-    kept = trained + (drafter.embed_tokens.weight.numel())
-    ratio = run["train_data_ratio"]
-    in_training = data.lengths[: int(len(data.lengths) * ratio)]
-    per_epoch = len(MultipackDistributedBatchSamplerV2(run["total_seq_len"], in_training, ranks, 0, seed=run["seed"]))
+    kept = trained + drafter.embed_tokens.weight.numel()
+    in_training = lengths[: int(len(lengths) * ratio)]
+    per_epoch = len(MultipackDistributedBatchSamplerV2(length, in_training, ranks, 0, seed=run["seed"]))
     steps = run["max_steps"] or run["epochs"] * per_epoch
-    logits = run["total_seq_len"] * drafter.draft_vocab_size
     weights = itemsize * sum(p.numel() for p in target.parameters())
-    passes = math.ceil(data.answered / AT_ONCE)
+    checkpoint = kept * _FLOAT + trained * _ADAM
     stages = [
-        Stage("states", target_operations(target, data.lengths, head=False), states["read"] + weights, states["disk"]),
+        Stage("states", target_operations(target, lengths, head=False), 8 * tokens + weights, states),
         Stage(
             "fit",
-            steps * run["total_seq_len"] * ranks * drafter_operations(drafter, run["ttt_steps"], run["total_seq_len"]),
-            states["disk"] * ratio * (steps / per_epoch),
-            (kept * _FLOAT + trained * _ADAM) * min(math.ceil(steps / per_epoch), 2),
+            steps * length * ranks * drafter_operations(drafter, run["ttt_steps"], length),
+            states * ratio * (steps / per_epoch),
+            checkpoint * min(math.ceil(steps / per_epoch), 2),
         ),
     ]
-    if data.answered:
+    if answered:
         # Every token passes through the target once, because prompts are read by the same engine that answers them.
-        stages.insert(0, Stage("answers", target_operations(target, data.lengths), passes * weights, 8.0 * data.tokens))
-    shards = ranks if run["fsdp_shard"] else 1
-    return Plan(
-        documents=len(data.lengths),
-        tokens=data.tokens,
-        ranks=ranks,
-        tokens_per_step=run["total_seq_len"] * ranks,
-        mean_length=data.tokens / len(data.lengths),
-        steps=steps,
-        epochs=run["epochs"],
-        trained=trained,
-        frozen=frozen,
-        weights_bytes=(trained * (2 * _FLOAT + _ADAM) + frozen * _FLOAT) // shards,
-        # A draft step keeps its logits in bfloat16 and their softmax in float32. The target's logits are kept once.
-        logits_bytes=(run["ttt_steps"] + 1) * logits * (2 + _FLOAT),
-        checkpoint_bytes=kept * _FLOAT + trained * _ADAM,
-        stages=stages,
-        output=str(output),
-        beside=[
-            *(["answers.jsonl", "states"] if data.answered else []),
-            "checkpoints",
-            "metrics.jsonl",
-            "training.png",
-        ],
-    )
+        read = math.ceil(answered / _AT_ONCE) * weights
+        stages.insert(0, Stage("answers", target_operations(target, lengths), read, 8 * tokens))
+    mean = tokens / len(lengths)
+    per_device = (trained * (2 * _FLOAT + _ADAM) + frozen * _FLOAT) // (ranks if run["fsdp_shard"] else 1)
+    # A draft step keeps its logits in bfloat16 and their softmax in float32. The target's logits are kept once.
+    logits = (run["ttt_steps"] + 1) * length * drafter.draft_vocab_size * (2 + _FLOAT)
+    files = f"{'answers.jsonl, states, ' if answered else ''}checkpoints, metrics.jsonl, training.png"
+    rows = {
+        "data": f"{len(lengths):,} documents, {tokens:,} tokens",
+        "steps": f"{steps:,} in {run['epochs']} epochs on {ranks} device(s)",
+        "tokens per step": f"{length * ranks:,}, or {length * ranks / mean:.0f} documents",
+        "for a batch of 64 documents": f"--total-seq-len {math.ceil(64 * mean / ranks):,}",
+        "trained parameters": f"{trained:,}, besides {frozen:,} frozen ones",
+        "memory per device": f"{_gb(per_device)} weights, {_gb(logits)} logits (estimate)",
+        "checkpoint": f"{_gb(checkpoint)} each; the newest and the best are kept",
+        "output": f"{output}; {output}.run with {files}",
+    }
+    return Plan(steps, trained, frozen, checkpoint, stages, rows)
 
 
 def build_empty(config: SlimSpecTrainConfig) -> SlimSpecEagle3Model:
     """Return the drafter of a run with tensors that take no memory (torch's meta device)."""
     run = config.flatten()
-    vocab = (
-        run["draft_vocab_size"] or AutoConfig.from_pretrained(run["verifier_name_or_path"]).get_text_config().vocab_size
-    )
+    target = AutoConfig.from_pretrained(run["verifier_name_or_path"]).get_text_config()
+    vocab = run["draft_vocab_size"] or target.vocab_size
     with (
         torch.device("meta"),
         patch.multiple(
@@ -186,22 +144,17 @@ def build_empty(config: SlimSpecTrainConfig) -> SlimSpecEagle3Model:
 
 
 def target_operations(target: PreTrainedModel, lengths: list[int], *, head: bool = True) -> float:
-    """Return the operations of one forward pass of a dense causal language model over documents.
+    """Return the operations of one forward pass of a dense causal language model over documents of so many tokens.
 
-    Args:
-        target: the model.
-        lengths: tokens of each document.
-        head: whether the pass computes logits.
+    The pass computes logits only if ``head``.
     """
     config = target.config.get_text_config()
     looked_up, output = target.get_input_embeddings().weight, target.get_output_embeddings().weight
-    matrices = (
-        sum(p.numel() for p in target.parameters()) - looked_up.numel()
-    )  # A lookup of embeddings multiplies nothing.
+    # A lookup of embeddings multiplies nothing.
+    matrices = sum(p.numel() for p in target.parameters()) - looked_up.numel()
     matrices += output.numel() * (int(head) - int(output is not looked_up))
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_dim
     attention = 4.0 * config.num_hidden_layers * width * sum(n * n for n in lengths)
     return 2.0 * matrices * sum(lengths) + attention
 
@@ -209,10 +162,7 @@ def target_operations(target: PreTrainedModel, lengths: list[int], *, head: bool
 def drafter_operations(drafter: SlimSpecEagle3Model, ttt_steps: int, length: int) -> float:
     """Return the operations of one token in training: forward pass of all draft steps, teacher, and backward pass.
 
-    Args:
-        drafter: the drafter that is trained.
-        ttt_steps: number of draft steps.
-        length: tokens of a training step. Attention is computed over all of them and then masked.
+    A training step has ``length`` tokens. Attention is computed over all of them and then masked.
     """
     once = drafter.fc.weight.numel()
     every = sum(p.numel() for p in [*drafter.layers.parameters(), *drafter.lm_head.parameters()] if p.ndim == 2)
@@ -225,16 +175,11 @@ def drafter_operations(drafter: SlimSpecEagle3Model, ttt_steps: int, length: int
     return 2.0 * (3 * once + 3 * ttt_steps * every + teacher) + 3 * attention
 
 
-def data_of(folder: Path) -> Data:
-    """Return the sizes of the documents in a folder of hidden states."""
-    return Data(list(load_from_disk(folder).with_format(None)["seq_len"]))
-
-
-def _bytes_of_states(drafter: SlimSpecEagle3Model, data: Data, itemsize: int) -> dict[str, float]:
-    slots = len(drafter.target_layer_ids) + 1
-    return {"disk": float(data.tokens * (slots * drafter.hidden_size * itemsize + 8)), "read": 8.0 * data.tokens}
+def read_lengths(folder: Path) -> list[int]:
+    """Return the number of tokens of each document in a folder of hidden states."""
+    return list(load_from_disk(folder).with_format(None)["seq_len"])
 
 
 def _gb(count: float) -> str:
-    unit = 1e12 if count >= 1e12 else 1e9 if count >= 1e8 else 1e6
-    return f"{count / unit:,.{1 if count >= unit else 2}f} {({1e12: 'TB', 1e9: 'GB', 1e6: 'MB'})[unit]}"
+    unit, name = (1e12, "TB") if count >= 1e12 else (1e9, "GB") if count >= 1e8 else (1e6, "MB")
+    return f"{count / unit:,.{1 if count >= unit else 2}f} {name}"
