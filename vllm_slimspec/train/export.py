@@ -15,38 +15,22 @@ from vllm_slimspec.head.checks import describe
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 
 _LAYER_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "attention_bias",
-    "mlp_bias",
-    "max_position_embeddings",
-    "vocab_size",
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "max_position_embeddings", "vocab_size"),
 )
 # vLLM's drafters read these keys from config.json. Each changes the arithmetic, and not every one shows in the tensors.
 _NORM_KEYS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _NOT_SERVED = ("verifier_lm_head.", "verifier_norm.", "t2d")
+_NAME = "the drafter to be trained"  # in errors
 
 
 def export(
-    model: SlimSpecEagle3Model,
-    folder: str | Path,
-    *,
-    dtype: torch.dtype,
-    provenance: Mapping[str, Any],
+    model: SlimSpecEagle3Model, folder: str | Path, *, dtype: torch.dtype, provenance: Mapping[str, Any]
 ) -> DraftCheckpoint:
     """Write the drafter with every key that vLLM needs to compute what training computed, and return it.
 
-    Args:
-        model: the trained model, whose tensors may be on any device.
-        folder: the folder to write, which must be missing or empty.
-        dtype: dtype of the floating-point tensors on disk.
-        provenance: how the drafter was made, which is written to slimspec.json.
+    ``folder`` must be missing or empty. Floating-point tensors are written in ``dtype``, and ``provenance``, which says
+    how the drafter was made, to slimspec.json.
     """
     tensors = {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
@@ -56,33 +40,24 @@ def export(
 
 
 def check_servable(model: SlimSpecEagle3Model) -> None:
-    """Refuse a drafter that vLLM would not load, before it is trained.
-
-    Raises:
-        CheckpointError: its layers have sizes, tensors or an activation that vLLM's drafters do not support.
-    """
-    config = flatten(draft_config(model, torch.float32), "the drafter to be trained")
-    family = known_family(config, "the drafter to be trained")
+    """Refuse, by a CheckpointError, a drafter that vLLM would not load, before it is trained."""
+    config = flatten(draft_config(model, torch.float32), _NAME)
     tensors = {name: describe(tensor) for name, tensor in _served_tensors(model).items()}
-    Body(config, family, "the drafter to be trained").check(tensors)
+    Body(config, known_family(config, _NAME), _NAME).check(tensors)
 
 
 def _served_tensors(model: SlimSpecEagle3Model) -> dict[str, torch.Tensor]:
     # vLLM shares the target's embeddings and head with the drafter, so those are not stored.
-    own_embeddings, own_head = model.config.embed_requires_grad, not model.config.head_is_targets
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(_NOT_SERVED)
-        and (own_embeddings or not name.startswith("embed_tokens."))
-        and (own_head or not name.startswith("lm_head."))
-    }
+    left_out = _NOT_SERVED
+    left_out += () if model.config.embed_requires_grad else ("embed_tokens.",)
+    left_out += ("lm_head.",) if model.config.head_is_targets else ()
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
 
 
 def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json of the exported drafter."""
     layer = model.config.transformer_layer_config
-    family = family_of_type(layer.model_type, "the drafter to be trained")
+    family = family_of_type(layer.model_type, _NAME)
     config: dict[str, Any] = {
         "architectures": [family.architecture if model.config.lm_head_rank else family.dense_architecture],
         "model_type": layer.model_type,

@@ -3,6 +3,7 @@
 speculators freezes its dense head, which is a copy of the target's rows. Here the factors start from it and learn.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from unittest.mock import patch
@@ -43,12 +44,6 @@ class LowRankHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(hidden))
 
-    @torch.no_grad()
-    def fill(self, down: torch.Tensor, up: torch.Tensor) -> None:
-        """Copy the factors ``down`` [R, D] and ``up`` [V, R] to the weights."""
-        self.down.weight.copy_(down)
-        self.up.weight.copy_(up)
-
 
 @SpeculatorModelConfig.register("slimspec_eagle3")
 class SlimSpecEagle3Config(Eagle3SpeculatorConfig):
@@ -83,11 +78,10 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
     def load_verifier_weights(self) -> None:
         """Load embeddings, final norm and teacher head from the target, but leave the drafter's own head as it is."""
         # The parent also fills and freezes `lm_head.weight`. Here that is the teacher's weight, which it fills anyway.
+        # This is no patch(), which would move the head behind the other modules, and so its place in the optimizer.
         head, self.lm_head = self.lm_head, self.verifier_lm_head
-        try:
-            super().load_verifier_weights()
-        finally:
-            self.lm_head = head
+        super().load_verifier_weights()
+        self.lm_head = head
 
     def init_head(self, how: HeadInit, data_path: str | Path) -> None:
         """Give the head its first values. The target's weights must be loaded before.
@@ -99,8 +93,7 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             data_path: a folder that was written by :func:`vllm_slimspec.train.states.write_states`.
         """
         if how == "random":
-            head = self.lm_head
-            for linear in [head] if isinstance(head, nn.Linear) else [head.down, head.up]:
+            for linear in (module for module in self.lm_head.modules() if isinstance(module, nn.Linear)):
                 linear.reset_parameters()
             return
         if isinstance(self.lm_head, nn.Linear):
@@ -111,25 +104,20 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
         if how == "weighted-svd":
             with torch.no_grad():
                 states = self.verifier_norm(read_final_states(data_path, _CALIBRATION_STATES).float()).to(weight.device)
-            statistics = {
-                "second_moment": second_moment(states),
-                "probabilities": token_probabilities(weight, states),
-            }
-        with progress("Factorizing the target's head"):
-            self.lm_head.fill(*factorize(weight, self.config.lm_head_rank, **statistics))
+            statistics = {"second_moment": second_moment(states), "probabilities": token_probabilities(weight, states)}
+        with progress("Factorizing the target's head"), torch.no_grad():
+            down, up = factorize(weight, self.config.lm_head_rank, **statistics)
+            self.lm_head.down.weight.copy_(down)
+            self.lm_head.up.weight.copy_(up)
 
     @classmethod
     def from_training_args(
         cls, verifier_config: Any, t2d: torch.Tensor | None = None, d2t: torch.Tensor | None = None, **kwargs: Any
     ) -> "SlimSpecEagle3Model":
         """Return a fresh drafter. speculators calls this with every flag of the run."""
-
-        def config(**fields: Any) -> SlimSpecEagle3Config:
-            ours = {key: kwargs[key] for key in ("lm_head_rank", "head_is_targets")}
-            return SlimSpecEagle3Config(**ours, **fields)
-
         # The parent builds a config of its own class, which does not know the rank.
-        with patch.object(eagle3_core, "Eagle3SpeculatorConfig", config):
+        ours = {key: kwargs[key] for key in ("lm_head_rank", "head_is_targets")}
+        with patch.object(eagle3_core, "Eagle3SpeculatorConfig", partial(SlimSpecEagle3Config, **ours)):
             model = super().from_training_args(verifier_config, t2d=t2d, d2t=d2t, **kwargs)
         model.init_head(kwargs["head_init"], kwargs["data_path"])
         return model
@@ -149,9 +137,8 @@ class SlimSpecEagle3Model(Eagle3DraftModel):
             CheckpointError: the checkpoint has no factors. transformers would only warn, and the head would be lost.
         """
         folder = Path(pretrained_model_name_or_path)
-        if cls.config_class.from_pretrained(
-            str(folder)
-        ).lm_head_rank and "lm_head.down.weight" not in list_checkpoint_keys(folder):
+        rank = cls.config_class.from_pretrained(str(folder)).lm_head_rank
+        if rank and "lm_head.down.weight" not in list_checkpoint_keys(folder):
             raise CheckpointError(
                 f"{folder}: has no lm_head.down.weight; make its head low-rank with `slimspec convert` first"
             )

@@ -13,6 +13,7 @@ lines is a system prompt, the first words of a question, or both, and the sample
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,20 +139,12 @@ class _Chat:
         self._stop_text = None if self._stop or not after.strip() else after.strip()
 
     def questions(self, llm: Any, starts: Sequence[tuple[list[Message], str]], first: int) -> list[list[Message]]:
-        """Let the target speak as the user, and return the usable conversations that result.
+        """Let the target speak as the user, and return the conversations that end in a finished and usable question.
 
-        Args:
-            llm: the engine.
-            starts: for each sample, the messages so far and the first words of the question.
-            first: number of the first sample.
-
-        Returns:
-            For each finished and usable question, the messages with that question as the last one.
+        ``starts`` are, for each sample from number ``first`` on, the messages so far and the first words of a question.
         """
-        texts = []
-        for messages, opening in starts:
-            before = self._render([*messages, {"role": "user", "content": _PLACE}]).partition(_PLACE)[0]
-            texts.append(before + opening)
+        user = {"role": "user", "content": _PLACE}
+        texts = [self._render([*messages, user]).partition(_PLACE)[0] + opening for messages, opening in starts]
         said = self._continue(llm, texts, first, self._sampling.max_tokens)
         questions = []
         for (messages, opening), words in zip(starts, said, strict=True):
@@ -212,10 +205,9 @@ def _read_openings(file: Path) -> list[tuple[list[Message], str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        row = None
+        with suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            row = None
         known = isinstance(row, dict) and row.keys() <= {"system", "opening"}
         if not known or not all(isinstance(value, str) for value in row.values()):
             raise CheckpointError(

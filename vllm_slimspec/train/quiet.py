@@ -18,25 +18,25 @@ _NO_NEWS = (
 )
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_NO_NEWS)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide the progress bars of Hugging Face and what speculators logs in every run. Warnings and errors stay."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_NO_NEWS)
+
     bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     loguru_logger.disable("speculators")
-    logging.getLogger("speculators.train.cli").addFilter(_is_news)
+    logging.getLogger("speculators.train.cli").addFilter(is_news)
     try:
         with warnings.catch_warnings():
             for text in _NO_NEWS:
                 warnings.filterwarnings("ignore", text)
             yield
     finally:
-        logging.getLogger("speculators.train.cli").removeFilter(_is_news)
+        logging.getLogger("speculators.train.cli").removeFilter(is_news)
         loguru_logger.enable("speculators")
         if bars[0]:
             transformers_logging.enable_progress_bar()
