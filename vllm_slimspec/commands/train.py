@@ -240,8 +240,7 @@ def answers(
     with log_on_stderr(), one_line_errors(), claim_file(output_path):
         from vllm_slimspec.train.answers import write_answers
 
-        sampling: dict[str, Any] = {"temperatures": temperature, "max_tokens": max_tokens}
-        write_answers(target, prompts, output_path, **sampling, engine=engine, dtype=dtype.value)
+        write_answers(target, prompts, output_path, temperature, max_tokens, engine=engine, dtype=dtype.value)
 
 
 @app.command(epilog="Example: slimspec train states --target T --documents answers.jsonl --output-path states")

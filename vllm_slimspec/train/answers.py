@@ -30,9 +30,9 @@ def write_answers(
     target: str | Path,
     prompts: str | Path,
     output: str | Path,
-    *,
     temperatures: Sequence[float] | None = None,
     max_tokens: int = 512,
+    *,
     engine: Mapping[str, Any] | None = None,
     dtype: Asked = "auto",
 ) -> int:

@@ -48,10 +48,12 @@ def check_servable(model: SlimSpecEagle3Model) -> None:
 
 def _served_tensors(model: SlimSpecEagle3Model) -> dict[str, torch.Tensor]:
     # vLLM shares the target's embeddings and head with the drafter, so those are not stored.
-    left_out = _NOT_SERVED
-    left_out += () if model.config.embed_requires_grad else ("embed_tokens.",)
-    left_out += ("lm_head.",) if model.config.head_is_targets else ()
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
+    left_out = [*_NOT_SERVED]
+    if not model.config.embed_requires_grad:
+        left_out.append("embed_tokens.")
+    if model.config.head_is_targets:
+        left_out.append("lm_head.")
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(left_out))}
 
 
 def draft_config(model: SlimSpecEagle3Model, dtype: torch.dtype) -> dict[str, Any]:

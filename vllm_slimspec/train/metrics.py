@@ -27,11 +27,8 @@ METRICS = "speculators.metrics"  # the logger that speculators reports to
 class MetricsFile(logging.Handler):
     """Write what speculators reports to a file, one line each.
 
-    Args:
-        file: the file to append to. Lines that were written after the checkpoint from which this run resumes are
-            removed.
-        step: number of optimizer steps of that checkpoint.
-        decay: factor by which speculators weights the loss of each further position.
+    Lines that were written after the checkpoint from which this run resumes, that of ``step``, are removed. ``decay``
+    is the factor by which speculators weights the loss of each further position.
     """
 
     def __init__(self, file: Path, step: int, decay: float) -> None:

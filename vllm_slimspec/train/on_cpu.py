@@ -50,9 +50,7 @@ class _Divergence(torch.autograd.Function):
 def kl_div_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return KL(softmax(targets) || softmax(logits)) at each place, float32 [...], as speculators' eager loss does.
 
-    Args:
-        logits: logits of the drafter, [..., V]. Their gradient has their dtype.
-        targets: logits of the target, [..., V]. They get no gradient.
+    Both are [..., V]. The gradient of ``logits`` has their dtype, and ``targets`` get none.
     """
     return _Divergence.apply(logits, targets)
 
@@ -61,12 +59,9 @@ def kl_div_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def answers_only(teacher: nn.Module, head: nn.Module, loss_mask: torch.Tensor) -> Iterator[None]:
     """Keep one forward pass of speculators' EAGLE-3 model from computing logits that its loss would drop.
 
-    At draft step k the drafter's logits at place i are compared with the teacher's at place i + k.
-
-    Args:
-        teacher: the target's head, which the pass calls once, with [1, T, D].
-        head: the drafter's head, which the pass calls at each draft step, with [1, T, D].
-        loss_mask: [1, T], 1 at each place of ``teacher`` that the loss counts.
+    The pass calls the target's head ``teacher`` once, and the drafter's ``head`` at each draft step, with [1, T, D]. At
+    draft step k the drafter's logits at place i are compared with the teacher's at place i + k. ``loss_mask``, [1, T],
+    is 1 at each place of the teacher that the loss counts.
     """
     places = loss_mask[0].nonzero()[:, 0]
     step = count()

@@ -205,7 +205,7 @@ def _read_openings(file: Path) -> list[tuple[list[Message], str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        row = None
+        row: Any = None
         with suppress(ValueError):
             row = json.loads(line)
         known = isinstance(row, dict) and row.keys() <= {"system", "opening"}

@@ -144,9 +144,6 @@ def hidden_states(
         model: a causal language model of transformers whose decoder keeps its blocks in ``layers``.
         batch: token ids of each document, int64 [T], of any lengths.
         layer_ids: numbers of layers, from 0 to the number of layers, which stands for the output of the last one.
-
-    Returns:
-        The states of each document, on the CPU.
     """
     blocks = _blocks(model)
     seen: dict[int, torch.Tensor] = {}
