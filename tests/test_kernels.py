@@ -273,7 +273,7 @@ def test_topk_finds_and_sorts_the_best_candidates(short_chunks, kind, batch, voc
 @given(
     batch=st.integers(0, 2),
     vocab=st.integers(1, 1200),
-    k=st.integers(1, ops.MAX_K),
+    k=st.integers(1, ops.KERNEL_K),
     valid=st.integers(0, 1200),
     seed=st.integers(0, 99),
 )

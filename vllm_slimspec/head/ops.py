@@ -48,6 +48,7 @@ __all__ = [
 
 IMPLS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_K = 64  # the most candidates that the kernels keep of each row
 
 Down: TypeAlias = Tensor | PackedFactor
 Up: TypeAlias = Tensor | QuantizedUp | PackedFactor
@@ -98,11 +99,11 @@ def low_rank_topk(
 
     The top-k is exact for every order of the vocabulary. If fewer than ``k`` entries are valid, the rest is (-inf, 0).
     Triton compares float32 scores at every batch size, torch compares scores rounded to the model dtype. ``k`` is 1 to
-    64, and at most V.
+    4,096, and at most V. Beyond 64 torch selects on a GPU too, from logits that are written out.
     """
     implementation = _check(hidden, down, up, impl)
     valid_vocab = _check_entries(up, valid_vocab, k)
-    if implementation == "triton":
+    if implementation == "triton" and k <= KERNEL_K:
         from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
 
         return kernel(hidden, down, up, k, valid_vocab)
@@ -129,7 +130,7 @@ def low_rank_rerank(
     implementation = _check(hidden, down, up, impl)
     valid_vocab = _check_entries(up, valid_vocab, k)
     _check_dense(hidden, up, dense, dense_rows)
-    if implementation == "triton":
+    if implementation == "triton" and k <= KERNEL_K:
         from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
 
         return kernel(hidden, down, up, k, valid_vocab, dense, dense_rows)

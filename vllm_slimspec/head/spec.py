@@ -34,7 +34,7 @@ Described = Mapping[str, tuple[str, tuple[int, ...]]]  # the safetensors dtype a
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a number, by safetensors' name
 QUANTIZED = {"fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}  # how each kind is stored, by safetensors' name
 GROUPS = (32, 64, 128)  # allowed numbers of columns of `up` that share a scale
-MAX_K = 64  # the most candidates that are scored again, which is the most that the kernels keep of each row
+MAX_K = 4096  # the most candidates that are scored again
 
 HEAD_KEYS = frozenset(
     {
@@ -159,7 +159,7 @@ def _rerank(config: Mapping[str, Any], draft_vocab: int, where: str) -> dict[str
         return {}
     most = min(MAX_K, draft_vocab)
     if positive_int(config, "lm_head_rerank", where) > most:
-        raise CheckpointError(f"{where}: lm_head_rerank={k} must be 1 to {most}; 16 is a good value")
+        raise CheckpointError(f"{where}: lm_head_rerank={k} must be 1 to {most}")
     if rows not in (None, "target"):
         raise CheckpointError(
             f'{where}: lm_head_rerank_rows={rows!r} must be "target", or absent where {DENSE} holds the rows'
