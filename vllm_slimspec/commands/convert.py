@@ -118,7 +118,7 @@ def convert(
     ] = "{}",
     rerank: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of best tokens that the served head scores again with dense rows, 1 to 64."),
+        typer.Option(min=1, help="Number of best tokens that the served head scores again with dense rows, 1 to 4096."),
     ] = None,
     quantize: Annotated[
         Literal["fp8", "int8", "int4"] | None, typer.Option(help="Number format in which the factor `up` is stored.")
