@@ -224,7 +224,7 @@ def test_wrong_argument_is_refused_by_name_and_value(change, error, message):
     [
         ({"k": 0}, ValueError, "k must be in [1, 9] for V=9, got 0"),
         ({"k": 10}, ValueError, "k must be in [1, 9] for V=9, got 10"),
-        ({"k": 65, "up": torch.ones(99, 3)}, ValueError, "k must be in [1, 64] for V=99, got 65"),
+        ({"k": 4097, "up": torch.ones(9999, 3)}, ValueError, "k must be in [1, 4096] for V=9999, got 4097"),
         ({"valid_vocab": 10}, ValueError, "valid_vocab must be in [0, V=9], got 10"),
         ({"dense": None}, TypeError, "dense must be a tensor, got NoneType"),
         ({"dense": torch.ones(9, 4).half()}, TypeError, "dense must be torch.float32 as hidden is, got torch.float16"),

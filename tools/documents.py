@@ -186,29 +186,6 @@ def served(result: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{failed} of {sum(row['completed'] for row in result['rows']) + failed:,} requests failed."]
 
 
-# What the first screen of README.md compares: words -> the rows of `make serve-smollm2` of which the fastest is shown.
-FIRST = {
-    "no drafter": ["none"],
-    "an EAGLE-3 drafter with a dense head": ["full"],
-    "the same with the best trimmed head": ["trim-16384", "trim-16384-argmax", "trim-32768", "trim-32768-argmax"],
-    "the same with a SlimSpec head": ["slimspec", "slimspec-rerank"],
-}
-
-
-def first_screen(result: dict[str, Any]) -> list[str]:
-    """Return the table of one request at a time, in the dtype in which the target alone is fastest."""
-    rows = [row for row in result["rows"] if row["concurrency"] == 1]
-    alone = max((row for row in rows if row["head"] == "none"), key=lambda row: row["tokens_per_s"])
-    lines = ["| drafter | tokens per second | of no drafter | acceptance length |", "|---|---|---|---|"]
-    for words, heads in FIRST.items():
-        those = [row for row in rows if row["head"] in heads and row["dtype"] == alone["dtype"]]
-        row = max(those, key=lambda row: row["tokens_per_s"])
-        length = f"{row['length']:.2f}" if row["length"] else ""
-        speed = row["tokens_per_s"]
-        lines.append(f"| {words} | {speed:.1f} | {speed / alone['tokens_per_s']:.2f}x | {length} |")
-    return [*lines, "", f"One request at a time, {alone['dtype']}, on {result['device']}."]
-
-
 RUN_WORDS = {
     "probe-adamw-1e-3": "AdamW, learning rate 1e-3",
     "probe-adamw-2e-3": "AdamW, learning rate 2e-3",
@@ -353,7 +330,6 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
         "claim": ("head-cpu", claim),
         "cycle": ("cycle-k5-b1-cpu", cycle),
         "demo": ("demo", demo),
-        "first": ("smollm2-serve", first_screen),
     },
     "docs/bench.md": {
         "cycles": ("cycle-cpu", cycles),
