@@ -14,6 +14,8 @@ from vllm_slimspec.head.slot import HeadSlot
 from vllm_slimspec.measure.arms import TRIMMED, trimmed_offsets
 from vllm_slimspec.measure.shapes import SHAPES
 
+pytestmark = pytest.mark.broad
+
 K = 3
 
 

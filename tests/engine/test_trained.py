@@ -88,6 +88,7 @@ def test_training_and_serving_draft_the_same_tokens(trained, engine):
     assert min(compared) > 20
 
 
+@pytest.mark.broad
 def test_train_command_goes_from_prompts_to_a_served_drafter(pair, engine, tmp_path):
     """Catches: stages that do not fit together, hours of answers before a refusal, a second run that overwrites, or a
     printed acceptance length that vLLM does not serve, because prompts are easy or each place counts once."""
