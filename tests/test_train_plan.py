@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vllm_slimspec.cli import app
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.train.config import resolve
 from vllm_slimspec.train.launch import fit
 from vllm_slimspec.train.plan import build_empty, drafter_operations, make_plan, read_lengths, target_operations
@@ -83,3 +84,10 @@ def test_plan_option_neither_trains_nor_writes(work, tmp_path):
     assert "30 documents, 720 tokens" in result.output
     assert "in 3 epochs" in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_plan_without_a_document_to_train_on_is_refused(work, tmp_path):
+    """Catches: a plan that divides by the steps of an epoch without steps."""
+    config = resolve(work / "llama", work / "states", tmp_path / "d", **FLAGS)
+    with pytest.raises(CheckpointError, match="of 1 documents leaves none to train on; give more documents or"):
+        make_plan(config, [20], tmp_path / "d")

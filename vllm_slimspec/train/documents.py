@@ -15,6 +15,20 @@ logger = logging.getLogger(__name__)
 TrainOn = Literal["answers", "all"]
 
 
+def number_to_train_on(count: int, train_data_ratio: float) -> int:
+    """Return how many of ``count`` documents, the first ones, are trained on. The rest is held out.
+
+    Raises:
+        CheckpointError: the ratio is above 0, and no document is trained on.
+    """
+    if (found := int(count * train_data_ratio)) == 0 < train_data_ratio:
+        raise CheckpointError(
+            f"--train-data-ratio {train_data_ratio} of {count} documents leaves none to train on; give more documents "
+            "or a higher ratio"
+        )
+    return found
+
+
 def read_documents(
     file: str | Path, target: str | Path, max_length: int, train_on: TrainOn = "answers"
 ) -> list[Document]:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from vllm_slimspec.common.walk import walk
 from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.train.documents import number_to_train_on
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def check_measurable(folder: Path, *, train_data_ratio: float, total_seq_len: in
     number of tokens to which a document is cut, and the number of draft steps K.
     """
     documents = load_from_disk(folder).select_columns(["loss_mask", "seq_len"]).with_format("numpy")
-    measured = documents.select(range(int(len(documents) * train_data_ratio), len(documents)))
+    measured = documents.select(range(number_to_train_on(len(documents), train_data_ratio), len(documents)))
     fitting = np.flatnonzero(measured["seq_len"][:] <= total_seq_len).tolist()
     for i in fitting or range(len(measured)):  # speculators leaves out longer documents, unless all are.
         mask = measured[i]["loss_mask"][1 : total_seq_len + 1]  # It drops the first token, which has no state.

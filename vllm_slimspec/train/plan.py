@@ -20,6 +20,7 @@ from speculators.train.distributed_batch_sampler import MultipackDistributedBatc
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_slimspec.train.config import SlimSpecTrainConfig
+from vllm_slimspec.train.documents import number_to_train_on
 from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.quiet import quiet
 
@@ -90,7 +91,7 @@ def make_plan(
     states = tokens * ((len(drafter.target_layer_ids) + 1) * drafter.hidden_size * itemsize + 8)
     trained, frozen = (sum(p.numel() for p in drafter.parameters() if p.requires_grad is r) for r in (True, False))
     kept = trained + drafter.embed_tokens.weight.numel()
-    in_training = lengths[: int(len(lengths) * ratio)]
+    in_training = lengths[: number_to_train_on(len(lengths), ratio)]
     per_epoch = len(MultipackDistributedBatchSamplerV2(length, in_training, ranks, 0, seed=run["seed"]))
     steps = run["max_steps"] or run["epochs"] * per_epoch
     weights = itemsize * sum(p.numel() for p in target.parameters())
