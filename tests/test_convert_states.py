@@ -14,7 +14,7 @@ from vllm_slimspec.engine import recording as collect
 from vllm_slimspec.engine.acceptance import Acceptance
 from vllm_slimspec.engine.head_states import HeadStates, Rows, StatesWriter, concatenate
 from vllm_slimspec.engine.prompts import read_prompts, tokenize
-from vllm_slimspec.errors import CheckpointError, OptionError
+from vllm_slimspec.errors import CheckpointError, EngineError, OptionError
 
 D, K = 16, 3
 RECIPE = {"target": "t", "drafter": "d", "K": K}
@@ -143,7 +143,7 @@ def test_dying_engine_is_one_line_with_advice(when, monkeypatch):
     started = dying if when == "at the start" else lambda **_: engine
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=started, SamplingParams=lambda **_: None))
     with (
-        pytest.raises(CheckpointError, match=r"out of memory Try something\); what was recorded is kept") as error,
+        pytest.raises(EngineError, match=r"out of memory Try something\); what was recorded is kept") as error,
         collect._engine("target", "drafter", K, {}) as llm,
     ):
         collect._answer(llm, [(0, [1])], 8)

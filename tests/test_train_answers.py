@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from vllm_slimspec.cli import app
 from vllm_slimspec.engine.head_states import Document
+from vllm_slimspec.engine.offline import generate
 from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.train import answers as module
-from vllm_slimspec.train.answers import generate, write_answers
+from vllm_slimspec.train.answers import write_answers
 from vllm_slimspec.train.documents import read_documents
 
 PROMPTS = [[i, i + 1, i + 2] for i in range(1, 11)]
@@ -49,10 +50,10 @@ def engine(monkeypatch):
     played = Engine()
 
     @contextmanager
-    def start(target, options):
+    def start(target, options, cure):
         yield played
 
-    monkeypatch.setattr(module, "_engine", start)
+    monkeypatch.setattr(module, "offline_engine", start)
     monkeypatch.setattr(module, "_TOGETHER", 3)
     monkeypatch.setattr(module, "limits", lambda target, options: (V, 64))
     return played
@@ -107,7 +108,7 @@ def test_engine_killed_for_memory_is_reported_as_such():
 
     message = "it was killed because memory ran out: close other programs; repeat the command"
     with pytest.raises(EngineError, match=message):
-        generate(DeadEngine(), [], [], use_tqdm=False)
+        generate(DeadEngine(), [], [], False, "repeat the command to resume")
 
 
 def test_answers_of_another_target_or_temperature_are_not_resumed(target, engine, prompts, tmp_path):

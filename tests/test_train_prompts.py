@@ -57,10 +57,10 @@ def engine(monkeypatch):
     played = Engine()
 
     @contextmanager
-    def start(target, options):
+    def start(target, options, cure):
         yield played
 
-    monkeypatch.setattr(module, "_engine", start)
+    monkeypatch.setattr(module, "offline_engine", start)
     monkeypatch.setattr(module, "_TOGETHER", 8)
     monkeypatch.setattr(module, "limits", lambda target, options: (V, 64))
     return played

@@ -6,22 +6,19 @@ each request moves K + 1 places in a cycle. Together the K + 1 requests start a 
 that the walk of any head through the documents can be computed exactly.
 """
 
-import gc
-import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from vllm_slimspec.common.cores import every_core
 from vllm_slimspec.common.progress import counting, progress
 from vllm_slimspec.common.work_dtype import Asked, engine_options
 from vllm_slimspec.engine.head_states import Document, HeadStates, Rows, StatesWriter, concatenate, sha256
+from vllm_slimspec.engine.offline import generate, offline_engine
 from vllm_slimspec.engine.prompts import one_line, open_tokenizer, read_prompts, tokenize
 from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.target import fingerprint
@@ -62,8 +59,8 @@ def collect(
         dtype: of both models, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
 
     Raises:
-        CheckpointError: the prompts cannot be used, the folder holds something else, nothing could be recorded, or
-            vLLM failed.
+        CheckpointError: the prompts cannot be used, the folder holds something else, or nothing could be recorded.
+        EngineError: vLLM failed.
         OptionError: ``engine`` asks for several devices or processes.
     """
     options = engine or {}
@@ -161,29 +158,13 @@ def check_engine(options: Mapping[str, Any]) -> None:
             )
 
 
-@contextmanager
-def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, Any]) -> Iterator[Any]:
+def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, Any]) -> AbstractContextManager[Any]:
     """Run an offline engine in this process, where its draft head can be watched."""
     # Model Runner V1 calls the head from Python at every step. V2 replays the head from CUDA graphs.
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    with patch.dict(os.environ, environment):
-        from vllm import LLM
-
-        speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": k}
-        ours = {"speculative_config": speculative, "enforce_eager": True, "async_scheduling": False}
-        try:
-            with every_core(), progress("Starting vLLM"):
-                llm = LLM(model=str(target), **options | ours)
-        except Exception as error:  # vLLM may raise anything.
-            raise CheckpointError(f"{target}: vLLM does not start ({one_line(error)}); {_RUN_AGAIN}") from None
-        try:
-            yield llm
-        finally:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": k}
+    ours = {"speculative_config": speculative, "enforce_eager": True, "async_scheduling": False}
+    return offline_engine(target, options | ours, environment=environment, cure=_RUN_AGAIN)
 
 
 def _answer(llm: Any, prompts: Sequence[tuple[int, list[int]]], max_tokens: int) -> list[Document]:
@@ -195,13 +176,8 @@ def _generate(llm: Any, prompts: Sequence[list[int]], lengths: Sequence[int], ig
     from vllm import SamplingParams
 
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=ignore_eos, detokenize=False) for n in lengths]
-    try:
-        outputs = llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=counting(f"of {len(prompts)} requests")
-        )
-    except Exception as error:  # A failing engine may raise anything.
-        raise CheckpointError(f"vLLM failed ({one_line(error)}); {_RUN_AGAIN}") from None
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    outputs = generate(llm, prompts, params, counting(f"of {len(prompts)} requests"), _RUN_AGAIN)
+    return [list(output.token_ids) for output in outputs]
 
 
 @dataclass

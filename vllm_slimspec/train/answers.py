@@ -5,24 +5,23 @@ OUTPUT.jsonl.json    what the answers were made from: target, prompts, sampling
 OUTPUT.jsonl.partial the answers so far, from which the same command resumes
 """
 
-import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from vllm_slimspec.common.cores import every_core
 from vllm_slimspec.common.output import beside, claim_file, write_whole
 from vllm_slimspec.common.progress import counting, progress
 from vllm_slimspec.common.work_dtype import Asked, engine_options
-from vllm_slimspec.engine.prompts import one_line, open_tokenizer, read_prompts, tokenize
+from vllm_slimspec.engine.offline import generate, offline_engine
+from vllm_slimspec.engine.prompts import open_tokenizer, read_prompts, tokenize
 from vllm_slimspec.engine.recording import limits
-from vllm_slimspec.errors import CheckpointError, EngineError
+from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.target import fingerprint
 
+RESUME = "repeat the command to resume"
 _TOGETHER = 512  # prompts in a batch, which is the most that is answered again after a kill
 
 
@@ -69,7 +68,7 @@ def write_answers(
         done = len(whole_lines(part))
         with (
             part.open("a") as file,
-            _engine(target, engine_options(engine or {}, dtype, "answers")) as llm,
+            offline_engine(target, seeded(engine_options(engine or {}, dtype, "answers")), cure=RESUME) as llm,
             progress("Answers", len(documents), "prompt", done=done) as shown,
         ):
             for first in range(done, len(documents), _TOGETHER):
@@ -81,7 +80,7 @@ def write_answers(
                     params[-1].max_tokens, params[-1].detokenize, params[-1].seed = max_tokens, False, number
                     if temperatures:
                         params[-1].temperature = temperatures[number % len(temperatures)]
-                answers = [list(output.token_ids) for output in generate(llm, batch, params, counting())]
+                answers = [list(output.token_ids) for output in generate(llm, batch, params, counting(), RESUME)]
                 pairs = zip(batch, answers, strict=True)
                 append(file, ({"input_ids": ids + answer, "prompt_tokens": len(ids)} for ids, answer in pairs))
                 shown.reach(first + len(batch))
@@ -103,41 +102,12 @@ def prompt_tokens(
     return tokenize(rows, tokenizer, vocab_size, length - max_tokens, Path(prompts))
 
 
-def generate(llm: Any, prompts: Sequence[list[int]], params: Sequence[Any], use_tqdm: Any) -> list[Any]:
-    """Return what the engine ``llm`` writes after each prompt, given as token ids, as vLLM's ``CompletionOutput``.
-
-    Raises:
-        EngineError: vLLM failed.
-    """
-    try:
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=use_tqdm)
-    except Exception as error:  # A dying engine may raise any class, and vLLM does not say why it died.
-        died = type(error).__name__ == "EngineDeadError"
-        hint = " if nothing above says why, it was killed because memory ran out: close other programs;" if died else ""
-        raise EngineError(f"vLLM failed ({one_line(error)});{hint} repeat the command to resume") from None
-    return [output.outputs[0] for output in outputs]
-
-
-@contextmanager
-def _engine(target: str | Path, options: dict[str, Any]) -> Iterator[Any]:
-    from vllm import LLM
+def seeded(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an engine that is asked with a seed for each prompt."""
     from vllm.platforms import current_platform
 
     # vLLM's CPU worker fails ("CPU Generator does not use offset") when a prompt with a seed is prefilled in pieces.
-    whole = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
-    try:
-        with every_core(), progress("Starting vLLM"):
-            llm = LLM(model=str(target), **whole | options)
-    except Exception as error:
-        raise EngineError(
-            f"{target}: vLLM does not start ({one_line(error)}); check --target and --engine-args"
-        ) from None
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+    return {"enable_chunked_prefill": False} | options if current_platform.is_cpu() else options
 
 
 def claim_for(output: Path, made_from: dict[str, Any]) -> None:

@@ -22,11 +22,12 @@ from vllm_slimspec.common.output import beside, claim_file
 from vllm_slimspec.common.progress import counting, progress
 from vllm_slimspec.common.work_dtype import Asked, engine_options
 from vllm_slimspec.engine.head_states import sha256
+from vllm_slimspec.engine.offline import generate, offline_engine
 from vllm_slimspec.engine.prompts import one_line
 from vllm_slimspec.engine.recording import limits
 from vllm_slimspec.errors import CheckpointError, EngineError
 from vllm_slimspec.target import fingerprint
-from vllm_slimspec.train.answers import _engine, append, claim_for, generate, whole_lines
+from vllm_slimspec.train.answers import RESUME, append, claim_for, seeded, whole_lines
 
 OPENINGS = Path(__file__).with_name("openings.jsonl")
 _TOGETHER = 512  # samples in a batch, which is the most that is sampled again after a kill
@@ -94,7 +95,7 @@ def write_prompts(
             _add(kept, batch["found"], count)
         with (
             part.open("a", encoding="utf-8") as file,
-            _engine(target, engine_options(engine or {}, dtype, "prompts")) as llm,
+            offline_engine(target, seeded(engine_options(engine or {}, dtype, "prompts")), cure=RESUME) as llm,
             progress("Prompts", count, "prompt", done=len(kept)) as shown,
         ):
             while (missing := count - len(kept)) > 0:
@@ -191,7 +192,7 @@ class _Chat:
             for number in range(first, first + len(texts))
         ]
         ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        ended = generate(llm, ids, params, counting(f"of {len(ids)} samples"))
+        ended = generate(llm, ids, params, counting(f"of {len(ids)} samples"), RESUME)
         return [output.text if output.finish_reason == "stop" else None for output in ended]
 
 
