@@ -290,6 +290,26 @@ def test_topk_breaks_ties_as_torch_does_on_any_shape(batch, vocab, k, valid, see
     assert torch.equal(ids, expected[1])
 
 
+@pytest.mark.parametrize("kind", [None, "int4"])
+def test_more_candidates_than_the_kernels_keep_are_those_of_torch(kind):
+    """Catches: a kernel that is launched with more candidates than it keeps, or factors packed for it that torch then
+    reads wrongly."""
+    k = ops.KERNEL_K + 1
+    hidden, down, up = integer_head(2, 200, 32)
+    up = quantize_up(up, kind) if kind else up
+    expected = ops.low_rank_topk(hidden, down, up, k, impl="torch")
+    down, up = ops.pack(down, up, impl="triton")
+    ops.prepare(down, up, 2, k=k, impl="triton")
+    found = ops.low_rank_topk(hidden, down, up, k, impl="triton")
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    dense = torch.randn(200, hidden.shape[1], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        ops.low_rank_rerank(hidden, down, up, dense, k, impl="triton")[1],
+        ops.low_rank_rerank(hidden, down, up, dense, k, impl="torch")[1],
+    )
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("fill", [0.0, -INF])
 @pytest.mark.parametrize(
