@@ -7,7 +7,6 @@ cache, so that the times of the parts may sum to more than the time of the whole
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
 
@@ -17,6 +16,7 @@ import typer
 from torch import Tensor
 
 from results import PartName, PartResults, PartRow
+from vllm_slimspec.commands.measure import Batches, Json, Shapes
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.progress import progress
@@ -137,15 +137,11 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     epilog="Example: python benchmarks/parts.py --shapes llama-3.2-1b --batches 1,8 --json parts.json",
 )
 def main(
-    shapes: Annotated[
-        str, typer.Option(help=f"Models whose head shapes are timed: all, or some of {', '.join(SHAPES)}.")
-    ] = "llama-3.1-8b",
+    shapes: Shapes = "llama-3.1-8b",
     heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
-    batches: Annotated[
-        str, typer.Option(help="Batch sizes: numbers of hidden states that one call drafts for, such as 1,8,64.")
-    ] = "1,8,64",
+    batches: Batches = "1,8,64",
     repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of each part.")] = 21,
-    json: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
+    json: Json = None,
 ) -> None:
     """Time the parts of draft heads on a CPU: down, up, the choice of the best tokens, and rescoring.
 

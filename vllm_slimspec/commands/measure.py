@@ -30,11 +30,8 @@ from vllm_slimspec.measure.results import (
 from vllm_slimspec.measure.shapes import SHAPES
 
 app = typer.Typer(no_args_is_help=True)
-_COMPACT: dict[str, Any] = {
-    "box": None,
-    "pad_edge": False,
-    "collapse_padding": True,
-}  # style of tables with many columns
+# The style of tables with many columns.
+_COMPACT: dict[str, Any] = {"box": None, "pad_edge": False, "collapse_padding": True}
 
 Target = Annotated[
     str, typer.Option("--target", "--verifier", help="The target model: a local folder or a Hugging Face id.")
@@ -69,6 +66,10 @@ CompareDtype = Annotated[
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(min=2, help="Largest number of tokens in an answer.")]
+Shapes = Annotated[str, typer.Option(help=f"Models whose head shapes are timed: all, or some of {', '.join(SHAPES)}.")]
+Batches = Annotated[
+    str, typer.Option(help="Batch sizes: numbers of hidden states that one call drafts for, such as 1,8,64.")
+]
 Json = Annotated[Path | None, typer.Option(help="JSON file to write the results to.")]
 Concurrency = Annotated[
     str, typer.Option(help="Numbers of requests that run at the same time, such as 1,4,16. Each one is measured.")
@@ -95,13 +96,9 @@ ServedDtypes = Annotated[
 
 @app.command(epilog="Example: slimspec bench head --shapes llama-3.2-1b --batches 1,8,64 --json head.json")
 def head(
-    shapes: Annotated[
-        str, typer.Option(help=f"Models whose head shapes are timed: all, or some of {', '.join(SHAPES)}.")
-    ] = "llama-3.1-8b",
+    shapes: Shapes = "llama-3.1-8b",
     heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
-    batches: Annotated[
-        str, typer.Option(help="Batch sizes: numbers of hidden states that one call drafts for, such as 1,8,64.")
-    ] = "1,8,64",
+    batches: Batches = "1,8,64",
     device: Annotated[
         str | None,
         typer.Option(help="Device to time on: cpu, cuda or cuda:N.", show_default="cuda where there is one, else cpu"),
