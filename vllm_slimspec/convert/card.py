@@ -77,7 +77,7 @@ def card(config: Mapping[str, Any], provenance: Mapping[str, Any], options: Opti
         output=output,
         what=what.format(source=provenance["source"], config=config, extras=extras, url=_URL),
         serve=f"pip install vllm-slimspec\n{serve}" if low_rank else serve,
-        measured=_measured(provenance["measured"]),
+        measured=_measured(provenance["measured"], low_rank),
         command=shlex.join(provenance["command"]),
         versions=", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
     )
@@ -88,9 +88,10 @@ def _on_the_hub(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
-def _measured(measured: Mapping[str, Any] | None) -> str:
+def _measured(measured: Mapping[str, Any] | None, low_rank: bool) -> str:
     if measured is None:
-        return "Nothing was measured: the factors are a plain SVD, made without hidden states."
+        made = " The factors are a plain SVD." if low_rank else ""
+        return f"Nothing was measured, because no hidden states were given.{made}"
     quality, before = measured["quality"], measured["dense_tau"]
     rows = [("same best token as the dense head", f"{quality['top1']:.1%}")]
     rows += [(f"... among the best {k}", f"{share:.1%}") for k, share in quality["recall"].items() if k > 1]
