@@ -36,7 +36,9 @@ from vllm_slimspec.head.spec import DENSE, DOWN, UP
 from vllm_slimspec.target import Target
 
 _PRELOAD = ["transformers.models.llama.configuration_llama", "pytest", "typer.testing"]
-_PRELOAD += [f"vllm_slimspec.convert.{name}" for name in ("cli", "collect", "run", "distill")]
+_PRELOAD += [
+    f"vllm_slimspec.{name}" for name in ("commands.convert", "engine.recording", "convert.run", "convert.distill")
+]
 
 
 class Watch:
