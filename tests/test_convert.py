@@ -1,5 +1,6 @@
 """Conversion from end to end, without an engine: every public format gives a checked folder or one line of error."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -803,6 +804,8 @@ def _bad(case: str, folder: Path) -> list[str]:
 def test_bad_input_is_one_line_and_writes_nothing(case, message, tmp_path, monkeypatch):
     """Catches: a traceback, a wrong exit code, half a drafter, or an engine that starts before the prompts are read."""
     monkeypatch.setattr("vllm_slimspec.engine.recording._engine", lambda *_: pytest.fail("an engine was started"))
+    # On a busy machine its first import takes longer than progress stays silent.
+    importlib.import_module("vllm.engine.arg_utils")
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(command)
     arguments = _bad(case, tmp_path)
