@@ -19,6 +19,7 @@ from vllm_slimspec.common.output import write_whole
 from vllm_slimspec.common.process import how_it_ended, last_words, run_ticking
 from vllm_slimspec.common.progress import counted, progress
 from vllm_slimspec.engine.acceptance import Acceptance, from_engine
+from vllm_slimspec.engine.offline import CACHE
 from vllm_slimspec.errors import EngineError
 from vllm_slimspec.target import fingerprint
 
@@ -153,8 +154,8 @@ def main() -> None:
     """
     asked, file, made_from, ticks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     # On a CPU, vLLM would take most of the machine's memory for its cache, and run the model in another process.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    for name, value in (CACHE | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
+        os.environ.setdefault(name, value)
     import torch
 
     from vllm_slimspec.common.device import device_name

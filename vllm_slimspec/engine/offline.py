@@ -15,7 +15,7 @@ from vllm_slimspec.common.progress import progress
 from vllm_slimspec.engine.prompts import one_line
 from vllm_slimspec.errors import EngineError
 
-_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "4"}  # GB. On a CPU, vLLM would take nearly all memory for its cache.
+CACHE = {"VLLM_CPU_KVCACHE_SPACE": "4"}  # GB. On a CPU, vLLM would take nearly all memory for its cache.
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def offline_engine(
     Raises:
         EngineError: vLLM does not start.
     """
-    with patch.dict(os.environ, {**_CACHE, **os.environ, **(environment or {})}):
+    with patch.dict(os.environ, {**CACHE, **os.environ, **(environment or {})}):
         from vllm import LLM
 
         try:
