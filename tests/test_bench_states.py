@@ -108,7 +108,7 @@ def test_walk_stops_each_cycle_at_the_first_refused_draft():
     document, rows = states_of_an_answer()
     head = DraftHead((torch.eye(4) * 50,), torch.arange(4))
     p = torch.full((6, 10), 0.1)
-    found = score(replace(head, ids=torch.tensor([0, 1, 2, 3])), rows, document, p, [1, 2])
+    found = score({"head": replace(head, ids=torch.tensor([0, 1, 2, 3]))}, rows, document, p, [1, 2])["head"]
     # K = 2 from place 2: both accepted, on to 5: both, on to 8. K = 1: 2 accepted, 4 accepted, 6 refused.
     assert found.walks[2].tolist() == [2, 2, 2]
     assert found.walks[1].tolist() == [3, 2]
@@ -120,10 +120,10 @@ def test_overlap_is_of_the_targets_probabilities_at_the_same_place():
     p = torch.zeros(6, 10)
     p[torch.arange(6), torch.tensor(document.tokens[2:])] = 1.0  # the target is sure of its own tokens
     head = DraftHead((torch.eye(4) * 50,), torch.arange(4))
-    overlap = score(head, rows, document, p, [2]).overlap
+    overlap = score({"head": head}, rows, document, p, [2])["head"].overlap
     assert overlap == pytest.approx(np.array([[4, 5], [4, 5]]), abs=1e-6)
     elsewhere = replace(head, ids=torch.tensor([5, 6, 7, 8]))
-    assert score(elsewhere, rows, document, p, [2]).overlap[:, 0] == pytest.approx([0, 0])
+    assert score({"head": elsewhere}, rows, document, p, [2])["head"].overlap[:, 0] == pytest.approx([0, 0])
 
 
 def test_share_of_accepted_drafts_leaves_the_targets_own_token_out():

@@ -36,7 +36,7 @@ from vllm_slimspec.target import Target, fetch
 
 REFERENCE = "full"  # the name of the head that the others are compared with, if it is given
 ALL = "all sets"
-_ROWS = 512  # number of states that are scored at a time: for 150,000 tokens their scores take 300 MB
+_ROWS = 128  # number of states that are scored at a time, few enough for their scores to stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ def measure(options: Options) -> StatesResults:
     model = model.to(device)
     scores: dict[tuple[str, str], list[_Scores]] = defaultdict(list)  # by head and prompt set
     documents = {name: next(iter(states.values())).documents() for name, states in recorded.items()}
+    # A re-ranked head shares its factors with the head that it was made of, and so the scores of all tokens.
+    alike: dict[int, dict[str, _Entrant]] = defaultdict(dict)
+    for name, entrant in entrants.items():
+        alike[id(entrant.head.factors)][name] = entrant
     with progress("Scoring heads", sum(map(len, documents.values())), "document") as shown:
         for prompt_set, states in recorded.items():
             rows = {body: _by_document(found) for body, found in states.items()}
@@ -99,10 +103,12 @@ def measure(options: Options) -> StatesResults:
                 if not all(document.number in found for found in rows.values()):
                     continue  # the answer is shorter than a cycle, so that no states were recorded
                 p = target_probabilities(model, document)
-                for name, entrant in entrants.items():
-                    found = score(entrant.head, rows[entrant.body][document.number], document, p, options.ks)
-                    scores[name, prompt_set].append(found)
-                    scores[name, ALL].append(found)
+                for group in alike.values():
+                    of = rows[next(iter(group.values())).body][document.number]
+                    heads = {name: entrant.head for name, entrant in group.items()}
+                    for name, found in score(heads, of, document, p, options.ks).items():
+                        scores[name, prompt_set].append(found)
+                        scores[name, ALL].append(found)
     return StatesResults(
         **provenance(target),
         device=device_name(device),
@@ -165,31 +171,39 @@ def body_key(folder: Path) -> str:
 
 
 @torch.inference_mode()
-def score(head: DraftHead, rows: Rows, document: Document, p: torch.Tensor, ks: Sequence[int]) -> _Scores:
-    """Return the scores of one head in one document, over its recorded ``rows``.
+def score(
+    heads: Mapping[str, DraftHead], rows: Rows, document: Document, p: torch.Tensor, ks: Sequence[int]
+) -> dict[str, _Scores]:
+    """Return the scores of heads in one document, over its recorded ``rows``.
 
-    The target's probabilities ``p`` are float32 [answer, vocabulary], one row for each place of the answer. The numbers
-    of draft tokens ``ks`` are at most the number of steps that were recorded.
+    The heads share their factors and ids, and differ in how they re-rank. The target's probabilities ``p`` are float32
+    [answer, vocabulary], one row for each place of the answer. The numbers of draft tokens ``ks`` are at most the
+    number of steps that were recorded.
     """
     assert rows.pos is not None
     assert rows.step is not None
     assert rows.next_token is not None
-    tokens, overlaps = [], []
+    one = next(iter(heads.values()))
+    tokens: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
+    overlaps = []
     for part in range(0, len(rows), _ROWS):
         some = slice(part, part + _ROWS)
         hidden = rows.hidden[some].float()
-        logits = head.logits(hidden)
-        tokens.append(head.tokens(hidden, logits))
+        logits = one.logits(hidden)
+        for name, head in heads.items():
+            tokens[name].append(head.tokens(hidden, logits))
         wanted = p[rows.pos[some] - document.prompt]
-        wanted = wanted if len(head.ids) == wanted.shape[1] else wanted[:, head.ids]
+        wanted = wanted if len(one.ids) == wanted.shape[1] else wanted[:, one.ids]
         overlaps.append(torch.minimum(wanted, logits.softmax(-1)).sum(-1))
-    hit = (torch.cat(tokens) == rows.next_token).numpy()
     step, overlap = rows.step.numpy(), torch.cat(overlaps).double().numpy()
-    places, row = np.unique(rows.pos.numpy() - step, return_inverse=True)
-    hits = np.zeros((len(places), step.max() + 1), dtype=bool)
-    hits[row, step] = hit
     sums = np.stack([np.bincount(step, overlap), np.bincount(step)], axis=1)
-    return _Scores({k: walk(places, hits[:, :k]) for k in ks}, sums)
+    places, row = np.unique(rows.pos.numpy() - step, return_inverse=True)
+    found = {}
+    for name, drafted in tokens.items():
+        hits = np.zeros((len(places), step.max() + 1), dtype=bool)
+        hits[row, step] = (torch.cat(drafted) == rows.next_token).numpy()
+        found[name] = _Scores({k: walk(places, hits[:, :k]) for k in ks}, sums)
+    return found
 
 
 @torch.inference_mode()
