@@ -11,6 +11,7 @@ answers.
 import argparse
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ PROMPTS = Path(__file__).parent / "prompts.jsonl.gz"
 ANSWERED, DOCUMENTS = 2560, FOLDER / "answers.jsonl"
 LISTS = (32768, 16384, 6144, 2048)  # 6,144 rows of D = 576 are as many bytes as the factors of R = 72
 DISTILLED = ["--distill-steps", "400"]
+KL = [*DISTILLED, "--loss", "kl"]  # accepted more on held-out states here than the loss of greedy drafts
 
 
 def ways(folder: Path) -> dict[str, list[str]]:
@@ -31,16 +33,18 @@ def ways(folder: Path) -> dict[str, list[str]]:
     # The first one records the states that the others use.
     recorded = ["--hidden-states", str(folder / "weighted.run" / "states")]
     calibration = ["--calibration", str(folder / "calibration.jsonl"), "--max-tokens", "128", "--max-states", "50000"]
-    joint = [*DISTILLED, "--joint-steps", "300", "--train-states", str(FOLDER / "states")]
+    joint = [*KL, "--joint-steps", "300", "--train-states", str(FOLDER / "states")]
     made = {
         "weighted": calibration,
         "svd": [],
-        "distilled": [*recorded, *DISTILLED],
-        "distilled-kl": [*recorded, *DISTILLED, "--loss", "kl"],
-        "distilled-rank-36": [*recorded, *DISTILLED, "--rank", "36"],
-        "distilled-rank-144": [*recorded, *DISTILLED, "--rank", "144"],
-        "distilled-rerank-16": [*recorded, *DISTILLED, "--rerank", "16"],
-        "distilled-rerank-64": [*recorded, *DISTILLED, "--rerank", "64"],
+        "spec-vocab": ["--rerank", "2048"],
+        "distilled-greedy": [*recorded, *DISTILLED],
+        "distilled": [*recorded, *KL],
+        "distilled-rerank-64": [*recorded, *KL, "--rerank", "64"],
+        "distilled-rerank-256": [*recorded, *KL, "--rerank", "256"],
+        "distilled-rank-36": [*recorded, *KL, "--rank", "36"],
+        "distilled-rank-144": [*recorded, *KL, "--rank", "144"],
+        "distilled-rank-144-rerank-64": [*recorded, *KL, "--rank", "144", "--rerank", "64"],
         "distilled-int8": [*recorded, "--quantize", "int8"],
         "distilled-int4": [*recorded, "--quantize", "int4"],
         "distilled-jointly": [*recorded, *joint, "--train-args", json.dumps({"total_seq_len": 1024})],
@@ -72,6 +76,10 @@ def main() -> None:
     made = {name: way for name, way in ways(arguments.folder).items() if name in (arguments.only or [name])}
     missing = {name: way for name, way in made.items() if not (arguments.folder / name).exists()}
     for name, way in steps(missing.items(), "Heads", len(missing), "head"):
+        alike, _, reranked = name.partition("-rerank-")
+        if reranked and (done := arguments.folder / f"{alike}.run").is_dir():
+            # Re-ranking changes nothing in a distillation, so the finished one is taken.
+            shutil.copytree(done, arguments.folder / f"{name}.run", dirs_exist_ok=True)
         # Its factors are there already, and only stored in fewer bits.
         drafter = arguments.folder / "distilled" if "--quantize" in way else arguments.dense
         command = [sys.executable, "-m", "vllm_slimspec", "convert", str(drafter), "--target", TARGET]

@@ -63,7 +63,7 @@ $(WORK)/ablation/%/config.json: $(WORK)/states/dataset_info.json
 
 # The heads that are made of the dense drafter's, and the head states that they are made and measured with.
 # States come first.
-HEADS = svd weighted distilled distilled-kl distilled-rank-36 distilled-rank-144 distilled-int8 distilled-int4 \
+HEADS = svd weighted distilled-greedy distilled distilled-rank-36 distilled-rank-144 distilled-int8 distilled-int4 \
 	distilled-jointly $(foreach list,fr-spec vocab-trim,$(foreach size,32768 16384 6144 2048,$(list)-$(size)))
 ANSWERING = --target $(SMOLLM2) $(SETS) --max-tokens 64
 STATES = $(SLIMSPEC) bench states $(ANSWERING) -k 3,5 --work-path $(WORK)/head-states
@@ -76,21 +76,25 @@ heads-smollm2: $(SMOLLM2)/config.json $(WORK)/states/dataset_info.json
 
 MADE = --drafter full=$(DENSE) $(foreach head,$(HEADS),--drafter $(head)=$(WORK)/heads/$(head))
 # In the engine: the drafters as they were trained, the best lists, and the best conversion.
-ENGINE = --drafter full=$(DENSE) $(foreach head,vocab-trim-32768 vocab-trim-16384 distilled-rerank-16 distilled-rerank-64,\
-	--drafter $(head)=$(WORK)/heads/$(head)) --drafter slimspec=$(SHIPPED)
+ENGINE = --drafter full=$(DENSE) $(foreach head,vocab-trim-32768 vocab-trim-16384 distilled distilled-rerank-64 \
+	distilled-rerank-256 distilled-rank-144-rerank-64,--drafter $(head)=$(WORK)/heads/$(head)) --drafter trained=$(TRAINED)
 compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
-	$(STATES) $(MADE) --drafter trained=$(TRAINED) --rerank svd=2048 --rerank weighted=16,64,256 --rerank distilled=16,64,256 \
-		--rerank distilled-kl=16,64,256 --rerank distilled-rank-144=16,64 --json docs/results/smollm2-states.json
+	$(STATES) $(MADE) --drafter trained=$(TRAINED) --rerank svd=2048 --rerank weighted=16,64,256 \
+		--rerank distilled=16,64,256 --rerank distilled-rank-36=64 --rerank distilled-rank-144=16,64 --json docs/results/smollm2-states.json
 	$(SLIMSPEC) bench acceptance $(ANSWERING) -k 3 $(ENGINE) --json docs/results/smollm2-acceptance.json
 	$(PY) tools/documents.py
 
 # Every head behind `vllm serve` and in the cycle of one engine.
-LISTED = --drafter trim=$(WORK)/heads/vocab-trim-16384 --drafter trim-argmax=$(WORK)/heads/vocab-trim-16384
+# The names are those of README's table: "argmax" is vLLM's use_local_argmax_reduction, which SlimSpec turns on by itself.
+SERVED = full=$(DENSE) full-argmax=$(DENSE) trim-16384=$(WORK)/heads/vocab-trim-16384 \
+	trim-16384-argmax=$(WORK)/heads/vocab-trim-16384 trim-2048-argmax=$(WORK)/heads/vocab-trim-2048 \
+	spec-vocab=$(WORK)/heads/spec-vocab trained=$(TRAINED) slimspec=$(WORK)/heads/distilled \
+	slimspec-rerank-64=$(WORK)/heads/distilled-rerank-64 slimspec-rerank-256=$(WORK)/heads/distilled-rerank-256 \
+	slimspec-rank-144-rerank-64=$(WORK)/heads/distilled-rank-144-rerank-64
 serve-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
-	$(SLIMSPEC) bench serve --target $(SMOLLM2) --prompts $(QUESTIONS)/in-turn.jsonl -k 3 --max-tokens 64 --requests 24 \
-		--concurrency 1,4,8 --drafter full=$(DENSE) $(LISTED) --local-argmax trim-argmax \
-		--drafter distilled-rerank-16=$(WORK)/heads/distilled-rerank-16 --drafter slimspec=$(SHIPPED) \
-		--json docs/results/smollm2-serve.json
+	$(SLIMSPEC) bench serve --target $(SMOLLM2) --prompts $(QUESTIONS)/in-turn.jsonl -k 3 --max-tokens 64 --requests 16 \
+		--concurrency 1,4,8 $(SERVED:%=--drafter %) \
+		$(foreach list,full trim-16384 trim-2048,--local-argmax $(list)-argmax) --json docs/results/smollm2-serve.json
 	$(PY) benchmarks/cycle.py --target $(SMOLLM2) --drafter $(DENSE) -k 3 --batches 1,8 \
 		--heads full,full-argmax,full-int8,trim-32k,trim-32k-scatter,spec-vocab,low-rank,low-rank-int8,low-rank-int4,low-rank-rerank \
 		--json docs/results/smollm2-cycle.json
