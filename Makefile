@@ -17,7 +17,7 @@
 # make soak   ten minutes of load on a served drafter, every answer compared with the target's
 # make faults   what is broken on purpose, and how often
 # make documents   the figures of README.md and docs/, out of docs/results
-# make release   on a clean checkout: the wheel, the sdist and the notes of the version, and a git tag
+# make release URL=https://github.com/OWNER/REPOSITORY   on a clean checkout: wheel, sdist, notes and tag of the version
 # make dist-check   wheel and sdist, built twice, installed into clean environments
 #
 # Everything runs in .venv, which is made on first use, with a vLLM for CPUs. To use a CUDA vLLM that is installed:
@@ -127,7 +127,7 @@ gpu-cycle: install
 		$(ACCEPTING) --json docs/results/serve-gpu.json
 
 release: install
-	$(PY) tools/release.py
+	$(PY) tools/release.py --url "$(URL)"
 
 lint: install
 	$(PY) -m ruff check .

@@ -1,5 +1,6 @@
 """All of the package's metadata. pyproject.toml holds the build system and the tools' settings only."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,13 +8,27 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "vllm_slimspec/__init__.py").read_text(), re.M).group(1)
+# Address of the repository, which `make release URL=...` sets. A package index shows README.md alone, so the links in it
+# have to name the repository then. Without an address they stay as they are.
+URL = os.environ.get("SLIMSPEC_URL", "").rstrip("/")
+
+
+def long_description():
+    """Return README.md with every link to a file of the repository made absolute, at the tag of this version."""
+    text = (HERE / "README.md").read_text()
+    if not URL:
+        return text
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{URL}/raw/v{VERSION}/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{URL}/blob/v{VERSION}/", text)
+
 
 setup(
     name="vllm-slimspec",
     version=VERSION,
     description="Low-rank draft heads for speculative decoding in vLLM: serve, convert, train, measure",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    project_urls={"Source": URL, "Changelog": f"{URL}/blob/v{VERSION}/CHANGELOG.md"} if URL else {},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",

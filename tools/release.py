@@ -1,12 +1,13 @@
 """`make release`: build the wheel and the sdist of the version in the package, write its notes, and tag the commit.
 
-    python tools/release.py            # builds into dist/ and makes the tag v0.2.0
-    python tools/release.py --check    # only says whether a release could be made
+    python tools/release.py --url https://github.com/OWNER/REPOSITORY    # builds into dist/ and makes the tag v0.2.0
+    python tools/release.py --check                                      # only says whether a release could be made
 
-The notes are the section of CHANGELOG.md whose heading has the version and a date. Nothing is uploaded.
+The address of the repository is written into the links of the README that a package index will show. The notes are the section of CHANGELOG.md whose heading has the version and a date. Nothing is uploaded.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -52,14 +53,18 @@ def _git(*arguments: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build and tag a release.")
     parser.add_argument("--check", action="store_true", help="check whether a release can be made, and build nothing")
+    parser.add_argument("--url", help="address of the repository, which is public under it")
     arguments = parser.parse_args()
+    if not (arguments.check or re.match("https?://", arguments.url or "")):
+        raise OptionError(f"--url {arguments.url}: must be the https:// address of the repository; give it")
     text = notes((ROOT / "CHANGELOG.md").read_text(), __version__)
     check_clean()
     if arguments.check:
         print(f"version {__version__} can be released")
         return
     dist = ROOT / "dist"
-    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(ROOT)], check=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(ROOT)]
+    subprocess.run(command, check=True, env={**os.environ, "SLIMSPEC_URL": arguments.url})
     (dist / f"NOTES-{__version__}.md").write_text(text)
     _git("tag", "--annotate", f"v{__version__}", "--message", f"Version {__version__}")
     print(f"written: {dist}; tagged: v{__version__}. Look at both, then push the tag and upload the files.")
