@@ -8,8 +8,8 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "vllm_slimspec/__init__.py").read_text(), re.M).group(1)
-# Address of the repository, which `make release URL=...` sets. A package index shows README.md alone, so the links in it
-# have to name the repository then. Without an address they stay as they are.
+# Address of the repository, which `make release URL=...` sets. A package index shows README.md alone, so that its links
+# have to name the repository there. Without an address they stay as they are.
 URL = os.environ.get("SLIMSPEC_URL", "").rstrip("/")
 
 

@@ -3,7 +3,8 @@
     python tools/release.py --url https://github.com/OWNER/REPOSITORY    # builds into dist/ and makes the tag v0.2.0
     python tools/release.py --check                                      # only says whether a release could be made
 
-The address of the repository is written into the links of the README that a package index will show. The notes are the section of CHANGELOG.md whose heading has the version and a date. Nothing is uploaded.
+The address of the repository goes into the links of the README, which a package index shows without other files. The
+notes are the section of CHANGELOG.md whose heading has the version and a date. Nothing is uploaded.
 """
 
 import argparse

@@ -336,31 +336,33 @@ def _against_bytes(rows: Sequence[kinds.StatesRow]) -> Figure:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.2)
+    whole = max(row.draft_vocab_size for row in rows)
     for row in rows:
-        x, color = row.head_bytes / 1e6, _color(row.head)
+        x, color = row.head_bytes / 1e6, _color(row, whole)
         axes.plot([x, x], [row.low - 1, row.high - 1], color=color, linewidth=2, alpha=0.35)
         axes.scatter(x, row.length - 1, s=30, color=color, zorder=3)
     axes.set(xlabel="MB that a draft step reads of the head (log scale)", ylabel="accepted drafts a cycle")
-    _names(figure, axes, sorted((row.head_bytes / 1e6, row.length - 1, row.head) for row in rows))
+    _names(figure, axes, sorted((row.head_bytes / 1e6, row.length - 1, row.head, _color(row, whole)) for row in rows))
     return figure
 
 
-def _color(head: str) -> str:
-    return _COLORS[0 if head.startswith("low-rank") else 1 if head.startswith("trim") else -1]
+def _color(head: kinds.DescribedHead, whole: int) -> str:
+    """Return one color for low-rank heads, one for dense heads of fewer tokens than the ``whole``, and a third one."""
+    return _COLORS[0 if head.rank is not None else 1 if head.draft_vocab_size < whole else -1]
 
 
-def _names(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+def _names(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
     """Write names beside points, moved up or down where they would cover one another."""
     figure.draw_without_rendering()
-    places = axes.transData.transform([(x, y) for x, y, _ in points]) * 72 / figure.dpi
+    places = axes.transData.transform([(x, y) for x, y, *_ in points]) * 72 / figure.dpi
     taken = [(x - 4, x + 4, y) for x, y in places]  # left, right and middle of points and names, in points of type
-    for (x, y, name), (place, middle) in zip(points, places, strict=True):
+    for (x, y, name, color), (place, middle) in zip(points, places, strict=True):
         left, right = place + 5, place + 12 + 4.9 * len(_label(name))
         for step in (0, 11, -11, 22, -22, 33, -33, 44, -44):
             if not any(left < r and a < right and abs(m - middle - step) < 10.5 for a, r, m in taken):
                 break
         taken.append((left, right, middle + step))
-        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small", "color": _color(name)}
+        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small", "color": color}
         axes.annotate(_label(name), (x, y), xytext=(7, step), annotation_clip=False, **style)
 
 
