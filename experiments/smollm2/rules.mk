@@ -92,7 +92,7 @@ SERVED = full=$(DENSE) full-argmax=$(DENSE) trim-16384=$(WORK)/heads/vocab-trim-
 	slimspec-rerank-64=$(WORK)/heads/distilled-rerank-64 slimspec-rerank-256=$(WORK)/heads/distilled-rerank-256 \
 	slimspec-rank-144-rerank-64=$(WORK)/heads/distilled-rank-144-rerank-64
 serve-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
-	$(SLIMSPEC) bench serve --target $(SMOLLM2) --prompts $(QUESTIONS)/in-turn.jsonl -k 3 --max-tokens 64 --requests 16 \
+	$(SLIMSPEC) bench serve --target $(SMOLLM2) --prompts $(QUESTIONS)/in-turn.jsonl -k 3 --max-tokens 64 --requests 12 --dtypes bfloat16 \
 		--concurrency 1,4,8 $(SERVED:%=--drafter %) \
 		$(foreach list,full trim-16384 trim-2048,--local-argmax $(list)-argmax) --json docs/results/smollm2-serve.json
 	$(PY) benchmarks/cycle.py --target $(SMOLLM2) --drafter $(DENSE) -k 3 --batches 1,8 \
