@@ -135,8 +135,8 @@ class Conversion:
             return own[0].to(self.dense.device), own[1].to(self.dense.device)
         if self.states is None:
             logger.warning(
-                "no --calibration and no --hidden-states: this is plain SVD, and nothing is measured; at D/8 it keeps "
-                "about a third of the dense head's choices, where an SVD weighted by states keeps over four fifths"
+                "no --calibration and no --hidden-states: this is plain SVD, and nothing is measured; an SVD that is "
+                "weighted by states loses less; give --calibration PROMPTS.jsonl"
             )
         with progress(f"Factorizing the head{' for the recorded states' if self.states else ''}", ends=False):
             return factorize(self.dense, rank, **self._weights)

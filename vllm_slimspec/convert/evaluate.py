@@ -18,7 +18,7 @@ import torch
 from vllm_slimspec.common.walk import Tau, acceptance_length, walk
 from vllm_slimspec.engine.head_states import Rows
 
-RERANK = (8, 16, 32, 64)  # numbers of candidates that are tried
+RERANK = (8, 16, 64, 256)  # numbers of candidates that are tried
 _LOGITS = 2**25  # computed at once: 128 MiB in float32
 
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # down [R, D], up [V, R]
