@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 
 from vllm_slimspec.common.process import how_it_ended, last_words, stop
+from vllm_slimspec.engine.offline import CACHE
 from vllm_slimspec.errors import EngineError
 
 
@@ -35,7 +36,7 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        self._timeout, self._env = timeout, {**os.environ, **(env or {})}
+        self._timeout, self._env = timeout, {**CACHE, **os.environ, **(env or {})}
         self._command = [vllm_command(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
         self.process: subprocess.Popen[bytes] | None = None
 
