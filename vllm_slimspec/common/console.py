@@ -50,8 +50,8 @@ DtypeOption = Annotated[
     Dtype,
     typer.Option(
         "--dtype",
-        help="Data type of the computation. auto is bfloat16 on a CPU that multiplies it, float32 on any other, and "
-        "the stored one on a GPU.",
+        help="Data type of the computation. auto is bfloat16 on a CPU with instructions for it, float32 on any other "
+        "CPU, and the data type of the stored weights on a GPU.",
     ),
 ]
 
