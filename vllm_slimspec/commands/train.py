@@ -267,7 +267,8 @@ def states(
         int | None,
         typer.Option(
             min=1,
-            help="Number of documents whose states are kept. A vLLM server has to give the others in training.",
+            help="Number of documents whose states are stored. A vLLM server must compute the states of the others "
+            "during training.",
             show_default="all of them",
         ),
     ] = None,
