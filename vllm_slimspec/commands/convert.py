@@ -85,8 +85,8 @@ def convert(
         int,
         typer.Option(
             min=0,
-            help="Number of optimizer steps that train head, fc and layer together, after --distill-steps, with the "
-            "trainer of speculators. 0 trains nothing.",
+            help="Number of optimizer steps that train the head, the input projection fc and the layer of the drafter "
+            "together, after --distill-steps, with the trainer of speculators. 0 trains nothing.",
         ),
     ] = 0,
     loss: Annotated[
@@ -150,7 +150,10 @@ def convert(
     ] = "slimspec",
     sweep: Annotated[
         str | None,
-        typer.Option(help="Rank divisors to measure and compare, such as 16,12,8,6,4. No drafter is written."),
+        typer.Option(
+            help="Rank divisors to measure and compare, such as 16,12,8,6,4. A plot is written to "
+            "OUTPUT_PATH.sweep.png, and no drafter is written."
+        ),
     ] = None,
     engine_args: Annotated[
         str, typer.Option(help="Further arguments of vllm.LLM as a JSON object, such as '{\"max_model_len\": 4096}'.")
