@@ -51,8 +51,8 @@ K = Annotated[
 PromptFiles = Annotated[
     list[Path],
     typer.Option(
-        help='JSONL file of prompts, with {"prompt"}, {"messages"} or {"text"} on each line. Repeat the option for '
-        "each file."
+        help='JSONL file of prompts. Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
+        '{"input_ids": [...]}. Repeat the option for each file.'
     ),
 ]
 EngineArgs = Annotated[
@@ -262,12 +262,16 @@ def serve(
     target: Target,
     drafter: Drafters,
     prompts: Annotated[
-        Path, typer.Option(help='JSONL file of prompts, with {"prompt"}, {"messages"} or {"text"} on each line.')
+        Path,
+        typer.Option(
+            help='JSONL file of prompts. Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
+            '{"input_ids": [...]}.'
+        ),
     ],
     local_argmax: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name of a --drafter that vLLM shall ask for tokens instead of logits (use_local_argmax_reduction). "
+            help="Name of a --drafter that vLLM is to ask for tokens instead of logits (use_local_argmax_reduction). "
             "Repeat the option for each one. Low-rank drafters always give tokens."
         ),
     ] = None,
