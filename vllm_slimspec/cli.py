@@ -58,7 +58,7 @@ def main() -> None:
             try:  # It imports torch, which would slow the other commands down.
                 from vllm_slimspec.commands import measure
 
-                words = "Measure draft heads: the time of a head, the tokens that are accepted, and a server."
+                words = "Measure draft heads: their time, the drafts that the target accepts, and the speed of servers."
                 app.add_typer(measure.app, name="bench", help=words)
             except ModuleNotFoundError:
                 if command == ["bench"]:
