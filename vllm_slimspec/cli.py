@@ -1,4 +1,4 @@
-"""The `slimspec` command, which puts the groups of commands together.
+"""The `slimspec` command: it puts the groups of commands together, and defines `inspect`, `doctor` and `report`.
 
 Exit codes: 0 success, 1 failure (one line on stderr says why), 2 wrong usage, 130 interrupted by SIGINT, 143 ended by
 SIGTERM.
