@@ -1,4 +1,4 @@
-"""Which parts of the package may import which: the table of docs/architecture.md, whose rooms are files or folders."""
+"""Which parts of the package may import which: the table of docs/architecture.md, whose parts are files or folders."""
 
 import ast
 from itertools import chain
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vllm_slimspec"
-# A room may import those of the floors below its own, and nothing beside it on its floor.
-FLOORS = (
+# A part may import those of the levels below its own, and nothing beside it on its level.
+LEVELS = (
     {"errors"},
     {"common"},
     {"head"},
@@ -22,7 +22,7 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
-LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 OUTSIDE = {"__init__", "kernels"}  # what vLLM calls, and a folder that imports nothing of the package
 
 
@@ -56,24 +56,24 @@ def of_whom(name: str, modules: dict[str, set[str]]) -> str | None:
     return next((part for part in (name, name.rpartition(".")[0]) if part in modules), None)
 
 
-def broken(room: str, imported: set[str]) -> list[str]:
+def broken(part: str, imported: set[str]) -> list[str]:
     """Return the parts of the package that this one imports and must not import."""
-    others = {name.partition(".")[0] for name in imported} - {room, *OUTSIDE}
-    return sorted(other for other in others if LEVEL.get(other, -1) >= LEVEL[room])
+    others = {name.partition(".")[0] for name in imported} - {part, *OUTSIDE}
+    return sorted(other for other in others if LEVEL.get(other, -1) >= LEVEL[part])
 
 
-def room_of(file: Path) -> str:
+def part_of(file: Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-FILES = sorted(file for file in PACKAGE.rglob("*.py") if room_of(file) not in OUTSIDE)
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if part_of(file) not in OUTSIDE)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_no_package_imports_one_beside_or_above_it(file):
     """Catches: a sub-package that imports one beside or above it in docs/architecture.md, or a circle of
     sub-packages."""
-    assert broken(room_of(file), imports(file.read_text())) == []
+    assert broken(part_of(file), imports(file.read_text())) == []
 
 
 def test_no_module_imports_itself_through_others_of_its_package():
@@ -110,7 +110,7 @@ def test_no_benchmark_imports_itself_through_others():
 
 def test_every_package_has_a_level_in_the_contract():
     """Catches: a new sub-package for which the contract of imports says nothing."""
-    assert {room_of(file) for file in FILES} == set(chain.from_iterable(FLOORS))
+    assert {part_of(file) for file in FILES} == set(chain.from_iterable(LEVELS))
 
 
 def test_contract_of_imports_notices_a_forbidden_import():
