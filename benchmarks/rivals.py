@@ -87,7 +87,7 @@ RIVALS = (
         "SpecVocab",
         "arXiv 2602.13836",
         "scores all tokens by two low-rank factors, and scores the k best of them again by the rows of the dense head",
-        "all tokens that are among the k best",
+        "all tokens",
         "distillation with an auxiliary loss",
         "2 R D + 2 V R + 2 k D",
         lambda shape: low_rank_bytes("low-rank")(shape) + 2 * SPEC_VOCAB_K * shape.hidden_size,
@@ -168,24 +168,24 @@ RIVALS = (
         "arXiv 2510.13847",
         "chooses clusters of tokens by a small classifier of the context, and scores the rows of those clusters",
         "the tokens of the clusters that are chosen at every step",
-        "of the classifier",
+        "training of the classifier",
         "2 S D, with S rows in the chosen clusters",
         _rows(TRIMMED),
         (),
-        f"S = {TRIMMED:,} is an assumption: the size of the fixed lists of tokens that it replaces. The cost of the "
-        "classifier is not counted.",
+        f"S = {TRIMMED:,} is an assumption: the size of the fixed lists of tokens that DynaSpec replaces. The cost "
+        "of the classifier is not counted.",
     ),
     Rival(
         "CORAL",
         "arXiv 2502.16880",
-        "splits the rows of the head into groups, of which a router runs some",
-        "the tokens of one group at each step",
-        "of the router and the drafter",
+        "splits the rows of the head into groups, and a router chooses which groups run at each step",
+        "the tokens of the groups that are chosen at every step",
+        "training of the router and the drafter",
         "2 V D / G, with G groups of which one runs",
         lambda shape: 2 * shape.vocab_size * shape.hidden_size // _CORAL_GROUPS,
         (),
-        f"G = {_CORAL_GROUPS} is an assumption, because the number was not found in the public text of the paper. The "
-        "cost of the router is not counted.",
+        f"That one of G = {_CORAL_GROUPS} groups runs is an assumption, because the numbers were not found in the "
+        "public text of the paper. The cost of the router is not counted.",
     ),
     Rival(
         "RDK, out-of-vocabulary sampling",
@@ -196,8 +196,8 @@ RIVALS = (
         "2 N D + 8 V",
         lambda shape: _rows(TRIMMED)(shape) + 8 * shape.vocab_size,
         (),
-        "The term 8 V stands for two float32 vectors of V entries, which is how we read its linear form. It changes "
-        "sampled drafts only. vLLM drafts greedily by default, and a greedy drafter gains nothing.",
+        "The term 8 V stands for two float32 vectors of V entries. This is our reading of the linear form in the "
+        "paper. RDK changes sampled drafts only. vLLM drafts greedily by default, and a greedy drafter gains nothing.",
     ),
 )
 
@@ -216,9 +216,9 @@ def rivals_page() -> str:
     lines = [
         "# Rivals",
         "",
-        "This page compares the ways to make a [draft head](concepts.md#draft-head) cheaper that we know of, SlimSpec",
-        "among them. It says what each one does, which tokens it can draft, and how many bytes of weights a draft step",
-        "of one request reads in a bfloat16 model. `python benchmarks/rivals.py` prints the page.",
+        "This page compares SlimSpec with other ways to make a [draft head](concepts.md#draft-head) cheaper. It says",
+        "what each one does, which tokens it can draft, and how many bytes of weights a draft step of one request",
+        "reads in a bfloat16 model. `python benchmarks/rivals.py` prints the page.",
         "",
         "The last column of the first table names the heads of [`slimspec bench head`](bench.md) or `cycle.py`. A head",
         'that is "not run" is described from abstracts and summaries only. The files in [results](results) hold the',
