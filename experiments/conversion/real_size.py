@@ -1,10 +1,10 @@
-"""What a conversion costs at the sizes of Llama-3.1-8B, with synthetic weights: time, and memory at its highest.
+"""Measure the time and the peak memory of a conversion at the sizes of Llama-3.1-8B, with synthetic weights.
 
     python experiments/conversion/real_size.py build/real-size --json docs/results/convert-8b.json
 
 Writes a drafter (D=4096, V=128256, bfloat16) and 100,000 head states of random numbers, 2.6 GB in all, converts them at
-rank 512 and prints the minutes and gigabytes of the whole command, measuring included. How good the result is says
-nothing here: random heads have no low rank.
+rank 512 and prints the minutes and gigabytes of the whole command, measuring included. The quality of the result means
+nothing here, because random heads are not nearly of low rank.
 
 Expected output: a few minutes, and less than 12 GiB at most.
 """
