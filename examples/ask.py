@@ -1,4 +1,4 @@
-"""Ask a running `vllm serve` through the official OpenAI client: nothing in it knows of speculative decoding.
+"""Ask a running `vllm serve` through the official OpenAI client. The client need not know of speculative decoding.
 
     bash examples/serve.sh TARGET DRAFTER          # in another terminal
     python examples/ask.py "def main():"           # prints the completion as it arrives

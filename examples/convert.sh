@@ -3,8 +3,8 @@
 #
 #   bash examples/convert.sh TARGET DENSE_DRAFTER PROMPTS.jsonl OUTPUT
 #
-# PROMPTS.jsonl holds prompts like those that you will serve, one {"messages": [...]} or {"prompt": "..."} a line. The target
-# answers them, the drafter's head states are recorded meanwhile, and the factors are fitted to these states.
+# PROMPTS.jsonl holds prompts like those that you will serve. Each line is {"messages": [...]} or {"prompt": "..."}. While the
+# target answers them, the inputs of the drafter's head (its head states) are recorded. The factors are fitted to these states.
 #
 # Expected output: a table with the acceptance length that the new head keeps, the line "written: OUTPUT", and what
 # `slimspec inspect` says of the folder. The command writes nothing if the head loses more than 3% of the acceptance length;

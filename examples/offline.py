@@ -1,4 +1,4 @@
-"""A SlimSpec drafter in vLLM's offline engine.
+"""Generate with a SlimSpec drafter in vLLM's offline engine.
 
     python examples/offline.py TARGET DRAFTER "first prompt" "second prompt"
 

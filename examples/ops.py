@@ -1,4 +1,4 @@
-"""The operations on plain tensors: factors, the best token of each row, and exact scores of the best candidates.
+"""Call the operations on plain tensors: factorize a head, choose the best token of each row, and re-rank candidates.
 
     python examples/ops.py
 

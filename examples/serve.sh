@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serve a target with a SlimSpec drafter: an ordinary `vllm serve`. The plugin needs no flag of its own.
+# Serve a target with a SlimSpec drafter by an ordinary `vllm serve`. The plugin needs no flag of its own.
 #
 #   bash examples/serve.sh TARGET DRAFTER [more arguments of vllm serve]
 #

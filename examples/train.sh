@@ -3,8 +3,8 @@
 #
 #   bash examples/train.sh TARGET OUTPUT [more options of `slimspec train`]
 #
-# The target writes its own prompts and answers them, then its hidden states are kept, then the drafter is trained. The first
-# command prints what that will cost and starts nothing. The second one goes on where it stopped when you run it again.
+# The target writes its own prompts and answers them. Its hidden states are stored, and the drafter is trained on them. The
+# first command prints what that will cost and starts nothing. The second one resumes when you run it again after a stop.
 #
 # Expected output: the plan; then a line for each stage and epoch, with the acceptance length on answers that were held out;
 # then what `slimspec inspect` says of the folder.
