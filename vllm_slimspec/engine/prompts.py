@@ -54,7 +54,7 @@ def open_tokenizer(rows: Sequence[Line], name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub raise classes of their own
         raise CheckpointError(
             f"{name}: no tokenizer to read the prompts with ({one_line(error)}); copy the target's tokenizer.json "

@@ -70,7 +70,8 @@ def fitting(target: str | Path) -> list[str]:
     of emulation differs between processors, however, so that both are measured.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(target)))
+        config = AutoConfig.from_pretrained(str(target), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     needed, there = _ROOM * 4 * sum(p.numel() for p in model.parameters()), psutil.virtual_memory().available
     if needed <= there:
         return ["bfloat16", "float32"]
@@ -98,7 +99,7 @@ def measure(options: Options) -> Iterator[ServeResults]:
     target = Target.open(pair.target)
     room = options.max_tokens + options.k
     (prompt_set, prompts), *_ = read_sets([pair.prompts], target, max_model_len=None, room=room).items()
-    tokenizer = AutoTokenizer.from_pretrained(pair.target)
+    tokenizer = AutoTokenizer.from_pretrained(pair.target, trust_remote_code=False)
     work = Path(tempfile.mkdtemp(prefix="slimspec-"))
     # The load generator sends text, and the server's tokenizer adds the first token (bos) again. So it is removed here.
     texts = [tokenizer.decode(ids[ids[0] == tokenizer.bos_token_id :], skip_special_tokens=False) for ids in prompts]

@@ -86,7 +86,9 @@ def measure(options: Options) -> StatesResults:
         raise OptionError(f"--prompts: two of the files {', '.join(names)} have the same name; rename one of them")
     recorded = {file.stem: _record(options, file, entrants.values()) for file in options.prompts}
     with progress("Loading the target"):
-        model: Any = AutoModelForCausalLM.from_pretrained(options.target, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            options.target, dtype=torch.float32, trust_remote_code=False
+        ).eval()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = model.to(device)
     scores: dict[tuple[str, str], list[_Scores]] = defaultdict(list)  # by head and prompt set

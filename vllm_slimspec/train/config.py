@@ -101,7 +101,7 @@ def resolve(
         raise CheckpointError(
             f"{data}: holds the states of layers {layer_ids}; leave out --target-layer-ids, or write other states"
         )
-    hidden = AutoConfig.from_pretrained(str(target)).get_text_config().hidden_size
+    hidden = AutoConfig.from_pretrained(str(target), trust_remote_code=False).get_text_config().hidden_size
     if start := flags.get("from_pretrained"):
         config = PretrainedConfig.get_config_dict(start)[0]
         if config.get("speculators_model_type") != "slimspec_eagle3":

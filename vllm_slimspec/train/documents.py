@@ -56,7 +56,7 @@ def read_documents(
             raise CheckpointError(
                 f"{file}:{number}: is a prompt without its answer; run `slimspec train answers` over the file first"
             )
-    vocab_size = AutoConfig.from_pretrained(str(target)).get_text_config().vocab_size
+    vocab_size = AutoConfig.from_pretrained(str(target), trust_remote_code=False).get_text_config().vocab_size
     found = tokens_of(rows, open_tokenizer(rows, str(target)), vocab_size, file)
     documents, unknown, cut = [], 0, 0
     for (number, ids), (_, row) in zip(found, rows, strict=True):

@@ -207,7 +207,7 @@ def _export(trainer: SlimSpecTrainer, run: Mapping[str, Any], output: Path) -> D
         "tokens_per_s": tokens,
         "tflops": tflops,
     }
-    dtype = AutoConfig.from_pretrained(target).get_text_config().dtype or torch.bfloat16
+    dtype = AutoConfig.from_pretrained(target, trust_remote_code=False).get_text_config().dtype or torch.bfloat16
     checkpoint = export(model, output, dtype=dtype, provenance=provenance)
     plot_metrics(metrics, metrics.with_name("training.png"))
     return checkpoint

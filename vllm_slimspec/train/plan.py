@@ -82,9 +82,9 @@ def make_plan(
     """
     run = config.flatten()
     name, length, ratio = run["verifier_name_or_path"], run["total_seq_len"], run["train_data_ratio"]
-    target_config = AutoConfig.from_pretrained(name)
+    target_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(target_config)
+        target = AutoModelForCausalLM.from_config(target_config, trust_remote_code=False)
     drafter = build_empty(config)
     itemsize = (target_config.get_text_config().dtype or torch.bfloat16).itemsize
     tokens = sum(lengths)
@@ -130,7 +130,7 @@ def make_plan(
 def build_empty(config: SlimSpecTrainConfig) -> SlimSpecEagle3Model:
     """Return the drafter of a run with tensors that take no memory (torch's meta device)."""
     run = config.flatten()
-    target = AutoConfig.from_pretrained(run["verifier_name_or_path"]).get_text_config()
+    target = AutoConfig.from_pretrained(run["verifier_name_or_path"], trust_remote_code=False).get_text_config()
     vocab = run["draft_vocab_size"] or target.vocab_size
     with (
         torch.device("meta"),

@@ -126,7 +126,7 @@ class _Chat:
 
         self._sampling = sampling
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(target))
+            self._tokenizer = AutoTokenizer.from_pretrained(str(target), trust_remote_code=False)
         except Exception as error:  # transformers, tokenizers and the hub raise classes of their own
             raise CheckpointError(f"{target}: its tokenizer cannot be loaded ({one_line(error)})") from None
         if not getattr(self._tokenizer, "chat_template", None):

@@ -57,7 +57,7 @@ def write_states(
     with claim_work(folder) as claim, progress("train states", ends=False):
         path = claim.path
         with progress("Loading the target"):
-            model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto").eval()
+            model = AutoModelForCausalLM.from_pretrained(str(target), dtype="auto", trust_remote_code=False).eval()
         _blocks(model)  # refuses the target before anything is written
         layers = resolve_target_layer_ids(layer_ids, str(target))
         vocab = model.config.get_text_config().vocab_size
@@ -85,7 +85,9 @@ def write_states(
         chosen, stored = work_dtype(dtype, model.dtype), model.dtype
         chosen.log("hidden states")
         if chosen.dtype != stored:  # Module.to() would round the rotary frequencies too, so the model is loaded again.
-            model = AutoModelForCausalLM.from_pretrained(str(target), dtype=chosen.dtype).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                str(target), dtype=chosen.dtype, trust_remote_code=False
+            ).eval()
         model.to(torch.accelerator.current_accelerator() or "cpu")
         kept = tokens[:keep]
         todo = [] if is_checked(path) else [i for i, ids in enumerate(kept) if flaw(path, i, ids)]
