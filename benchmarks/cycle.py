@@ -17,7 +17,7 @@ import torch
 import typer
 
 from cycle_engine import Found, Plan, Turn, rotated, run
-from heads import HEADS, heads_of
+from engine_heads import HEADS, heads_of
 from random_pairs import DTYPE, TARGETS, write_drafter, write_target
 from results import CycleResults, CycleRow
 from synthetic import NO_SYNTHETIC, rates, synthetic

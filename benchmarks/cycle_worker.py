@@ -18,15 +18,15 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 
-from heads import HEADS, EngineHead
+from engine_heads import HEADS, EngineHead
 from random_pairs import RIVAL_ARCHITECTURE
 from vllm_slimspec import register
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.slot import HeadSlot
 from vllm_slimspec.head.spec import DOWN, UP, head_spec
-from vllm_slimspec.measure.arms import Arm, Weights, check, trimmed_offsets
 from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.shapes import Shape
+from vllm_slimspec.measure.timed_heads import Arm, Weights, check, trimmed_offsets
 
 # This runs in the worker's process, where vLLM imports this module for WorkerHeads before it loads a model. The plugin
 # is registered here too, because a package that runs from a checkout has no entry point.

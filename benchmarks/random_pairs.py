@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heads import EngineHead
+from engine_heads import EngineHead
 from vllm_slimspec.common.files import save_tensors
 from vllm_slimspec.common.output import claim_folder, write_whole
 from vllm_slimspec.drafters.eagle3 import LLAMA
 from vllm_slimspec.head.spec import DENSE, DOWN, UP
-from vllm_slimspec.measure.arms import Weights, trimmed_offsets
 from vllm_slimspec.measure.shapes import Shape
+from vllm_slimspec.measure.timed_heads import Weights, trimmed_offsets
 
 RIVAL_ARCHITECTURE = "SlimSpecRivalLlamaForCausalLMEagle3"
 """The architecture of a stock drafter with the head that ``rival_head`` names: see :mod:`cycle_worker`."""

@@ -13,10 +13,10 @@ from typing import Annotated
 import torch
 import typer
 
-from heads import SERVED
+from engine_heads import SERVED
 from random_pairs import TARGETS, write_drafter, write_target, write_tokenizer
 from synthetic import NO_SYNTHETIC, synthetic
-from vllm_slimspec.commands.measure import (
+from vllm_slimspec.commands.bench import (
     Concurrency,
     Json,
     K,

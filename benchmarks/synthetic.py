@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from heads import EngineHead
+from engine_heads import EngineHead
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.measure.results import AcceptanceResults
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_slimspec.commands.measure import app
+from vllm_slimspec.commands.bench import app
 from vllm_slimspec.common.bootstrap import interval
 from vllm_slimspec.engine import answers
 from vllm_slimspec.engine.acceptance import Acceptance

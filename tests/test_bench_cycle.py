@@ -14,14 +14,14 @@ import cycle
 import cycle_engine
 import random_pairs
 from cycle_engine import Alone, Found, Plan, Turn
-from heads import HEADS
+from engine_heads import HEADS
 from results import CycleResults
 from rivals import RIVALS, rivals_page
 from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.errors import EngineError
-from vllm_slimspec.measure.arms import RERANK_K, SPEC_VOCAB_K, Weights
 from vllm_slimspec.measure.shapes import SHAPES
+from vllm_slimspec.measure.timed_heads import RERANK_K, SPEC_VOCAB_K, Weights
 
 # What their makers publish, unquantized and to the last parameter.
 PARAMETERS = {

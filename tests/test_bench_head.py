@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 import roofline
-from vllm_slimspec.commands.measure import app
-from vllm_slimspec.measure import arms as bench
+from vllm_slimspec.commands.bench import app
+from vllm_slimspec.measure import timed_heads as bench
 from vllm_slimspec.measure.results import HeadResults
 from vllm_slimspec.measure.shapes import SHAPES, Shape
 

@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 import parts as bench
 import roofline
 from results import PartResults
-from vllm_slimspec.commands.measure import app
-from vllm_slimspec.measure.arms import RERANK_K, Weights
+from vllm_slimspec.commands.bench import app
 from vllm_slimspec.measure.shapes import SHAPES, Shape
+from vllm_slimspec.measure.timed_heads import RERANK_K, Weights
 
 TINY = Shape(64, 70000, 32)
 

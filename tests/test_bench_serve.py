@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import random_pairs
 import serve_random
-from vllm_slimspec.commands.measure import app
+from vllm_slimspec.commands.bench import app
 from vllm_slimspec.common.process import last_words
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.measure import serve

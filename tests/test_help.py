@@ -10,7 +10,7 @@ import rivals
 import roofline
 import serve_random
 from vllm_slimspec import cli
-from vllm_slimspec.commands.measure import app as bench
+from vllm_slimspec.commands.bench import app as bench
 
 RIDDLES = ("of ", "for ", "of both", "with it", "then", "...", "k.")
 

@@ -15,7 +15,7 @@ import cycle
 import parts
 import serve_random
 from vllm_slimspec import cli
-from vllm_slimspec.commands.measure import app as bench
+from vllm_slimspec.commands.bench import app as bench
 from vllm_slimspec.common import output
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 

@@ -50,10 +50,10 @@ def main() -> None:
         console.verbose = "--verbose" in sys.argv
         if command in ([], ["-h"], ["--help"], ["bench"]):
             try:  # It imports torch, which would slow the other commands down.
-                from vllm_slimspec.commands import measure
+                from vllm_slimspec.commands import bench
 
                 words = "Measure draft heads: their time, the drafts that the target accepts, and the speed of servers."
-                app.add_typer(measure.app, name="bench", help=words)
+                app.add_typer(bench.app, name="bench", help=words)
             except ModuleNotFoundError:
                 if command == ["bench"]:
                     raise

@@ -8,11 +8,11 @@ from cycle_toy import CONFIG, SHAPE
 
 import cycle
 from cycle_engine import Engine, Plan, measure
-from heads import HEADS, heads_of
+from engine_heads import HEADS, heads_of
 from random_pairs import write_drafter, write_target
 from vllm_slimspec.head.slot import HeadSlot
-from vllm_slimspec.measure.arms import TRIMMED, trimmed_offsets
 from vllm_slimspec.measure.shapes import SHAPES
+from vllm_slimspec.measure.timed_heads import TRIMMED, trimmed_offsets
 
 pytestmark = pytest.mark.broad
 
@@ -109,7 +109,7 @@ def test_a_wrong_head_is_not_timed(running, monkeypatch):
 def test_a_rival_in_a_folder_of_its_own(tmp_path):
     """Catches: what a GPU's engines load: an architecture that no worker knows, a rival whose head is never asked."""
     from cycle_worker import RivalDraft
-    from vllm_slimspec.measure.arms import check
+    from vllm_slimspec.measure.timed_heads import check
 
     engine = Engine(_plan(tmp_path, "spec-vocab", ["spec-vocab"], use_local_argmax_reduction=True))
     drafter = _worker(engine).model_runner.drafter.model

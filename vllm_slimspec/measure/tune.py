@@ -13,10 +13,10 @@ from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.cpu import PackedFactor
-from vllm_slimspec.measure.arms import Weights
 from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.results import CrossoverResults, CrossoverRow, TunedRow, TunedTable, provenance
 from vllm_slimspec.measure.shapes import SHAPES
+from vllm_slimspec.measure.timed_heads import Weights
 
 TILINGS = tuple(
     (block_v, block_r, warps, stages)

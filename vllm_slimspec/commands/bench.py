@@ -13,7 +13,6 @@ from vllm_slimspec.common.console import Dtype, json_object, log_on_stderr, one_
 from vllm_slimspec.common.output import beside, claim_file, claim_work
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.measure.arms import HEADS
 from vllm_slimspec.measure.head import measure
 from vllm_slimspec.measure.options import choices, claim_results, device_of, positive_ints
 from vllm_slimspec.measure.options import dtypes as listed_dtypes
@@ -28,6 +27,7 @@ from vllm_slimspec.measure.results import (
     grouped,
 )
 from vllm_slimspec.measure.shapes import SHAPES
+from vllm_slimspec.measure.timed_heads import HEADS
 
 app = typer.Typer(no_args_is_help=True)
 # The style of tables with many columns.
