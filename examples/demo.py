@@ -1,7 +1,7 @@
 """`make demo`: serve SmolLM2-135M-Instruct with and without the SlimSpec drafter that this repository ships.
 
 Everything is real: an unmodified `vllm serve` loads the plugin that is installed, and the official OpenAI client asks
-it questions of MT-bench, HumanEval and GSM8K, one at a time, streamed, and several at once. The same requests go to the
+it questions of MT-Bench, HumanEval and GSM8K, one at a time, streamed, and several at once. The same requests go to the
 target alone first. Every answer must be the same, token for token, and only the speed may differ.
 
 Expected output (2 CPU cores, 3 minutes): some answers, the tokens per second with and without the drafter, the

