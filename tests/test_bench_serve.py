@@ -1,6 +1,7 @@
 """``slimspec bench serve`` and ``benchmarks/serve_random.py`` without a server: what servers are given, and what the
 load generator's results become."""
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +127,27 @@ def test_each_dtype_is_served_and_told(toy, servers, tmp_path):
     ]
 
 
+def test_servers_take_turns_round_by_round(toy, servers, tmp_path, monkeypatch):
+    """Catches: a head that is measured minutes after the one it is compared with, or always in the same place."""
+    pair = serve_random.random_pair("toy", ["full", "low-rank"], tmp_path)
+    loads = []
+    monkeypatch.setattr(
+        serve, "_load", lambda *given: loads.append((len(servers), given[3])) or SAVED | {"duration": 1.0 + len(loads)}
+    )
+    monkeypatch.setattr(
+        serve, "progress", lambda words, *_, **__: contextlib.nullcontext(loads.append(words) if "Load" in words else 0)
+    )
+    options = serve.Options(pair, k=3, concurrencies=[1, 4], requests=1, max_tokens=4, dtypes=["bfloat16"], rounds=2)
+    first, results = serve.measure(options)
+    assert loads[1::2] == [(3, n) for n in (1, 1, 1, 4, 4, 4)] * 2  # all three servers run before the first load
+    names = [words.split("drafter ")[1].split(",")[0] for words in loads[::2]]
+    assert names == ["none", "full", "low-rank"] * 2 + ["full", "low-rank", "none"] * 2
+    assert [len(row.rounds_tokens_per_s) for row in first.rows + results.rows] == [1] * 6 + [2] * 6
+    row = results.rows[0]
+    assert row.completed == 2 * SAVED["completed"]
+    assert row.tokens_per_s == pytest.approx(row.output_tokens / row.duration_s)
+
+
 def test_a_cpu_serves_in_both_dtypes_unless_memory_or_the_user_says_otherwise(toy, tmp_path, monkeypatch, caplog):
     """Catches: a dtype of --server-args that is given twice; a target that is killed for want of memory in float32."""
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
@@ -141,7 +163,7 @@ def test_a_cpu_serves_in_both_dtypes_unless_memory_or_the_user_says_otherwise(to
 def test_row_of_the_load_generator():
     """Catches: a field of vLLM's result file under another name, or taken for another. The file is one that
     `vllm bench serve` of 0.32.0 saved for the tiny target of the examples and a dense drafter, without its lists."""
-    row = serve.row("low-rank", 2, SAVED)
+    row = serve.row("low-rank", 2, [SAVED])
     assert (row.completed, row.failed) == (SAVED["num_prompts"], 0)
     assert row.tokens_per_s == pytest.approx(row.output_tokens / row.duration_s)
     assert row.ttft_ms_p50 == pytest.approx(SAVED["median_ttft_ms"])
@@ -151,7 +173,7 @@ def test_row_of_the_load_generator():
     assert row.tpot_ms_p50 < row.itl_ms_p50
     assert row.length == pytest.approx(1 + SAVED["spec_decode_accepted_tokens"] / SAVED["spec_decode_num_drafts"])
     alone = {key: value for key, value in SAVED.items() if key != "spec_decode_acceptance_length"}
-    assert serve.row("none", 2, alone).length is None
+    assert serve.row("none", 2, [alone]).length is None
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,15 @@ Requests = Annotated[
         "requests.",
     ),
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Start all servers first, and load them in turn this many times, so that a machine whose speed drifts "
+        "treats all of them alike. The servers need memory for all of them at once.",
+        show_default="each server ends before the next one starts",
+    ),
+]
 ServedTokens = Annotated[int, typer.Option(min=2, help="Number of tokens that every answer has, exactly.")]
 ServerArgs = Annotated[str, typer.Option(help="Further arguments of `vllm serve`, as one string.")]
 ServedDtypes = Annotated[
@@ -278,6 +287,7 @@ def serve(
     num_speculative_tokens: K = 5,
     concurrency: Concurrency = "1,4,16",
     requests: Requests = 8,
+    rounds: Rounds = None,
     max_tokens: ServedTokens = 256,
     server_args: ServerArgs = "",
     dtypes: ServedDtypes = None,
@@ -303,6 +313,7 @@ def serve(
         requests=requests,
         max_tokens=max_tokens,
         dtypes=listed_dtypes(dtypes),
+        rounds=rounds,
     )
     with log_on_stderr(), one_line_errors(), claim_results(json) as write, progress("bench serve", ends=False):
         for results in bench.measure(options):

@@ -222,6 +222,7 @@ class ServeRow(Record):
     output_tokens: int
     duration_s: float
     tokens_per_s: float  # output tokens per second of all requests
+    rounds_tokens_per_s: list[float] = []  # the same for each round in which the servers took turns
     ttft_ms_p50: float
     ttft_ms_p80: float
     itl_ms_p50: float

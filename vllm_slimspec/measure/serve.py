@@ -3,8 +3,10 @@
 import json
 import logging
 import shutil
+import statistics
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -54,6 +56,7 @@ class Options:
     requests: int  # number of requests for each one that runs at the same time
     max_tokens: int  # exact number of tokens of each answer
     dtypes: Sequence[str] | None = None  # None: chosen by dtypes_of
+    rounds: int | None = None  # times that all servers take turns; None: a server ends before the next one starts
 
 
 def dtypes_of(pair: Pair) -> Sequence[str | None]:
@@ -86,7 +89,7 @@ def fitting(target: str | Path) -> list[str]:
 
 
 def measure(options: Options) -> Iterator[ServeResults]:
-    """Serve the target alone, then with each drafter, under the same load, and yield all results so far each time.
+    """Serve the target alone and with each drafter, under the same load, and yield all results so far each time.
 
     Raises:
         CheckpointError: a prompt is bad.
@@ -106,31 +109,49 @@ def measure(options: Options) -> Iterator[ServeResults]:
     data = work / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     rows: list[ServeRow] = []
-    dtypes = options.dtypes or dtypes_of(pair)
-    for dtype, (name, drafter) in product(dtypes, {"none": None, **pair.drafters}.items()):
-        arguments = ["--served-model-name", "target", "--no-enable-prefix-caching", *pair.server]
-        arguments += [] if dtype is None else ["--dtype", dtype]
-        if drafter is not None:
-            speculative = {"method": "eagle3", "model": drafter, "num_speculative_tokens": options.k}
-            arguments += ["--speculative-config", json.dumps({**speculative, **pair.speculative.get(name, {})})]
-        server = Server(pair.target, arguments, log=work / f"{len(rows)}-server.log", timeout=1200)
+    every = ["none", *pair.drafters]
+    groups = [[name] for name in every] if options.rounds is None else [every]
+    for dtype, group in product(options.dtypes or dtypes_of(pair), groups):
+        done = list(rows)
+        saved: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
         with ExitStack() as running:
-            what = f"vllm serve, drafter {name}" + (f", {dtype}" if dtype else "")
-            with progress(f"Starting {what}"):
-                running.enter_context(server)
-            for concurrency in options.concurrencies:
-                with progress(f"Load on {what}, {concurrency} at once"):
-                    saved = _load(options, server.url, data, concurrency, work)
-                rows.append(row(name, concurrency, saved, dtype))
-        yield ServeResults(
-            **provenance(target),
-            device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
-            prompt_set=prompt_set,
-            num_speculative_tokens=options.k,
-            max_tokens=options.max_tokens,
-            rows=list(rows),
-        )
+            servers = {}
+            for name in group:
+                with progress(f"Starting {_words(name, dtype)}"):
+                    log = work / f"{name}-{dtype}.log"
+                    servers[name] = running.enter_context(_server(options, name, dtype, log))
+            for turn in range(options.rounds or 1):
+                # Each round begins with another server, so that no head is always measured after the same one.
+                first = turn * len(group) // (options.rounds or 1)
+                for concurrency, name in product(options.concurrencies, group[first:] + group[:first]):
+                    with progress(f"Load on {_words(name, dtype)}, {concurrency} at once"):
+                        saved[name, concurrency].append(_load(options, servers[name].url, data, concurrency, work))
+                pairs = product(group, options.concurrencies)
+                rows = done + [row(name, concurrency, saved[name, concurrency], dtype) for name, concurrency in pairs]
+                yield ServeResults(
+                    **provenance(target),
+                    device=device_name(torch.accelerator.current_accelerator() or torch.device("cpu")),
+                    prompt_set=prompt_set,
+                    num_speculative_tokens=options.k,
+                    max_tokens=options.max_tokens,
+                    rows=list(rows),
+                )
     shutil.rmtree(work)
+
+
+def _words(name: str, dtype: str | None) -> str:
+    return f"vllm serve, drafter {name}" + (f", {dtype}" if dtype else "")
+
+
+def _server(options: Options, name: str, dtype: str | None, log: Path) -> Server:
+    """Return a server for the target alone, if the name is "none", or with the drafter of this name."""
+    pair = options.pair
+    arguments = ["--served-model-name", "target", "--no-enable-prefix-caching", *pair.server]
+    arguments += [] if dtype is None else ["--dtype", dtype]
+    if name in pair.drafters:
+        speculative = {"method": "eagle3", "model": pair.drafters[name], "num_speculative_tokens": options.k}
+        arguments += ["--speculative-config", json.dumps({**speculative, **pair.speculative.get(name, {})})]
+    return Server(pair.target, arguments, log=log, timeout=1200)
 
 
 def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) -> dict[str, Any]:
@@ -157,17 +178,30 @@ def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) 
     return saved
 
 
-def row(head: str, concurrency: int, saved: Mapping[str, Any], dtype: str | None = None) -> ServeRow:
-    """Return a result row made from what ``vllm bench serve --save-result`` wrote."""
+def row(head: str, concurrency: int, rounds: Sequence[Mapping[str, Any]], dtype: str | None = None) -> ServeRow:
+    """Return a result row made from what ``vllm bench serve --save-result`` wrote in each round.
+
+    Times are the medians of those of the rounds.
+    """
+
+    def total(key: str) -> float:
+        return sum(saved[key] for saved in rounds)
+
+    times = {
+        f"{time}_ms_{p}": statistics.median(saved[f"{p}_{time}_ms"] for saved in rounds)
+        for time, p in product(("ttft", "itl", "tpot"), ("p50", "p80"))
+    }
+    drafted = "spec_decode_acceptance_length" in rounds[0]
     return ServeRow(
         head=head,
         dtype=dtype,
         concurrency=concurrency,
-        completed=saved["completed"],
-        failed=saved["failed"],
-        output_tokens=saved["total_output_tokens"],
-        duration_s=saved["duration"],
-        tokens_per_s=saved["output_throughput"],
-        **{f"{time}_ms_{p}": saved[f"{p}_{time}_ms"] for time in ("ttft", "itl", "tpot") for p in ("p50", "p80")},
-        length=saved.get("spec_decode_acceptance_length"),
+        completed=int(total("completed")),
+        failed=int(total("failed")),
+        output_tokens=int(total("total_output_tokens")),
+        duration_s=total("duration"),
+        tokens_per_s=total("total_output_tokens") / total("duration"),
+        rounds_tokens_per_s=[saved["output_throughput"] for saved in rounds],
+        **times,
+        length=1 + total("spec_decode_accepted_tokens") / total("spec_decode_num_drafts") if drafted else None,
     )
