@@ -36,7 +36,9 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        self._timeout, self._env = timeout, {**CACHE, **os.environ, **(env or {})}
+        # The variable would win over the argument.
+        cache = {} if any(argument.startswith("--kv-cache-memory-bytes") for argument in arguments) else CACHE
+        self._timeout, self._env = timeout, {**cache, **os.environ, **(env or {})}
         self._command = [vllm_command(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
         self.process: subprocess.Popen[bytes] | None = None
 
