@@ -12,5 +12,5 @@
 set -euo pipefail
 usage="usage: convert.sh TARGET DENSE_DRAFTER PROMPTS.jsonl OUTPUT"
 target=${1:?$usage} drafter=${2:?$usage} prompts=${3:?$usage} output=${4:?$usage}
-slimspec convert "$drafter" --target "$target" --calibration "$prompts" --distill-steps 400 --rerank 16 --output-path "$output"
+slimspec convert "$drafter" --target "$target" --calibration "$prompts" --distill-steps 400 --rerank 64 --output-path "$output"
 slimspec inspect "$output"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm_slimspec.convert.evaluate import Evaluation
 
 EXAMPLE = """Example: slimspec convert DENSE_DRAFTER --target meta-llama/Llama-3.1-8B-Instruct
---calibration prompts.jsonl --rerank 16 --output-path slim"""
+--calibration prompts.jsonl --rerank 64 --output-path slim"""
 
 
 def convert(
