@@ -9,6 +9,7 @@ acceptance length, and build/demo/result.json.
 """
 
 import json
+import os
 import platform
 import re
 import signal
@@ -113,6 +114,9 @@ def _serve(name: str, *arguments: str) -> Iterator[Server]:
     with ExitStack() as stack:
         with progress(f"Starting vllm serve: {name}"):
             server = stack.enter_context(Server(TARGET, [*options, *arguments], log=log, env=env))
+        # This process asks the questions, and leaves the cores of the server's workers alone meanwhile.
+        stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        os.sched_setaffinity(0, server.client_cores)
         yield server
 
 

@@ -49,7 +49,7 @@ def servers(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    def load(options, url, data, concurrency, work):
+    def load(options, server, data, concurrency, work):
         texts = [json.loads(line)["prompt"] for line in data.read_text().splitlines()]
         started[-1] += (texts,)
         return SAVED

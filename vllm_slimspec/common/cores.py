@@ -1,8 +1,9 @@
-"""The choice of the cores on which a vLLM engine for CPUs computes."""
+"""The cores on which the engines and servers of vLLM's CPU backend run."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 _RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 
@@ -21,3 +22,33 @@ def every_core() -> Iterator[None]:
         yield
     finally:
         del os.environ[_RESERVED]
+
+
+def keep_apart(pid: int) -> set[int]:
+    """Keep the front end of a running server off the cores of its workers, and return the cores that are left for it.
+
+    vLLM pins the workers of its CPU backend, each thread to a core, and lets everything else run anywhere. The process
+    that waits for a worker does so by polling, and takes the worker's core for a while whenever the scheduler moves it
+    there. So a server on few cores is now twice as fast and now half as fast. Nothing changes where no process is
+    pinned, or where the workers have all cores.
+
+    Args:
+        pid: the server's first process. It, its children and theirs are looked at.
+    """
+    import psutil
+
+    every = os.sched_getaffinity(0)
+    first = psutil.Process(pid)
+    cores = {}
+    for process in (first, *first.children(recursive=True)):
+        with suppress(psutil.Error):  # it has ended
+            cores[process.pid] = set(process.cpu_affinity())
+    workers = set().union(*(own for own in cores.values() if own < every))
+    left = every - workers
+    if not workers or not left:
+        return every
+    for one in (one for one, own in cores.items() if not own < every):
+        for thread in Path(f"/proc/{one}/task").glob("*"):
+            with suppress(OSError):  # it has ended
+                os.sched_setaffinity(int(thread.name), left)
+    return left

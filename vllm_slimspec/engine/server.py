@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+from vllm_slimspec.common.cores import keep_apart
 from vllm_slimspec.common.process import how_it_ended, last_words, stop
 from vllm_slimspec.engine.offline import CACHE
 from vllm_slimspec.errors import EngineError
@@ -21,7 +22,8 @@ class Server:
     """A ``vllm serve`` process as a context manager.
 
     Its output replaces the file ``log``. Entering it raises EngineError if the server exits, or does not answer within
-    ``timeout`` seconds. No process is left running.
+    ``timeout`` seconds. No process is left running. On a CPU, the front end is kept off the cores of the workers, and
+    ``client_cores`` are those that are left for whoever sends requests.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Server:
         self._timeout, self._env = timeout, {**cache, **os.environ, **(env or {})}
         self._command = [vllm_command(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
         self.process: subprocess.Popen[bytes] | None = None
+        self.client_cores: set[int] = set()
 
     def __enter__(self) -> "Server":
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +54,7 @@ class Server:
             )
         try:
             self._wait()
+            self.client_cores = keep_apart(self.process.pid)
         except BaseException:
             self.close()
             raise

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import statistics
 import subprocess
@@ -125,7 +126,7 @@ def measure(options: Options) -> Iterator[ServeResults]:
                 first = turn * len(group) // (options.rounds or 1)
                 for concurrency, name in product(options.concurrencies, group[first:] + group[:first]):
                     with progress(f"Load on {_words(name, dtype)}, {concurrency} at once"):
-                        saved[name, concurrency].append(_load(options, servers[name].url, data, concurrency, work))
+                        saved[name, concurrency].append(_load(options, servers[name], data, concurrency, work))
                 pairs = product(group, options.concurrencies)
                 rows = done + [row(name, concurrency, saved[name, concurrency], dtype) for name, concurrency in pairs]
                 yield ServeResults(
@@ -154,12 +155,12 @@ def _server(options: Options, name: str, dtype: str | None, log: Path) -> Server
     return Server(pair.target, arguments, log=log, timeout=1200)
 
 
-def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) -> dict[str, Any]:
+def _load(options: Options, server: Server, data: Path, concurrency: int, work: Path) -> dict[str, Any]:
     """Run `vllm bench serve` at one concurrency, and return the JSON object that it saved."""
     result, log = work / "result.json", work / f"load-{concurrency}.log"
-    count = concurrency * options.requests
+    count, cores = concurrency * options.requests, server.client_cores
     command = [
-        *(vllm_command(), "bench", "serve", "--backend", "openai", "--base-url", url, "--model", "target"),
+        *(vllm_command(), "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", "target"),
         *("--tokenizer", options.pair.target, "--dataset-name", "custom", "--dataset-path", str(data)),
         *("--skip-chat-template", "--custom-output-len", str(options.max_tokens), "--ignore-eos"),
         *("--num-prompts", str(count), "--num-warmups", str(_WARM_UP * concurrency)),
@@ -168,7 +169,10 @@ def _load(options: Options, url: str, data: Path, concurrency: int, work: Path) 
         *("--save-result", "--result-dir", str(work), "--result-filename", result.name),
     ]
     with log.open("wb") as output:
-        process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
+        # It inherits these cores.
+        process = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=lambda: os.sched_setaffinity(0, cores)
+        )
     if process.returncode or not result.is_file():
         raise EngineError(f"vllm bench serve {how_it_ended(process.returncode)} {last_words(log)}")
     saved = json.loads(result.read_text())
