@@ -9,9 +9,15 @@ hand.
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import numpy as np
+
+from vllm_slimspec.common.walk import acceptance_length, accepted_share
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -136,6 +142,26 @@ def acceptance(result: dict[str, Any]) -> list[str]:
             f"| {row['head']} | {row['prompt_set']} | {row['length']:.3f} ({row['low']:.2f} to {row['high']:.2f}) "
             f"| {rates} | {row['equal']} of {len(row['cycles'])}{near} |"
         )
+    return [*lines, *_kept(result)]
+
+
+def _kept(result: dict[str, Any]) -> list[str]:
+    """Return the table of accepted drafts per cycle over all prompt sets together, relative to the dense head's."""
+    counts: dict[str, list[np.ndarray]] = defaultdict(list)  # head -> cycles and accepted drafts of each prompt
+    for row in result["rows"]:
+        counts[row["head"]].append(np.stack([row["cycles"], row["accepted"]], axis=1))
+    if "full" not in counts:
+        return []
+    joined = {head: np.concatenate(parts) for head, parts in counts.items()}
+    sizes = {row["head"]: row["head_bytes"] / 1e6 for row in result["rows"]}
+    lines = ["", "All prompts together:", ""]
+    lines += ["| head | MB read | length (95%) | accepted of dense (95%) |", "|---|---|---|---|"]
+    for head, one in joined.items():
+        length, share = acceptance_length(one), accepted_share(one, joined["full"])
+        lines.append(
+            f"| {head} | {sizes[head]:.2f} | {length.value:.3f} ({length.low:.2f} to {length.high:.2f}) "
+            f"| {share.value:.1%} ({share.low:.1%} to {share.high:.1%}) |"
+        )
     return lines
 
 
@@ -175,15 +201,72 @@ def served(result: dict[str, Any]) -> list[str]:
         "| data type | at once | head | tokens/s | of no drafter | TTFT ms | ITL ms | TPOT ms | acceptance length |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    alone = {(r["dtype"], r["concurrency"]): r["tokens_per_s"] for r in result["rows"] if r["head"] == "none"}
+    alone = {(r["dtype"], r["concurrency"]): r["rounds_tokens_per_s"] for r in result["rows"] if r["head"] == "none"}
     for row in sorted(result["rows"], key=lambda row: (row["dtype"], row["concurrency"])):
         length = f"{row['length']:.2f}" if row["length"] else ""
         times = " | ".join(f"{row[name]:.1f}" for name in ("ttft_ms_p50", "itl_ms_p50", "tpot_ms_p50"))
-        ratio = row["tokens_per_s"] / alone[row["dtype"], row["concurrency"]]
+        ratio = _times(row["rounds_tokens_per_s"], alone[row["dtype"], row["concurrency"]])
         where = f"{row['dtype']} | {row['concurrency']} | {row['head']}"
-        lines.append(f"| {where} | {row['tokens_per_s']:.1f} | {ratio:.2f} | {times} | {length} |")
+        lines.append(f"| {where} | {row['tokens_per_s']:.1f} | {ratio} | {times} | {length} |")
     failed = sum(row["failed"] for row in result["rows"])
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+        lines += ["", *_fastest([r for r in result["rows"] if (r["dtype"], r["concurrency"]) == (dtype, 1)], dtype)]
     return [*lines, "", f"{failed} of {sum(row['completed'] for row in result['rows']) + failed:,} requests failed."]
+
+
+# What the first screen of README.md compares: words -> the rows of `make serve-smollm2` of which the fastest is shown.
+FIRST = {
+    "no drafter": ["none"],
+    "EAGLE-3 drafter with a dense head": ["full"],
+    "the same drafter with the best trimmed head": ["trim-16384", "trim-16384-argmax"],
+    "the same drafter with SpecVocab's head": ["spec-vocab"],
+    "**the same drafter with a SlimSpec head**": ["slimspec-rerank-64"],
+    "**a drafter trained with a SlimSpec head**": ["trained"],
+}
+
+
+def first_screen(result: dict[str, Any]) -> list[str]:
+    """Return the table of one request at a time, in the dtype in which the target alone is fastest."""
+    rows = [row for row in result["rows"] if row["concurrency"] == 1]
+    alone = max((row for row in rows if row["head"] == "none"), key=lambda row: row["tokens_per_s"])
+    lines = ["| | head | tokens per second | times those of no drafter | acceptance length |", "|---|---|---|---|---|"]
+    for words, heads in FIRST.items():
+        those = [row for row in rows if row["head"] in heads and row["dtype"] == alone["dtype"]]
+        row = max(those, key=lambda row: row["tokens_per_s"])
+        length = f"{row['length']:.2f}" if row["length"] else ""
+        times = _times(row["rounds_tokens_per_s"], alone["rounds_tokens_per_s"]) if row is not alone else ""
+        lines.append(f"| {words} | {row['head']} | {row['tokens_per_s']:.1f} | {times} | {length} |")
+    rounds = len(alone["rounds_tokens_per_s"])
+    return [
+        *lines,
+        "",
+        f"One request at a time, {alone['dtype']}, on {result['device']}. The servers took turns in {rounds} rounds;",
+        "a ratio is the median of the rounds, with the lowest and the highest.",
+    ]
+
+
+def _fastest(rows: list[dict[str, Any]], dtype: str) -> list[str]:
+    """Return the sentences that compare the fastest row of SlimSpec with the others, at one request at a time."""
+    speeds = {row["head"]: row["tokens_per_s"] for row in rows}
+    rounds = {row["head"]: row["rounds_tokens_per_s"] for row in rows}
+    ours = [head for head in speeds if head == "trained" or head.startswith("slimspec")]
+    best, rival = (max(heads, key=speeds.__getitem__) for heads in (ours, speeds.keys() - {*ours}))
+
+    def times(other: str) -> str:
+        return _times(rounds[best], rounds[other])
+
+    return [
+        f"At one request at a time, in {dtype}, the fastest row of SlimSpec is `{best}`. It has {times(rival)} times",
+        f"the tokens per second of `{rival}`, the fastest of the other rows, {times('full')} times those of the dense",
+        f"head, and {times('none')} times those of no drafter. Each is the median of the rounds, with the lowest and",
+        "the highest.",
+    ]
+
+
+def _times(ours: list[float], others: list[float]) -> str:
+    """Return the median ratio of rounds that took turns, with the lowest and the highest one."""
+    ratios = sorted(a / b for a, b in zip(ours, others, strict=True))
+    return f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 RUN_WORDS = {
@@ -330,6 +413,7 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
         "claim": ("head-cpu", claim),
         "cycle": ("cycle-k5-b1-cpu", cycle),
         "demo": ("demo", demo),
+        "first": ("smollm2-serve", first_screen),
     },
     "docs/bench.md": {
         "cycles": ("cycle-cpu", cycles),
