@@ -5,6 +5,7 @@ import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_each_dtype_is_served_and_told(toy, servers, tmp_path):
 def test_servers_take_turns_round_by_round(toy, servers, tmp_path, monkeypatch):
     """Catches: a head that is measured minutes after the one it is compared with, or always in the same place."""
     pair = serve_random.random_pair("toy", ["full", "low-rank"], tmp_path)
-    loads = []
+    loads: list[Any] = []
     monkeypatch.setattr(
         serve, "_load", lambda *given: loads.append((len(servers), given[3])) or SAVED | {"duration": 1.0 + len(loads)}
     )
