@@ -75,9 +75,9 @@ heads-smollm2: $(SMOLLM2)/config.json $(WORK)/states/dataset_info.json
 	$(PY) experiments/smollm2/heads.py $(DENSE) $(WORK)/heads
 
 MADE = --drafter full=$(DENSE) $(foreach head,$(HEADS),--drafter $(head)=$(WORK)/heads/$(head))
-# In the engine: the drafters as they were trained, the best lists, and the best conversion, which is the shipped one.
+# In the engine: the drafters as they were trained, the best list, and the best conversion, which is the shipped one.
 ENGINE = --drafter full=$(DENSE) --drafter slimspec=$(SHIPPED) --drafter trained=$(TRAINED) $(foreach head,\
-	vocab-trim-32768 vocab-trim-16384,--drafter $(head)=$(WORK)/heads/$(head))
+	vocab-trim-32768,--drafter $(head)=$(WORK)/heads/$(head))
 compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 	$(STATES) $(MADE) --drafter trained=$(TRAINED) --rerank svd=2048 --rerank weighted=16,64,256 \
 		--rerank distilled=16,64,256 --rerank distilled-rank-36=64 --rerank distilled-rank-144=16,64 --json docs/results/smollm2-states.json
