@@ -150,8 +150,6 @@ def _kept(result: dict[str, Any]) -> list[str]:
     counts: dict[str, list[np.ndarray]] = defaultdict(list)  # head -> cycles and accepted drafts of each prompt
     for row in result["rows"]:
         counts[row["head"]].append(np.stack([row["cycles"], row["accepted"]], axis=1))
-    if "full" not in counts:
-        return []
     joined = {head: np.concatenate(parts) for head, parts in counts.items()}
     sizes = {row["head"]: row["head_bytes"] / 1e6 for row in result["rows"]}
     lines = ["", "All prompts together:", ""]

@@ -85,7 +85,7 @@ compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 	$(PY) tools/documents.py
 
 # Every head behind `vllm serve` and in the cycle of one engine.
-# The names are those of README's table: "argmax" is vLLM's use_local_argmax_reduction, which SlimSpec turns on by itself.
+# "argmax" in a name is vLLM's use_local_argmax_reduction, which SlimSpec turns on by itself.
 # All servers run at once, and each takes about 3 GB of memory.
 SERVED = full=$(DENSE) trim-16384=$(WORK)/heads/vocab-trim-16384 trim-16384-argmax=$(WORK)/heads/vocab-trim-16384 \
 	spec-vocab=$(WORK)/heads/spec-vocab trained=$(TRAINED) slimspec-rerank-64=$(WORK)/heads/distilled-rerank-64

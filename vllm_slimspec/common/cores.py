@@ -29,8 +29,8 @@ def keep_apart(pid: int) -> set[int]:
 
     vLLM pins the workers of its CPU backend, each thread to a core, and lets everything else run anywhere. The process
     that waits for a worker does so by polling, and takes the worker's core for a while whenever the scheduler moves it
-    there. So a server on few cores is now twice as fast and now half as fast. Nothing changes where no process is
-    pinned, or where the workers have all cores.
+    there. So the speed of a server on few cores changes from moment to moment. This function changes nothing if no
+    process is pinned, or if the workers have all cores.
 
     Args:
         pid: the server's first process. It, its children and theirs are looked at.
