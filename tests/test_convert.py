@@ -560,7 +560,7 @@ def test_plot_shows_the_measured_heads(lossy, tmp_path, full_head):
     _, outcomes = sweep(options, [8, 2, 4])
     (axes,) = sweep_figure(outcomes).axes
     lines = {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axes.lines}
-    assert {"low-rank", "re-rank 8", "re-rank 16", "re-rank 32"} <= lines.keys()
+    assert {"low-rank", "re-rank 8", "re-rank 16", "re-rank 64"} <= lines.keys()
     for label, points in lines.items():
         k = None if label == "low-rank" else int(str(label).removeprefix("re-rank "))
         expected = {o.rank: 100 * o.loss for o in outcomes if o.rerank == k}
