@@ -16,7 +16,7 @@
 # make test-compat VLLM=0.28.0   the plugin and engine tests on another vLLM
 # make soak   ten minutes of load on a served drafter, every answer compared with the target's
 # make faults   runs the tests that inject faults, and counts the faults
-# make documents   writes the figures of README.md and docs/ from docs/results
+# make documents   writes the figures and the picture of README.md and docs/ from docs/results
 # make release URL=https://github.com/OWNER/REPOSITORY   on a clean checkout: wheel, sdist, notes and tag of the version
 # make dist-check   wheel and sdist, built twice, installed into clean environments
 #
@@ -96,6 +96,7 @@ faults: install
 
 documents: install
 	$(PY) tools/documents.py
+	$(SLIMSPEC) report docs/results/head-cpu.json --output-path docs/head-cpu.png
 
 dist-check: install
 	$(PY) tools/dist_check.py --json docs/results/dist.json
