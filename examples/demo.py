@@ -42,7 +42,7 @@ QUESTIONS = ROOT / "build" / "smollm2" / "questions"
 BUILD = ROOT / "build" / "demo"
 NAME = "SmolLM2-135M-Instruct"
 K = 3
-TOKENS = 96  # of an answer, at most
+TOKENS = 64  # of an answer, at most
 OF_EACH = 8  # questions of each of the three sets: these many are plain, streamed, and at once
 NEAR_TIE = 1e-4  # log-probability
 

@@ -37,6 +37,10 @@ HEADS = {
 }
 
 
+# The heads of R = D/8 for which docs/smollm2.md says where they lose drafts.
+LOST = ("weighted", "distilled", "distilled, 64 scored again", "trained")
+
+
 def claim(result: dict[str, Any]) -> list[str]:
     """Return the sentence of the README that compares the low-rank heads with the repacked dense head at batch 1."""
     found = {
@@ -128,7 +132,34 @@ def states(result: dict[str, Any]) -> list[str]:
             size, alpha = row["head_bytes"] / 1e6, sum(row["alpha"]) / k
             lines.append(f"| {head} | {size:.2f} | {length} | {share} | {each} | {alpha:.3f} |")
     prompts = len(result["rows"][-1]["cycles"])
-    return [*lines[1:], "", f"{prompts} prompts, {result['max_tokens']} tokens an answer."]
+    return [*lines[1:], "", f"{prompts} prompts, {result['max_tokens']} tokens an answer.", *_lost(result)]
+
+
+def _lost(result: dict[str, Any]) -> list[str]:
+    """Return the table of where low-rank heads lose drafts: accepted at each position, relative to the dense head's."""
+    k = max(row["num_speculative_tokens"] for row in result["rows"])
+    rows = {(r["head"], r["prompt_set"]): r for r in result["rows"] if r["num_speculative_tokens"] == k}
+    sets = list(dict.fromkeys(name for _, name in rows))[:-1]
+    lines = [
+        "",
+        f"Where drafts are lost: the share of cycles that accept a draft at a position, of the share of `full`, K = {k}.",
+        "",
+        f"| head | prompts | {' | '.join(map(str, range(1, k + 1)))} |",
+        "|---" * (2 + k) + "|",
+    ]
+    most = []
+    for head in LOST:
+        shares = {
+            (name, i + 1): rate / rows["full", name]["per_position"][i]
+            for name in sets
+            for i, rate in enumerate(rows[head, name]["per_position"])
+        }
+        for name in sets:
+            cells = " | ".join(f"{shares[name, i]:.0%}" for i in range(1, k + 1))
+            lines.append(f"| {head} | {name} | {cells} |")
+        worst = min(sets, key=lambda name: shares[name, 1])
+        most.append(f"`{head}` on {worst} ({1 - shares[worst, 1]:.1%})")
+    return [*lines, "", f"At the first position the heads lose the most drafts on these prompts: {'; '.join(most)}."]
 
 
 def acceptance(result: dict[str, Any]) -> list[str]:

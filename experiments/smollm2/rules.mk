@@ -87,12 +87,13 @@ compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 # Every head behind `vllm serve` and in the cycle of one engine.
 # "argmax" in a name is vLLM's use_local_argmax_reduction, which SlimSpec turns on by itself.
 # All servers run at once, and each takes about 3 GB of memory.
-SERVED = full=$(DENSE) trim-16384=$(WORK)/heads/vocab-trim-16384 trim-16384-argmax=$(WORK)/heads/vocab-trim-16384 \
+# The list is the one of as many bytes as the factors of R = 72, which keeps almost all drafts on these questions.
+SERVED = full=$(DENSE) trim-6144=$(WORK)/heads/fr-spec-6144 trim-6144-argmax=$(WORK)/heads/fr-spec-6144 \
 	spec-vocab=$(WORK)/heads/spec-vocab trained=$(TRAINED) slimspec-rerank-64=$(WORK)/heads/distilled-rerank-64
 serve-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 	$(SLIMSPEC) bench serve --target $(SMOLLM2) --prompts $(QUESTIONS)/in-turn.jsonl -k 3 --max-tokens 64 --requests 4 --rounds 2 --dtypes bfloat16 \
 		--server-args "--max-model-len 1024 --max-num-seqs 8 --kv-cache-memory-bytes 300000000" \
-		--concurrency 1,4,8 $(SERVED:%=--drafter %) --local-argmax trim-16384-argmax --json docs/results/smollm2-serve.json
+		--concurrency 1,4,8 $(SERVED:%=--drafter %) --local-argmax trim-6144-argmax --json docs/results/smollm2-serve.json
 	$(PY) benchmarks/cycle.py --target $(SMOLLM2) --drafter $(DENSE) -k 3 --batches 1,8 \
 		--heads full,full-argmax,full-int8,trim-32k,trim-32k-scatter,spec-vocab,low-rank,low-rank-int8,low-rank-int4,low-rank-rerank \
 		--json docs/results/smollm2-cycle.json
