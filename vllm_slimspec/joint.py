@@ -29,7 +29,7 @@ class JointRecipe:
     """The settings of joint distillation. All others have the defaults of :func:`vllm_slimspec.train.launch.fit`."""
 
     steps: int  # the number of optimizer steps, each over total_seq_len tokens
-    loss: Loss = "greedy"
+    loss: Loss = "kl"
     lr: float = 4e-4
     seed: int = 0
     data: Path | None = None  # a folder from `slimspec train states`; None: the recorded answers, not the held-out ones

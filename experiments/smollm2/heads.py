@@ -25,7 +25,6 @@ PROMPTS = Path(__file__).parent / "prompts.jsonl.gz"
 ANSWERED, DOCUMENTS = 2560, FOLDER / "answers.jsonl"
 LISTS = (32768, 16384, 6144, 2048)  # 6,144 rows of D = 576 are as many bytes as the factors of R = 72
 DISTILLED = ["--distill-steps", "400"]
-KL = [*DISTILLED, "--loss", "kl"]  # distilled-greedy shows what the other loss gives
 
 
 def ways(folder: Path) -> dict[str, list[str]]:
@@ -33,18 +32,18 @@ def ways(folder: Path) -> dict[str, list[str]]:
     # The first one records the states that the others use.
     recorded = ["--hidden-states", str(folder / "weighted.run" / "states")]
     calibration = ["--calibration", str(folder / "calibration.jsonl"), "--max-tokens", "128", "--max-states", "50000"]
-    joint = [*KL, "--joint-steps", "300", "--train-states", str(FOLDER / "states")]
+    joint = [*DISTILLED, "--joint-steps", "300", "--train-states", str(FOLDER / "states")]
     made = {
         "weighted": calibration,
         "svd": [],
         "spec-vocab": ["--rerank", "2048"],
-        "distilled-greedy": [*recorded, *DISTILLED],
-        "distilled": [*recorded, *KL],
-        "distilled-rerank-64": [*recorded, *KL, "--rerank", "64"],
-        "distilled-rerank-256": [*recorded, *KL, "--rerank", "256"],
-        "distilled-rank-36": [*recorded, *KL, "--rank", "36"],
-        "distilled-rank-144": [*recorded, *KL, "--rank", "144"],
-        "distilled-rank-144-rerank-64": [*recorded, *KL, "--rank", "144", "--rerank", "64"],
+        "distilled-greedy": [*recorded, *DISTILLED, "--loss", "greedy"],
+        "distilled": [*recorded, *DISTILLED],
+        "distilled-rerank-64": [*recorded, *DISTILLED, "--rerank", "64"],
+        "distilled-rerank-256": [*recorded, *DISTILLED, "--rerank", "256"],
+        "distilled-rank-36": [*recorded, *DISTILLED, "--rank", "36"],
+        "distilled-rank-144": [*recorded, *DISTILLED, "--rank", "144"],
+        "distilled-rank-144-rerank-64": [*recorded, *DISTILLED, "--rank", "144", "--rerank", "64"],
         "distilled-int8": [*recorded, "--quantize", "int8"],
         "distilled-int4": [*recorded, "--quantize", "int4"],
         "distilled-jointly": [*recorded, *joint, "--train-args", json.dumps({"total_seq_len": 1024})],
