@@ -142,7 +142,7 @@ def _lost(result: dict[str, Any]) -> list[str]:
     sets = list(dict.fromkeys(name for _, name in rows))[:-1]
     lines = [
         "",
-        f"Where drafts are lost: the share of cycles that accept a draft at a position, of the share of `full`, K = {k}.",
+        f"Where drafts are lost: the share of cycles that accept a draft at a position, of that of `full`, K = {k}.",
         "",
         f"| head | prompts | {' | '.join(map(str, range(1, k + 1)))} |",
         "|---" * (2 + k) + "|",
