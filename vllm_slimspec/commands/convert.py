@@ -92,8 +92,8 @@ def convert(
     loss: Annotated[
         Literal["greedy", "kl", "nla", "lk_hybrid"],
         typer.Option(
-            help="Loss of --distill-steps and --joint-steps. On a real model, kl kept more drafts than greedy, both of "
-            "drafts that are the best tokens and of sampled ones."
+            help="Loss of --distill-steps and --joint-steps. On a real model, a head that was distilled with kl had "
+            "more drafts accepted than one that was distilled with greedy, whether drafts were best tokens or sampled."
         ),
     ] = "kl",
     lr: Annotated[
