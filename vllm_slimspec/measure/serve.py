@@ -5,11 +5,10 @@ import logging
 import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import product
@@ -21,9 +20,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_slimspec.common.device import device_name
-from vllm_slimspec.common.process import how_it_ended, last_words
+from vllm_slimspec.common.process import last_words
 from vllm_slimspec.common.progress import progress
-from vllm_slimspec.engine.server import Server, vllm_command
+from vllm_slimspec.engine.server import Server
 from vllm_slimspec.errors import EngineError
 from vllm_slimspec.measure.compare import read_sets
 from vllm_slimspec.measure.results import ServeResults, ServeRow, provenance
@@ -31,7 +30,7 @@ from vllm_slimspec.target import Target
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP = 2  # uncounted requests for each one that runs at the same time
+_WARM_UP = 2  # uncounted requests for each one that runs at the same time, in the first round
 _ROOM = 1.5  # memory that serving needs, in multiples of the target's weights: the drafter, the cache and the rest
 
 
@@ -124,9 +123,10 @@ def measure(options: Options) -> Iterator[ServeResults]:
             for turn in range(options.rounds or 1):
                 # Each round begins with another server, so that no head is always measured after the same one.
                 first = turn * len(group) // (options.rounds or 1)
+                warm_up = 0 if turn else _WARM_UP
                 for concurrency, name in product(options.concurrencies, group[first:] + group[:first]):
                     with progress(f"Load on {_words(name, dtype)}, {concurrency} at once"):
-                        saved[name, concurrency].append(_load(options, servers[name], data, concurrency, work))
+                        saved[name, concurrency].append(_load(options, servers[name], data, concurrency, work, warm_up))
                 pairs = product(group, options.concurrencies)
                 rows = done + [row(name, concurrency, saved[name, concurrency], dtype) for name, concurrency in pairs]
                 yield ServeResults(
@@ -155,26 +155,38 @@ def _server(options: Options, name: str, dtype: str | None, log: Path) -> Server
     return Server(pair.target, arguments, log=log, timeout=1200)
 
 
-def _load(options: Options, server: Server, data: Path, concurrency: int, work: Path) -> dict[str, Any]:
-    """Run `vllm bench serve` at one concurrency, and return the JSON object that it saved."""
+def _load(options: Options, server: Server, data: Path, concurrency: int, work: Path, warm_up: int) -> dict[str, Any]:
+    """Run the load generator of `vllm bench serve` at one concurrency, and return the JSON object that it saved.
+
+    It runs in this process. A process of its own would take longer to start than a short load lasts.
+    """
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     result, log = work / "result.json", work / f"load-{concurrency}.log"
-    count, cores = concurrency * options.requests, server.client_cores
-    command = [
-        *(vllm_command(), "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", "target"),
-        *("--tokenizer", options.pair.target, "--dataset-name", "custom", "--dataset-path", str(data)),
-        *("--skip-chat-template", "--custom-output-len", str(options.max_tokens), "--ignore-eos"),
-        *("--num-prompts", str(count), "--num-warmups", str(_WARM_UP * concurrency)),
-        *("--max-concurrency", str(concurrency), "--temperature", "0", "--disable-tqdm"),
-        *("--percentile-metrics", "ttft,itl,tpot", "--metric-percentiles", "50,80"),
-        *("--save-result", "--result-dir", str(work), "--result-filename", result.name),
-    ]
-    with log.open("wb") as output:
-        # It inherits these cores.
-        process = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=lambda: os.sched_setaffinity(0, cores)
-        )
-    if process.returncode or not result.is_file():
-        raise EngineError(f"vllm bench serve {how_it_ended(process.returncode)} {last_words(log)}")
+    count = concurrency * options.requests
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    arguments = parser.parse_args(
+        [
+            *("--backend", "openai", "--base-url", server.url, "--model", "target"),
+            *("--tokenizer", options.pair.target, "--dataset-name", "custom", "--dataset-path", str(data)),
+            *("--skip-chat-template", "--custom-output-len", str(options.max_tokens), "--ignore-eos"),
+            *("--num-prompts", str(count), "--num-warmups", str(warm_up * concurrency)),
+            *("--max-concurrency", str(concurrency), "--temperature", "0", "--disable-tqdm"),
+            *("--percentile-metrics", "ttft,itl,tpot", "--metric-percentiles", "50,80"),
+            *("--save-result", "--result-dir", str(work), "--result-filename", result.name),
+        ]
+    )
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, server.client_cores)
+    try:
+        with log.open("w") as output, redirect_stdout(output):
+            main(arguments)
+    except Exception as error:
+        raise EngineError(f"vllm bench serve: {type(error).__name__}: {error} {last_words(log)}") from error
+    finally:
+        os.sched_setaffinity(0, cores)
     saved = json.loads(result.read_text())
     result.unlink()
     if not saved["completed"]:
