@@ -91,7 +91,7 @@ compare-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
 SERVED = full=$(DENSE) trim-6144=$(WORK)/heads/fr-spec-6144 trim-6144-argmax=$(WORK)/heads/fr-spec-6144 \
 	spec-vocab=$(WORK)/heads/spec-vocab trained=$(TRAINED) slimspec-rerank-64=$(WORK)/heads/distilled-rerank-64
 serve-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
-	$(SLIMSPEC) bench serve --target $(SMOLLM2) --prompts $(QUESTIONS)/in-turn.jsonl -k 3 --max-tokens 64 --requests 4 --rounds 2 --dtypes bfloat16 \
+	$(SLIMSPEC) bench serve --target $(SMOLLM2) --prompts $(QUESTIONS)/in-turn.jsonl -k 3 --max-tokens 64 --requests 4 --rounds 6 --dtypes bfloat16 \
 		--server-args "--max-model-len 1024 --max-num-seqs 8 --kv-cache-memory-bytes 300000000" \
 		--concurrency 1,4,8 $(SERVED:%=--drafter %) --local-argmax trim-6144-argmax --json docs/results/smollm2-serve.json
 	$(PY) benchmarks/cycle.py --target $(SMOLLM2) --drafter $(DENSE) -k 3 --batches 1,8 \
