@@ -50,7 +50,7 @@ def servers(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    def load(options, server, data, concurrency, work, warm_up):
+    def load(options, server, data, concurrency, work, turn):
         texts = [json.loads(line)["prompt"] for line in data.read_text().splitlines()]
         started[-1] += (texts,)
         return SAVED

@@ -123,10 +123,9 @@ def measure(options: Options) -> Iterator[ServeResults]:
             for turn in range(options.rounds or 1):
                 # Each round begins with another server, so that no head is always measured after the same one.
                 first = turn * len(group) // (options.rounds or 1)
-                warm_up = 0 if turn else _WARM_UP
                 for concurrency, name in product(options.concurrencies, group[first:] + group[:first]):
                     with progress(f"Load on {_words(name, dtype)}, {concurrency} at once"):
-                        saved[name, concurrency].append(_load(options, servers[name], data, concurrency, work, warm_up))
+                        saved[name, concurrency].append(_load(options, servers[name], data, concurrency, work, turn))
                 pairs = product(group, options.concurrencies)
                 rows = done + [row(name, concurrency, saved[name, concurrency], dtype) for name, concurrency in pairs]
                 yield ServeResults(
@@ -155,10 +154,11 @@ def _server(options: Options, name: str, dtype: str | None, log: Path) -> Server
     return Server(pair.target, arguments, log=log, timeout=1200)
 
 
-def _load(options: Options, server: Server, data: Path, concurrency: int, work: Path, warm_up: int) -> dict[str, Any]:
+def _load(options: Options, server: Server, data: Path, concurrency: int, work: Path, turn: int) -> dict[str, Any]:
     """Run the load generator of `vllm bench serve` at one concurrency, and return the JSON object that it saved.
 
-    It runs in this process. A process of its own would take longer to start than a short load lasts.
+    It runs in this process. A process of its own would take longer to start than a short load lasts. Each round draws
+    other questions, the same for every server.
     """
     from vllm.benchmarks.serve import add_cli_args, main
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -172,7 +172,8 @@ def _load(options: Options, server: Server, data: Path, concurrency: int, work: 
             *("--backend", "openai", "--base-url", server.url, "--model", "target"),
             *("--tokenizer", options.pair.target, "--dataset-name", "custom", "--dataset-path", str(data)),
             *("--skip-chat-template", "--custom-output-len", str(options.max_tokens), "--ignore-eos"),
-            *("--num-prompts", str(count), "--num-warmups", str(warm_up * concurrency)),
+            *("--seed", str(turn), "--num-prompts", str(count)),
+            *("--num-warmups", str(0 if turn else _WARM_UP * concurrency)),
             *("--max-concurrency", str(concurrency), "--temperature", "0", "--disable-tqdm"),
             *("--percentile-metrics", "ttft,itl,tpot", "--metric-percentiles", "50,80"),
             *("--save-result", "--result-dir", str(work), "--result-filename", result.name),
