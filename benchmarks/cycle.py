@@ -21,13 +21,13 @@ from engine_heads import HEADS, heads_of
 from random_pairs import DTYPE, TARGETS, write_drafter, write_target
 from results import CycleResults, CycleRow
 from synthetic import NO_SYNTHETIC, rates, synthetic
+from vllm_slimspec.commands.options import choices, claim_results, positive_ints
+from vllm_slimspec.commands.options import dtypes as listed_dtypes
 from vllm_slimspec.common.bootstrap import interval
 from vllm_slimspec.common.console import log_on_stderr, one_line_errors
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.output import claim_work
 from vllm_slimspec.common.progress import progress
-from vllm_slimspec.measure.options import choices, claim_results, positive_ints
-from vllm_slimspec.measure.options import dtypes as listed_dtypes
 from vllm_slimspec.measure.results import AcceptanceResults, provenance
 from vllm_slimspec.measure.serve import fitting
 from vllm_slimspec.measure.shapes import SHAPES

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from results import PartName, PartResults, PartRow
 from vllm_slimspec.commands.bench import Batches, Json, Shapes
+from vllm_slimspec.commands.options import choices, claim_results, positive_ints
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.progress import progress
@@ -25,7 +26,6 @@ from vllm_slimspec.head.cpu import PackedFactor
 from vllm_slimspec.head.selection import best_of, rescored, top_of
 from vllm_slimspec.measure import timed_heads
 from vllm_slimspec.measure.clock import Clock
-from vllm_slimspec.measure.options import choices, claim_results, positive_ints
 from vllm_slimspec.measure.results import provenance
 from vllm_slimspec.measure.shapes import SHAPES
 from vllm_slimspec.measure.timed_heads import RERANK_K, Head, Weights, check

@@ -26,12 +26,12 @@ from vllm_slimspec.commands.bench import (
     ServerArgs,
     print_serve,
 )
+from vllm_slimspec.commands.options import choices, claim_results, positive_ints
+from vllm_slimspec.commands.options import dtypes as listed_dtypes
 from vllm_slimspec.common.console import log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import claim_work
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.measure import serve
-from vllm_slimspec.measure.options import choices, claim_results, positive_ints
-from vllm_slimspec.measure.options import dtypes as listed_dtypes
 from vllm_slimspec.measure.results import AcceptanceResults
 from vllm_slimspec.measure.shapes import SHAPES
 

@@ -22,11 +22,11 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
+from vllm_slimspec.commands.options import claim_results
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.progress import steps
 from vllm_slimspec.engine.head_states import Rows, StatesWriter
-from vllm_slimspec.measure.options import claim_results
 from vllm_slimspec.measure.results import Results, provenance
 
 D, V, R, FF, HEADS, KV_HEADS = 4096, 128_256, 512, 14_336, 32, 8

@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_slimspec.commands.options import choices, claim_results, device_of, positive_ints
+from vllm_slimspec.commands.options import dtypes as listed_dtypes
 from vllm_slimspec.common.console import Dtype, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file, claim_work
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.measure.head import measure
-from vllm_slimspec.measure.options import choices, claim_results, device_of, positive_ints
-from vllm_slimspec.measure.options import dtypes as listed_dtypes
 from vllm_slimspec.measure.prompts import Benchmark, convert, read_lines
 from vllm_slimspec.measure.results import (
     AcceptanceResults,

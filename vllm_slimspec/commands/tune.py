@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from vllm_slimspec.commands.options import choices, claim_results, device_of
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.output import claim_file
-from vllm_slimspec.measure.options import choices, claim_results, device_of
 from vllm_slimspec.measure.shapes import SHAPES
 
 EXAMPLE = "Example: slimspec tune --device cuda --shapes llama-3.1-8b,llama-3.2-1b"

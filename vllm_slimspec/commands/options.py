@@ -1,4 +1,4 @@
-"""Parsing of options for the commands that measure."""
+"""Parsing of options that commands and benchmarks share."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
