@@ -18,15 +18,13 @@ from random_pairs import TARGETS, write_drafter, write_target, write_tokenizer
 from synthetic import NO_SYNTHETIC, synthetic
 from vllm_slimspec.commands.bench import (
     Concurrency,
-    Json,
-    K,
     Requests,
     ServedDtypes,
     ServedTokens,
     ServerArgs,
     print_serve,
 )
-from vllm_slimspec.commands.options import choices, claim_results, positive_ints
+from vllm_slimspec.commands.options import Json, K, choices, claim_results, positive_ints
 from vllm_slimspec.commands.options import dtypes as listed_dtypes
 from vllm_slimspec.common.console import log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import claim_work

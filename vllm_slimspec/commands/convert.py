@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from vllm_slimspec.commands.options import EngineArgs, K, positive_ints
 from vllm_slimspec.common.console import Dtype, DtypeOption, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file
 
@@ -123,9 +124,7 @@ def convert(
     quantize: Annotated[
         Literal["fp8", "int8", "int4"] | None, typer.Option(help="Number format in which the factor `up` is stored.")
     ] = None,
-    num_speculative_tokens: Annotated[
-        int, typer.Option("-k", "--num-speculative-tokens", min=1, help="Number of draft tokens in each cycle (K).")
-    ] = 5,
+    num_speculative_tokens: K = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each calibration answer.")] = 256,
     max_states: Annotated[
         int, typer.Option(min=1, help="Number of recorded head states after which calibration stops.")
@@ -155,9 +154,7 @@ def convert(
             "OUTPUT_PATH.sweep.png, and no drafter is written."
         ),
     ] = None,
-    engine_args: Annotated[
-        str, typer.Option(help="Further arguments of vllm.LLM as a JSON object, such as '{\"max_model_len\": 4096}'.")
-    ] = "{}",
+    engine_args: EngineArgs = "{}",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Convert an EAGLE-3 drafter into one with a low-rank head, and measure what is lost before writing it."""
@@ -166,7 +163,7 @@ def convert(
     from vllm_slimspec.convert.options import Options
     from vllm_slimspec.joint import JointRecipe
 
-    divisors = _divisors(sweep)
+    divisors = [] if sweep is None else positive_ints(sweep, "--sweep", "rank divisors")
     flags = json_object(train_args, "--train-args")
     if dtype is not Dtype.AUTO:
         flags.setdefault("hidden_states_dtype", dtype.value)
@@ -213,16 +210,6 @@ def convert(
     if done.evaluation is not None:
         _print_sweep(done.evaluation, [done.outcome])
     typer.echo(f"written: {done.checkpoint.path}")
-
-
-def _divisors(text: str | None) -> list[int]:
-    try:
-        divisors = [] if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of integers such as 16,8,4", param_hint="--sweep") from None
-    if any(d < 1 for d in divisors):
-        raise typer.BadParameter(f"{text!r} holds a divisor below 1; give 1 or more", param_hint="--sweep")
-    return divisors
 
 
 def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
+from vllm_slimspec.commands.options import PROMPT_LINES, EngineArgs, named
 from vllm_slimspec.common.console import Dtype, DtypeOption, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file, claim_folder, claim_work
 from vllm_slimspec.errors import OptionError
@@ -36,7 +38,6 @@ Target = Annotated[
     str,
     typer.Option("--target", "--verifier", help="Target model to train a drafter for: a folder or a Hugging Face id."),
 ]
-_LINES = 'Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or {"input_ids": [...]}.'
 Drafter = Annotated[
     Path, typer.Option(help="Folder to write the new drafter to. Everything else goes to OUTPUT_PATH.run.")
 ]
@@ -50,9 +51,6 @@ Temperature = Annotated[
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of prompts that the target writes.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each answer.")]
-EngineArgs = Annotated[
-    str, typer.Option(help="Further arguments of vllm.LLM as a JSON object, such as '{\"max_model_len\": 4096}'.")
-]
 MaxLength = Annotated[int, typer.Option(min=2, help="Maximum number of tokens of each document. Longer ones are cut.")]
 TrainOn = Annotated[
     Literal["answers", "all"],
@@ -105,7 +103,7 @@ def run(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help=f"JSONL file of prompts. {_LINES}",
+            help=f"JSONL file of prompts. {PROMPT_LINES}",
             show_default="prompts that the target writes itself, --count of them",
         ),
     ] = None,
@@ -146,7 +144,8 @@ def run(
                 asked = [len(ids) for ids in prompt_tokens(target, prompts)]
             lengths = [n + max_tokens for n in asked]
             answered = len(lengths) * max_tokens
-            _print(make_plan(config, lengths, output_path, answered=answered), tflops, terabytes)
+            planned = make_plan(config, lengths, output_path, answered=answered)
+            Console().print(*planned.tables(tflops, terabytes))
             return
     with log_on_stderr(), one_line_errors(), claim_folder(output_path, run=data):
         if prompts is None:
@@ -227,7 +226,7 @@ def write(
 @app.command(epilog="Example: slimspec train answers --target T --prompts prompts.jsonl --output-path answers.jsonl")
 def answers(
     target: Target,
-    prompts: Annotated[Path, typer.Option(help=f"JSONL file of prompts to answer. {_LINES}")],
+    prompts: Annotated[Path, typer.Option(help=f"JSONL file of prompts to answer. {PROMPT_LINES}")],
     output_path: Annotated[Path, typer.Option(help="JSONL file to write the answers to, for `slimspec train states`.")],
     temperature: Temperature = None,
     max_tokens: MaxTokens = 512,
@@ -310,7 +309,9 @@ def fit(
     terabytes: Terabytes = None,
 ) -> None:
     """Train a drafter on hidden states by the paper's recipe. Any flag of `speculators train` may follow and wins."""
-    others = _folders(also_evaluate or [])
+    form = "a folder with its name; give NAME=FOLDER"
+    named_folders = named(also_evaluate, "--also-evaluate", form, reserved=("train", "held-out"))
+    others = {name: Path(folder) for name, folder in named_folders.items()}
     with log_on_stderr(), one_line_errors():
         flags = _flags(context, loss, dtype, head=head, rank=rank, head_init=head_init)
         if plan:
@@ -319,11 +320,18 @@ def fit(
 
             config = resolve(target, data_path, output_path, **flags)
             ranks = int(os.environ.get("WORLD_SIZE", "1"))
-            _print(make_plan(config, read_lengths(data_path), output_path, ranks=ranks), tflops, terabytes)
+            planned = make_plan(config, read_lengths(data_path), output_path, ranks=ranks)
+            Console().print(*planned.tables(tflops, terabytes))
             return
         from vllm_slimspec.train.launch import fit as train
 
-        train(target, data_path, output_path, also_evaluate=others, **flags)
+        train(
+            target,
+            data_path,
+            output_path,
+            also_evaluate={name: Path(folder) for name, folder in others.items()},
+            **flags,
+        )
 
 
 @app.command(
@@ -356,7 +364,8 @@ def plan(
 
         config = resolve(target, "states", "drafter", **_flags(context, None, Dtype.AUTO, head=head, rank=rank))
         lengths, answered = [prompt_tokens + answer_tokens] * documents, answer_tokens * documents
-        _print(make_plan(config, lengths, "drafter", answered=answered, ranks=ranks), tflops, terabytes)
+        planned = make_plan(config, lengths, "drafter", answered=answered, ranks=ranks)
+        Console().print(*planned.tables(tflops, terabytes))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -382,25 +391,3 @@ def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any)
     if dtype is not Dtype.AUTO:
         chosen["hidden_states_dtype"] = dtype.value
     return chosen
-
-
-def _folders(named: list[str]) -> dict[str, Path]:
-    """Return the folders of ``NAME=FOLDER`` texts by their names."""
-    folders: dict[str, Path] = {}
-    for item in named:
-        name, separator, folder = item.partition("=")
-        if not name or not separator or name in ("train", "held-out", *folders):
-            raise typer.BadParameter(
-                f"{item}: give NAME=FOLDER, with a name of its own, which is neither train nor held-out",
-                param_hint="--also-evaluate",
-            )
-        folders[name] = Path(folder)
-    return folders
-
-
-def _print(plan: Any, tflops: float | None, terabytes: float | None) -> None:
-    from rich.console import Console
-
-    console = Console()
-    for table in plan.tables(tflops, terabytes):
-        console.print(table)

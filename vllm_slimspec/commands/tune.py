@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_slimspec.commands.options import choices, claim_results, device_of
+from vllm_slimspec.commands.options import Device, Shapes, choices, claim_results, device_of
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.output import claim_file
 from vllm_slimspec.measure.shapes import SHAPES
@@ -14,13 +14,8 @@ EXAMPLE = "Example: slimspec tune --device cuda --shapes llama-3.1-8b,llama-3.2-
 
 
 def tune(
-    shapes: Annotated[
-        str, typer.Option(help=f"Models whose head shapes are tuned for: all, or some of {', '.join(SHAPES)}.")
-    ] = "llama-3.1-8b",
-    device: Annotated[
-        str | None,
-        typer.Option(help="Device to tune for: cpu, cuda or cuda:N.", show_default="cuda where there is one, else cpu"),
-    ] = None,
+    shapes: Shapes = "llama-3.1-8b",
+    device: Device = None,
     repeats: Annotated[
         int, typer.Option(min=3, help="Number of timed calls of each product. Used on a CPU only.")
     ] = 21,
