@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_slimspec.measure.timed_heads import HEADS as ALONE
-from vllm_slimspec.measure.timed_heads import Head
+from vllm_slimspec.measure.shapes import HEADS as ALONE
+from vllm_slimspec.measure.shapes import Head
 
 
 @dataclass(frozen=True)

@@ -16,23 +16,23 @@ import typer
 from torch import Tensor
 
 from results import PartName, PartResults, PartRow
-from vllm_slimspec.commands.bench import Batches, Json, Shapes
-from vllm_slimspec.commands.options import choices, claim_results, positive_ints
+from vllm_slimspec.commands.bench import Batches
+from vllm_slimspec.commands.options import Json, Shapes, choices, claim_results, positive_ints
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.cpu import PackedFactor
 from vllm_slimspec.head.selection import best_of, rescored, top_of
-from vllm_slimspec.measure import timed_heads
+from vllm_slimspec.measure import shapes as timed
 from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.results import provenance
-from vllm_slimspec.measure.shapes import SHAPES
-from vllm_slimspec.measure.timed_heads import RERANK_K, Head, Weights, check
+from vllm_slimspec.measure.shapes import RERANK_K, SHAPES, Head
+from vllm_slimspec.measure.timed_heads import Weights, check
 
 HEADS = {
     name: head
-    for name, head in timed_heads.HEADS.items()
+    for name, head in timed.HEADS.items()
     if (head.family == "full" and head.quantization is None)
     or (head.family == "low-rank" and head.quantization in (None, "int8", "int4"))
 }

@@ -7,8 +7,7 @@ import typer
 
 from engine_heads import HEADS
 from vllm_slimspec.head.spec import head_spec
-from vllm_slimspec.measure.shapes import SHAPES, Shape
-from vllm_slimspec.measure.timed_heads import RERANK_K, SPEC_VOCAB_K, TRIMMED
+from vllm_slimspec.measure.shapes import RERANK_K, SHAPES, SPEC_VOCAB_K, TRIMMED, Shape
 
 _NANO_ROWS = 3000  # the abstract of NanoSpec says "under 3k tokens"
 _CORAL_GROUPS = 4  # assumed: the public text of CORAL does not give the number

@@ -9,7 +9,7 @@ from parts import parts_section
 from results import PartResults
 from vllm_slimspec.common.console import one_line_errors
 from vllm_slimspec.measure.results import HeadResults
-from vllm_slimspec.measure.timed_heads import RERANK_K, SPEC_VOCAB_K
+from vllm_slimspec.measure.shapes import RERANK_K, SPEC_VOCAB_K
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 

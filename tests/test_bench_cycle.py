@@ -20,8 +20,8 @@ from rivals import RIVALS, rivals_page
 from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.errors import EngineError
-from vllm_slimspec.measure.shapes import SHAPES
-from vllm_slimspec.measure.timed_heads import RERANK_K, SPEC_VOCAB_K, Weights
+from vllm_slimspec.measure.shapes import RERANK_K, SHAPES, SPEC_VOCAB_K
+from vllm_slimspec.measure.timed_heads import Weights
 
 # What their makers publish, unquantized and to the last parameter.
 PARAMETERS = {

@@ -10,7 +10,7 @@ import roofline
 from vllm_slimspec.commands.bench import app
 from vllm_slimspec.measure import timed_heads as bench
 from vllm_slimspec.measure.results import HeadResults
-from vllm_slimspec.measure.shapes import SHAPES, Shape
+from vllm_slimspec.measure.shapes import HEADS, SHAPES, Shape
 
 CPU = torch.device("cpu")
 TINY = Shape(64, 70000, 32)  # above the trimmed vocabularies
@@ -26,10 +26,10 @@ def weights():
     return bench.Weights(TINY, torch.bfloat16, CPU)
 
 
-@pytest.mark.parametrize("name", bench.HEADS)
+@pytest.mark.parametrize("name", HEADS)
 def test_the_gate_sees_a_wrong_head(weights, name):
     """Catches: a head that passes the gate although every id is off by one, or that fails it although it is right."""
-    arm = weights.arm(bench.HEADS[name])
+    arm = weights.arm(HEADS[name])
     if arm is None:
         assert name == "full-fp8"  # the one without a kernel on a CPU
         return

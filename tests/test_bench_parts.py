@@ -8,8 +8,8 @@ import parts as bench
 import roofline
 from results import PartResults
 from vllm_slimspec.commands.bench import app
-from vllm_slimspec.measure.shapes import SHAPES, Shape
-from vllm_slimspec.measure.timed_heads import RERANK_K, Weights
+from vllm_slimspec.measure.shapes import RERANK_K, SHAPES, Shape
+from vllm_slimspec.measure.timed_heads import Weights
 
 TINY = Shape(64, 70000, 32)
 

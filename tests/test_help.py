@@ -10,7 +10,6 @@ import rivals
 import roofline
 import serve_random
 from vllm_slimspec import cli
-from vllm_slimspec.commands.bench import app as bench
 
 RIDDLES = ("of ", "for ", "of both", "with it", "then", "...", "k.")
 
@@ -21,7 +20,6 @@ BENCHMARKS = {"cycle": cycle, "parts": parts, "rivals": rivals, "roofline": roof
 def commands():
     """Every command by its full name, as one types it."""
     found = dict(get_command(cli.app).commands)  # type: ignore[attr-defined]
-    found["bench"] = get_command(bench)
     for name in ("bench", "train"):
         group = found.pop(name)
         found |= {f"{name} {command}": body for command, body in group.commands.items()}

@@ -15,18 +15,15 @@ import cycle
 import parts
 import serve_random
 from vllm_slimspec import cli
-from vllm_slimspec.commands.bench import app as bench
 from vllm_slimspec.common import output
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 
 HEADS = str(Path(__file__).parent.parent / "docs" / "results" / "head-cpu.json")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def app():
-    """The whole command line, as ``main`` puts it together."""
-    if all(group.name != "bench" for group in cli.app.registered_groups):
-        cli.app.add_typer(bench, name="bench")
+    """The whole command line."""
     return cli.app
 
 

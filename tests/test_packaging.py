@@ -113,13 +113,13 @@ def test_help_and_version_work_without_torch(wheel, tmp_path):
         archive.extractall(tmp_path)
     code = "import sys; sys.modules['torch'] = None; from vllm_slimspec.cli import main; main()"
 
-    def run(argument: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code, argument]
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     assert run("--version").stdout.startswith("vllm-slimspec ")
     assert "convert" in run("--help").stdout
-    bench = run("bench")
+    bench = run("bench", "head")
     assert bench.returncode == 1
     assert bench.stderr.startswith("error: ")
     assert "Traceback" not in bench.stderr

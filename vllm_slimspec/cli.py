@@ -4,14 +4,13 @@ Exit codes: 0 success, 1 failure (one line on stderr says why), 2 wrong usage, 1
 SIGTERM.
 """
 
-import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from vllm_slimspec import __version__
-from vllm_slimspec.commands import convert, doctor, inspect, report, train, tune
+from vllm_slimspec.commands import bench, convert, doctor, inspect, report, train, tune
 from vllm_slimspec.common import console
 from vllm_slimspec.common.console import one_line_errors
 
@@ -40,24 +39,13 @@ app.add_typer(train.app, name="train")
 app.command(epilog=inspect.EXAMPLE)(inspect.inspect)
 app.command(epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(epilog=report.EXAMPLE)(report.report)
+app.add_typer(bench.app, name="bench")
 app.command(epilog=tune.EXAMPLE)(tune.tune)
 
 
 def main() -> None:
     """Run the command line."""
-    with one_line_errors():
-        command = [word for word in sys.argv[1:] if word != "--verbose"][:1]
-        console.verbose = "--verbose" in sys.argv
-        if command in ([], ["-h"], ["--help"], ["bench"]):
-            try:  # It imports torch, which would slow the other commands down.
-                from vllm_slimspec.commands import bench
-
-                words = "Measure draft heads: their time, the drafts that the target accepts, and the speed of servers."
-                app.add_typer(bench.app, name="bench", help=words)
-            except ModuleNotFoundError:
-                if command == ["bench"]:
-                    raise
-        app(prog_name="slimspec")
+    app(prog_name="slimspec")
 
 
 def _version(asked: bool) -> None:

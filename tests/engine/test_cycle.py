@@ -11,8 +11,8 @@ from cycle_engine import Engine, Plan, measure
 from engine_heads import HEADS, heads_of
 from random_pairs import write_drafter, write_target
 from vllm_slimspec.head.slot import HeadSlot
-from vllm_slimspec.measure.shapes import SHAPES
-from vllm_slimspec.measure.timed_heads import TRIMMED, trimmed_offsets
+from vllm_slimspec.measure.shapes import SHAPES, TRIMMED
+from vllm_slimspec.measure.timed_heads import trimmed_offsets
 
 pytestmark = pytest.mark.broad
 

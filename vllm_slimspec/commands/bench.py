@@ -1,6 +1,7 @@
 """``slimspec bench``: the commands that measure draft heads alone, in the engine, and behind a server."""
 
 import json as json_format
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,13 +10,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_slimspec.commands.options import choices, claim_results, device_of, positive_ints
+from vllm_slimspec.commands.options import (
+    PROMPT_LINES,
+    Device,
+    EngineArgs,
+    Json,
+    K,
+    Shapes,
+    choices,
+    claim_results,
+    device_of,
+    named,
+    positive_ints,
+)
 from vllm_slimspec.commands.options import dtypes as listed_dtypes
 from vllm_slimspec.common.console import Dtype, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file, claim_work
-from vllm_slimspec.common.progress import progress
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.measure.head import measure
 from vllm_slimspec.measure.prompts import Benchmark, convert, read_lines
 from vllm_slimspec.measure.results import (
     AcceptanceResults,
@@ -26,10 +37,12 @@ from vllm_slimspec.measure.results import (
     StatesRow,
     grouped,
 )
-from vllm_slimspec.measure.shapes import SHAPES
-from vllm_slimspec.measure.timed_heads import HEADS
+from vllm_slimspec.measure.shapes import HEADS, SHAPES
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure draft heads: their time, the drafts that the target accepts, and the speed of servers.",
+)
 # The style of tables with many columns.
 _COMPACT: dict[str, Any] = {"box": None, "pad_edge": False, "collapse_padding": True}
 
@@ -44,19 +57,8 @@ Drafters = Annotated[
         "dense head the name `full`: the others are compared with it.",
     ),
 ]
-K = Annotated[
-    int,
-    typer.Option("-k", "--num-speculative-tokens", min=1, help="Number of tokens that are drafted in each cycle (K)."),
-]
 PromptFiles = Annotated[
-    list[Path],
-    typer.Option(
-        help='JSONL file of prompts. Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
-        '{"input_ids": [...]}. Repeat the option for each file.'
-    ),
-]
-EngineArgs = Annotated[
-    str, typer.Option(help="Further arguments of vllm.LLM, as a JSON object such as '{\"max_model_len\": 4096}'.")
+    list[Path], typer.Option(help=f"JSONL file of prompts. {PROMPT_LINES} Repeat the option for each file.")
 ]
 CompareDtype = Annotated[
     Dtype,
@@ -66,11 +68,9 @@ CompareDtype = Annotated[
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(min=2, help="Largest number of tokens in an answer.")]
-Shapes = Annotated[str, typer.Option(help=f"Models whose head shapes are timed: all, or some of {', '.join(SHAPES)}.")]
 Batches = Annotated[
     str, typer.Option(help="Batch sizes: numbers of hidden states that one call drafts for, such as 1,8,64.")
 ]
-Json = Annotated[Path | None, typer.Option(help="JSON file to write the results to.")]
 Concurrency = Annotated[
     str, typer.Option(help="Numbers of requests that run at the same time, such as 1,4,16. Each one is measured.")
 ]
@@ -108,10 +108,7 @@ def head(
     shapes: Shapes = "llama-3.1-8b",
     heads: Annotated[str, typer.Option(help=f"Heads to time: all, or some of {', '.join(HEADS)}.")] = "all",
     batches: Batches = "1,8,64",
-    device: Annotated[
-        str | None,
-        typer.Option(help="Device to time on: cpu, cuda or cuda:N.", show_default="cuda where there is one, else cpu"),
-    ] = None,
+    device: Device = None,
     repeats: Annotated[int, typer.Option(min=3, help="Number of timed calls of each head.")] = 21,
     json: Json = None,
 ) -> None:
@@ -120,6 +117,8 @@ def head(
     chosen = [HEADS[name] for name in choices(heads, HEADS, "--heads")]
     sizes = positive_ints(batches, "--batches", "batch sizes")
     with one_line_errors(), claim_results(json) as write:
+        from vllm_slimspec.measure.head import measure
+
         results = measure(shape_names, chosen, sizes, device=device_of(device), repeats=repeats)
         write(results)
     print_heads(results)
@@ -147,6 +146,7 @@ def acceptance(
     json: Json = None,
 ) -> None:
     """Count the draft tokens that the target accepts from each drafter, and compare the greedy answers with its own."""
+    from vllm_slimspec.common.progress import progress
     from vllm_slimspec.measure import compare
 
     options = compare.Options(
@@ -208,6 +208,7 @@ def states(
     json: Json = None,
 ) -> None:
     """Score draft heads on recorded head states: acceptance at temperature 0 and overlap (alpha) at temperature 1."""
+    from vllm_slimspec.common.progress import progress
     from vllm_slimspec.measure import states as bench
 
     ks = positive_ints(num_speculative_tokens, "--num-speculative-tokens", "numbers of draft tokens")
@@ -218,7 +219,7 @@ def states(
         ks=ks,
         rerank={
             name: positive_ints(counts, "--rerank", "numbers of candidates")
-            for name, counts in _named(rerank or [], "--rerank", "NAME=16,64").items()
+            for name, counts in named(rerank, "--rerank", "NAME=16,64").items()
         },
         max_tokens=max_tokens,
         work=work_path,
@@ -270,13 +271,7 @@ def prompts(
 def serve(
     target: Target,
     drafter: Drafters,
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            help='JSONL file of prompts. Each line is {"prompt": ...}, {"messages": [...]}, {"text": ...} or '
-            '{"input_ids": [...]}.'
-        ),
-    ],
+    prompts: Annotated[Path, typer.Option(help=f"JSONL file of prompts. {PROMPT_LINES}")],
     local_argmax: Annotated[
         list[str] | None,
         typer.Option(
@@ -294,8 +289,7 @@ def serve(
     json: Json = None,
 ) -> None:
     """Measure latency, throughput and acceptance of `vllm serve` with the target alone and with each drafter."""
-    import shlex
-
+    from vllm_slimspec.common.progress import progress
     from vllm_slimspec.measure import serve as bench
 
     drafters = _drafters(drafter)
@@ -393,23 +387,7 @@ def _accepted(row: AcceptanceRow | StatesRow) -> tuple[str, ...]:
 
 
 def _drafters(given: list[str]) -> dict[str, str]:
-    return _named(given, "--drafter", "NAME=FOLDER, such as low-rank=./drafter")
-
-
-def _named(given: list[str], option: str, form: str) -> dict[str, str]:
-    """Return the values of a repeated option of the form NAME=VALUE by their names.
-
-    Raises:
-        typer.BadParameter: a value is not of the form ``form``, or a name is given twice.
-    """
-    named: dict[str, str] = {}
-    for text in given:
-        name, _, value = text.partition("=")
-        if not name or not value or name in named:
-            reason = "repeats a name; give each one a name of its own" if name in named else f"is not {form}"
-            raise typer.BadParameter(f"{text!r} {reason}", param_hint=option)
-        named[name] = value
-    return named
+    return named(given, "--drafter", "NAME=FOLDER, such as low-rank=./drafter")
 
 
 def _temperatures(text: str) -> list[float]:

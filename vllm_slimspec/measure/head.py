@@ -10,8 +10,8 @@ from vllm_slimspec.common.device import device_name
 from vllm_slimspec.common.progress import progress
 from vllm_slimspec.measure.clock import Clock
 from vllm_slimspec.measure.results import HeadResults, HeadRow, provenance
-from vllm_slimspec.measure.shapes import SHAPES
-from vllm_slimspec.measure.timed_heads import Head, Weights, check
+from vllm_slimspec.measure.shapes import SHAPES, Head
+from vllm_slimspec.measure.timed_heads import Weights, check
 
 
 def measure(

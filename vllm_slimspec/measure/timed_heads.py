@@ -4,9 +4,8 @@ Letters: B rows of a batch, D hidden size, V vocabulary size, R rank.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,50 +14,7 @@ from torch import Tensor
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.cpu import PackedFactor
 from vllm_slimspec.head.selection import best_of
-from vllm_slimspec.measure.shapes import Shape
-
-RERANK_K = 16
-SPEC_VOCAB_K = 2048  # candidates of SpecVocab (arXiv 2602.13836, section 3.3)
-TRIMMED = 32768  # rows of the smaller trimmed head
-
-Family = Literal["null", "full", "trim", "spec-vocab", "low-rank"]
-
-
-@dataclass(frozen=True)
-class Head:
-    """A draft head that can be measured. Its fields say what it is made of; the name is only a label."""
-
-    name: str
-    family: Family
-    quantization: str | None = None  # of `up`, or of the dense rows of a full head
-    rerank: int | None = None  # number of candidates that are scored again by the dense rows
-    rows: int | None = None  # number of vocabulary rows that a trimmed head keeps; None: all
-    packed: bool = False  # whether the dense rows are stored in the layout that a CPU reads fastest
-    by_logits: bool = False  # whether vLLM asks the head for logits over the whole vocabulary instead of tokens
-    devices: tuple[str, ...] = ("cpu", "cuda")  # devices that have a kernel for the head
-
-
-HEADS = {
-    head.name: head
-    for head in (
-        Head("full", "full", by_logits=True),
-        Head("full-packed", "full", packed=True, devices=("cpu",)),
-        Head("full-fp8", "full", quantization="fp8", devices=("cuda",)),
-        Head("full-int8", "full", quantization="int8", packed=True, devices=("cpu",)),
-        Head("trim-32k", "trim", rows=TRIMMED),
-        Head("trim-32k-scatter", "trim", rows=TRIMMED, by_logits=True),
-        Head("trim-64k", "trim", rows=2 * TRIMMED),
-        Head("trim-64k-scatter", "trim", rows=2 * TRIMMED, by_logits=True),
-        Head("spec-vocab", "spec-vocab"),
-        Head("low-rank", "low-rank"),
-        Head("low-rank-fp8", "low-rank", quantization="fp8"),
-        Head("low-rank-int8", "low-rank", quantization="int8"),
-        Head("low-rank-int4", "low-rank", quantization="int4"),
-        Head("low-rank-rerank", "low-rank", rerank=RERANK_K),
-        Head("low-rank-int8-rerank", "low-rank", quantization="int8", rerank=RERANK_K),
-    )
-}
-"""Every head that ``slimspec bench head`` can time, by its name."""
+from vllm_slimspec.measure.shapes import SPEC_VOCAB_K, Head, Shape
 
 
 class Arm(NamedTuple):
@@ -115,18 +71,10 @@ class Weights:
         if isinstance(stored, ops.QuantizedUp):
             # The activations are rounded to fp8 too, so that no exact reference has the same scores. The head is
             # therefore compared with its own logits.
-            return Arm(
-                head.name,
-                lambda hidden: _scaled_mm(stored, hidden).argmax(dim=-1),
-                lambda hidden: _scaled_mm(stored, hidden).float(),
-                stored.nbytes,
-            )
-        return Arm(
-            head.name,
-            lambda hidden: F.linear(hidden, self.dense).argmax(dim=-1),
-            partial(_scores, self.dense),
-            self.dense.nbytes,
-        )
+            scaled = partial(_scaled_mm, stored)
+            return Arm(head.name, lambda x: scaled(x).argmax(dim=-1), lambda x: scaled(x).float(), stored.nbytes)
+        linear = partial(F.linear, weight=stored)
+        return Arm(head.name, lambda x: linear(x).argmax(dim=-1), partial(_scores, stored), stored.nbytes)
 
     def _trim(self, head: Head) -> Arm:
         rows = head.rows
