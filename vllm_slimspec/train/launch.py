@@ -46,7 +46,7 @@ from vllm_slimspec.train.model import SlimSpecEagle3Model
 from vllm_slimspec.train.plan import drafter_operations
 from vllm_slimspec.train.quiet import quiet
 from vllm_slimspec.train.store import check_states, read_identity
-from vllm_slimspec.train.trainer import ServerGone, SlimSpecTrainer, metrics_file, settle
+from vllm_slimspec.train.trainer import SlimSpecTrainer, metrics_file, settle
 
 logger = logging.getLogger(__name__)
 
@@ -168,13 +168,7 @@ def fit(
                     "%s: the data do not say which tokens are prompts, so every token is trained on and measured", data
                 )
         with slimspec_in_speculators(others) as trainers:
-            try:
-                speculators_cli.main(config)
-            except ServerGone as error:
-                raise ConnectionError(
-                    f"{run['vllm_endpoint']}: no hidden states any more ({error}); start vLLM again and repeat the "
-                    "command to resume"
-                ) from None
+            speculators_cli.main(config)
         (trainer,) = trainers
         if trainer.interrupted:
             raise KeyboardInterrupt(f"stopped; the checkpoint is in {run['save_path']}")

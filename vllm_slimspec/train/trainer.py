@@ -34,10 +34,6 @@ _STEPS_BETWEEN_CHECKPOINTS = 100
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 
-class ServerGone(RuntimeError):
-    """The server that gives hidden states during training does not answer any more."""
-
-
 class _AllSteps(Exception):
     """All of ``max_steps`` are done."""
 
@@ -117,7 +113,11 @@ class SlimSpecTrainer(Trainer):
             if "circuit breaker" not in str(error):
                 raise
             self.maybe_save_checkpoint("interrupted")  # The error is raised between two steps.
-            raise ServerGone(error) from None
+            states: Any = self.train_loader.dataset  # The class is speculators'.
+            raise ConnectionError(
+                f"{states.vllm_endpoint}: no hidden states any more ({error}); start vLLM again and repeat the command "
+                "to resume"
+            ) from None
         self._place = None
 
     def val_epoch(self, epoch: int) -> dict[str, float] | None:
