@@ -113,14 +113,14 @@ def seeded(options: dict[str, Any]) -> dict[str, Any]:
 def claim_for(output: Path, made_from: dict[str, Any]) -> None:
     """Write what an output is made from beside it, or refuse an output that was made from something else."""
     file = output.with_name(f"{output.name}.json")
-    if file.exists() and json.loads(file.read_text()) != made_from:
+    if not file.exists():
+        if output.exists():
+            raise CheckpointError(f"{output}: exists and was not written by this command; choose another output")
+        write_whole(file, lambda part: part.write_text(json.dumps(made_from, indent=2) + "\n"))
+    elif json.loads(file.read_text()) != made_from:
         raise CheckpointError(
             f"{output}: holds what another target, other prompts or other sampling gave; choose another output"
         )
-    if output.exists() and not file.exists():
-        raise CheckpointError(f"{output}: exists and was not written by this command; choose another output")
-    if not file.exists():
-        write_whole(file, lambda part: part.write_text(json.dumps(made_from, indent=2) + "\n"))
 
 
 def whole_lines(part: Path) -> list[bytes]:

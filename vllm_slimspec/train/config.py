@@ -38,9 +38,6 @@ LOSSES = {
     "lk_hybrid": "lk_hybrid",
     "greedy": '{"ce": 0.5, "kl_div": 0.5}',  # ce: cross entropy to the target's best token
 }
-# The attention of a fresh drafter, unless --draft-config or --from-pretrained gives one. Without this key, speculators
-# silently gives the layer a sliding window of 2048 tokens.
-_SHAPE: Mapping[str, Any] = {"full_attention_indices": [0]}
 # speculators has no switch for a machine without an accelerator. Attention on a CPU multiplies every token of a step
 # with every other one. A step is therefore only as long as the longest document of `slimspec train states`.
 _CPU_RECIPE: Mapping[str, Any] = {
@@ -123,9 +120,11 @@ def resolve(
             "--head target is the target's whole head; leave out --head-init random and --draft-vocab-size, or train a "
             "head of the drafter's own with --head dense"
         )
+    fresh = not flags.keys() & {"draft_config", "from_pretrained"}
     run = {
         **RECIPE,
-        **({} if flags.keys() & {"draft_config", "from_pretrained"} else _SHAPE),
+        # Without this key, speculators silently gives a fresh layer a sliding window of 2048 tokens.
+        **({"full_attention_indices": [0]} if fresh else {}),
         **({} if torch.accelerator.is_available() else _CPU_RECIPE),
         "hidden_states_dtype": work_dtype("auto", MIXED).name,
         "mask_token_id": 0,  # EAGLE-3 never masks, but without a value speculators loads a tokenizer to choose one.
