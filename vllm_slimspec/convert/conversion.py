@@ -205,13 +205,9 @@ class Conversion:
             return evaluate(self._scoring, heads, states, ids, rerank=rerank, uncut=uncut, moved=moved)
 
     def outcome(self, rank: int | None, head_bytes: int, quality: Quality | None, rerank: int | None) -> Outcome:
-        """Return what a head costs and saves.
+        """Return what a head costs and saves; see :class:`Outcome` for ``rank`` and ``rerank``.
 
-        Args:
-            rank: rank of the head; None for a dense head.
-            head_bytes: bytes of the stored head, without the rows that re-ranking reads.
-            quality: what was measured of the head without re-ranking; None if there were no states.
-            rerank: number of candidates that are scored again; None without re-ranking.
+        ``head_bytes`` are those of the stored head alone, and ``quality`` is that of the head without re-ranking.
         """
         dense_bytes = self.source.head.nbytes
         head_bytes += (rerank or 0) * self.dense[0].nbytes

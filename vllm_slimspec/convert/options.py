@@ -62,14 +62,9 @@ class Options:
 
 
 def check(options: Options, *, sweeps: bool = False) -> None:
-    """Refuse options that contradict each other, before anything is read.
+    """Refuse options that contradict each other, before anything is read. The OptionError names what to change.
 
-    Args:
-        options: the options to check.
-        sweeps: whether ranks are only measured, and no drafter is written.
-
-    Raises:
-        OptionError: names the options that contradict each other, and the one to change.
+    ``sweeps`` says that ranks are only measured, and no drafter is written.
     """
     if refusal := next(_contradictions(options, sweeps), None):
         raise OptionError(refusal)

@@ -71,10 +71,9 @@ def resolve(
 ) -> SlimSpecTrainConfig:
     """Check the options of a run, and return its configuration. Nothing is written, and ``data`` need not exist yet.
 
+    The first three arguments are those of :func:`vllm_slimspec.train.launch.fit`.
+
     Args:
-        target: Hugging Face folder or id.
-        data: folder of hidden states.
-        output: folder of the drafter.
         head: ``low-rank``; ``dense``, an ordinary head for comparison, which is trained as the factors are and served
             by vLLM; or ``target``, the target's own head, which is neither trained nor exported: vLLM shares it.
         rank: R of a low-rank head; None takes D // 8.

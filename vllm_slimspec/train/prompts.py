@@ -66,11 +66,8 @@ def write_prompts(
     Args:
         target: Hugging Face folder or id of a chat model.
         output: JSONL file to write, as :mod:`vllm_slimspec.engine.prompts` reads them.
-        count: number of questions.
-        sampling: how the questions are sampled.
         openings: JSONL file of lines {"system": ..., "opening": ...}, of which either key may be left out.
-        engine: further arguments of ``vllm.LLM``.
-        dtype: dtype in which the target computes, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
+        engine, dtype: see :func:`vllm_slimspec.train.answers.write_answers`.
 
     Raises:
         CheckpointError: the target has no chat template, a line of ``openings`` is not an opening, or the output holds
