@@ -24,7 +24,7 @@ from vllm_slimspec.commands.options import (
     positive_ints,
 )
 from vllm_slimspec.commands.options import dtypes as listed_dtypes
-from vllm_slimspec.common.console import Dtype, json_object, log_on_stderr, one_line_errors
+from vllm_slimspec.common.console import Asked, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file, claim_work
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.measure.prompts import Benchmark, convert, read_lines
@@ -61,7 +61,7 @@ PromptFiles = Annotated[
     list[Path], typer.Option(help=f"JSONL file of prompts. {PROMPT_LINES} Repeat the option for each file.")
 ]
 CompareDtype = Annotated[
-    Dtype,
+    Asked,
     typer.Option(
         help="Data type of the target and the drafter. auto means float32 on a CPU, so that answers can be compared "
         "token for token, and vLLM's own choice on a GPU."
@@ -142,7 +142,7 @@ def acceptance(
         typer.Option("--ignore-eos", help="Generate --max-tokens tokens even if an answer reaches its end earlier."),
     ] = False,
     engine_args: EngineArgs = "{}",
-    dtype: CompareDtype = Dtype.AUTO,
+    dtype: CompareDtype = "auto",
     json: Json = None,
 ) -> None:
     """Count the draft tokens that the target accepts from each drafter, and compare the greedy answers with its own."""
@@ -157,7 +157,7 @@ def acceptance(
         temperatures=_temperatures(temperature),
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
-        engine=json_object(engine_args, "--engine-args") | ({} if dtype is Dtype.AUTO else {"dtype": dtype.value}),
+        engine=json_object(engine_args, "--engine-args") | ({} if dtype == "auto" else {"dtype": dtype}),
         # The answers of each engine are kept there, so that a run that was killed can go on from them.
         work=None if json is None else beside(json, ".run"),
     )
@@ -189,7 +189,7 @@ def states(
     ] = "5",
     max_tokens: MaxTokens = 256,
     engine_args: EngineArgs = "{}",
-    dtype: CompareDtype = Dtype.AUTO,
+    dtype: CompareDtype = "auto",
     rerank: Annotated[
         list[str] | None,
         typer.Option(
@@ -224,7 +224,7 @@ def states(
         max_tokens=max_tokens,
         work=work_path,
         engine=json_object(engine_args, "--engine-args"),
-        dtype=dtype.value,
+        dtype=dtype,
     )
     with (
         log_on_stderr(),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vllm_slimspec.commands.options import EngineArgs, K, positive_ints
-from vllm_slimspec.common.console import Dtype, DtypeOption, json_object, log_on_stderr, one_line_errors
+from vllm_slimspec.common.console import DtypeOption, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def convert(
         ),
     ] = None,
     engine_args: EngineArgs = "{}",
-    dtype: DtypeOption = Dtype.AUTO,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Convert an EAGLE-3 drafter into one with a low-rank head, and measure what is lost before writing it."""
     from vllm_slimspec.convert import run
@@ -165,8 +165,8 @@ def convert(
 
     divisors = [] if sweep is None else positive_ints(sweep, "--sweep", "rank divisors")
     flags = json_object(train_args, "--train-args")
-    if dtype is not Dtype.AUTO:
-        flags.setdefault("hidden_states_dtype", dtype.value)
+    if dtype != "auto":
+        flags.setdefault("hidden_states_dtype", dtype)
     options = Options(
         drafter=drafter,
         output=output_path,
@@ -190,7 +190,7 @@ def convert(
         force=force,
         layout=layout,
         engine=json_object(engine_args, "--engine-args"),
-        dtype=dtype.value,
+        dtype=dtype,
     )
     with log_on_stderr(), one_line_errors():
         if divisors:

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from vllm_slimspec.commands.options import PROMPT_LINES, EngineArgs, named
-from vllm_slimspec.common.console import Dtype, DtypeOption, json_object, log_on_stderr, one_line_errors
+from vllm_slimspec.common.console import Asked, DtypeOption, json_object, log_on_stderr, one_line_errors
 from vllm_slimspec.common.output import beside, claim_file, claim_folder, claim_work
 from vllm_slimspec.errors import OptionError
 
@@ -117,7 +117,7 @@ def run(
     rank: Rank = None,
     head_init: Init = "weighted-svd",
     loss: Loss = None,
-    dtype: DtypeOption = Dtype.AUTO,
+    dtype: DtypeOption = "auto",
     plan: ShowPlan = False,
     tflops: Tflops = None,
     terabytes: Terabytes = None,
@@ -210,7 +210,7 @@ def write(
         int, typer.Option(min=0, help="Random seed of the first prompt. Each further prompt takes the next number.")
     ] = 0,
     engine_args: EngineArgs = "{}",
-    dtype: DtypeOption = Dtype.AUTO,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Write training prompts with the target itself, a chat model run by vLLM. Repeat the command to resume."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -220,7 +220,7 @@ def write(
 
         sampling = Sampling(tuple(temperature or (1.0,)), top_p, min_p, max_tokens, second_turns, seed)
         chosen = openings or OPENINGS
-        write_prompts(target, output_path, count, sampling, openings=chosen, engine=engine, dtype=dtype.value)
+        write_prompts(target, output_path, count, sampling, openings=chosen, engine=engine, dtype=dtype)
 
 
 @app.command(epilog="Example: slimspec train answers --target T --prompts prompts.jsonl --output-path answers.jsonl")
@@ -231,7 +231,7 @@ def answers(
     temperature: Temperature = None,
     max_tokens: MaxTokens = 512,
     engine_args: EngineArgs = "{}",
-    dtype: DtypeOption = Dtype.AUTO,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Answer prompts with the target, run by vLLM. Repeat the command to resume."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -239,7 +239,7 @@ def answers(
     with log_on_stderr(), one_line_errors(), claim_file(output_path):
         from vllm_slimspec.train.answers import write_answers
 
-        write_answers(target, prompts, output_path, temperature, max_tokens, engine=engine, dtype=dtype.value)
+        write_answers(target, prompts, output_path, temperature, max_tokens, engine=engine, dtype=dtype)
 
 
 @app.command(epilog="Example: slimspec train states --target T --documents answers.jsonl --output-path states")
@@ -271,7 +271,7 @@ def states(
             show_default="all of them",
         ),
     ] = None,
-    dtype: DtypeOption = Dtype.AUTO,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Run the target over documents and store its hidden states. Repeat it to resume or to replace broken files."""
     with log_on_stderr(), one_line_errors(), claim_work(output_path):
@@ -279,7 +279,7 @@ def states(
         from vllm_slimspec.train.states import write_states
 
         found = read_documents(documents, target, max_length, train_on)
-        write_states(target, found, output_path, layer_ids=target_layer_ids, keep=keep, dtype=dtype.value)
+        write_states(target, found, output_path, layer_ids=target_layer_ids, keep=keep, dtype=dtype)
 
 
 @app.command(
@@ -295,7 +295,7 @@ def fit(
     rank: Rank = None,
     head_init: Init = "weighted-svd",
     loss: Loss = None,
-    dtype: DtypeOption = Dtype.AUTO,
+    dtype: DtypeOption = "auto",
     also_evaluate: Annotated[
         list[str] | None,
         typer.Option(
@@ -362,7 +362,7 @@ def plan(
         from vllm_slimspec.train.config import resolve
         from vllm_slimspec.train.plan import make_plan
 
-        config = resolve(target, "states", "drafter", **_flags(context, None, Dtype.AUTO, head=head, rank=rank))
+        config = resolve(target, "states", "drafter", **_flags(context, None, "auto", head=head, rank=rank))
         lengths, answered = [prompt_tokens + answer_tokens] * documents, answer_tokens * documents
         planned = make_plan(config, lengths, "drafter", answered=answered, ranks=ranks)
         Console().print(*planned.tables(tflops, terabytes))
@@ -375,7 +375,7 @@ class _Parser(argparse.ArgumentParser):
         raise typer.BadParameter(f"{message}; see --help, and `speculators train --help` for further flags")
 
 
-def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any) -> dict[str, Any]:
+def _flags(context: typer.Context, loss: str | None, dtype: Asked, **flags: Any) -> dict[str, Any]:
     """Return the flags of this package together with the flags of speculators that follow them."""
     from speculators.train.config.resolution import add_config_cli_arguments
 
@@ -388,6 +388,6 @@ def _flags(context: typer.Context, loss: str | None, dtype: Dtype, **flags: Any)
     chosen = vars(parser.parse_args(context.args)) | flags
     if loss is not None:
         chosen["loss_fn"] = LOSSES[loss]
-    if dtype is not Dtype.AUTO:
-        chosen["hidden_states_dtype"] = dtype.value
+    if dtype != "auto":
+        chosen["hidden_states_dtype"] = dtype
     return chosen

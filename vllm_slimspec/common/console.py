@@ -10,8 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -37,17 +36,10 @@ _CURES = {
 }
 
 
-class Dtype(StrEnum):
-    """The values of ``--dtype``, to which :mod:`vllm_slimspec.common.work_dtype` gives a meaning."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
+# The values of ``--dtype``, to which :mod:`vllm_slimspec.common.work_dtype` gives a meaning.
+Asked = Literal["auto", "float32", "bfloat16", "float16"]
 DtypeOption = Annotated[
-    Dtype,
+    Asked,
     typer.Option(
         "--dtype",
         help="Data type of the computation. auto is bfloat16 on a CPU with instructions for it, float32 on any other "

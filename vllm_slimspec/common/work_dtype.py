@@ -7,13 +7,13 @@ different: most of its time goes into reading weights, and bfloat16 weights are 
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-logger = logging.getLogger(__name__)
+from vllm_slimspec.common.console import Asked
 
-Asked = Literal["auto", "float32", "bfloat16", "float16"]
+logger = logging.getLogger(__name__)
 
 # With these limits oneDNN still reports bfloat16 support, but it emulates bfloat16.
 _EMULATING_LIMITS = ("AVX512_CORE", "AVX512_CORE_VNNI")
