@@ -51,7 +51,7 @@ def test_mutated_folder_is_accepted_or_refused_without_harm(tmp_path):
         ("files._check_size = lambda *a: None", "MiB of memory"),
         ("del errors.SlimSpecError.__init__", "not one readable line"),
         ("spec.positive_int = lambda c, k, w: c[k]", "Traceback"),
-        ("checkpoint._format = lambda c: exec('')", "compile"),
+        ("checkpoint.is_low_rank = lambda c: exec('')", "compile"),
     ],
 )
 def test_fuzzer_notices_each_kind_of_harm(tmp_path, sabotage, finding):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vllm_slimspec.common import files
 from vllm_slimspec.common.files import TensorInfo, load_tensor
@@ -37,8 +37,6 @@ from vllm_slimspec.head.vocabulary import check_map, check_map_shape
 if TYPE_CHECKING:
     import torch
 
-Format = Literal["slimspec", "torchspec", "speculators", "eagle3"]
-
 
 @dataclass(frozen=True)
 class DraftCheckpoint:
@@ -49,7 +47,6 @@ class DraftCheckpoint:
     """
 
     path: Path
-    format: Format
     config: dict[str, Any]
     spec: HeadSpec | None
     tensors: dict[str, TensorInfo]
@@ -68,7 +65,7 @@ class DraftCheckpoint:
         spec = head_spec(flatten(config, where), where) if is_low_rank(config) else None
         if spec is not None:
             known_family(config, where)
-        checkpoint = cls(path, _format(config), config, spec, tensors)
+        checkpoint = cls(path, config, spec, tensors)
         if spec is None:
             checkpoint._check_dense()
         else:
@@ -76,6 +73,15 @@ class DraftCheckpoint:
         if checkpoint.family is not None:  # Only vLLM knows the body of other families.
             checkpoint._check_body(checkpoint.family)
         return checkpoint
+
+    @property
+    def format(self) -> str:
+        """Return slimspec, torchspec, speculators, or eagle3 for a dense drafter in the plain layout."""
+        if is_speculators(self.config):
+            return "speculators"
+        if self.spec is None:
+            return "eagle3"
+        return "slimspec" if names_our_model(self.config) else "torchspec"
 
     @property
     def family(self) -> Family | None:
@@ -241,11 +247,3 @@ def write_checkpoint(
     with claim_folder(folder) as claim:
         claim.write(fill)
     return DraftCheckpoint.open(folder)
-
-
-def _format(config: Mapping[str, Any]) -> Format:
-    if is_speculators(config):
-        return "speculators"
-    if not is_low_rank(config):
-        return "eagle3"
-    return "slimspec" if names_our_model(config) else "torchspec"
