@@ -37,11 +37,7 @@ class TensorInfo:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read and return the config.json of a model folder.
-
-    Raises:
-        CheckpointError: the folder or the file does not exist, or the file is not a JSON object.
-    """
+    """Read and return the config.json of a model folder."""
     file = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the path of a drafter's folder")
@@ -52,11 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """Return the declared dtype and shape of every tensor in a folder's safetensors, by name. No weights are read.
-
-    Raises:
-        CheckpointError: the folder holds no safetensors, a file is incomplete, or two files hold the same tensor.
-    """
+    """Return the declared dtype and shape of every tensor in a folder's safetensors, by name. No weights are read."""
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
         for name, info in read_header(file).items():
@@ -66,14 +58,14 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Return the declared dtype and shape of every tensor in one file; a CheckpointError says that it is incomplete."""
+    """Return the declared dtype and shape of every tensor in one file."""
     with _safe_open(file) as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - the handle is not a mapping
         return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
 
 
 def load_tensor(info: TensorInfo, name: str) -> "torch.Tensor":
-    """Load one tensor onto the CPU in its stored dtype; a CheckpointError says that the file is incomplete."""
+    """Load one tensor onto the CPU in its stored dtype."""
     with _safe_open(info.file) as file:
         return file.get_tensor(name)
 
@@ -99,25 +91,25 @@ def check_tokenizer(folder: Path) -> None:
         raise CheckpointError(f"{file}: {size} bytes, at most {_LARGEST_TOKENIZER} are read; copy the file again")
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Read and return a JSON object of at most 1 MiB.
-
-    Raises:
-        CheckpointError: the file cannot be read, is too large, or holds something else.
-    """
-    found = _read_json(file)
+def read_json_object(file: Path, described: int = 0) -> dict[str, Any]:
+    """Read and return a JSON object that is not too large for the ``described`` bytes of weights: 1 MiB without any."""
+    try:
+        _check_size(file, file.stat().st_size, described)
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: holds {type(found).__name__}, must be a JSON object; copy the file again")
     return found
 
 
 def read_weight_map(index: Path, described: int) -> dict[str, str]:
-    """Return which file holds each tensor, from an index that is not too large for the ``described`` bytes of weights.
-
-    Raises:
-        CheckpointError: the file cannot be read, is too large, or holds something else.
-    """
-    found = _read_json(index, described)
+    """Return which file holds each tensor, from an index as :func:`read_json_object` reads it."""
+    found = read_json_object(index, described)
     try:
         return {name: str(file) for name, file in found["weight_map"].items()}
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -163,19 +155,6 @@ def _safe_open(file: Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         memory.raise_if_ran_out(error, file)
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
-
-
-def _read_json(file: Path, described: int = 0) -> Any:
-    """Return any JSON value, from a file that is not too large for the ``described`` bytes of weights."""
-    try:
-        _check_size(file, file.stat().st_size, described)
-        return json.loads(file.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _check_size(file: Path, size: int, described: int) -> None:

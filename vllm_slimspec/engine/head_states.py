@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_slimspec.common.files import read_header, save_tensors
+from vllm_slimspec.common.files import read_header, read_json_object, save_tensors
 from vllm_slimspec.common.output import write_whole
 from vllm_slimspec.errors import CheckpointError
 
@@ -255,12 +255,8 @@ def _read_index(path: Path) -> dict[str, Any]:
             if begun
             else f"{file}: no such file; give a folder of head states (index.json, states-*.safetensors)"
         )
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the folder again") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+    index = read_json_object(file, sum(states.stat().st_size for states in path.glob("states-*.safetensors")))
+    if (found := index.get("format")) != FORMAT:
         raise CheckpointError(f"{file}: format {found!r} is not known, {FORMAT} is; collect the states again")
     return index
 
