@@ -199,7 +199,7 @@ def test_untested_version_of_vllm_is_noticed(monkeypatch, version, level, words)
 
 def test_missing_vllm_internal_is_warned_of(monkeypatch):
     """Catches: a vLLM interface that moved, and that users discover only by a drafter that is slow or refused."""
-    gone = compat.Touch("EngineArgs.gone", "vllm.engine.arg_utils", "drafting is slow", "never")
+    gone = compat.Touch("EngineArgs.gone", "vllm.engine.arg_utils", "drafting is slow")
     monkeypatch.setattr(compat, "TOUCHES", (gone,))
     found = _examine()["vLLM internal"]
     assert found.level == "warning"

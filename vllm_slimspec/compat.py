@@ -38,7 +38,6 @@ class Touch:
     name: str  # dotted name within ``module``
     module: str  # its source is github.com/vllm-project/vllm, in the file of this name
     symptom: str  # what the user sees if it is missing
-    drop: str  # what vLLM would have to offer so that this package no longer needs it
 
     def found(self) -> bool:
         """Import the module, and return whether the installed vLLM has this internal."""
@@ -54,37 +53,31 @@ TOUCHES = (
         "EngineArgs.create_speculative_config",
         "vllm.engine.arg_utils",
         "SlimSpec drafters are not recognized: set method and use_local_argmax_reduction yourself",
-        "a draft model class can declare its method and its local argmax",
     ),
     Touch(
         "SpeculativeConfig.update_arch_",
         "vllm.config.speculative",
         "a TorchSpec folder is served as a dense drafter, and fails on the tensors of its head",
-        "an architecture can be chosen by the keys of config.json",
     ),
     Touch(
         "SpeculativeConfig.use_local_argmax_reduction",
         "vllm.config.speculative",
         "drafting takes the dense path, which is correct but slower",
-        "get_top_tokens is called wherever a draft model has it",
     ),
     Touch(
         "get_hf_file_to_dict",
         "vllm.transformers_utils.repo_utils",
         "without a method, vLLM treats a SlimSpec drafter as a full draft model: set method yourself",
-        "an architecture can name its method",
     ),
     Touch(
         "ParallelLMHead",
         "vllm.model_executor.models.llama_eagle3",
         "the dense head is allocated for a moment while the drafter loads (1 GiB for V=128k, D=4096 in bfloat16)",
-        "Eagle3LlamaForCausalLM builds its head in a separate method",
     ),
     Touch(
         "UnquantizedEmbeddingMethod.process_weights_after_loading",
         "vllm.model_executor.layers.vocab_parallel_embedding",
         "a drafter whose weights are updated during serving may keep drafting with the old weights",
-        "vLLM tells a layer when it was loaded again",
     ),
 )
 
