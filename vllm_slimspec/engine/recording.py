@@ -102,21 +102,20 @@ def collect_again(
     folder: str | Path,
     *,
     k: int,
-    engine: dict[str, Any] | None = None,
-    dtype: Asked = "auto",
+    engine: dict[str, Any],
+    dtype: Asked,
 ) -> HeadStates:
     """Record the head states of another drafter over documents that the target has answered before.
 
     Arguments and errors are those of :func:`collect`. The documents, of :meth:`HeadStates.documents`, keep their
     numbers.
     """
-    options = engine or {}
-    check_engine(options)
+    check_engine(engine)
     writer = StatesWriter(folder, {**_models(target, drafter), "K": k})
     if writer.complete:
         return HeadStates.open(folder)
     with (
-        _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states")) as llm,
+        _engine(target, drafter, max(k, 2), engine_options(engine, dtype, "head states")) as llm,
         progress("Head states", len(documents), "document") as shown,
     ):
         watcher = _Watcher(llm, k)
