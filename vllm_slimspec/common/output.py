@@ -152,11 +152,7 @@ def claim_work(path: str | os.PathLike[str]) -> AbstractContextManager[Claim]:
 
 
 def check_free(path: str | os.PathLike[str], *, earlier: str | None = None) -> None:
-    """Refuse an output folder that is a file, or that holds anything but an earlier output; see :func:`claim_folder`.
-
-    Raises:
-        OutputError: the folder is not empty, or the path is a file.
-    """
+    """Raise OutputError if a folder is a file, or holds anything but an earlier output; see :func:`claim_folder`."""
     if os.path.isdir(path):
         names = set(os.listdir(path)) - {_INSIDE}
         if names and earlier is None:
@@ -221,14 +217,12 @@ def _acquire(path: Path, real: Path, place: Path, kind: Kind, earlier: str | Non
     if kind == "folder" and not (place / _FILLING).exists():  # if it exists, the folder is emptied first
         check_free(path, earlier=earlier)
     made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
-    try:
+    with ExitStack() as undo:
+        undo.callback(_remove_empty, made)
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(path, place)
-    except BaseException:
-        _remove_empty(made)
-        raise
-    claim = _held[place] = Claim(path, real, place, kind, earlier, lock, threading.get_ident(), made)
-    try:
+        claim = _held[place] = Claim(path, real, place, kind, earlier, lock, threading.get_ident(), made)
+        undo.callback(_release, claim)
         filling = place / _FILLING
         if filling.exists():  # A dead owner has filled the output folder by half.
             for name in filling.read_text().splitlines():
@@ -240,10 +234,8 @@ def _acquire(path: Path, real: Path, place: Path, kind: Kind, earlier: str | Non
         os.ftruncate(lock, 0)
         os.write(lock, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         os.fsync(lock)  # A full disk fails here, before any work.
-    except BaseException:
-        _release(claim)
-        raise
-    return claim
+        undo.pop_all()
+        return claim
 
 
 def _release(claim: Claim) -> None:
