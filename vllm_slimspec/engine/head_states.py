@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -169,10 +170,9 @@ def common(one: Rows, other: Rows) -> tuple[Rows, Rows]:
     for rows in (one, other):
         assert rows.pos is not None
         assert rows.step is not None
-        keys.append((rows.doc << 40) + (rows.pos << 8) + rows.step)
-    order = [key.argsort() for key in keys]
-    keep = [torch.isin(keys[i][order[i]], keys[1 - i]) for i in (0, 1)]
-    return one[order[0][keep[0]]], other[order[1][keep[1]]]
+        keys.append(((rows.doc << 40) + (rows.pos << 8) + rows.step).numpy())
+    _, mine, theirs = np.intersect1d(*keys, return_indices=True)
+    return one[mine], other[theirs]
 
 
 class StatesWriter:
