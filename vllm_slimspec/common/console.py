@@ -122,11 +122,7 @@ def describe(error: Exception) -> str:
 
 
 def json_object(text: str, option: str) -> dict[str, Any]:
-    """Return the JSON object that is the value of an option.
-
-    Raises:
-        typer.BadParameter: the value is not a JSON object.
-    """
+    """Return the JSON object that is the value of an option, or raise typer.BadParameter."""
     try:
         found = json.loads(text)
     except ValueError as error:
