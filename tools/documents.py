@@ -243,6 +243,37 @@ def served(result: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{failed} of {sum(row['completed'] for row in result['rows']) + failed:,} requests failed."]
 
 
+# What the first screen of README.md compares: words -> how the names of the rows begin of which the fastest is shown.
+FIRST = {
+    "no drafter": "none",
+    "EAGLE-3 drafter with a dense head": "full",
+    "the same drafter with the best trimmed head": "trim-",
+    "the same drafter with SpecVocab's head": "spec-vocab",
+    "**the same drafter with a SlimSpec head**": "slimspec",
+    "**a drafter trained with a SlimSpec head**": "trained",
+}
+
+
+def first_screen(result: dict[str, Any]) -> list[str]:
+    """Return the table of one request at a time, in the dtype in which the target alone is fastest."""
+    rows = [row for row in result["rows"] if row["concurrency"] == 1]
+    alone = max((row for row in rows if row["head"] == "none"), key=lambda row: row["tokens_per_s"])
+    lines = ["| | row | tokens per second | times those of no drafter | acceptance length |", "|---|---|---|---|---|"]
+    for words, start in FIRST.items():
+        those = [row for row in rows if row["head"].startswith(start) and row["dtype"] == alone["dtype"]]
+        row = max(those, key=lambda row: row["tokens_per_s"])
+        length = f"{row['length']:.2f}" if row["length"] else ""
+        times = _times(row["rounds_tokens_per_s"], alone["rounds_tokens_per_s"]) if row is not alone else ""
+        lines.append(f"| {words} | {row['head']} | {row['tokens_per_s']:.1f} | {times} | {length} |")
+    rounds = len(alone["rounds_tokens_per_s"])
+    return [
+        *lines,
+        "",
+        f"One request at a time, {alone['dtype']}, on {result['device']}. The servers took turns in {rounds} rounds.",
+        *_fastest([row for row in rows if row["dtype"] == alone["dtype"]], alone["dtype"]),
+    ]
+
+
 def _fastest(rows: list[dict[str, Any]], dtype: str) -> list[str]:
     """Return the sentences that compare the fastest row of SlimSpec with the others, at one request at a time."""
     speeds = {row["head"]: row["tokens_per_s"] for row in rows}
@@ -411,6 +442,7 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
         "claim": ("head-cpu", claim),
         "cycle": ("cycle-k5-b1-cpu", cycle),
         "demo": ("demo", demo),
+        "first": ("smollm2-serve", first_screen),
     },
     "docs/bench.md": {
         "cycles": ("cycle-cpu", cycles),
