@@ -1,5 +1,6 @@
 """The JSON files that the measuring commands write. ``slimspec report`` reads nothing else."""
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -37,8 +38,9 @@ class Results(Record):
     device: str
 
     def write(self, path: Path) -> None:
-        """Write the results to ``path`` as JSON. An interrupted write leaves no partial file."""
+        """Write the results to ``path`` as JSON, with lists of numbers on one line, wholly or not at all."""
         text = self.model_dump_json(by_alias=True, indent=1) + "\n"
+        text = re.sub(r"\[\n([-+.\deE,\s]+)\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
         with claim_file(path) as claim:
             claim.write(lambda new: new.write_text(text))
 
