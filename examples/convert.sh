@@ -8,7 +8,8 @@
 #
 # Expected output: a table with the acceptance length that the new head keeps, the line "written: OUTPUT", and what
 # `slimspec inspect` says of the folder. The command writes nothing if the head loses more than 3% of the acceptance length;
-# it then names the option that loses less.
+# it then names the option that loses less. With 50,000 head states of SmolLM2-135M-Instruct this takes about 16 minutes on 2
+# CPU cores: 12 to record the states, and the rest to distill the head.
 set -euo pipefail
 usage="usage: convert.sh TARGET DENSE_DRAFTER PROMPTS.jsonl OUTPUT"
 target=${1:?$usage} drafter=${2:?$usage} prompts=${3:?$usage} output=${4:?$usage}

@@ -3,7 +3,8 @@
     python examples/offline.py TARGET DRAFTER "first prompt" "second prompt"
 
 Expected output: each completion, which is the target's own, and the acceptance length, for instance
-"acceptance length 2.1 at K=3" (1.0 would mean that no draft was ever accepted).
+"acceptance length 2.1 at K=3" (1.0 would mean that no draft was ever accepted). On 2 CPU cores the engine of a model of
+135M parameters starts in one to two minutes, and answers in seconds.
 """
 
 import argparse

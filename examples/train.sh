@@ -7,7 +7,8 @@
 # first command prints what that will cost and starts nothing. The second one resumes when you run it again after a stop.
 #
 # Expected output: the plan; then a line for each stage and epoch, with the acceptance length on answers that were held out;
-# then what `slimspec inspect` says of the folder.
+# then what `slimspec inspect` says of the folder. On 2 CPU cores, the drafters of SmolLM2-135M-Instruct in this repository took
+# about two hours each, after their hidden states were stored: 2,470 steps of 1,024 tokens.
 set -euo pipefail
 target=${1:?usage: train.sh TARGET OUTPUT [options]}
 output=${2:?usage: train.sh TARGET OUTPUT [options]}

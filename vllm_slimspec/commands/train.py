@@ -1,4 +1,7 @@
-"""Train a SlimSpec drafter in four stages: prompts, answers, states and fit. `run` does all of them."""
+"""Train a SlimSpec drafter in four stages: prompts, answers, states and fit.
+
+Without the name of a stage, all of them run.
+"""
 
 import argparse
 import os
