@@ -1,5 +1,6 @@
 """``slimspec bench serve``: run vLLM's own load generator against a server for each drafter."""
 
+import gc
 import json
 import logging
 import os
@@ -188,6 +189,7 @@ def _load(options: Options, server: Server, data: Path, concurrency: int, work: 
         raise EngineError(f"vllm bench serve: {type(error).__name__}: {error} {last_words(log)}") from error
     finally:
         os.sched_setaffinity(0, cores)
+        gc.unfreeze()  # The generator freezes all objects, which Triton would report as leaked when Python ends.
     saved = json.loads(result.read_text())
     result.unlink()
     if not saved["completed"]:
