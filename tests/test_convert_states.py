@@ -157,7 +157,7 @@ def test_engine_of_several_processes_is_refused_before_it_starts(options):
     """Catches: an AttributeError after a target was loaded on two GPUs, or one device refused as if it were two."""
     for start in (collect.collect, collect.collect_again):
         with pytest.raises(OptionError, match=f"{next(iter(options))}=.*recorded in one process"):
-            start("target", "drafter", [], "states", k=K, engine=options)
+            start("target", "drafter", [], "states", k=K, engine=options, dtype="auto")
     collect.check_engine({"tensor_parallel_size": 1, "max_model_len": 64})
 
 
