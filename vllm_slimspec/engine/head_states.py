@@ -166,13 +166,15 @@ def concatenate(parts: list[Rows]) -> Rows:
 
 def common(one: Rows, other: Rows) -> tuple[Rows, Rows]:
     """Return the rows of two collections at the places and draft steps that both have, in the same order."""
-    keys = []
-    for rows in (one, other):
-        assert rows.pos is not None
-        assert rows.step is not None
-        keys.append(((rows.doc << 40) + (rows.pos << 8) + rows.step).numpy())
-    _, mine, theirs = np.intersect1d(*keys, return_indices=True)
+    _, mine, theirs = np.intersect1d(_keys(one), _keys(other), return_indices=True)
     return one[mine], other[theirs]
+
+
+def _keys(rows: Rows) -> np.ndarray:
+    """Return a number for each row that says its document, its place and its draft step."""
+    assert rows.pos is not None
+    assert rows.step is not None
+    return ((rows.doc << 40) + (rows.pos << 8) + rows.step).numpy()
 
 
 class StatesWriter:
