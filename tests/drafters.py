@@ -1,5 +1,6 @@
 """Write tiny EAGLE-3 drafter folders with random weights, which are right unless a test spoils them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,58 @@ def tensors(draft_vocab: int = V, rank: int = R, seed: int = 0, family: str = "l
     if draft_vocab < V:
         out["d2t"] = torch.arange(draft_vocab) * (V // draft_vocab) - torch.arange(draft_vocab)
     return out
+
+
+def tiered(drafter: dict[str, torch.Tensor], frequent: int) -> dict[str, torch.Tensor]:
+    """Return the tensors of the drafter with exact rows of ``frequent`` tokens, near the product of the factors."""
+    generator = torch.Generator().manual_seed(5)
+    down, up = drafter["lm_head.down.weight"], drafter["lm_head.up.weight"]
+    order = torch.randperm(len(up), generator=generator)
+    ids, tail = order[:frequent].sort().values, order[frequent:].sort().values
+    rows = up[ids] @ down
+    out = drafter | {
+        "lm_head.up.weight": up[tail],
+        "lm_head.frequent.weight": rows + rows.std() * torch.randn(rows.shape, generator=generator),
+        "lm_head.frequent.ids": ids,
+        "lm_head.tail.row": rows.std() * torch.randn(D, generator=generator),
+        "lm_head.tail.bias": torch.full((1,), 0.02),
+    }
+    return out | ({"lm_head.weight": drafter["lm_head.weight"][tail]} if "lm_head.weight" in drafter else {})
+
+
+def tail_ids(tiered: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the draft ids that have no exact row in the tensors of a tiered drafter."""
+    ids = tiered["lm_head.frequent.ids"]
+    return torch.tensor(sorted(set(range(len(ids) + len(tiered["lm_head.up.weight"]))) - set(ids.tolist())))
+
+
+def tiered_scores(
+    tiered: dict[str, torch.Tensor],
+    hidden: torch.Tensor,
+    up: torch.Tensor | None = None,
+    rescore: Callable[[torch.Tensor], torch.Tensor] = lambda tail: tail,
+) -> torch.Tensor:
+    """Score every draft id by the tensors of a tiered drafter: [..., D] -> [..., V].
+
+    ``up`` is the dequantized factor of a quantized head. ``rescore`` takes the scores of the tail and returns others.
+    """
+    up = tiered["lm_head.up.weight"] if up is None else up
+    offset = hidden @ tiered["lm_head.tail.row"] + tiered["lm_head.tail.bias"]
+    tail = hidden @ tiered["lm_head.down.weight"].T @ up.T + offset[..., None]
+    ids = tiered["lm_head.frequent.ids"]
+    out = hidden.new_empty(*hidden.shape[:-1], len(ids) + len(up))
+    out[..., ids] = hidden @ tiered["lm_head.frequent.weight"].T
+    out[..., tail_ids(tiered)] = rescore(tail)
+    return out
+
+
+def rescored(found: torch.Tensor, exact: torch.Tensor, k: int, ranks: int = 1) -> torch.Tensor:
+    """Return the exact scores of the k best of ``found`` [..., V] on each rank, and -inf for all others."""
+    candidates = torch.zeros_like(found, dtype=torch.bool)
+    of_a_rank = -(-found.shape[-1] // 64) * 64 // ranks  # vLLM pads the vocabulary to 64 entries
+    for entries in torch.arange(found.shape[-1]).split(of_a_rank):  # every rank scores its best again
+        candidates.scatter_(-1, entries[found[..., entries].topk(min(k, len(entries)), dim=-1).indices], True)
+    return exact.masked_fill(~candidates, -torch.inf)
 
 
 def dense(drafter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

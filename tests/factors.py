@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vllm_slimspec.head.tiered import Tiers, remaining_ids
+
 Head = tuple[Tensor, Tensor, Tensor]
 
 
@@ -27,3 +29,20 @@ def integer_head(batch: int, vocab: int, rank: int, dtype: torch.dtype = torch.f
 def positive_head(scores: list[float]) -> Head:
     """Return a head of one row whose logits are exactly ``scores`` [V]: its rank is 1, and z = 1."""
     return torch.ones(1, 1), torch.ones(1, 1), torch.tensor(scores)[:, None]
+
+
+def tiered_head(
+    batch: int, vocab: int, frequent: int, rank: int, dtype: torch.dtype = torch.float32, integers: bool = False
+) -> tuple[Tensor, Tiers, Tensor, Tensor]:
+    """Return hidden states, the tiers of ``frequent`` random ids, and the factors of the other ids.
+
+    The scores of both blocks are of the size of 1, or small integers.
+    """
+    make = integer_head if integers else head
+    hidden, down, up = make(batch, vocab - frequent, rank, dtype)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randperm(vocab, generator=generator)[:frequent].sort().values
+    rows = make(0, frequent, hidden.shape[1], dtype, seed=1)[2]
+    row = make(0, 1, hidden.shape[1], seed=2)[2][0]
+    bias = torch.ones(1) if integers else torch.full((1,), 0.3)
+    return hidden, Tiers(rows, ids, remaining_ids(ids, vocab), row, bias), down, up

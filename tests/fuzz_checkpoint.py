@@ -77,6 +77,7 @@ DTYPES = [
 KEYS = [
     *("lm_head_rank", "lm_head_rank_divisor", "draft_vocab_size", "vocab_size", "hidden_size", "architectures"),
     *("lm_head_rerank", "lm_head_rerank_rows", "lm_head_quantization", "lm_head_quantization_group", "eagle_config"),
+    "lm_head_frequent",
     *("num_aux_hidden_states", "num_aux_layers", "eagle_aux_hidden_state_layer_ids", "target_hidden_size"),
     *("logit_scale", "num_hidden_layers", "transformer_layer_config", "speculators_config", "model_type"),
     *("speculators_model_type", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
@@ -85,6 +86,7 @@ KEYS = [
 ]
 TENSORS = [
     *("lm_head.bias", "lm_head.weight_packed", "model.lm_head.weight", "verifier_lm_head.weight", "mask_hidden", "t2d"),
+    *("lm_head.frequent.weight", "lm_head.frequent.ids", "lm_head.tail.row", "lm_head.tail.bias"),
     *("midlayer.self_attn.qkv_proj.weight", "midlayer.self_attn.q_proj.bias", "layers.0.mlp.down_proj.weight"),
     *("layers.999999999.hidden_norm.weight", "layers.00.hidden_norm.weight", "embed_tokens.weight", "fc_norm.7.weight"),
     *("midlayer.mlp.up_proj.weight_scale", "rotary_emb.inv_freq", "d2t", "midlayer.", "layers..", "."),
@@ -112,6 +114,7 @@ def bases() -> dict[str, Files]:
         "speculators": folder(nested, tensors),
         "int8": folder(drafters.config(lm_head_quantization="int8"), int8),
         "rerank": folder(drafters.config(lm_head_rerank=16), tensors | {"lm_head.weight": torch.zeros(v, d)}),
+        "tiered": folder(drafters.config(lm_head_frequent=16), drafters.tiered(tensors, 16)),
         "dense": folder(
             drafters.config(architectures=["LlamaForCausalLMEagle3"], lm_head_rank=None), drafters.dense(tensors)
         ),

@@ -54,6 +54,42 @@ def test_stored_head_drafts_as_the_served_operations_do(vocab, rows, target, tmp
     assert torch.equal(head.tokens(HIDDEN, head.logits(HIDDEN)), ids[best])
 
 
+@pytest.mark.parametrize("vocab", [V, V // 2])
+@pytest.mark.parametrize("rows", [None, "own", "target"])
+def test_tiered_head_drafts_as_the_served_operations_do(vocab, rows, target, tmp_path):
+    """Catches: a tiered head whose exact rows, offset or candidates are scored otherwise than they are served."""
+    tensors = drafters.tensors(vocab)
+    if rows == "own":
+        tensors[DENSE] = torch.randn(vocab, D, generator=torch.Generator().manual_seed(2))
+    tensors = drafters.tiered(tensors, 20)
+    tail, ids = drafters.tail_ids(tensors), torch.arange(vocab) * (V // vocab)
+    changes = {"lm_head_frequent": 20, "lm_head_rerank": rows and 5, "lm_head_rerank_rows": rows and "target"}
+    if rows == "own":
+        del changes["lm_head_rerank_rows"]
+    folder = drafters.write(tmp_path / "drafter", drafters.config(draft_vocab_size=vocab, **changes), tensors)
+    head = DraftHead.open(folder, target)
+    logits = head.logits(HIDDEN)
+    torch.testing.assert_close(logits, drafters.tiered_scores(tensors, HIDDEN))
+
+    def rescore(found):
+        dense = tensors[DENSE] if rows == "own" else target.head()[ids[tail]].float()
+        return drafters.rescored(found, HIDDEN @ dense.T, 5)
+
+    best = drafters.tiered_scores(tensors, HIDDEN, rescore=rescore) if rows else logits
+    assert torch.equal(head.tokens(HIDDEN, logits), ids[best.argmax(dim=1)])
+    if rows == "target":
+        plain = replace(head, rows=None, rerank=None).scored_again(target.head(), 5)
+        assert torch.equal(plain.tokens(HIDDEN, logits), ids[best.argmax(dim=1)])
+
+
+def test_head_that_is_quantized_at_load_is_scored_quantized(target, tmp_path):
+    """Catches: a folder of floats that the server quantizes, refused or scored in floats."""
+    tensors = drafters.tensors()
+    drafter = drafters.write(tmp_path / "d", drafters.config(lm_head_quantization="int8"), tensors)
+    wanted = HIDDEN @ tensors[DOWN].T @ ops.quantize_up(tensors[UP], "int8").dequantize().T
+    torch.testing.assert_close(DraftHead.open(drafter, target).logits(HIDDEN), wanted)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantized_head_is_read_with_its_scales(kind, target, tmp_path):
     """Catches: stored integers taken for weights, or the float factors measured under the name of the quantized

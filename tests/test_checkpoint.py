@@ -15,7 +15,7 @@ from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
 from vllm_slimspec.drafters.config import flatten, is_low_rank
 from vllm_slimspec.errors import CheckpointError, OutputError
 from vllm_slimspec.head.checks import count_not_finite
-from vllm_slimspec.head.spec import DOWN, UP, head_spec
+from vllm_slimspec.head.spec import DENSE, DOWN, FREQUENT, IDS, SCALE, TAIL_BIAS, TAIL_ROW, UP, head_spec
 
 
 def _open(folder: Path) -> DraftCheckpoint:
@@ -30,7 +30,7 @@ class TestAccepted:
         spec = _open(drafters.write(tmp_path / "d", drafters.config(), drafters.tensors())).spec
         assert (spec.hidden_size, spec.rank, spec.draft_vocab_size) == (D, R, V)
         assert not spec.truncated
-        assert spec.parameters == R * (D + V)
+        assert spec.bytes(4) == 4 * R * (D + V)
 
     def test_torchspec_folder_is_described_as_low_rank(self, tmp_path):
         """Catches: TorchSpec's folder (stock architecture, a rank divisor, no draft_vocab_size) taken for a dense
@@ -98,6 +98,28 @@ class TestAccepted:
         config = drafters.config(lm_head_rerank=16, lm_head_rerank_rows=rows)
         spec = _open(drafters.write(tmp_path / "d", config, tensors)).spec
         assert (spec.rerank, spec.rerank_rows) == (16, rows or "own")
+
+    @pytest.mark.parametrize("rerank", [None, 4])
+    @pytest.mark.parametrize("kind", [None, "int8"])
+    @pytest.mark.parametrize("vocab", [V, 32])
+    def test_tiered_folder_is_described_with_the_bytes_that_are_read(self, tmp_path, vocab, kind, rerank):
+        """Catches: a tiered folder refused, or bytes without the exact rows, with rows for all tokens in `up`, or with
+        all rows of re-ranking instead of k."""
+        tensors = drafters.tensors(vocab) | ({} if rerank is None else {DENSE: torch.zeros(vocab, D)})
+        tensors = drafters.tiered(tensors, 20)
+        tail = vocab - 20
+        if kind:
+            tensors |= {UP: torch.zeros(tail, R, dtype=torch.int8), SCALE: torch.ones(tail, 1)}
+        keys = {"lm_head_frequent": 20, "lm_head_rerank": rerank, "lm_head_quantization": kind}
+        folder = drafters.write(tmp_path / "d", drafters.config(draft_vocab_size=vocab, **keys), tensors)
+        checkpoint = _open(folder)
+        assert (checkpoint.spec.frequent, checkpoint.spec.tail) == (20, tail)
+        up = tail * (R + 4 if kind else 4 * R)
+        again = 4 * (D + 1) if rerank is None else 4 * D * rerank
+        assert checkpoint.head_bytes == checkpoint.spec.bytes(4) == 4 * R * D + up + 4 * 20 * D + again
+        assert checkpoint.dense_bytes == 4 * vocab * D
+        result = CliRunner().invoke(app, ["inspect", str(folder), "--json"])
+        assert json.loads(result.stdout)["exact_tokens"] == 20
 
     def test_every_file_of_an_index_is_read(self, tmp_path):
         """Catches: only the first weight file of a sharded drafter read."""
@@ -219,6 +241,43 @@ BAD = [
         [UP, "rank / 2"],
         id="int4 not packed",
     ),
+]
+
+
+N1 = 20
+
+
+def _tiered(name, words, drop=(), count=N1, **changes):
+    """Return a case of a tiered drafter, with other tensors (or functions of the sound ones) in the place of some."""
+
+    def spoil(c, t):
+        t = drafters.tiered(t, N1)
+        new = {key: make(t) if callable(make) else make for key, make in changes.items()}
+        return c | {"lm_head_frequent": count}, _drop(t | {NAMES[key]: tensor for key, tensor in new.items()}, *drop)
+
+    return pytest.param(spoil, words, id=f"tiered: {name}")
+
+
+NAMES = {"rows": FREQUENT, "ids": IDS, "row": TAIL_ROW, "bias": TAIL_BIAS, "up": UP, "dense": DENSE}
+BAD += [
+    _tiered("no token", ["config.json", "lm_head_frequent=0", "positive"], count=0),
+    _tiered("all tokens", ["lm_head_frequent=128", "1 to 127"], count=V),
+    _tiered("not a number", ["lm_head_frequent='20'"], count="20"),
+    _tiered("another number of rows", [UP, "draft_vocab_size - lm_head_frequent", "lm_head_frequent"], count=N1 + 1),
+    _tiered("no key", [FREQUENT, "lm_head_frequent is missing"], count=None),
+    *(_tiered(f"{name} missing", [name, "is missing"], drop=[name]) for name in (FREQUENT, IDS, TAIL_ROW, TAIL_BIAS)),
+    _tiered("up of all tokens", [UP, "[108, 8]"], up=torch.zeros(V, R)),
+    _tiered("rows of another width", [FREQUENT, "[20, 64]"], rows=torch.zeros(N1, D + 1)),
+    _tiered("rows in int8", [FREQUENT, "I8", "F32"], rows=torch.zeros(N1, D, dtype=torch.int8)),
+    _tiered("rows not finite", [FREQUENT, "NaN"], rows=torch.full((N1, D), torch.nan)),
+    _tiered("a row for each token", [TAIL_ROW, "[64]"], row=torch.zeros(N1, D)),
+    _tiered("two biases", [TAIL_BIAS, "one number"], bias=torch.zeros(2)),
+    _tiered("ids in int32", [IDS, "I32", "I64"], ids=lambda t: t[IDS].int()),
+    _tiered("ids too many", [IDS, "[20]"], ids=torch.arange(N1 + 1)),
+    _tiered("id too large", [f"{IDS}[19] = 128", "0 to 127"], ids=lambda t: t[IDS].index_fill(0, torch.tensor(19), V)),
+    _tiered("id negative", [f"{IDS}[0] = -1", "0 to 127"], ids=lambda t: t[IDS].index_fill(0, torch.tensor(0), -1)),
+    _tiered("id twice", [f"{IDS}[7] = 6 is there twice"], ids=torch.arange(N1) - (torch.arange(N1) == 7).long()),
+    _tiered("ids not sorted", [f"{IDS}[1] = 18 comes after 19", "ascend"], ids=torch.arange(N1).flip(0)),
 ]
 
 

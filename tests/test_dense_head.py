@@ -174,3 +174,11 @@ def test_tied_target_uses_its_embeddings_as_its_head(tmp_path, tied):
     """Catches: a config.json that does not mention tied embeddings taken for that of a target whose head is missing."""
     target = _target(tmp_path / "t", {"model.embed_tokens.weight": _head()}, tie_word_embeddings=tied)
     assert torch.equal(target.head(), _head())
+
+
+def test_tiered_source_of_a_conversion_is_refused(tmp_path):
+    """Catches: a conversion that takes the factors of a tail for those of a whole vocabulary."""
+    tensors = drafters.tiered(drafters.tensors(), 20)
+    folder = drafters.write(tmp_path / "d", drafters.config(lm_head_frequent=20), tensors)
+    with pytest.raises(CheckpointError, match="its head is tiered; convert the drafter that it was made from"):
+        Drafter.open(folder)

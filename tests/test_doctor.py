@@ -80,6 +80,15 @@ def test_sound_pair_has_no_problems_and_is_described(target, drafter):
     assert _examine(drafter, target) == {}
 
 
+def test_tiered_head_is_described_with_its_exact_tokens(target, tmp_path):
+    """Catches: a tiered drafter that `doctor` takes for an ordinary one, or whose key it does not know."""
+    tensors = drafters.tiered(drafters.tensors(), 20)
+    folder = drafters.write(tmp_path / "tiered", drafters.config(lm_head_frequent=20), tensors)
+    assert _examine(folder, target) == {}
+    head = next(f for f in doctor.examine(folder, target) if f.what == "drafter")
+    assert "rank 8 of 64 beside 20 exact tokens, 128 of 128 tokens" in head.detail
+
+
 def test_method_of_another_drafter_is_a_problem(target, drafter):
     """Catches: a method in the speculative config for which vLLM takes the drafter for one of another kind."""
     found = _examine(drafter, target, {"method": "eagle"})["serving"]

@@ -232,5 +232,6 @@ def test_any_config_is_refused_or_gives_possible_sizes(changes):
         return
     assert 1 <= spec.rank <= spec.hidden_size
     assert 1 <= spec.draft_vocab_size <= spec.vocab_size
-    assert spec.rerank is None or 1 <= spec.rerank <= spec.draft_vocab_size
+    assert 0 <= spec.frequent < spec.draft_vocab_size
+    assert spec.rerank is None or 1 <= spec.rerank <= spec.tail
     assert spec.bytes(2) > 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from vllm_slimspec.head import ops
+from vllm_slimspec import ops
 from vllm_slimspec.head.quantized import quantize_up
 from vllm_slimspec.kernels import low_rank_topk
 from vllm_slimspec.kernels._tiles import INTERPRETED
@@ -23,6 +23,7 @@ FORMS = [(None, None), ("int4", None)]
 if GPU:
     FORMS += [("fp8", None), ("int8", None), ("int4", 32), ("int8", 64)]
 K = 16
+FREQUENT = 2048 if GPU else 30
 
 
 @pytest.fixture(autouse=not GPU)
@@ -105,6 +106,50 @@ def test_no_kernel_is_compiled_after_prepare(weights, kind):
         if not INTERPRETED:
             triton.knobs.runtime.jit_post_compile_hook = None
     assert not compiled
+
+
+def tiers_of(weights, frequent):
+    """Return the tiers of every fourth id, and the factors of the other ids."""
+    down, up, dense = weights
+    ids = torch.arange(0, 4 * frequent, 4, device=DEVICE)
+    tail = ops.remaining_ids(ids, len(up))
+    row = torch.randn(down.shape[1], device=DEVICE) / down.shape[1]
+    tiers = ops.Tiers(ops.pack_rows(dense[ids]), ids, tail, row, torch.full((1,), 0.1, device=DEVICE))
+    return tiers, down, up[tail], dense[tail]
+
+
+@pytest.mark.parametrize("kind", [None, "int4"])
+def test_tiered_argmax_is_right_and_replays(weights, kind):
+    """Catches: a launch of a tiered head that waits for the device, which no CUDA graph can capture, or a tail that a
+    GPU scores otherwise than the exact rows."""
+    tiers, down, up, dense = tiers_of(weights, FREQUENT)
+    up = quantize_up(up, kind) if kind else up
+    factors = ops.pack(down, up, impl="triton")
+    rerank = {"k": K, "dense": dense}
+    for more in ({}, rerank):
+        ops.prepare_tiered(tiers, *factors, max(BATCHES), **more, impl="triton")
+    for batch in BATCHES:
+        hidden = hidden_states(batch, weights)
+        tail, bound = exact_scores(hidden, down, up)
+        exact = hidden.double() @ weights[2][tiers.ids].double().T
+        truth = torch.cat([exact, tail + (hidden.double() @ tiers.tail_row.double() + 0.1)[:, None]], dim=1)
+        bound = bound + 2 * (torch.finfo(DTYPE).eps * exact.abs().amax())
+        place = torch.cat([tiers.ids, tiers.tail_ids]).argsort()
+        values, ids = ops.tiered_argmax(hidden, tiers, *factors, impl="triton")
+        assert (truth.amax(dim=1) - truth[:, place].gather(1, ids[:, None])[:, 0] <= bound).all(), "not the best"
+        assert ((values - truth.amax(dim=1)).abs() <= bound).all(), "not its score"
+        assert ((ops.tiered_logits(hidden, tiers, *factors, impl="triton") - truth[:, place]).abs() <= 2 * bound).all()
+        if not GPU:
+            continue
+        for more in ({}, rerank):
+            static, graph = hidden.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                best = ops.tiered_argmax(static, tiers, *factors, **more, impl="triton")
+            static.copy_(hidden_states(batch + 1, weights)[:batch])
+            graph.replay()
+            expected = ops.tiered_argmax(static, tiers, *factors, **more, impl="triton")
+            assert torch.equal(best[0], expected[0])
+            assert torch.equal(best[1], expected[1])
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")

@@ -55,7 +55,7 @@ RELIED_ON: dict[str, list[str]] = {
         *("model", "lm_head", "logits_processor", "draft_id_to_target_id"),
     ],
     "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead.__init__": [
-        *("self", "num_embeddings", "embedding_dim", "prefix"),
+        *("self", "num_embeddings", "embedding_dim", "padding_size", "prefix"),
     ],
     "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.weight_loader": [
         *("self", "param", "loaded_weight"),

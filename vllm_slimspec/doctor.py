@@ -207,10 +207,12 @@ def _head(checkpoint: DraftCheckpoint) -> Finding:
     if spec is None:
         return _ok("drafter", "a dense EAGLE-3 drafter, which vLLM serves without this package")
     kind = f" in {spec.quantization}" if spec.quantization else ""
+    exact = f" beside {spec.frequent} exact tokens" if spec.frequent else ""
+    read, dense = checkpoint.head_bytes / 1e6, checkpoint.dense_bytes / 1e6
     return _ok(
         "drafter",
-        f"rank {spec.rank} of {spec.hidden_size}{kind}, {spec.draft_vocab_size} of {spec.vocab_size} tokens; a draft "
-        f"step reads {checkpoint.head_bytes / 1e6:.3g} MB of head, a dense one {checkpoint.dense_bytes / 1e6:.3g} MB",
+        f"rank {spec.rank} of {spec.hidden_size}{kind}{exact}, {spec.draft_vocab_size} of {spec.vocab_size} tokens; a "
+        f"draft step reads {read:.3g} MB of head, a dense one {dense:.3g} MB",
     )
 
 

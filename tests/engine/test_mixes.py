@@ -12,7 +12,7 @@ from vllm_slimspec.engine.acceptance import from_engine
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head import ops
 from vllm_slimspec.head.layer import in_place
-from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
+from vllm_slimspec.head.spec import DENSE, DOWN, FREQUENT, IDS, SCALE, TAIL_BIAS, TAIL_ROW, UP
 
 
 @dataclass
@@ -71,6 +71,43 @@ def test_reranking_engine_drafts_the_dense_rows_choice(trained, engine, tmp_path
         exact = (head[ids][candidates] @ hidden[:, :, None]).squeeze(2)
         best = candidates.gather(1, exact.argmax(dim=1, keepdim=True)).squeeze(1)
         assert torch.equal(drafted, ids[best])
+
+
+@pytest.mark.parametrize(("kind", "rerank"), [(None, None), ("int8", 16)])
+def test_tiered_engine_drafts_the_best_of_both_blocks(trained, engine, tmp_path, kind, rerank):
+    """Catches: a tiered head that drafts, in an engine, another token than the best over both blocks."""
+    head, ids = _target_head(trained), _target_ids(trained)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    frequent, tail = order[:100].sort().values, order[100:].sort().values
+    product = trained.tensors[UP] @ trained.tensors[DOWN]
+    tensors = trained.tensors | {
+        UP: trained.tensors[UP][tail],
+        FREQUENT: product[frequent],
+        IDS: frequent,
+        TAIL_ROW: torch.zeros(drafters.D),
+        TAIL_BIAS: torch.zeros(1),
+    }
+    config, up = {"lm_head_frequent": 100}, tensors[UP]
+    if kind is not None:
+        stored = ops.quantize_up(up, kind)
+        tensors |= {UP: stored.weight, SCALE: stored.scale}
+        config, up = config | {"lm_head_quantization": kind}, stored.dequantize()
+    if rerank is not None:
+        config |= {"lm_head_rerank": rerank, "lm_head_rerank_rows": "target"}
+    llm = engine(trained.pair.target, trained.variant(tmp_path / "drafter", config, tensors))
+    recorded = record(drafter_of(llm))
+    answers = generate(llm, trained.pair.prompts[:8])
+    assert from_engine(llm).length > 1.2
+    assert recorded.dense == 0
+
+    def rescore(found):
+        return found if rerank is None else drafters.rescored(found, hidden @ head[ids[tail]].T, rerank)
+
+    for hidden, drafted in recorded.fused:
+        scores = drafters.tiered_scores(tensors, hidden, up, rescore)
+        chosen = scores.gather(1, torch.searchsorted(ids, drafted)[:, None])[:, 0]
+        assert (scores.amax(dim=1) - chosen <= 1e-5 * scores.amax(dim=1).abs()).all()
+    assert generate(engine(trained.pair.target), trained.pair.prompts[:8]) == answers
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.head import ops
-from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
+from vllm_slimspec.head.spec import DENSE, DOWN, IDS, SCALE, UP
 
 HERE = Path(__file__).parent
 REQUESTS, K = 5, 3
@@ -36,6 +36,7 @@ class Form:
     kind: str | None = None  # of quantization
     rerank: int | None = None
     rows: str = "own"
+    frequent: int | None = None  # tokens with exact rows
     runners: tuple[str, ...] = ("v1", "v2")
     ranks: int = 1
     dtype: str = "float32"
@@ -46,10 +47,6 @@ class Form:
         trained = DraftCheckpoint.open(pair.drafter)
         tensors = {name: trained.load(name) for name in trained.tensors}
         changes = {}
-        if self.kind is not None:
-            up = ops.quantize_up(tensors[UP], self.kind)
-            tensors |= {UP: up.weight, SCALE: up.scale}
-            changes["lm_head_quantization"] = self.kind
         if self.rerank is not None:
             changes["lm_head_rerank"] = self.rerank
         if self.rows == "target":
@@ -57,6 +54,13 @@ class Form:
         elif self.rerank is not None:
             rows = _target_head(pair)[_target_ids(tensors)]
             tensors[DENSE] = rows + 0.3 * rows.std() * torch.randn(rows.shape)
+        if self.frequent is not None:
+            tensors = drafters.tiered(tensors, self.frequent)
+            changes["lm_head_frequent"] = self.frequent
+        if self.kind is not None:
+            up = ops.quantize_up(tensors[UP], self.kind)
+            tensors |= {UP: up.weight, SCALE: up.scale}
+            changes["lm_head_quantization"] = self.kind
         return drafters.write(folder, trained.config | changes, tensors)
 
 
@@ -80,6 +84,11 @@ FORMS = {
     "Triton, re-ranked by own rows": Form(rerank=4, runners=("v2",), options=TRITON),
     "two ranks, re-ranked by the target's rows": Form(rerank=16, rows="target", ranks=2),
     "two ranks, truncated int8, re-ranked by own rows": Form("truncated", "int8", rerank=16, ranks=2),
+    "tiered": Form(frequent=101),
+    "truncated tiered int8, re-ranked by the target's rows": Form("truncated", "int8", 16, "target", 101),
+    "tiered logits": Form(frequent=101, runners=("v1",), options=LOGITS),
+    "two ranks, tiered": Form(frequent=101, ranks=2),
+    "two ranks, truncated tiered int4, re-ranked by own rows": Form("truncated", "int4", 16, frequent=101, ranks=2),
     "spoiled": Form(rerank=16, runners=("v2",), options={"spoil": True}),
 }
 
@@ -134,7 +143,7 @@ def _target_head(pair):
 
 def _target_ids(tensors):
     """Return the target id of each draft id."""
-    return torch.arange(len(tensors[UP])) + tensors.get("d2t", 0)
+    return torch.arange(len(tensors[UP]) + len(tensors.get(IDS, ()))) + tensors.get("d2t", 0)
 
 
 def scores(form, drafter, target_head, hidden):
@@ -142,15 +151,18 @@ def scores(form, drafter, target_head, hidden):
     tensors = load_file(drafter / "model.safetensors")
     up = ops.QuantizedUp(tensors[UP], tensors[SCALE]).dequantize() if form.kind else tensors[UP]
     ids, hidden = _target_ids(tensors), hidden.float()
-    found = hidden @ tensors[DOWN].T @ up.T
-    if form.rerank is not None:
-        exact = hidden @ tensors.get(DENSE, target_head[ids]).T
-        candidates = torch.zeros_like(found, dtype=torch.bool)
-        of_a_rank = -(-len(up) // 64) * 64 // form.ranks  # vLLM pads the vocabulary to 64 entries
-        for entries in torch.arange(len(up)).split(of_a_rank):  # every rank scores its best again
-            best = entries[found[:, :, entries].topk(form.rerank, dim=2).indices]
-            candidates.scatter_(2, best, True)
-        found = exact.masked_fill(~candidates, -torch.inf)
+
+    def rescore(found):
+        if form.rerank is None:
+            return found
+        tail = drafters.tail_ids(tensors) if form.frequent else slice(None)
+        exact = hidden @ tensors.get(DENSE, target_head[ids[tail]]).T
+        return drafters.rescored(found, exact, form.rerank, form.ranks)
+
+    if form.frequent:
+        found = drafters.tiered_scores(tensors, hidden, up, rescore)
+    else:
+        found = rescore(hidden @ tensors[DOWN].T @ up.T)
     return found.new_full((*found.shape[:2], len(target_head)), -torch.inf).index_copy(2, ids, found)
 
 

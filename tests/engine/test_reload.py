@@ -14,7 +14,7 @@ from drafters import D, R, V
 from vllm_slimspec.drafters.draft import LowRankDraft
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head import ops
-from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
+from vllm_slimspec.head.spec import DENSE, DOWN, FREQUENT, IDS, SCALE, TAIL_ROW, UP
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,81 @@ def test_online_update_reaches_the_drafters_own_rows(build):
     _update(model, config, _pieces(drafters.tensors(seed=1) | {DENSE: rows}))
     assert torch.equal(model.slot.dense[0], rows)
     assert model.slot.dense[0].data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def _tiered(seed):
+    """Return a drafter whose tiered head has the same ids for every seed."""
+    return drafters.tiered(drafters.tensors(V, seed=seed), 31)
+
+
+def _expected_tiered(tensors):
+    return drafters.tiered_scores(tensors, _hidden()).argmax(dim=1)
+
+
+@pytest.mark.parametrize("how", ["pieces", "at once", "load_weights"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_update_of_a_tiered_head_reaches_the_drafts(build, monkeypatch, impl, how):
+    """Catches: exact rows or an offset that an update does not reach, or that captured graphs read at another
+    address."""
+    monkeypatch.setenv("SLIMSPEC_IMPL", impl)
+    old, new = _tiered(0), _tiered(1)
+    model, config = build(old, lm_head_frequent=31)
+    head = model.low_rank_head
+    assert torch.equal(model.get_top_tokens(_hidden()), _expected_tiered(old))
+
+    def read():
+        return [head.frequent.weight, head.tail_row, head.tail_bias, *head.own_ids]
+
+    addresses = [tensor.data_ptr() for tensor in read()]
+    if how == "load_weights":
+        for piece in _pieces({name: t for name, t in new.items() if "lm_head" in name}):
+            model.load_weights(list(piece.items()))
+    else:
+        _update(model, config, _pieces(new) if how == "pieces" else [new])
+    assert torch.equal(model.get_top_tokens(_hidden()), _expected_tiered(new))
+    assert [tensor.data_ptr() for tensor in read()] == addresses
+
+
+def test_update_of_exact_rows_alone_is_accepted(build):
+    """Catches: a trainer that sends only the exact rows and is refused, or whose rows are drafted by only after a
+    restart."""
+    old = _tiered(0)
+    model, config = build(old, lm_head_frequent=31)
+    rows = _tiered(1)[FREQUENT]
+    _update(model, config, [{FREQUENT: rows}])
+    assert torch.equal(model.get_top_tokens(_hidden()), _expected_tiered(old | {FREQUENT: rows}))
+
+
+def test_update_of_a_tiered_head_must_bring_its_offset(build):
+    """Catches: a tail shifted by what its memory held before, since vLLM keeps nothing of a loaded layer."""
+    model, config = build(_tiered(0), lm_head_frequent=31)
+    with pytest.raises(CheckpointError, match=f"came without {TAIL_ROW}; send"):
+        _update(model, config, _pieces({n: t for n, t in _tiered(1).items() if n != TAIL_ROW}))
+
+
+def test_update_with_other_frequent_ids_is_refused(build):
+    """Catches: rows that score other tokens than the ids by which they are drafted."""
+    tensors = _tiered(0)
+    model, _ = build(tensors, lm_head_frequent=31)
+    ids = tensors[IDS].clone()
+    other = torch.arange(31)
+    assert not torch.equal(ids, other)
+    with pytest.raises(CheckpointError, match=f"{IDS} differs from the ids that are served.*restart the server"):
+        model.load_weights([(IDS, other), (FREQUENT, tensors[FREQUENT])])
+    assert torch.equal(model.get_top_tokens(_hidden()), _expected_tiered(tensors))
+
+
+def test_table_of_target_rows_of_a_tail_follows_the_map(build):
+    """Catches: candidates of a tail scored by the target's rows of other tokens, after the map has changed."""
+    target, tensors = _TargetHead(), drafters.tiered(drafters.tensors(V // 2), 20)
+    keys = {"draft_vocab_size": V // 2, "lm_head_frequent": 20, "lm_head_rerank": 4, "lm_head_rerank_rows": "target"}
+    model, _ = build(tensors, head=target, **keys)
+    table = model.slot.dense[1]
+    for d2t in (tensors["d2t"], _reversed(tensors)["d2t"]):
+        model.load_weights([("d2t", d2t)])
+        tail = drafters.tail_ids(tensors)
+        assert model.slot.dense[1] is table
+        assert torch.equal(table[: len(tail)], tail + d2t[tail])
 
 
 @pytest.mark.parametrize("rank", [R, D])

@@ -46,6 +46,7 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
         "head": "low-rank",
         "hidden_size": spec.hidden_size,
         "rank": spec.rank,
+        "exact_tokens": spec.frequent or None,
         "draft_vocab_size": spec.draft_vocab_size,
         "vocab_size": spec.vocab_size,
         "head_bytes": checkpoint.head_bytes,

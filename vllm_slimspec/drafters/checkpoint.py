@@ -29,9 +29,23 @@ from vllm_slimspec.drafters.config import (
 )
 from vllm_slimspec.drafters.family import Family
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.head.checks import check_finite, check_head, check_vocabulary
+from vllm_slimspec.head.checks import check_finite, check_frequent, check_head, check_vocabulary
 from vllm_slimspec.head.dense import StoredHead, stored_head
-from vllm_slimspec.head.spec import DENSE, DOWN, FLOATS, SCALE, UP, Described, HeadSpec, head_spec, positive_int
+from vllm_slimspec.head.spec import (
+    DENSE,
+    DOWN,
+    FLOATS,
+    FREQUENT,
+    IDS,
+    SCALE,
+    TAIL_BIAS,
+    TAIL_ROW,
+    UP,
+    Described,
+    HeadSpec,
+    head_spec,
+    positive_int,
+)
 from vllm_slimspec.head.vocabulary import check_map, check_map_shape
 
 if TYPE_CHECKING:
@@ -70,6 +84,8 @@ class DraftCheckpoint:
             checkpoint._check_dense()
         else:
             check_head(spec, checkpoint.described, str(path))
+            if spec.frequent:
+                check_frequent(checkpoint.load(IDS), spec.draft_vocab_size, str(path))
         if checkpoint.family is not None:  # Only vLLM knows the body of other families.
             checkpoint._check_body(checkpoint.family)
         return checkpoint
@@ -201,9 +217,12 @@ class DraftCheckpoint:
 
     @property
     def head_bytes(self) -> int:
-        """Return the bytes of the head that a draft step reads: both factors and the scales, or a dense head."""
-        names = (DENSE,) if self.spec is None else (DOWN, UP, SCALE)
-        return sum(self.tensors[name].nbytes for name in names if name in self.tensors)
+        """Return the bytes of the head that a draft step of one row reads, as :meth:`HeadSpec.bytes` counts them."""
+        if self.spec is None:
+            return self.tensors[DENSE].nbytes if DENSE in self.tensors else 0
+        names = [DOWN, UP, SCALE, FREQUENT] + ([TAIL_ROW, TAIL_BIAS] if self.spec.rerank is None else [])
+        rescored = (self.spec.rerank or 0) * self.dense_bytes // self.spec.draft_vocab_size
+        return sum(self.tensors[name].nbytes for name in names if name in self.tensors) + rescored
 
     @property
     def dense_bytes(self) -> int:

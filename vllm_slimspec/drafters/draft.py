@@ -17,7 +17,7 @@ from vllm_slimspec.head import ops
 from vllm_slimspec.head.checks import check_vocabulary, count_not_finite, describe
 from vllm_slimspec.head.handover import hand_over
 from vllm_slimspec.head.slot import HeadSlot
-from vllm_slimspec.head.spec import DENSE, head_spec
+from vllm_slimspec.head.spec import DENSE, HeadSpec, head_spec
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM as _Eagle3
@@ -56,16 +56,16 @@ class LowRankDraft(_Eagle3):
         self.lm_head = self.low_rank_head
         if spec.rerank_rows == "own":
             name = maybe_prefix(prefix, "lm_head")
-            self.lm_head = ParallelLMHead(spec.draft_vocab_size, spec.hidden_size, prefix=name)
+            self.lm_head = ParallelLMHead(spec.tail, spec.hidden_size, prefix=name)
             # The reference is weak, because vLLM drops rows that equal the target's to save memory.
             self.own_rows = weakref.ref(self.lm_head)
         elif spec.rerank_rows == "target":
             self.has_own_lm_head = False  # so that vLLM puts the target's head into `lm_head`, in this case only
-            if spec.truncated and self.low_rank_head.tp_size > 1:
+            if (why := _not_split(spec)) and self.low_rank_head.tp_size > 1:
                 raise CheckpointError(
-                    f'{draft.model}: lm_head_rerank_rows="target" with draft_vocab_size={spec.draft_vocab_size} below '
-                    f"vocab_size={spec.vocab_size} cannot be split over {self.low_rank_head.tp_size} tensor-parallel "
-                    "ranks; convert again with rows of its own, or serve with one rank"
+                    f'{draft.model}: lm_head_rerank_rows="target" with {why} cannot be split over '
+                    f"{self.low_rank_head.tp_size} tensor-parallel ranks; convert again with rows of its own, or serve "
+                    "with one rank"
                 )
         if not spec.truncated:
             self.draft_id_to_target_id = None  # vLLM before 0.32 would keep a map of zeros and run a scatter with it
@@ -171,6 +171,13 @@ class LowRankDraft(_Eagle3):
             logger.info("SlimSpec: drafting by %s", path)
 
 
+def _not_split(spec: HeadSpec) -> str:
+    """Return why a rank does not hold the target's rows of its own part of the head; empty if it holds them."""
+    if spec.frequent:
+        return f"lm_head_frequent={spec.frequent}"
+    return f"draft_vocab_size={spec.draft_vocab_size} below vocab_size={spec.vocab_size}" if spec.truncated else ""
+
+
 def _headline(slot: HeadSlot, speculative: SpeculativeConfig) -> str:
     spec, head = slot.spec, slot.head
     size = head.weight.element_size()
@@ -184,6 +191,7 @@ def _headline(slot: HeadSlot, speculative: SpeculativeConfig) -> str:
         if spec.rerank is not None:
             path += "; nothing is scored again"
     rank = f"rank {spec.rank} of {spec.hidden_size}" + (f" in {spec.quantization}" if spec.quantization else "")
+    rank += f" beside {spec.frequent} exact rows" if spec.frequent else ""
     read, dense = spec.bytes(size), spec.dense_parameters * size
     return (
         f"SlimSpec draft head: {rank}, {spec.draft_vocab_size} of {spec.vocab_size} tokens, {read / 1e6:.1f} MB "

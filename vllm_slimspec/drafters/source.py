@@ -84,6 +84,8 @@ class Drafter:
         factors = None if checkpoint.spec is None else (checkpoint.load(DOWN), checkpoint.load(UP))
         if SCALE in checkpoint.tensors:
             raise CheckpointError(f"{where}: its factors are quantized; convert the drafter that they were made from")
+        if checkpoint.spec is not None and checkpoint.spec.frequent:
+            raise CheckpointError(f"{where}: its head is tiered; convert the drafter that it was made from")
         if factors is not None:
             head = (factors[1].float() @ factors[0].float()).to(factors[0].dtype)
         elif (stored := checkpoint.dense_head) is not None:

@@ -21,6 +21,7 @@ does not fit.
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
@@ -60,7 +61,7 @@ def low_rank_logits(hidden: Tensor, down: Down, up: Up, *, impl: str = "auto") -
         from vllm_slimspec.kernels.low_rank_logits import low_rank_logits as kernel
 
         return kernel(hidden, down, up)
-    return _product(_product(hidden, down), up).contiguous()  # a packed factor with padded V returns a view
+    return product(product(hidden, down), up).contiguous()  # a packed factor with padded V returns a view
 
 
 def low_rank_argmax(
@@ -85,10 +86,7 @@ def low_rank_argmax(
 
         if not gemm_wins(hidden.device, hidden.shape[0], up):
             return kernel(hidden, down, up, valid_vocab)
-    if valid_vocab == 0:
-        batch = hidden.shape[0]
-        return hidden.new_full((batch,), float("-inf"), dtype=torch.float32), hidden.new_zeros(batch, dtype=torch.int64)
-    values, ids = best_of(_product(_product(hidden, down), up)[:, :valid_vocab])
+    values, ids = best_of(product(product(hidden, down), up)[:, :valid_vocab])
     return values, torch.where(values > float("-inf"), ids, 0)  # the comparison is false for NaN too
 
 
@@ -107,7 +105,7 @@ def low_rank_topk(
         from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
 
         return kernel(hidden, down, up, k, valid_vocab)
-    return top_of(_product(_product(hidden, down), up)[:, :valid_vocab], k)
+    return top_of(product(product(hidden, down), up)[:, :valid_vocab], k)
 
 
 def low_rank_rerank(
@@ -134,7 +132,7 @@ def low_rank_rerank(
         from vllm_slimspec.kernels.low_rank_topk import low_rank_topk as kernel
 
         return kernel(hidden, down, up, k, valid_vocab, dense, dense_rows)
-    screened, ids = top_of(_product(_product(hidden, down), up)[:, :valid_vocab], k)
+    screened, ids = top_of(product(product(hidden, down), up)[:, :valid_vocab], k)
     return rescored(hidden, screened, ids, dense, dense_rows)
 
 
@@ -200,6 +198,16 @@ def prepare(
     :func:`low_rank_rerank` if ``dense`` is given. Pass the arguments of the calls in service. Call it once, outside of
     CUDA-graph capture; afterwards these functions compile nothing. With torch it does nothing.
     """
+    for hidden in rehearsals(down, up, max_batch, impl):
+        low_rank_argmax(hidden, down, up, impl="triton")
+        if k is not None:
+            low_rank_topk(hidden, down, up, k, impl="triton")
+            if dense is not None:
+                low_rank_rerank(hidden, down, up, dense, k, dense_rows=dense_rows, impl="triton")
+
+
+def rehearsals(down: Down, up: Up, max_batch: int, impl: str) -> Iterator[Tensor]:
+    """Yield hidden states [b, D] for each batch size b that needs a variant of a kernel of its own; none with torch."""
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
     if resolve_impl(down.device, impl) == "torch":
@@ -210,12 +218,7 @@ def prepare(
     if gemm_wins(down.device, max_batch, up):
         batches.add(max_batch)  # torch loads the kernels of a GEMM at its first run
     for batch in sorted(batches):
-        hidden = torch.zeros(batch, down.shape[1], dtype=down.dtype, device=down.device)
-        low_rank_argmax(hidden, down, up, impl="triton")
-        if k is not None:
-            low_rank_topk(hidden, down, up, k, impl="triton")
-            if dense is not None:
-                low_rank_rerank(hidden, down, up, dense, k, dense_rows=dense_rows, impl="triton")
+        yield torch.zeros(batch, down.shape[1], dtype=down.dtype, device=down.device)
 
 
 def resolve_impl(device: torch.device | str, impl: str = "auto") -> str:
@@ -238,8 +241,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _product(x: Tensor, factor: Up) -> Tensor:
-    """Return ``x @ factor.T``, rounded to the dtype of ``x``."""
+def product(x: Tensor, factor: Up) -> Tensor:
+    """Return ``x @ factor.T`` in torch, rounded to the dtype of ``x``."""
     if isinstance(factor, PackedFactor):
         return factor(x)
     if isinstance(factor, QuantizedUp):

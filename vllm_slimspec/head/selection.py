@@ -13,8 +13,13 @@ _TOP_GROUP = 128  # near sqrt(V / k), where choosing the groups and choosing ins
 
 
 def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the highest score of each row of ``scores`` [B, V] and its first place, as (float32 [B], int64 [B])."""
+    """Return the highest score of each row of ``scores`` [B, V] and its first place, as (float32 [B], int64 [B]).
+
+    With V = 0 every row is (-inf, 0).
+    """
     rows, columns = scores.shape
+    if columns == 0:
+        return scores.new_full((rows,), float("-inf"), dtype=torch.float32), scores.new_zeros(rows, dtype=torch.int64)
     count = max(1, columns // _BEST_GROUP)
     stride = columns // count
     # The groups have equal size and overlap if their count does not divide V, so there is no tail. The first place of

@@ -6,8 +6,9 @@ the model, and the slot's methods take it as an argument: ``lm_head``, whose row
 Letters: B rows (tokens being drafted), D hidden size, V draft vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,11 +17,11 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from vllm_slimspec.common.memory import ran_out
 from vllm_slimspec.errors import CheckpointError
-from vllm_slimspec.head import ops
-from vllm_slimspec.head.checks import check_finite, check_head, describe
+from vllm_slimspec.head import ops, tiered
+from vllm_slimspec.head.checks import check_finite, check_frequent, check_head, describe
 from vllm_slimspec.head.handover import hand_over
 from vllm_slimspec.head.layer import LowRankHead
-from vllm_slimspec.head.spec import DOWN, UP, HeadSpec
+from vllm_slimspec.head.spec import IDS, HeadSpec
 from vllm_slimspec.head.vocabulary import check_map, target_ids
 
 
@@ -60,15 +61,22 @@ class HeadSlot:
             check_finite(name, tensor, self.source)
         if "d2t" in tensors:
             check_map(tensors["d2t"], tensors.get("t2d"), self.spec.vocab_size, self.source)
+        if IDS in tensors:
+            check_frequent(tensors[IDS], self.spec.draft_vocab_size, self.source)
+            assert self.head.frequent is not None
+            if self.prepared and not torch.equal(tensors[IDS].cpu(), self.head.frequent.ids):
+                raise CheckpointError(
+                    f"{self.source}: {IDS} differs from the ids that are served, and only weights can be updated; send "
+                    "the rows of the same ids, or restart the server"
+                )
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load tensors that :meth:`check` accepted. A prepared head drafts with them at once."""
-        in_update = self.in_update
         self.head.load(tensors)
-        if self.prepared and not in_update and {DOWN, UP} & tensors.keys():
-            self.head.lay_out()
         if "d2t" in tensors and self.dense is not None and self.dense[1] is not None:
-            self.dense[1][: len(tensors["d2t"])] = target_ids(tensors["d2t"])
+            rows = self._target_rows(tensors["d2t"].to(self.dense[1].device))
+            assert rows is not None
+            self.dense[1].copy_(rows)
 
     @torch.inference_mode(False)  # Later loads write to these tensors outside of inference mode.
     def prepare(self, lm_head: torch.nn.Module | None = None, d2t: torch.Tensor | None = None) -> None:
@@ -82,14 +90,17 @@ class HeadSlot:
             CheckpointError: the head re-ranks with the target's rows, but ``lm_head`` does not hold them.
             MemoryError: the device has no memory for another layout of the factors.
         """
-        if self.spec.rerank is not None:
-            assert lm_head is not None
-            self.dense = self._dense_rows(lm_head, d2t)
         with _memory_for(self.source, self.spec.bytes(self.head.weight.element_size())):
             self.head.lay_out()
             assert self.head.factors is not None
+            if self.spec.rerank is not None:
+                assert lm_head is not None
+                self.dense = self._dense_rows(lm_head, d2t)
             dense, rows = self.dense or (None, None)
-            ops.prepare(*self.head.factors, self.max_batch, k=self.spec.rerank, dense=dense, dense_rows=rows)
+            prepare: Callable[..., None] = ops.prepare
+            if self.spec.frequent:
+                prepare = partial(tiered.prepare_tiered, self.head.tiers)
+            prepare(*self.head.factors, self.max_batch, k=self.spec.rerank, dense=dense, dense_rows=rows)
         self.prepared = True
 
     def top_tokens(self, hidden: torch.Tensor, d2t: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,9 +116,16 @@ class HeadSlot:
         Tokens that are not in a truncated draft vocabulary get -inf. The result is None on tensor-parallel ranks to
         which vLLM gathers no logits.
         """
-        logits = processor(self.head, F.linear(hidden, self.head.down))
+        head = self.head
+        logits = processor(head, F.linear(hidden, head.down))
+        exact = None if head.frequent is None else processor(head.frequent, hidden)
         if logits is None:
             return None
+        if exact is not None:
+            ids, tail_ids = head.draft_ids
+            offset = processor.scale * tiered.tail_offset(hidden, head.tiers)
+            tail = (logits[:, : len(tail_ids)] + offset[:, None]).to(logits.dtype)
+            logits = tiered.assembled(exact[:, : len(ids)], tail, ids, tail_ids)
         if d2t is not None:
             scores, logits = logits, logits.new_full((len(logits), self.spec.vocab_size), float("-inf"))
             logits[:, target_ids(d2t)] = scores
@@ -116,7 +134,7 @@ class HeadSlot:
     def _dense_rows(
         self, lm_head: torch.nn.Module, d2t: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the rows [N, D] that re-ranking scores with, and the row of each draft id, int64 [V or more]."""
+        """Return the rows [N, D] that re-ranking scores with, and which of them belongs to each row of `up`."""
         head, spec = self.head, self.spec
         if spec.rerank_rows == "own":
             return cast(torch.Tensor, lm_head.weight).data, None
@@ -125,11 +143,16 @@ class HeadSlot:
                 f'{self.source}: lm_head_rerank_rows="target" needs the target\'s lm_head.weight as {head.down.dtype} '
                 f"[{spec.vocab_size}, {spec.hidden_size}], and it has {found}; convert again with rows of its own"
             )
-        ids = None
-        if d2t is not None:
-            ids = torch.zeros(len(head.weight), dtype=torch.int64, device=d2t.device)  # padding is never a candidate
-            ids[: len(d2t)] = target_ids(d2t)
-        return cast(torch.Tensor, lm_head.weight).data, ids
+        return cast(torch.Tensor, lm_head.weight).data, self._target_rows(d2t)
+
+    def _target_rows(self, d2t: torch.Tensor | None) -> torch.Tensor | None:
+        """Return which of the target's rows belongs to each row of `up`, int64; None if it is the row of its place."""
+        if self.head.frequent is not None:
+            ids = self.head.own_ids[1]
+            return ids if d2t is None else target_ids(d2t)[ids]
+        if d2t is None:
+            return None
+        return F.pad(target_ids(d2t), (0, len(self.head.weight) - len(d2t)))  # padding is never a candidate
 
     def _unfit_rows(self, lm_head: torch.nn.Module) -> str | None:
         """Return what ``lm_head`` holds instead of the target's rows, in words; None if it holds them."""

@@ -5,12 +5,18 @@
                    lm_head_rerank: k   (optional: the k best are scored again with the rows of a dense head)
                    lm_head_rerank_rows: "target"   (optional: the target has those rows; absent means lm_head.weight)
                    lm_head_quantization: fp8 | int8 | int4, lm_head_quantization_group: 32 | 64 | 128   (optional)
+                   lm_head_frequent: N1   (optional: a tiered head, whose N1 frequent tokens have exact rows)
     *.safetensors  lm_head.down.weight [R, D], lm_head.up.weight [V, R], d2t [V] int64, and EAGLE-3's body
                    lm_head.weight [V, D]   (for re-ranking with the drafter's own rows)
                    lm_head.up.scale [V, R / group] float32   (for a quantized up; [V, 1] without a group)
+                   lm_head.frequent.weight [N1, D], lm_head.frequent.ids [N1] int64,
+                   lm_head.tail.row [D], lm_head.tail.bias [1]   (for a tiered head)
 
 :mod:`vllm_slimspec.head.quantized` has the formats of a quantized up. An up in floats is quantized at load if
 ``lm_head_quantization`` is set. TorchSpec introduced the names (lightseekorg/TorchSpec, pull request 185).
+
+In a tiered head, the tensors that have V rows above have one for each token of the tail, which is every draft id that
+is not frequent, in ascending order. :mod:`vllm_slimspec.head.tiered` says how the scores are computed.
 
 Letters: D hidden size of the drafter, R rank, V draft vocabulary. This module does not import torch. Its functions take
 a flat config (see :func:`vllm_slimspec.drafters.config.flatten`) and the name of the file for errors. They raise a
@@ -28,6 +34,11 @@ DOWN = "lm_head.down.weight"
 UP = "lm_head.up.weight"
 SCALE = "lm_head.up.scale"
 DENSE = "lm_head.weight"
+FREQUENT = "lm_head.frequent.weight"
+IDS = "lm_head.frequent.ids"
+TAIL_ROW = "lm_head.tail.row"
+TAIL_BIAS = "lm_head.tail.bias"
+TIERED = (FREQUENT, IDS, TAIL_ROW, TAIL_BIAS)  # what a tiered head has besides
 
 Described = Mapping[str, tuple[str, tuple[int, ...]]]  # the safetensors dtype and the shape of tensors, by name
 
@@ -39,7 +50,7 @@ MAX_K = 4096  # the most candidates that are scored again
 HEAD_KEYS = frozenset(
     {
         *("lm_head_rank", "lm_head_rank_divisor", "lm_head_rerank", "lm_head_rerank_rows"),
-        *("lm_head_quantization", "lm_head_quantization_group"),
+        *("lm_head_quantization", "lm_head_quantization_group", "lm_head_frequent"),
     }
 )
 
@@ -67,23 +78,33 @@ class HeadSpec(HeadSizes):
     """The sizes of one low-rank head, and how it is stored and searched."""
 
     rank: int  # R
+    frequent: int = 0  # N1, the number of tokens with exact rows; 0: the head is not tiered
     rerank: int | None = None  # k
     rerank_rows: Literal["own", "target"] | None = None  # whose rows score again
     quantization: Literal["fp8", "int8", "int4"] | None = None
     quantization_group: int | None = None  # columns of `up` that share a scale; None: all columns of a row
 
     @property
-    def parameters(self) -> int:
-        return self.rank * (self.hidden_size + self.draft_vocab_size)
+    def tail(self) -> int:
+        """Return the number of tokens that are scored by the factors, which is the number of rows of `up`."""
+        return self.draft_vocab_size - self.frequent
 
     def bytes(self, element_size: int) -> int:
-        """Return the bytes of factors and scales that a draft step reads, at these bytes for a number of the model."""
+        """Return the bytes that a draft step of one row reads, at these bytes for a number of the model.
+
+        Exact rows, factors, scales and the rows of re-ranking are counted. Ids are looked up and not counted.
+        """
+        rows = self.rank + self.frequent + (self.rerank or 0)
+        # Re-ranked scores need no offset of the tail. It is in float32.
+        offset = 4 * (self.hidden_size + 1) if self.frequent and self.rerank is None else 0
+        return self.hidden_size * rows * element_size + offset + self.tail * self._row_bytes(element_size)
+
+    def _row_bytes(self, element_size: int) -> int:
+        """Return the bytes of a row of `up` and of its scales."""
         if self.quantization is None:
-            return self.parameters * element_size
+            return self.rank * element_size
         halves = 1 if self.quantization == "int4" else 2
-        scales = self.rank // self.quantization_group if self.quantization_group else 1
-        down = self.rank * self.hidden_size * element_size
-        return down + self.draft_vocab_size * (self.rank * halves // 2 + 4 * scales)
+        return self.rank * halves // 2 + 4 * (self.rank // (self.quantization_group or self.rank))
 
 
 def head_sizes(config: Mapping[str, Any], where: str = "config.json") -> HeadSizes:
@@ -106,8 +127,10 @@ def head_spec(config: Mapping[str, Any], where: str = "config.json") -> HeadSpec
     """Return the low-rank head that a config describes."""
     sizes = head_sizes(config, where)
     rank = _rank(config, sizes.hidden_size, where)
-    searched = _rerank(config, sizes.draft_vocab_size, where)
-    return HeadSpec(**asdict(sizes), rank=rank, **searched, **_quantization(config, rank, where))
+    frequent = _frequent(config, sizes.draft_vocab_size, where)
+    searched = _rerank(config, sizes.draft_vocab_size - frequent, where)
+    stored = _quantization(config, rank, where)
+    return HeadSpec(**asdict(sizes), rank=rank, frequent=frequent, **searched, **stored)
 
 
 def positive_int(config: Mapping[str, Any], key: str, where: str) -> int:
@@ -149,7 +172,19 @@ def _rank(config: Mapping[str, Any], hidden: int, where: str) -> int:
     return rank
 
 
-def _rerank(config: Mapping[str, Any], draft_vocab: int, where: str) -> dict[str, Any]:
+def _frequent(config: Mapping[str, Any], draft_vocab: int, where: str) -> int:
+    count = config.get("lm_head_frequent")
+    if count is None:
+        return 0
+    if positive_int(config, "lm_head_frequent", where) >= draft_vocab:
+        raise CheckpointError(
+            f"{where}: lm_head_frequent={count} must be 1 to {draft_vocab - 1}, so that a token of "
+            f"draft_vocab_size={draft_vocab} is left for the factors; make it the number of rows of {FREQUENT}"
+        )
+    return int(count)
+
+
+def _rerank(config: Mapping[str, Any], tail: int, where: str) -> dict[str, Any]:
     k, rows = config.get("lm_head_rerank"), config.get("lm_head_rerank_rows")
     if k is None:
         if rows is not None:
@@ -157,7 +192,7 @@ def _rerank(config: Mapping[str, Any], draft_vocab: int, where: str) -> dict[str
                 f"{where}: lm_head_rerank_rows={rows!r} without lm_head_rerank; add how many candidates to score again"
             )
         return {}
-    most = min(MAX_K, draft_vocab)
+    most = min(MAX_K, tail)
     if positive_int(config, "lm_head_rerank", where) > most:
         raise CheckpointError(f"{where}: lm_head_rerank={k} must be 1 to {most}")
     if rows not in (None, "target"):

@@ -22,6 +22,13 @@ def target_ids(d2t: "torch.Tensor") -> "torch.Tensor":
     return d2t.long() + torch.arange(len(d2t), device=d2t.device)
 
 
+def remaining_ids(ids: "torch.Tensor", vocab: int) -> "torch.Tensor":
+    """Return the ids from 0 to ``vocab`` - 1 that are not among ``ids``, ascending, int64 [vocab - N]."""
+    import torch
+
+    return torch.ones(vocab, dtype=torch.bool, device=ids.device).index_fill_(0, ids, False).nonzero()[:, 0]
+
+
 def check_map_shape(found: tuple[str, tuple[int, ...]] | None, draft_vocab: int, vocab: int, where: str) -> None:
     """Refuse a map that is missing but needed, or that has a wrong dtype or shape.
 

@@ -177,7 +177,7 @@ def describe_head(drafter: str, target: Target) -> DescribedHead:
         rank=spec.rank,
         draft_vocab_size=spec.draft_vocab_size,
         rerank=spec.rerank,
-        head_bytes=size + (spec.rerank or 0) * checkpoint.dense_bytes // spec.draft_vocab_size,
+        head_bytes=size,
         dense_bytes=checkpoint.dense_bytes,
     )
 

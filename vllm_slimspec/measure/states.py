@@ -154,7 +154,7 @@ def _entrants(options: Options, target: Target) -> dict[str, _Entrant]:
             )
         row = full.described.dense_bytes // len(full.head.ids)
         for k in ks:
-            head = replace(one.head, rows=full.head.factors[0][one.head.ids], rerank=k)
+            head = one.head.scored_again(full.head.factors[0], k)
             size = one.described.head_bytes + k * row
             described = one.described.model_copy(update={"rerank": k, "head_bytes": size})
             found[f"{name}, {k} scored again"] = replace(one, head=head, described=described)
