@@ -188,3 +188,16 @@ def test_rerank_without_a_dense_full_head_is_refused(target, tmp_path):
     assert again.described.head_bytes == 4 * (R * D + V * R + 4 * D)
     exact = DraftHead.open(dense, target)
     assert (again.head.tokens(HIDDEN, again.head.logits(HIDDEN)) == exact.tokens(HIDDEN, exact.logits(HIDDEN))).all()
+
+
+def test_recording_is_the_same_whatever_heads_are_added(tmp_path, monkeypatch):
+    """Catches: recorded states that are refused because another drafter with the same body is measured too."""
+    asked = []
+    monkeypatch.setattr(module, "collect", lambda _, folder, *__, identity, **___: asked.append((folder, identity)))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"input_ids": [1]}\n')
+    options = module.Options("target", {}, [prompts], [3], 8, tmp_path / "work")
+    entrants = [module._Entrant(None, "body", tmp_path / name, None) for name in ("first", "second", "third")]
+    for count in (1, 3):
+        module._record(options, prompts, entrants[:count])
+    assert asked == [(tmp_path / "first", "body")] * 2

@@ -42,6 +42,7 @@ def collect(
     max_states: int = 100_000,
     engine: dict[str, Any] | None = None,
     dtype: Asked = "auto",
+    identity: str | None = None,
 ) -> HeadStates:
     """Record head states while the target answers prompts. A run that was killed continues where it stopped.
 
@@ -57,6 +58,8 @@ def collect(
         max_states: recording stops after the group of documents that reaches this number of states.
         engine: arguments of ``vllm.LLM``.
         dtype: of both models, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
+        identity: a text that is the same for all drafters that may continue this recording, such as a hash of their
+            body; None: only this drafter may.
 
     Raises:
         CheckpointError: the prompts cannot be used, the folder holds something else, or nothing could be recorded.
@@ -68,7 +71,7 @@ def collect(
     file = Path(prompts)
     rows = read_prompts(file)
     settings = {"order": "random", "K": k, "max_tokens": max_tokens, "max_states": max_states}
-    writer = StatesWriter(folder, {**_models(target, drafter), "prompts_sha256": sha256(file), **settings})
+    writer = StatesWriter(folder, {**_models(target, drafter, identity), "prompts_sha256": sha256(file), **settings})
     if writer.complete:
         return HeadStates.open(folder)
     vocab_size, max_model_len = limits(target, options)
@@ -104,6 +107,7 @@ def collect_again(
     k: int,
     engine: dict[str, Any],
     dtype: Asked,
+    identity: str | None = None,
 ) -> HeadStates:
     """Record the head states of another drafter over documents that the target has answered before.
 
@@ -111,7 +115,7 @@ def collect_again(
     numbers.
     """
     check_engine(engine)
-    writer = StatesWriter(folder, {**_models(target, drafter), "K": k})
+    writer = StatesWriter(folder, {**_models(target, drafter, identity), "K": k})
     if writer.complete:
         return HeadStates.open(folder)
     with (
@@ -140,11 +144,10 @@ def limits(target: str | Path, options: dict[str, Any]) -> tuple[int, int]:
     return config.get_vocab_size(), config.max_model_len
 
 
-def _models(target: str | Path, drafter: str | Path) -> dict[str, str]:
+def _models(target: str | Path, drafter: str | Path, identity: str | None) -> dict[str, str]:
     """Return the names of both models and their fingerprints, because the model under a name may change."""
-    models = {"target": target, "drafter": drafter}
-    names = {key: str(model) for key, model in models.items()}
-    return names | {f"{key}_fingerprint": fingerprint(model) for key, model in models.items()}
+    prints = {"target_fingerprint": fingerprint(target), "drafter_fingerprint": identity or fingerprint(drafter)}
+    return {"target": str(target), "drafter": str(drafter), **prints}
 
 
 def check_engine(options: Mapping[str, Any]) -> None:

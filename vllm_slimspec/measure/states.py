@@ -222,8 +222,12 @@ def _record(options: Options, prompts: Path, entrants: Iterable[_Entrant]) -> di
     exact = options.dtype == "auto" and torch.accelerator.current_accelerator() is None
     dtype = "float32" if exact else options.dtype
     common: dict[str, Any] = {"k": max(options.ks), "engine": dict(options.engine), "dtype": dtype}
-    for body, folder in {entrant.body: entrant.folder for entrant in entrants}.items():
+    folders: dict[str, Path] = {}
+    for entrant in entrants:
+        folders.setdefault(entrant.body, entrant.folder)
+    for body, folder in folders.items():
         place = options.work / body / prompts.stem
+        common["identity"] = body  # The states do not depend on the head, so that heads can be added later.
         if found:
             documents = next(iter(found.values())).documents()
             found[body] = collect_again(options.target, folder, documents, place, **common)
