@@ -782,7 +782,7 @@ def _bad(case: str, folder: Path) -> list[str]:
         ("rank before calibration", "rank 65 does not fit"),
         ("sweep before calibration", "rank 0 does not fit"),
         ("vocab before calibration", "must be keep, full or a number"),
-        ("more candidates than tokens", "--rerank 16: there are 12 tokens"),
+        ("more candidates than tokens", "--rerank 16: the factors score 12 tokens"),
         ("rank", "rank 65 does not fit"),
         ("vocab", "must be keep, full or a number"),
         ("more tokens than rows", "number of tokens from 1 to 64"),

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from vllm_slimspec.commands.convert import convert as command
 from vllm_slimspec.convert import distill as distill_module
 from vllm_slimspec.convert.distill import Recipe, Samples, distill
-from vllm_slimspec.convert.evaluate import Factors
+from vllm_slimspec.convert.heads import Factors
 from vllm_slimspec.convert.options import Options
 from vllm_slimspec.convert.run import convert
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
@@ -112,7 +112,7 @@ def _distill(watch: Watch | None, checkpoint: Path) -> Factors:
         watch.over(os, "fsync")
     with patch.object(distill_module, "_EVERY", 2):
         samples = [Samples(part, torch.full((len(part),), -1)) for part in (hidden[:150], hidden[150:])]
-        return distill(dense, factorize(dense, 3), samples[0], samples[1], Recipe(4, batch=16), checkpoint)
+        return distill(dense, Factors(*factorize(dense, 3)), samples[0], samples[1], Recipe(4, batch=16), checkpoint)
 
 
 def _child(work, kill_at: int, log: str, *arguments) -> None:
@@ -231,7 +231,7 @@ def test_distillation_killed_at_any_step_is_resumed(run, tmp_path, injected):
     for point, name in enumerate(points, 1):
         checkpoint = tmp_path / f"{point}.pt"
         assert run(_distill, point, log, checkpoint) == -signal.SIGKILL, name
-        for a, b in zip(_distill(None, checkpoint), expected, strict=True):
+        for a, b in zip(_distill(None, checkpoint)[:2], expected[:2], strict=True):
             assert torch.equal(a, b), name
     injected("distillation killed", len(points))
 

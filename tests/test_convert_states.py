@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_slimspec.convert.evaluate import Tau, evaluate
+from vllm_slimspec.convert.heads import Factors
 from vllm_slimspec.engine import recording as collect
 from vllm_slimspec.engine.acceptance import Acceptance
 from vllm_slimspec.engine.head_states import HeadStates, Rows, StatesWriter, concatenate
@@ -233,7 +234,7 @@ def test_tau_equals_the_acceptance_length_that_an_engine_counts():
     rejected drafts."""
     torch.manual_seed(0)
     vocab, length, documents = 6, 40, 8
-    dense, head = torch.randn(vocab, D), (torch.randn(4, D), torch.randn(vocab, 4))
+    dense, head = torch.randn(vocab, D), Factors(torch.randn(4, D), torch.randn(vocab, 4))
     wanted = torch.randint(vocab, (documents, length))
     parts, best = [], {}
     for document in range(documents):
@@ -267,11 +268,11 @@ def test_metrics_of_a_head_equal_their_definitions():
     torch.manual_seed(0)
     dense, hidden = torch.randn(7, D), torch.randn(50, D)
     states = Rows(hidden, torch.zeros(50, dtype=torch.long))
-    same = evaluate(dense, {"same": (torch.eye(D), dense)}, states, torch.arange(7)).heads["same"]
+    same = evaluate(dense, {"same": Factors(torch.eye(D), dense)}, states, torch.arange(7)).heads["same"]
     assert (same.top1, same.recall[1], same.tau) == (1.0, 1.0, None)
     assert same.overlap == pytest.approx(1)
     assert same.kl == pytest.approx(0, abs=1e-6)
-    low = (torch.randn(3, D), torch.randn(7, 3))
+    low = Factors(torch.randn(3, D), torch.randn(7, 3))
     other = evaluate(dense, {"other": low}, states, torch.arange(7)).heads["other"]
     p, q = (hidden @ dense.T).softmax(-1), (hidden @ low[0].T @ low[1].T).softmax(-1)
     assert other.overlap == pytest.approx(float(torch.minimum(p, q).sum(-1).mean()), rel=1e-5)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_slimspec.convert.distill import Loss
-from vllm_slimspec.convert.evaluate import Factors
+from vllm_slimspec.convert.heads import Factors
 from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
 from vllm_slimspec.drafters.source import Drafter

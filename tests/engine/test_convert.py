@@ -10,6 +10,7 @@ import torch
 from engines import generate
 
 from vllm_slimspec.convert.evaluate import evaluate
+from vllm_slimspec.convert.heads import Factors
 from vllm_slimspec.convert.options import Options
 from vllm_slimspec.convert.run import convert
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
@@ -90,7 +91,7 @@ def test_predicted_acceptance_length_is_what_the_engine_counts(way, material, al
             str(drafter), tmp_path / "out", str(p.target), hidden_states=states.path, force=True, **changes
         )
         written = convert(options).checkpoint
-        factors = (written.load(DOWN), written.load(UP))
+        factors = Factors(written.load(DOWN), written.load(UP))
         measured = evaluate(tensors[DENSE], {"head": factors}, rows, ids).heads["head"]
         predicted = measured.rerank[8].tau if "rerank" in way else measured.tau
         llm = engine(written.path) if "speculators" in way else engine(p.target, written.path, K)
@@ -161,7 +162,7 @@ def test_bench_states_accepts_what_the_conversion_predicted(material, tmp_path):
     )
     rows = {(row.head, row.prompt_set): row for row in bench.measure(options).rows}
     ids = tensors["d2t"] + torch.arange(len(tensors[DENSE]))
-    factors = slim.checkpoint.load(DOWN), slim.checkpoint.load(UP)
+    factors = Factors(slim.checkpoint.load(DOWN), slim.checkpoint.load(UP))
     wanted = evaluate(tensors[DENSE], {"slim": factors}, everything(states), ids)
     assert rows["full", "prompts"].length == pytest.approx(wanted.dense_tau.value, abs=1e-6)
     assert rows["slim", "prompts"].length == pytest.approx(wanted.heads["slim"].tau.value, abs=1e-6)

@@ -63,15 +63,24 @@ def convert(
             "or N, the number of most frequent tokens to keep."
         ),
     ] = "keep",
+    exact_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Number of most frequent tokens that keep the exact rows of the dense head (a tiered head). The "
+            "factors score all other tokens. 0 leaves all tokens to the factors.",
+        ),
+    ] = 0,
     frequencies: Annotated[
         Path | None,
         typer.Option(
-            help='JSON file {"token id": count} by which --vocab N chooses the most frequent tokens.',
+            help='JSON file {"token id": count} by which --vocab N and --exact-tokens choose the most frequent tokens.',
             show_default="counts in the target's answers",
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="JSONL file of text in which --vocab N counts the most frequent tokens.")
+        Path | None,
+        typer.Option(help="JSONL file of text in which --vocab N and --exact-tokens count the most frequent tokens."),
     ] = None,
     distill_steps: Annotated[
         int,
@@ -129,6 +138,13 @@ def convert(
     max_states: Annotated[
         int, typer.Option(min=1, help="Number of recorded head states after which calibration stops.")
     ] = 100_000,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest share of the dense head's bytes that a draft step may read, such as 0.0625. With it, the "
+            "command chooses --exact-tokens, --rank and --rerank by predicted speed, within --max-loss.",
+        ),
+    ] = None,
     max_loss: Annotated[
         float,
         typer.Option(
@@ -175,6 +191,7 @@ def convert(
         rank_divisor=rank_divisor,
         head=head,
         vocab=vocab,
+        exact_tokens=exact_tokens,
         frequencies=frequencies,
         prompts=prompts,
         calibration=calibration,
@@ -186,6 +203,7 @@ def convert(
         joint=JointRecipe(joint_steps, loss, joint_lr, seed, train_states, flags) if joint_steps else None,
         rerank=rerank,
         quantize=quantize,
+        budget=budget,
         max_loss=max_loss,
         force=force,
         layout=layout,
@@ -208,19 +226,31 @@ def convert(
             return
         done = run.convert(options)
     if done.evaluation is not None:
+        if done.considered:
+            _print_sweep(done.evaluation, _frontier(done.considered))
         _print_sweep(done.evaluation, [done.outcome])
     typer.echo(f"written: {done.checkpoint.path}")
+
+
+def _frontier(outcomes: list["Outcome"]) -> list["Outcome"]:
+    """Return the outcomes that no other one beats in both bytes and loss, those with the fewest bytes first."""
+    found: list[Outcome] = []
+    for outcome in sorted(outcomes, key=lambda o: (o.head_bytes, o.loss)):
+        if not found or (outcome.loss or 0) < (found[-1].loss or 0):
+            found.append(outcome)
+    return found
 
 
 def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("rank", "rerank", "top-1", "acceptance", "loss", "head MB", "saves", "speedup", box=None)
+    table = Table("exact", "rank", "rerank", "top-1", "acceptance", "loss", "head MB", "saves", "speedup", box=None)
     for o in outcomes:
         assert o.quality is not None
         tau = o.quality.tau
         table.add_row(
+            str(o.exact_tokens or "-"),
             str(o.rank or "dense"),
             str(o.rerank or "-"),
             f"{o.quality.top1:.1%}",
@@ -233,10 +263,12 @@ def _print_sweep(evaluation: "Evaluation", outcomes: list["Outcome"]) -> None:
     dense = evaluation.dense_tau
     console = Console()
     console.print(table)
-    fastest = outcomes[0]
+    fastest = max(outcomes, key=lambda o: o.speedup or 0)
     if len(outcomes) > 1 and fastest.speedup:
+        exact = f"--exact-tokens {fastest.exact_tokens} " if fastest.exact_tokens else ""
         rerank = f" with --rerank {fastest.rerank}" if fastest.rerank else ""
-        console.print(f"best predicted speed: --rank {fastest.rank}{rerank}, {fastest.speedup:.2f}x", style="bold")
+        speed = f"{exact}--rank {fastest.rank}{rerank}, {fastest.speedup:.2f}x"
+        console.print(f"best predicted speed: {speed}", style="bold")
     console.print(
         f"{evaluation.states} held-out states of {evaluation.documents} documents"
         + (f"; the dense head's acceptance length is {dense.value:.2f}" if dense else "")

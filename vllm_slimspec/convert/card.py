@@ -59,6 +59,8 @@ def card(config: Mapping[str, Any], provenance: Mapping[str, Any], options: Opti
     ``config`` is its config.json in the layout of this package, and ``provenance`` its slimspec.json.
     """
     low_rank, extras = "lm_head_rank" in config, ""
+    if "lm_head_frequent" in config:
+        extras += f", the {config['lm_head_frequent']} most frequent of them with exact rows"
     if "lm_head_rerank" in config:
         rows = "the target's rows" if config.get("lm_head_rerank_rows") == "target" else "rows of its own"
         extras += f", the best {config['lm_head_rerank']} scored again by {rows}"

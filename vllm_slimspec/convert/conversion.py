@@ -15,13 +15,15 @@ from vllm_slimspec.common.speedup import speedup
 from vllm_slimspec.common.work_dtype import Asked, WorkDtype, work_dtype
 from vllm_slimspec.convert import vocabulary
 from vllm_slimspec.convert.distill import Recipe, Samples, distill
-from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Factors, Head, Quality, evaluate
+from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Head, Quality, evaluate
+from vllm_slimspec.convert.heads import Factors, Tail, calibrate
 from vllm_slimspec.convert.options import JointTraining, Options
 from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.engine import recording
 from vllm_slimspec.engine.head_states import HeadStates, Rows, common, concatenate, sha256
 from vllm_slimspec.errors import CheckpointError, OptionError
-from vllm_slimspec.head.factorize import factorize, second_moment, token_probabilities
+from vllm_slimspec.head.factorize import factorize, mean_row, second_moment, token_probabilities
+from vllm_slimspec.head.vocabulary import remaining_ids
 from vllm_slimspec.target import Target, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class Outcome:
     """What one head costs and saves, compared with the drafter before its conversion."""
 
     rank: int | None  # None: a dense head
+    exact_tokens: int  # frequent tokens with exact rows; 0: the head is not tiered
     rerank: int | None  # candidates that are scored again; None: no re-ranking
     quality: Quality | None  # None: there were no states to measure on
     loss: float | None  # share of the acceptance length, or of top-1 agreement if the target's tokens are unknown
@@ -62,6 +65,7 @@ class Conversion:
     drafter: Drafter  # the same with the vocabulary of --vocab; after train_jointly, the trained one
     residual: float  # relative error of the rows that --vocab full made
     states: HeadStates | None
+    counts: torch.Tensor | None  # float64 [vocabulary], how often each token of the target occurs; None: not needed
     moved: Rows | None = None  # held-out states of the body that train_jointly trained
 
     @classmethod
@@ -84,13 +88,16 @@ class Conversion:
             vocab = target.vocab_size
         elif options.vocab.isdecimal():
             vocab = int(options.vocab)
-            vocabulary.check_size(source, target, vocab)
-        if options.rerank is not None and options.rerank > vocab:
-            raise OptionError(f"--rerank {options.rerank}: there are {vocab} tokens to draft; choose 1 to {vocab}")
+            vocabulary.check_size(source, target, vocab, "--vocab")
+        if options.exact_tokens:
+            vocabulary.check_size(source, target, options.exact_tokens, "--exact-tokens", most=vocab - 1)
+        tail = vocab - options.exact_tokens
+        if options.rerank is not None and options.rerank > tail:
+            raise OptionError(f"--rerank {options.rerank}: the factors score {tail} tokens; choose 1 to {tail}")
         for rank in [hidden // divisor for divisor in divisors] or [_rank(options, source, vocab)]:
-            if options.head == "low-rank" and not 1 <= rank <= min(vocab, hidden):
+            if options.head == "low-rank" and not 1 <= rank <= min(tail, hidden):
                 raise OptionError(
-                    f"rank {rank} does not fit a head [V={vocab}, D={hidden}]; choose 1 to {min(vocab, hidden)}"
+                    f"rank {rank} does not fit a head [V={tail}, D={hidden}]; choose 1 to {min(tail, hidden)}"
                 )
         if options.vocab == "full" and target is not None:
             drafter, residual = source.full_vocabulary(target)
@@ -105,16 +112,12 @@ class Conversion:
                     states.path,
                     states.index.get("drafter"),
                 )
-        if options.vocab.isdecimal():
-            if options.frequencies is not None:
-                counts = vocabulary.counts_from_file(options.frequencies, source.config["vocab_size"])
-            elif options.prompts is not None and target is not None:
-                counts = vocabulary.counts_from_text(options.prompts, target)
-            else:
-                assert states is not None
-                counts = vocabulary.counts_from_states(states, source, _PROBABILITY_STATES)
-            drafter = source.truncated(vocabulary.kept(source, target, counts, vocab))
-        return cls(options, target, source, drafter, residual, states)
+        counts = None
+        if options.counts_tokens:
+            counts = _counts(options, source, target, states)
+            if options.vocab.isdecimal():
+                drafter = source.truncated(vocabulary.kept(source, target, counts, vocab))
+        return cls(options, target, source, drafter, residual, states, counts)
 
     @cached_property
     def dense(self) -> torch.Tensor:
@@ -124,22 +127,43 @@ class Conversion:
             keep_freed_memory()
         return self.drafter.head.to(device)
 
-    def factors(self, rank: int | None = None) -> Factors:
+    def factors(self, rank: int | None = None, exact_tokens: int | None = None) -> Factors:
         """Return factors of this rank: the drafter's own if it has such, else a weighted factorization of its head.
 
-        Without a rank, R is that of the options, and otherwise that of the drafter's own factors, or D // 8.
+        Without a rank, R is that of the options, and otherwise that of the drafter's own factors, or D // 8. Without
+        ``exact_tokens``, their number is that of the options. If it is not 0, the factors are fitted to the tail.
         """
+        exact = self.options.exact_tokens if exact_tokens is None else exact_tokens
         own = self.drafter.factors
         rank = _rank(self.options, self.drafter, len(self.drafter.head)) if rank is None else rank
-        if own is not None and len(own[0]) == rank:
-            return own[0].to(self.dense.device), own[1].to(self.dense.device)
+        if own is not None and len(own[0]) == rank and not exact:
+            return Factors(own[0].to(self.dense.device), own[1].to(self.dense.device))
         if self.states is None:
             logger.warning(
                 "no --calibration and no --hidden-states: this is plain SVD, and nothing is measured; an SVD that is "
                 "weighted by states loses less; give --calibration PROMPTS.jsonl"
             )
         with progress(f"Factorizing the head{' for the recorded states' if self.states else ''}", ends=False):
-            return factorize(self.dense, rank, **self._weights)
+            if not exact:
+                return Factors(*factorize(self.dense, rank, **self._weights))
+            assert self.counts is not None
+            frequent = vocabulary.kept(self.drafter, self.target, self.counts, exact)
+            ids = remaining_ids(frequent, len(self.dense)).to(self.dense.device)
+            rows, weights = self.dense[ids], dict(self._weights)
+            row = rows.new_zeros(rows.shape[1], dtype=torch.float32)
+            if weights:
+                weights["probabilities"] = weights["probabilities"][ids]
+                row = mean_row(rows, weights["probabilities"]).float()
+            factors = Factors(*factorize(rows, rank, **weights), Tail(ids, row, row.new_zeros(1)))
+        return self.calibrated(factors)
+
+    def calibrated(self, factors: Factors) -> Factors:
+        """Return factors that are calibrated on recorded states if the head is tiered; see :func:`calibrate`."""
+        if factors.tail is None or self.states is None:
+            return factors
+        with progress("Calibrating the scores of the tail", ends=False):
+            hidden = self.states.sample(False, _PROBABILITY_STATES).hidden
+            return calibrate(factors, self._scoring, hidden)
 
     def distill(self, factors: Factors, recipe: Recipe) -> Factors:
         """Distill the factors on the states that are not held out, and return them; the body does not change."""
@@ -185,7 +209,9 @@ class Conversion:
     def _key(self, factors: Factors, recipe: Recipe | JointTraining) -> str:
         """Return a hash of everything that determines the result of a distillation."""
         tokens = vocabulary.ids_of(self.drafter).tolist()
-        made_from = (self.origin, tokens, len(factors[0]), recipe, self.options.distill)
+        made_from: tuple[Any, ...] = (self.origin, tokens, len(factors.down), recipe, self.options.distill)
+        if factors.tail is not None:
+            made_from += (factors.tail.ids.tolist(),)
         return hash_of(repr(made_from).encode()).hexdigest()[:12]
 
     def evaluate(self, heads: Mapping[str, Head], rerank: Sequence[int] = RERANK) -> Evaluation | None:
@@ -204,22 +230,26 @@ class Conversion:
         with progress("Measuring the head on held-out states"):
             return evaluate(self._scoring, heads, states, ids, rerank=rerank, uncut=uncut, moved=moved)
 
-    def outcome(self, rank: int | None, head_bytes: int, quality: Quality | None, rerank: int | None) -> Outcome:
-        """Return what a head costs and saves; see :class:`Outcome` for ``rank`` and ``rerank``.
+    def outcome(self, head: Head, head_bytes: int, quality: Quality | None, rerank: int | None) -> Outcome:
+        """Return what a head costs and saves if ``rerank`` candidates are scored again; None: without re-ranking.
 
         ``head_bytes`` are those of the stored head alone, and ``quality`` is that of the head without re-ranking.
         """
+        rank, exact = None, 0
+        if isinstance(head, Factors):
+            rank = len(head.down)
+            exact = 0 if head.tail is None else len(self.dense) - len(head.tail.ids)
         dense_bytes = self.source.head.nbytes
         head_bytes += (rerank or 0) * self.dense[0].nbytes
         if quality is None:
-            return Outcome(rank, rerank, None, None, head_bytes, dense_bytes, None)
+            return Outcome(rank, exact, rerank, None, None, head_bytes, dense_bytes, None)
         quality = quality if rerank is None else quality.rerank[rerank]
         rho, faster = quality.of_dense.value if quality.of_dense else quality.top1, None
         if self.target is not None:
             # Every byte costs the same time at batch 1, on a machine that waits for its memory.
             read = self.target.nbytes(self.k) + self.k * (self.source.body_bytes + dense_bytes)
             faster = speedup(rho, kappa=self.k * dense_bytes / read, nu=dense_bytes / head_bytes)
-        return Outcome(rank, rerank, quality, 1 - rho, head_bytes, dense_bytes, faster)
+        return Outcome(rank, exact, rerank, quality, 1 - rho, head_bytes, dense_bytes, faster)
 
     @property
     def k(self) -> int:
@@ -281,6 +311,16 @@ def _rank(options: Options, drafter: Drafter, vocab: int) -> int:
     if options.rank_divisor is None and drafter.factors is not None and vocab == len(drafter.head):
         return len(drafter.factors[0])
     return drafter.head.shape[1] // (options.rank_divisor or 8)
+
+
+def _counts(options: Options, source: Drafter, target: Target | None, states: HeadStates | None) -> torch.Tensor:
+    """Return how often each token of the target occurs, by the source of counts that the options name."""
+    if options.frequencies is not None:
+        return vocabulary.counts_from_file(options.frequencies, source.config["vocab_size"])
+    if options.prompts is not None and target is not None:
+        return vocabulary.counts_from_text(options.prompts, target)
+    assert states is not None
+    return vocabulary.counts_from_states(states, source, _PROBABILITY_STATES)
 
 
 def _open_states(options: Options) -> HeadStates | None:

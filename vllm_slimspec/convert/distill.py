@@ -19,6 +19,7 @@ Letters: B, N states, D hidden size, R rank, V draft vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from vllm_slimspec.common.large_tensors import return_holes
 from vllm_slimspec.common.output import write_whole
 from vllm_slimspec.common.progress import progress
-from vllm_slimspec.convert.evaluate import Factors
+from vllm_slimspec.convert.heads import Factors, Tail
 from vllm_slimspec.errors import OptionError
 
 Loss = Literal["greedy", "kl", "nla", "lk_hybrid"]
@@ -66,7 +67,8 @@ def distill(
 
     Args:
         dense: the dense head [V, D], which is the teacher. Everything runs on its device.
-        factors: down [R, D] and up [V, R] to start from, whose dtype the returned ones have.
+        factors: factors to start from, whose dtype the returned ones have. With a tail, its row and its bias are
+            trained as well.
         states: states to train on.
         held_out: states whose loss chooses the factors that are returned.
         recipe: steps, loss, learning rate, batch size and seed.
@@ -76,11 +78,13 @@ def distill(
     Raises:
         OptionError: the loss is not finite.
     """
-    weights = [f.detach().to(dense.device, torch.float32).clone().requires_grad_() for f in factors]
-    rate = recipe.lr * float(factors[1].float().square().mean().sqrt())
+    given = _weights(factors)
+    weights = [w.detach().to(dense.device, torch.float32).clone().requires_grad_() for w in given]
+    rate = recipe.lr * float(factors.up.float().square().mean().sqrt())
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(recipe.steps, 1))
-    best, best_loss, first = [w.detach().clone() for w in weights], _mean_loss(dense, weights, held_out, recipe.loss), 0
+    ours = _replaced(factors, weights)  # It changes with the weights.
+    best, best_loss, first = [w.detach().clone() for w in weights], _mean_loss(dense, ours, held_out, recipe.loss), 0
     if checkpoint.is_file():
         saved = torch.load(checkpoint, map_location=dense.device, weights_only=True)
         with torch.no_grad():
@@ -96,13 +100,13 @@ def distill(
             generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
             chosen = torch.randint(len(states.hidden), (recipe.batch,), generator=generator)
             for rows in chosen.split(_chunk(dense)):
-                total = _total_loss(dense, weights, states.hidden[rows], states.token[rows], recipe.loss)
+                total = _total_loss(dense, ours, states.hidden[rows], states.token[rows], recipe.loss)
                 (total / recipe.batch).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if (step + 1) % _EVERY == 0 or step + 1 == recipe.steps:
-                value = _mean_loss(dense, weights, held_out, recipe.loss)
+                value = _mean_loss(dense, ours, held_out, recipe.loss)
                 if not value < float("inf"):
                     raise OptionError(
                         f"--lr {recipe.lr}: distillation broke down at step {step + 1}, where its loss is {value}; "
@@ -121,8 +125,7 @@ def distill(
                 }
                 _save(checkpoint, state)
             shown.update()
-    down, up = (w.to(f.dtype) for w, f in zip(best, factors, strict=True))
-    return down, up
+    return _replaced(factors, [w.to(g.dtype) for w, g in zip(best, given, strict=True)])
 
 
 def losses(loss: Loss, exact: torch.Tensor, ours: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
@@ -155,21 +158,33 @@ def _overlap(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.minimum(p, q).exp().sum(-1)
 
 
+def _weights(factors: Factors) -> list[torch.Tensor]:
+    """Return what is trained."""
+    tail = () if factors.tail is None else (factors.tail.row, factors.tail.bias)
+    return [factors.down, factors.up, *tail]
+
+
+def _replaced(factors: Factors, weights: Sequence[torch.Tensor]) -> Factors:
+    """Return the factors with other values of what :func:`_weights` returns."""
+    down, up, *rest = weights
+    tail = factors.tail and Tail(factors.tail.ids.to(down.device), *rest)
+    return Factors(down, up, tail)
+
+
 def _total_loss(
-    dense: torch.Tensor, weights: list[torch.Tensor], hidden: torch.Tensor, token: torch.Tensor, loss: Loss
+    dense: torch.Tensor, factors: Factors, hidden: torch.Tensor, token: torch.Tensor, loss: Loss
 ) -> torch.Tensor:
     """Return the sum of the states' losses. Only the dense head is multiplied in its own dtype, as in service."""
-    down, up = weights
     hidden = hidden.to(dense)
     with torch.no_grad():
         exact = (hidden @ dense.T).float()
-    return losses(loss, exact, hidden.float() @ down.T @ up.T, token.to(dense.device)).sum()
+    return losses(loss, exact, factors.scores(hidden.float(), exact), token.to(dense.device)).sum()
 
 
 @torch.no_grad()
-def _mean_loss(dense: torch.Tensor, weights: list[torch.Tensor], states: Samples, loss: Loss) -> float:
+def _mean_loss(dense: torch.Tensor, factors: Factors, states: Samples, loss: Loss) -> float:
     chunks = zip(states.hidden.split(_chunk(dense)), states.token.split(_chunk(dense)), strict=True)
-    return sum(float(_total_loss(dense, weights, *chunk, loss)) for chunk in chunks) / len(states.hidden)
+    return sum(float(_total_loss(dense, factors, *chunk, loss)) for chunk in chunks) / len(states.hidden)
 
 
 def _chunk(dense: torch.Tensor) -> int:

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from vllm_slimspec.common.walk import Tau, acceptance_length, walk
+from vllm_slimspec.convert.heads import Factors
 from vllm_slimspec.engine.head_states import Rows
 
 RERANK = (8, 16, 64, 256)  # numbers of candidates that are tried
 _LOGITS = 2**25  # computed at once: 128 MiB in float32
 
-Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # down [R, D], up [V, R]
-Head: TypeAlias = tuple[torch.Tensor, ...]  # what a state is multiplied with in turn: factors, or a dense head [V, D]
-_Drafts: TypeAlias = tuple[str, int]  # the name of a head, and how many candidates the dense head chooses from
-_DENSE: _Drafts = ("dense", 0)
+Head: TypeAlias = Factors | torch.Tensor  # a low-rank head, or a dense one [V, D]
+_Drafts: TypeAlias = tuple[str, int]  # the name of a head, and how many candidates are scored again
+_DENSE: _Drafts = ("", 0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def evaluate(
 
     Args:
         dense: [V, D], the rows with which re-ranking scores candidates. Everything runs on its device, in its dtype.
-        heads: name -> down and up, or another dense head [V, D] alone.
+        heads: name -> low-rank head, or another dense one [V, D].
         states: held-out states of whole documents.
         ids: int64 [V], the target id of each row of ``dense``.
         rerank: numbers of candidates k to try; those above V are left out.
@@ -79,8 +79,8 @@ def evaluate(
     order = reference_ids.argsort()
     rows = order[torch.searchsorted(reference_ids[order], ids)]  # of the reference, for the tokens of `dense`
     tried = sorted({k for k in rerank if k <= len(dense)})
-    ks = sorted({1, *tried})  # With one candidate there is no choice: this is the head without re-ranking.
-    heads = {name: tuple(matrix.to(dense) for matrix in head) for name, head in heads.items()}
+    ks = sorted({1, *tried})
+    heads = {name: head.to(dense) for name, head in heads.items()}
     drafts: dict[_Drafts, list[torch.Tensor]] = defaultdict(list)
     measured: dict[str, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
     chunk = max(1, _LOGITS // len(reference))
@@ -93,38 +93,43 @@ def evaluate(
         p = p if uncut is None else p[:, rows]
         drafts[_DENSE].append(best)
         for name, head in heads.items():
-            scores = inputs
-            for matrix in head:
-                scores = scores @ matrix.T
-            scores = scores.float()
-            candidates = scores.topk(ks[-1], dim=-1).indices
+            if isinstance(head, Factors):
+                scores = head.scores(inputs, exact if moved is None else inputs @ dense.T).float()
+                candidates = head.candidates(scores, exact, ks[-1])
+                more = int(head.tail is not None)  # The best frequent token is always a candidate.
+            else:
+                scores = (inputs @ head.T).float()
+                candidates, more = scores.topk(ks[-1], dim=-1).indices, 0
             again = exact.gather(1, candidates)
-            for k in ks:
-                drafts[name, k].append(ids[candidates.gather(1, again[:, :k].argmax(-1, keepdim=True))[:, 0]])
+            drafts[name, 0].append(ids[scores.argmax(-1)])
+            for k in tried:
+                drafts[name, k].append(ids[candidates.gather(1, again[:, : more + k].argmax(-1, keepdim=True))[:, 0]])
             q = scores.log_softmax(-1)
             overlap = torch.minimum(p, q).exp().sum(-1, dtype=torch.float64)
             divergence = (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
-            measured[name].append((ids[candidates] == best[:, None], overlap, divergence))
+            hits = ids[candidates] == best[:, None]
+            found = torch.stack([hits[:, : more + k].any(-1) for k in ks], dim=1)
+            measured[name].append((found, overlap, divergence))
 
     drafted = {key: torch.cat(parts).cpu() for key, parts in drafts.items()}
     walks = _walks(states, drafted)
     dense_walks = walks.get(_DENSE)
     qualities = {}
     for name in heads:
-        hits, overlap, divergence = (torch.cat(parts) for parts in zip(*measured[name], strict=True))
+        found, overlap, divergence = (torch.cat(parts) for parts in zip(*measured[name], strict=True))
         reranked = {
             k: Quality(
                 top1=float((drafted[name, k] == drafted[_DENSE]).double().mean()),
                 tau=acceptance_length(walks[name, k]) if walks else None,
                 of_dense=acceptance_length(walks[name, k], dense_walks) if walks else None,
-                recall={k: float(hits[:, :k].any(-1).double().mean()) for k in ks},
+                recall=dict(zip(ks, found.double().mean(0).tolist(), strict=True)),
                 overlap=float(overlap.mean()),
                 kl=max(0.0, float(divergence.mean())) if uncut is None else None,
                 rerank={},
             )
-            for k in ks
+            for k in (0, *tried)
         }
-        qualities[name] = replace(reranked[1], rerank={k: reranked[k] for k in tried})
+        qualities[name] = replace(reranked[0], rerank={k: reranked[k] for k in tried})
     dense_tau = None if dense_walks is None else acceptance_length(dense_walks)
     return Evaluation(len(states), len(states.doc.unique()), dense_tau, qualities)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from vllm_slimspec.common.output import beside
 from vllm_slimspec.common.work_dtype import Asked
 from vllm_slimspec.convert.distill import Recipe
-from vllm_slimspec.convert.evaluate import Factors
+from vllm_slimspec.convert.heads import Factors
 from vllm_slimspec.drafters.source import Drafter
 from vllm_slimspec.engine.head_states import HeadStates
 from vllm_slimspec.engine.recording import check_engine
@@ -33,6 +33,7 @@ class Options:
     rank_divisor: int | None = None  # Without rank and divisor, R is the drafter's own rank, or D // 8.
     head: Literal["low-rank", "dense"] = "low-rank"
     vocab: str = "keep"  # keep, full, or a number of tokens
+    exact_tokens: int = 0  # N1, the frequent tokens that keep exact rows; 0 makes no tiered head
     frequencies: Path | None = None
     prompts: Path | None = None
     calibration: Path | None = None
@@ -44,11 +45,17 @@ class Options:
     joint: JointTraining | None = None  # follows distill
     rerank: int | None = None
     quantize: Literal["fp8", "int8", "int4"] | None = None
+    budget: float | None = None  # share of the dense head's bytes; exact tokens, rank and re-ranking follow from it
     max_loss: float = 0.03
     force: bool = False
     layout: Literal["slimspec", "speculators"] = "slimspec"
     engine: Mapping[str, Any] = field(default_factory=dict)
     dtype: Asked = "auto"  # of the engine that records states, and of the scores over them
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Return whether the frequencies of tokens decide what is made."""
+        return self.vocab.isdecimal() or bool(self.exact_tokens) or self.budget is not None
 
     @property
     def run(self) -> Path:
@@ -85,25 +92,27 @@ def _contradictions(o: Options, sweeps: bool) -> Iterator[str]:
         yield f"--rerank {o.rerank}: at most {MAX_K} candidates can be served; choose 1 to {MAX_K}"
     if o.layout == "speculators" and o.target is None:
         yield "--format speculators writes the name of the target into the drafter; give --target"
-    if o.head == "dense" and (o.rank or o.rank_divisor or o.distill or o.joint or o.rerank or o.quantize):
+    trained = o.distill or o.joint
+    if o.head == "dense" and (o.rank or o.rank_divisor or o.exact_tokens or trained or o.rerank or o.quantize):
         yield (
-            "--head dense has no factors; leave out --rank, --rank-divisor, --distill-steps, --joint-steps, --rerank "
-            "and --quantize"
+            "--head dense has no factors; leave out --rank, --rank-divisor, --exact-tokens, --distill-steps, "
+            "--joint-steps, --rerank and --quantize"
         )
     if o.frequencies is not None and o.prompts is not None:
-        yield "--frequencies and --prompts both say which tokens --vocab N keeps; give one of them"
-    if o.vocab in ("keep", "full"):
-        if o.frequencies or o.prompts:
-            yield f"--frequencies and --prompts belong to --vocab N, not to --vocab {o.vocab}"
-    elif not o.vocab.isdecimal():
+        yield "--frequencies and --prompts both say which tokens are frequent; give one of them"
+    if o.vocab not in ("keep", "full") and not o.vocab.isdecimal():
         yield f"--vocab {o.vocab}: must be keep, full or a number of tokens"
-    elif o.prompts is not None and o.target is None:
-        yield f"--prompts {o.prompts} is read by the target's tokenizer; give --target"
-    elif not (o.frequencies or o.prompts or recorded):
-        yield (
-            "--vocab N keeps the most frequent tokens; give --frequencies, --prompts, --calibration or --hidden-states "
-            "to count them by"
-        )
+    if o.counts_tokens:
+        option = "--vocab N" if o.vocab.isdecimal() else "--exact-tokens" if o.exact_tokens else "--budget"
+        if o.prompts is not None and o.target is None:
+            yield f"--prompts {o.prompts} is read by the target's tokenizer; give --target"
+        if not (o.frequencies or o.prompts or recorded):
+            yield (
+                f"{option} keeps the most frequent tokens; give --frequencies, --prompts, --calibration or "
+                "--hidden-states to count them by"
+            )
+    elif o.frequencies or o.prompts:
+        yield f"--frequencies and --prompts belong to --vocab N and --exact-tokens, not to --vocab {o.vocab}"
     if o.vocab == "full" and o.target is None:
         yield "--vocab full takes the missing rows from the target's head; give --target"
     if o.hidden_states is not None and o.calibration is not None:
@@ -118,5 +127,16 @@ def _contradictions(o: Options, sweeps: bool) -> Iterator[str]:
         yield (
             "--rerank scores with dense rows, which do not fit the body after --joint-steps; leave one of the two out"
         )
+    if o.joint is not None and (o.exact_tokens or o.budget is not None):
+        yield "--joint-steps cannot train a tiered head; leave out --exact-tokens and --budget, or --joint-steps"
+    if o.budget is not None and (sweeps or o.rank or o.rank_divisor or o.exact_tokens or o.rerank or o.head == "dense"):
+        yield (
+            "--budget chooses the sizes of the head; leave out --rank, --rank-divisor, --exact-tokens, --rerank, "
+            "--sweep and --head"
+        )
+    if o.budget is not None and not recorded:
+        yield "--budget compares heads on head states; give --calibration or --hidden-states"
+    if o.budget is not None and not 0 < o.budget <= 1:
+        yield f"--budget {o.budget}: must be above 0 and at most 1, a share of the dense head's bytes"
     if o.joint is not None and o.dtype == "float16":
         yield "--dtype float16 with --joint-steps: gradients would need scaling; choose auto, float32 or bfloat16"

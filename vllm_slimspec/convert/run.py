@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,20 @@ from vllm_slimspec.common.progress import progress
 from vllm_slimspec.convert.card import card
 from vllm_slimspec.convert.conversion import Conversion, Outcome
 from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Head
+from vllm_slimspec.convert.heads import Factors
 from vllm_slimspec.convert.options import Options, check
 from vllm_slimspec.convert.speculators import speculators_config
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
 from vllm_slimspec.drafters.config import known_family
-from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.errors import CheckpointError, OptionError
 from vllm_slimspec.head.quantized import quantize_up
-from vllm_slimspec.head.spec import DENSE, DOWN, SCALE, UP
+from vllm_slimspec.head.spec import DENSE, DOWN, FREQUENT, IDS, SCALE, TAIL_BIAS, TAIL_ROW, UP
+from vllm_slimspec.head.vocabulary import remaining_ids
 
 _NAME = "low-rank"
+# What --budget tries: divisors of D that give the ranks, and numbers of exact tokens up to a quarter of the vocabulary.
+_DIVISORS = (8, 12, 16, 24, 48)
+_EXACT = (1024, 2048, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Converted:
     checkpoint: DraftCheckpoint
     evaluation: Evaluation | None
     outcome: Outcome
+    considered: list[Outcome]  # what ``--budget`` chose from, before it was distilled; the fastest first
 
 
 def convert(options: Options) -> Converted:
@@ -50,35 +56,39 @@ def convert(options: Options) -> Converted:
         work = Conversion.open(options)
         family = known_family(work.source.config, str(work.source.path))
         config: dict[str, Any] = {"architectures": [family.dense_architecture]}
+        considered: list[Outcome] = []
         tensors = {DENSE: work.dense}  # the head as it is stored
-        head: Head = (work.dense,)  # the head as it is measured
+        head: Head = work.dense  # the head as it is measured
         if options.head == "low-rank":
-            down, up = work.factors()
+            factors, options, considered = _chosen(work) if options.budget else (work.factors(), options, [])
             if options.distill is not None:
-                down, up = work.distill((down, up), options.distill)
+                factors = work.distill(factors, options.distill)
             if options.joint is not None:
-                work = work.train_jointly((down, up), options.joint)
-                down, up = work.factors()
-            config = {"architectures": [family.architecture], "lm_head_rank": len(down)}
-            tensors = {DOWN: down, UP: up}
+                work = work.train_jointly(factors, options.joint)
+                factors = work.factors()
+            config = {"architectures": [family.architecture], "lm_head_rank": len(factors.down)}
+            tensors = _tensors(work, factors)
+            if FREQUENT in tensors:
+                config["lm_head_frequent"] = len(tensors[FREQUENT])
             if options.quantize is not None:
-                stored = quantize_up(up, options.quantize)
+                stored = quantize_up(factors.up, options.quantize)
                 config["lm_head_quantization"] = stored.kind
                 tensors |= {UP: stored.weight, SCALE: stored.scale}
-                up = stored.dequantize().to(down.dtype)
-            head = (down, up)
+                factors = factors._replace(up=stored.dequantize().to(factors.down.dtype))
+            head = factors
         # Re-ranking is not tried for a dense head, which it cannot change, nor after joint training, because the dense
         # rows do not fit the trained body.
         alone = options.head == "dense" or options.joint is not None
         tried = () if alone else (*RERANK, *filter(None, [options.rerank]))
         evaluation = work.evaluate({_NAME: head}, tried)
         quality = None if evaluation is None else evaluation.heads[_NAME]
-        rank, nbytes = config.get("lm_head_rank"), sum(tensor.nbytes for tensor in tensors.values())
-        outcome = work.outcome(rank, nbytes, quality, options.rerank)
+        nbytes = _read(tensors)
+        outcome = work.outcome(head, nbytes, quality, options.rerank)
         if quality is not None and (outcome.loss or 0) > options.max_loss and not options.force:
-            reranked = [work.outcome(rank, nbytes, quality, k) for k in quality.rerank]
+            reranked = [work.outcome(head, nbytes, quality, k) for k in quality.rerank]
             raise CheckpointError(f"{options.output}: not written, {_cure(options, outcome, reranked)}")
-        return Converted(_write(work, tensors, config, evaluation, outcome), evaluation, outcome)
+        checkpoint = _write(work, options, tensors, config, evaluation, outcome)
+        return Converted(checkpoint, evaluation, outcome, considered)
 
 
 def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[Outcome]]:
@@ -95,20 +105,74 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
     with claim_work(options.run) if options.runs else nullcontext(), progress("convert", ends=False):
         work = Conversion.open(options, divisors)
         ranks = sorted({work.source.head.shape[1] // divisor for divisor in divisors}, reverse=True)
-        if work.drafter.factors is None:
+        if work.drafter.factors is None or options.exact_tokens:
             # Factors are ordered by importance, so the first rows and columns of these are the best of a lower rank.
-            down, up = work.factors(ranks[0])
-            heads = {str(rank): (down[:rank], up[:, :rank]) for rank in ranks}
+            factors = work.factors(ranks[0])
+            heads = {str(rank): work.calibrated(factors.cut(rank)) for rank in ranks}
         else:  # Trained factors have no such order, so that each rank is factorized anew.
             heads = {str(rank): work.factors(rank) for rank in ranks}
         evaluation = work.evaluate(heads)
         assert evaluation is not None
         outcomes = [
-            work.outcome(len(head[0]), sum(factor.nbytes for factor in head), evaluation.heads[name], k)
+            work.outcome(head, _read(_tensors(work, head)), evaluation.heads[name], k)
             for name, head in heads.items()
             for k in (None, *evaluation.heads[name].rerank)
         ]
     return evaluation, sorted(outcomes, key=lambda o: o.speedup or 1 - (o.loss or 0), reverse=True)
+
+
+def _chosen(work: Conversion) -> tuple[Factors, Options, list[Outcome]]:
+    """Choose the head that is predicted to be fastest within the budget of bytes and the largest loss.
+
+    Returns:
+        Its factors, the options with its sizes, and the outcomes of all heads within the budget, the fastest first.
+
+    Raises:
+        OptionError: no head reads so few bytes.
+    """
+    options, hidden = work.options, work.dense.shape[1]
+    assert options.budget is not None
+    most = options.budget * work.source.head.nbytes
+    ranks = sorted({max(1, hidden // divisor) for divisor in _DIVISORS}, reverse=True)
+    heads: dict[str, Factors] = {}
+    for exact in (0, *(count for count in _EXACT if count <= len(work.dense) // 4)):
+        whole = work.factors(ranks[0], exact)
+        for rank in ranks:
+            head = work.calibrated(whole.cut(rank))
+            if _read(_tensors(work, head)) <= most:
+                heads[f"{exact} {rank}"] = head
+    evaluation = work.evaluate(heads) if heads else None
+    if evaluation is None:
+        raise OptionError(
+            f"--budget {options.budget}: no head that is tried reads so few bytes, the smallest rank is {ranks[-1]}; "
+            "give a larger --budget, or sizes of your own with --rank and --exact-tokens"
+        )
+    found = [
+        (name, work.outcome(head, _read(_tensors(work, head)), evaluation.heads[name], k))
+        for name, head in heads.items()
+        for k in (None, *evaluation.heads[name].rerank)
+    ]
+    found = [(name, outcome) for name, outcome in found if outcome.head_bytes <= most]
+    found.sort(key=lambda one: one[1].speedup or 1 - (one[1].loss or 0), reverse=True)
+    allowed = [one for one in found if (one[1].loss or 0) <= options.max_loss]
+    name, best = allowed[0] if allowed else min(found, key=lambda one: one[1].loss or 0)
+    options = replace(options, rank=best.rank, exact_tokens=best.exact_tokens, rerank=best.rerank)
+    return heads[name], options, [outcome for _, outcome in found]
+
+
+def _tensors(work: Conversion, factors: Factors) -> dict[str, torch.Tensor]:
+    """Return the tensors of a head by their names in a folder, without the rows of re-ranking."""
+    tensors = {DOWN: factors.down, UP: factors.up}
+    if factors.tail is not None:
+        frequent = remaining_ids(factors.tail.ids, len(work.dense))
+        exact = {FREQUENT: work.dense[frequent], IDS: frequent}
+        tensors |= {**exact, TAIL_ROW: factors.tail.row, TAIL_BIAS: factors.tail.bias}
+    return tensors
+
+
+def _read(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of a head that a draft step reads. Ids are looked up and not counted."""
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name != IDS)
 
 
 def _cure(options: Options, outcome: Outcome, reranked: Sequence[Outcome]) -> str:
@@ -128,12 +192,13 @@ def _cure(options: Options, outcome: Outcome, reranked: Sequence[Outcome]) -> st
 
 def _write(
     work: Conversion,
+    options: Options,
     head: Mapping[str, torch.Tensor],
     head_config: Mapping[str, Any],
     evaluation: Evaluation | None,
     outcome: Outcome,
 ) -> DraftCheckpoint:
-    options, drafter = work.options, work.drafter
+    drafter = work.drafter
     config, tensors = {**drafter.config, **head_config}, {**dict(drafter.body_tensors()), **head}
     if options.rerank is not None:
         config["lm_head_rerank"] = options.rerank
@@ -141,6 +206,8 @@ def _write(
             config["lm_head_rerank_rows"] = "target"
         else:
             tensors[DENSE] = drafter.head
+            if IDS in head:  # Exact scores need no second look.
+                tensors[DENSE] = drafter.head[remaining_ids(head[IDS].cpu(), len(drafter.head))]
     if drafter.ids is not None and drafter.d2t is not None:
         tensors["d2t"] = drafter.d2t
         if outcome.rank is None:  # vLLM does not need t2d, but the tools of EAGLE and SpecForge do.

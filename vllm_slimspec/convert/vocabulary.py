@@ -81,24 +81,28 @@ def kept(drafter: Drafter, target: Target | None, counts: torch.Tensor, size: in
         size: number of tokens to keep, which :func:`check_size` accepts. Those that begin or end a text are always
             among them.
     """
-    weights = counts[ids_of(drafter)].masked_fill(check_size(drafter, target, size), float("inf"))
+    weights = counts[ids_of(drafter)].masked_fill(_special(drafter, target), float("inf"))
     return weights.argsort(descending=True, stable=True)[:size].sort().values
 
 
-def check_size(drafter: Drafter, target: Target | None, size: int) -> torch.Tensor:
-    """Return for each draft id whether it begins or ends a text, bool [V].
+def check_size(drafter: Drafter, target: Target | None, size: int, option: str, *, most: int | None = None) -> None:
+    """Refuse a number of tokens that is above ``most``, or too small for those that begin or end a text.
 
     Raises:
-        OptionError: ``size`` is too small to hold these tokens, or larger than the draft vocabulary.
+        OptionError: it names the option, and which numbers are allowed. Without ``most``, all tokens may be kept.
     """
+    least, most = max(1, int(_special(drafter, target).sum())), most or len(drafter.head)
+    if not least <= size <= most:
+        words = "keep, full or a number of tokens" if option == "--vocab" else "0 or a number of tokens"
+        raise OptionError(f"{option} {size}: must be {words} from {least} to {most}")
+
+
+def _special(drafter: Drafter, target: Target | None) -> torch.Tensor:
+    """Return for each draft id whether it begins or ends a text, bool [V]."""
     configs = [drafter.config] if target is None else [drafter.config, target.config, target.generation_config]
     named = [config.get(key) for config in configs for key in ("bos_token_id", "eos_token_id")]
     ids = [i for value in named for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
-    special = torch.isin(ids_of(drafter), torch.tensor(ids, dtype=torch.long))
-    least, most = max(1, int(special.sum())), len(drafter.head)
-    if not least <= size <= most:
-        raise OptionError(f"--vocab {size}: must be keep, full or a number of tokens from {least} to {most}")
-    return special
+    return torch.isin(ids_of(drafter), torch.tensor(ids, dtype=torch.long))
 
 
 def ids_of(drafter: Drafter) -> torch.Tensor:

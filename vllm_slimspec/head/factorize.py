@@ -57,8 +57,7 @@ def factorize(
         mean, row_weights = root.new_zeros(hidden), root.new_ones(vocab)
     else:
         p = probabilities.to(root)
-        mean = torch.stack([pc @ wc.double() for pc, wc in zip(p.split(_CHUNK), weight.split(_CHUNK), strict=True)])
-        mean, row_weights = mean.sum(0) / p.sum(), p + _FLOOR / vocab
+        mean, row_weights = mean_row(weight, p), p + _FLOOR / vocab
     gram = torch.zeros_like(root)
     for rows, share in zip(weight.split(_CHUNK), row_weights.split(_CHUNK), strict=True):
         centered = rows.double() - mean
@@ -72,6 +71,13 @@ def factorize(
     balance = (up.square().mean(0).sqrt() / down.square().mean(1).sqrt()).sqrt()
     balance = torch.where(balance > 0, balance, 1.0)  # 0 where the rank of the head is below R
     return (down * balance[:, None]).to(weight.dtype), (up / balance).to(weight.dtype)
+
+
+def mean_row(weight: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Return the row that :func:`factorize` subtracts from a head [V, D] for probabilities [V], as float64 [D]."""
+    p = probabilities.to(weight.device, torch.float64)
+    parts = [pc @ wc.double() for pc, wc in zip(p.split(_CHUNK), weight.split(_CHUNK), strict=True)]
+    return torch.stack(parts).sum(0) / p.sum()
 
 
 def second_moment(states: torch.Tensor) -> torch.Tensor:
