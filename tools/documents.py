@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -160,6 +161,50 @@ def _lost(result: dict[str, Any]) -> list[str]:
         worst = min(sets, key=lambda name: shares[name, 1])
         most.append(f"`{head}` on {worst} ({1 - shares[worst, 1]:.1%})")
     return [*lines, "", f"At the first position the heads lose the most drafts on these prompts: {'; '.join(most)}."]
+
+
+BUDGETS = (0.0625, 0.125)  # shares of the dense head's bytes at which heads are compared
+_SLACK = 1.05  # a head may read so many times the budget, because re-ranked rows come on top
+
+
+def tiered(result: dict[str, Any]) -> list[str]:
+    """Return the table that compares the best tiered heads with the best list and the best uniform head of their bytes.
+
+    Of the tiered heads it shows the best of each kind: distilled or not, and re-ranked or not.
+    """
+    rows = {(r["num_speculative_tokens"], r["head"]): r for r in result["rows"]}  # the last row of each: over all sets
+    lines = [
+        "| K | of the bytes | head | MB read | accepted of dense (95%) | of the best list | of the best uniform |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for k, budget in product(sorted({k for k, _ in rows}), BUDGETS):
+        dense = rows[k, "full"]
+        shares = {
+            head: row["head_bytes"] / dense["head_bytes"] / budget for (one, head), row in rows.items() if one == k
+        }
+        there = [rows[k, head] for head, share in shares.items() if _SLACK / 2 < share < _SLACK]
+        ours = [row for row in there if "tiered" in row["head"]]
+        kinds: dict[tuple[bool, ...], list[dict[str, Any]]] = defaultdict(list)  # by what was done to the head
+        for row in ours:
+            kinds[tuple(word in row["head"] for word in ("distilled", "scored again"))].append(row)
+        lists = _most_accepted([row for row in there if "fr-spec" in row["head"]])
+        uniform = _most_accepted([row for row in there if row not in ours and "fr-spec" not in row["head"]])
+        for row in (lists, uniform, *map(_most_accepted, kinds.values())):
+            against = " | ".join(_kept_of(row, other) for other in (dense, lists, uniform))
+            lines.append(f"| {k} | {budget:.2%} | {row['head']} | {row['head_bytes'] / 1e6:.2f} | {against} |")
+    return lines
+
+
+def _most_accepted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(rows, key=lambda row: row["accepted_of_full"])
+
+
+def _kept_of(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return a row's accepted drafts per cycle divided by those of another row over the same prompts."""
+    if row is other:
+        return "1"
+    share = accepted_share(*(np.stack([one["cycles"], one["accepted"]], axis=1) for one in (row, other)))
+    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
 
 
 def acceptance(result: dict[str, Any]) -> list[str]:
@@ -453,6 +498,8 @@ DOCUMENTS: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]
         "acceptance": ("smollm2-acceptance", acceptance),
         "served": ("smollm2-serve", served),
         "cycles": ("smollm2-cycle", cycles),
+        "tiered": ("smollm2-tiered", tiered),
+        "shifted": ("smollm2-shifted", tiered),
     },
     "experiments/smollm2/README.md": {"runs": ("smollm2-runs", runs)},
     "examples/smollm2-135m-instruct/README.md": {"card": ("smollm2-acceptance", card("slimspec"))},

