@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import multiprocessing
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,12 @@ from typing import Any, Literal
 from packaging.version import InvalidVersion, Version
 
 from vllm_slimspec.drafters import FAMILIES
+from vllm_slimspec.drafters.add_on import KEY, AddOn, is_add_on
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.config import check_algorithm, flatten, is_low_rank, known_family
 from vllm_slimspec.drafters.past_faults import past_faults
 from vllm_slimspec.drafters.seams import declared_config, dense_reason, logger
+from vllm_slimspec.drafters.served import PREFIX
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.checks import check_vocabulary
 from vllm_slimspec.head.spec import HEAD_KEYS, HeadSpec, head_spec
@@ -89,13 +91,22 @@ def install() -> None:
 
         if not _supported(__version__):
             return
-        for family in FAMILIES:
+        for architecture, model in _models().items():
             # Register by name, so that this process does not import model code.
-            ModelRegistry.register_model(family.architecture, f"vllm_slimspec.drafters.served:{family.model}")
+            ModelRegistry.register_model(architecture, f"vllm_slimspec.drafters.served:{model}")
     except Exception as error:  # An exception here would end servers that do not use this package.
         _warn_once(f"this vLLM did not register the SlimSpec models ({error!r}): SlimSpec drafters are not available.")
         return
     _wrap_create_speculative_config()
+
+
+def _models() -> dict[str, str]:
+    """Return architecture -> class in :mod:`vllm_slimspec.drafters.served`, for every draft model under our head."""
+    from vllm.model_executor.models import registry
+
+    ours = {family.architecture: family.model for family in FAMILIES}
+    stock = getattr(registry, "_SPECULATIVE_DECODING_MODELS", {})
+    return {PREFIX + name: PREFIX + name for name in stock} | ours
 
 
 def age(version: str) -> Literal["tested", "older", "newer", "unknown"]:
@@ -186,6 +197,12 @@ def _choose_method(engine_args: Any, given: dict[str, Any]) -> None:
     if not model or method in _METHODS:
         return
     config = _drafter_config(model, given.get("revision"))
+    if config is not None and is_add_on(config):
+        from vllm_slimspec.target import fetch  # It imports torch.
+
+        folder = fetch(model, ["*.json", "*.safetensors"], given.get("revision"))
+        _choose_base(engine_args, given, AddOn.open(folder))
+        return
     if config is None or not is_low_rank(config):
         return
     serves = known_family(config, f"{model}/config.json").method
@@ -195,6 +212,53 @@ def _choose_method(engine_args: Any, given: dict[str, Any]) -> None:
             "set it in --speculative-config or leave it out"
         )
     engine_args.speculative_config = {**given, "method": serves}
+
+
+def _choose_base(engine_args: Any, given: dict[str, Any], add_on: AddOn) -> None:
+    """Let vLLM open the draft model that an add-on is made for, and leave the add-on's folder in ``given``."""
+    method = given.get("method") or getattr(engine_args, "spec_method", None) or add_on.method
+    if method != add_on.method:
+        raise CheckpointError(
+            f"{add_on.path}: this head is served with method {add_on.method!r}, not {method!r}; set it in "
+            "--speculative-config or leave it out"
+        )
+    changed = {key: value for key, value in given.items() if key not in ("model", "revision")}
+    if add_on.method != "mtp":  # An MTP drafter is in the checkpoint of the target, which vLLM opens without a model.
+        changed["model"] = add_on.base_model
+    engine_args.speculative_config = {**changed, "method": method}
+    if getattr(engine_args, "spec_model", None) is not None:
+        engine_args.spec_model = None
+    given[KEY] = add_on
+
+
+def _adopt_add_on(config: Any, add_on: AddOn) -> None:
+    """Put an add-on's head under the draft model that vLLM has chosen."""
+    draft, target = config.draft_model_config, config.target_model_config
+    check_vocabulary(add_on.spec, draft.get_vocab_size(), draft.model, f"{add_on.path}/config.json")
+    if (width := draft.get_hidden_size()) != add_on.spec.hidden_size:
+        raise CheckpointError(
+            f"{add_on.path}: made for hidden size {add_on.spec.hidden_size}, but the draft model in {draft.model} has "
+            f"{width}; use the add-on that was made for {target.model}"
+        )
+    if (rows_of := _rows_on_disk(draft.model)) is not None:
+        add_on.check_rows(rows_of, draft.model)
+    setattr(draft.hf_config, KEY, str(add_on.path))
+    # vLLM compares some names of architectures, so the stock one stays in the list. The first that is known is served.
+    stock = draft.architecture
+    draft.hf_config.architectures = [PREFIX + stock, *(draft.hf_config.architectures or [stock])]
+    config.update_arch_()
+
+
+def _rows_on_disk(model: str) -> Callable[[Any], Any] | None:
+    """Return the function that reads rows of a model's head; None for a head that only vLLM can read."""
+    from vllm_slimspec.target import Target  # It imports torch.
+
+    try:
+        target = Target.open(model)
+        _ = target.head_is_plain  # finds the head
+    except CheckpointError:
+        return None
+    return target.rows
 
 
 def _drafter_config(model: str, revision: str | None) -> dict[str, Any] | None:
@@ -215,6 +279,12 @@ def _drafter_config(model: str, revision: str | None) -> dict[str, Any] | None:
 def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
     """Set our architecture and the fused path for a low-rank drafter. Do not change any other drafter."""
     draft = config.draft_model_config
+    keys = {key.replace("-", "_") for key in given}
+    if (add_on := given.get(KEY)) is not None:
+        _adopt_add_on(config, add_on)
+        if "use_local_argmax_reduction" not in keys and dense_reason(config) is None:
+            config.use_local_argmax_reduction = True
+        return
     if config.method not in _METHODS or draft is None:
         return
     if draft.hf_config.model_type == "speculators":  # vLLM's reader drops our head's keys at the top of this layout.
@@ -236,7 +306,6 @@ def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
     if draft.hf_config.architectures != [family.architecture]:
         draft.hf_config.architectures = [family.architecture]
         config.update_arch_()
-    keys = {key.replace("-", "_") for key in given}
     if "use_local_argmax_reduction" not in keys and dense_reason(config) is None:
         config.use_local_argmax_reduction = True
 

@@ -17,13 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_slimspec import __version__, compat
-from vllm_slimspec.common.files import check_tokenizer
+from vllm_slimspec.common.files import check_tokenizer, read_config
 from vllm_slimspec.drafters import FAMILIES
+from vllm_slimspec.drafters.add_on import AddOn, is_add_on
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.past_faults import past_faults
 from vllm_slimspec.drafters.rope import plain_rope
 from vllm_slimspec.drafters.seams import dense_reason
+from vllm_slimspec.drafters.served import PREFIX
 from vllm_slimspec.errors import CheckpointError
+from vllm_slimspec.head.checks import check_vocabulary
 from vllm_slimspec.head.spec import HEAD_KEYS
 
 if TYPE_CHECKING:
@@ -176,7 +179,11 @@ def _pair(drafter: str | Path, target: str | Path | None, speculative_config: Ma
         yield _problem("drafter", _line(error), "install vLLM into this environment")
         return
     try:
-        checkpoint = DraftCheckpoint.open(fetch(drafter, ["*.json", "*.safetensors"]))
+        folder = fetch(drafter, ["*.json", "*.safetensors"])
+        if is_add_on(read_config(folder)):
+            yield from _add_on(AddOn.open(folder), target, speculative_config)
+            return
+        checkpoint = DraftCheckpoint.open(folder)
         checkpoint.check_values()
         yield _head(checkpoint)
         yield from _writer(checkpoint)
@@ -202,7 +209,27 @@ def _pair(drafter: str | Path, target: str | Path | None, speculative_config: Ma
     yield _serving(str(checkpoint.path), str(verifier.path), speculative_config)
 
 
-def _head(checkpoint: DraftCheckpoint) -> Finding:
+def _add_on(add_on: AddOn, target: str | Path | None, speculative_config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Check a head add-on, and whether the target has the head that it was made for."""
+    from vllm_slimspec.target import Target
+
+    add_on.check_values()
+    yield _ok("made for", f"the {add_on.method} drafter of {add_on.base_model}")
+    yield _head(add_on)
+    if target is None:
+        return
+    try:
+        base = Target.open(target)
+        check_vocabulary(add_on.spec, base.vocab_size, str(target), f"{add_on.path}/config.json")
+        add_on.check_rows(base.rows, str(target))
+    except CheckpointError as error:
+        yield _refusal("target", error)
+        return
+    yield _ok("target", f"{base.vocab_size} tokens, hidden size {base.hidden_size}, and the rows of the stored samples")
+    yield _serving(str(add_on.path), str(base.path), speculative_config)
+
+
+def _head(checkpoint: DraftCheckpoint | AddOn) -> Finding:
     spec = checkpoint.spec
     if spec is None:
         return _ok("drafter", "a dense EAGLE-3 drafter, which vLLM serves without this package")
@@ -302,7 +329,7 @@ def _serving(drafter: str, target: str, speculative_config: Mapping[str, Any]) -
         return _refusal("serving", error)
     except Exception as error:
         return _problem("serving", f"vLLM refuses this configuration: {_line(error)}", "correct what its message names")
-    if all(architecture != family.architecture for family in FAMILIES):
+    if not architecture.startswith(PREFIX):
         return _ok("serving", f"{architecture} by vLLM's own code")
     if speculative.use_local_argmax_reduction:
         return _ok("serving", f"{architecture}, method {speculative.method}, by the fused path")

@@ -12,6 +12,7 @@ import torch
 
 from vllm_slimspec.common.files import (
     TensorInfo,
+    load_rows,
     load_tensor,
     read_config,
     read_header,
@@ -72,6 +73,18 @@ class Target:
         """
         stored, tensors = self._head
         return stored.read(lambda name: load_tensor(tensors[name], name))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Read and return the rows [N, D] of the head with these ids, int64 [N]; errors are those of :meth:`head`."""
+        stored, tensors = self._head
+        chosen = ids.tolist()
+
+        def load(name: str) -> torch.Tensor:
+            info = tensors[name]
+            whole = len(info.shape) < 1 or info.shape[0] == 1  # one scale for all rows
+            return load_tensor(info, name) if whole else load_rows(info, name, chosen)
+
+        return stored.read(load)
 
     @property
     def head_is_plain(self) -> bool:
@@ -162,7 +175,7 @@ def text_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     raise CheckpointError(f"{folder / 'config.json'}: {missing} is missing; give the target's own folder")
 
 
-def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
+def fetch(name: str | os.PathLike[str], patterns: list[str], revision: str | None = None) -> Path:
     """Return a local folder, or download the files with these patterns from a Hugging Face repository into one.
 
     Raises:
@@ -174,7 +187,7 @@ def fetch(name: str | os.PathLike[str], patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
+        return Path(snapshot_download(str(name), allow_patterns=patterns, revision=revision))
     except Exception as error:  # The hub's classes, httpx's and OSError all give the reason in their first line.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{name}: no such folder, and not on the Hugging Face hub: {reason}") from None

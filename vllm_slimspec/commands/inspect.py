@@ -18,11 +18,14 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Describe a drafter: its format, the size of its head, and what would stop vLLM from serving it."""
+    from vllm_slimspec.common.files import read_config
+    from vllm_slimspec.drafters.add_on import AddOn, is_add_on
     from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 
     found: dict[str, Any] = {"path": str(drafter), "servable": False, "problems": []}
     try:
-        checkpoint = DraftCheckpoint.open(drafter)
+        checkpoint: DraftCheckpoint | AddOn
+        checkpoint = AddOn.open(drafter) if is_add_on(read_config(drafter)) else DraftCheckpoint.open(drafter)
         found |= _describe(checkpoint)
         checkpoint.check_values()
         found["servable"] = checkpoint.spec is not None
@@ -40,9 +43,11 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
     spec = checkpoint.spec
     if spec is None:
         return {"format": checkpoint.format, "head": "dense", "head_bytes": checkpoint.head_bytes}
-    return {
-        "format": checkpoint.format,
-        "family": checkpoint.family.name,
+    if hasattr(checkpoint, "base_model"):
+        kind = {"format": "head add-on", "method": checkpoint.method, "base_model": checkpoint.base_model}
+    else:
+        kind = {"format": checkpoint.format, "family": checkpoint.family.name}
+    return kind | {
         "head": "low-rank",
         "hidden_size": spec.hidden_size,
         "rank": spec.rank,

@@ -7,7 +7,7 @@ file that is larger than it can reasonably be is not read into memory. Every ref
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,15 @@ def load_tensor(info: TensorInfo, name: str) -> "torch.Tensor":
     """Load one tensor onto the CPU in its stored dtype."""
     with _safe_open(info.file) as file:
         return file.get_tensor(name)
+
+
+def load_rows(info: TensorInfo, name: str, rows: Sequence[int]) -> "torch.Tensor":
+    """Load some rows of a tensor onto the CPU in its stored dtype, without reading the others."""
+    import torch
+
+    with _safe_open(info.file) as file:
+        part = file.get_slice(name)
+        return torch.cat([part[row : row + 1] for row in rows])
 
 
 def save_tensors(tensors: "dict[str, torch.Tensor]", file: Path, metadata: dict[str, str] | None = None) -> None:
