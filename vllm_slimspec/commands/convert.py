@@ -20,10 +20,21 @@ EXAMPLE = """Example: slimspec convert DENSE_DRAFTER --target meta-llama/Llama-3
 
 
 def convert(
-    drafter: Annotated[str, typer.Argument(help="EAGLE-3 drafter to convert: a folder or a Hugging Face id.")],
     output_path: Annotated[
         Path, typer.Option(help="Folder to write the new drafter to. Work in progress goes to OUTPUT_PATH.run.")
     ],
+    drafter: Annotated[
+        str | None,
+        typer.Argument(help="EAGLE-3 drafter to convert: a folder or a Hugging Face id. It is left out with --mtp."),
+    ] = None,
+    mtp: Annotated[
+        bool,
+        typer.Option(
+            "--mtp",
+            help="Convert the head of the MTP drafter in the target's own checkpoint, and write a head add-on, which "
+            "vLLM serves with the target.",
+        ),
+    ] = False,
     target: Annotated[
         str | None,
         typer.Option(
@@ -179,12 +190,15 @@ def convert(
     from vllm_slimspec.convert.options import Options
     from vllm_slimspec.joint import JointRecipe
 
+    if (drafter is None) != mtp:
+        raise typer.BadParameter("give either a drafter or --mtp", param_hint="DRAFTER")
     divisors = [] if sweep is None else positive_ints(sweep, "--sweep", "rank divisors")
     flags = json_object(train_args, "--train-args")
     if dtype != "auto":
         flags.setdefault("hidden_states_dtype", dtype)
     options = Options(
-        drafter=drafter,
+        drafter=drafter or target or "",
+        mtp=mtp,
         output=output_path,
         target=target,
         rank=rank,

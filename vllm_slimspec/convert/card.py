@@ -46,6 +46,10 @@ _LOW_RANK = """\
 An EAGLE-3 drafter with a low-rank LM head (SlimSpec, [arXiv 2605.10453](https://arxiv.org/abs/2605.10453)), converted
 from `{source[drafter]}` by [vllm-slimspec]({url}): rank {config[lm_head_rank]} of {config[hidden_size]}, \
 {config[draft_vocab_size]} tokens{extras}."""
+_ADD_ON = """\
+A low-rank draft head (SlimSpec, [arXiv 2605.10453](https://arxiv.org/abs/2605.10453)) for the MTP drafter in the
+checkpoint of `{source[target]}`, converted by [vllm-slimspec]({url}): rank {config[lm_head_rank]} of \
+{config[hidden_size]}, {config[draft_vocab_size]} tokens{extras}. It holds no other part of the drafter."""
 _DENSE = """\
 An EAGLE-3 drafter with a dense LM head for {config[draft_vocab_size]} of {config[vocab_size]} tokens, made from \
 `{source[drafter]}` by
@@ -71,9 +75,11 @@ def card(config: Mapping[str, Any], provenance: Mapping[str, Any], options: Opti
         serve = f"vllm serve {output}"
     else:
         method = {} if low_rank else {"method": "eagle3"}
+        if "slimspec_add_on" in config:
+            method = {"method": "mtp"}
         speculative = json.dumps({**method, "model": output, "num_speculative_tokens": k})
         serve = f"vllm serve {target or 'TARGET'} \\\n  --speculative-config '{speculative}'"
-    what = _LOW_RANK if low_rank else _DENSE
+    what = _ADD_ON if "slimspec_add_on" in config else _LOW_RANK if low_rank else _DENSE
     return _CARD.format(
         base_model=f"base_model: {target}\n" if target and _on_the_hub(target) else "",
         output=output,

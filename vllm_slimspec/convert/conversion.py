@@ -81,7 +81,7 @@ class Conversion:
             OptionError: a rank, a vocabulary size or a number of candidates does not fit the drafter.
         """
         target = None if options.target is None else Target.open(options.target)
-        source = Drafter.open(options.drafter, target)
+        source = Drafter.in_target(target) if options.mtp and target else Drafter.open(options.drafter, target)
         drafter, residual = source, 0.0
         vocab, hidden = source.head.shape
         if options.vocab == "full" and target is not None:
@@ -342,4 +342,5 @@ def _open_states(options: Options) -> HeadStates | None:
         max_states=options.max_states,
         engine=dict(options.engine),
         dtype=options.dtype,
+        method="mtp" if options.mtp else "eagle3",
     )

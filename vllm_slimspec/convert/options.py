@@ -26,9 +26,10 @@ class JointTraining(Protocol):
 class Options:
     """What to convert, and how. Each field is an option of `slimspec convert`."""
 
-    drafter: str
+    drafter: str  # the target again, if its MTP drafter is converted
     output: Path
     target: str | None = None
+    mtp: bool = False  # whether the MTP drafter of the target gets a head add-on
     rank: int | None = None
     rank_divisor: int | None = None  # Without rank and divisor, R is the drafter's own rank, or D // 8.
     head: Literal["low-rank", "dense"] = "low-rank"
@@ -92,6 +93,10 @@ def _contradictions(o: Options, sweeps: bool) -> Iterator[str]:
         yield f"--rerank {o.rerank}: at most {MAX_K} candidates can be served; choose 1 to {MAX_K}"
     if o.layout == "speculators" and o.target is None:
         yield "--format speculators writes the name of the target into the drafter; give --target"
+    if o.mtp and o.target is None:
+        yield "--mtp converts the head of the target's own MTP drafter; give --target"
+    if o.mtp and (o.vocab != "keep" or o.joint or o.head == "dense" or o.layout != "slimspec"):
+        yield "--mtp writes a low-rank head alone; leave out --vocab, --joint-steps, --head and --format"
     trained = o.distill or o.joint
     if o.head == "dense" and (o.rank or o.rank_divisor or o.exact_tokens or trained or o.rerank or o.quantize):
         yield (

@@ -18,6 +18,7 @@ from vllm_slimspec.convert.evaluate import RERANK, Evaluation, Head
 from vllm_slimspec.convert.heads import Factors
 from vllm_slimspec.convert.options import Options, check
 from vllm_slimspec.convert.speculators import speculators_config
+from vllm_slimspec.drafters.add_on import FORMAT, AddOn, write_add_on
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_checkpoint
 from vllm_slimspec.drafters.config import known_family
 from vllm_slimspec.errors import CheckpointError, OptionError
@@ -35,7 +36,7 @@ _EXACT = (1024, 2048, 4096, 8192, 16384)
 class Converted:
     """A converted drafter, and what was measured before it was written."""
 
-    checkpoint: DraftCheckpoint
+    checkpoint: DraftCheckpoint | AddOn
     evaluation: Evaluation | None
     outcome: Outcome
     considered: list[Outcome]  # what ``--budget`` chose from, before it was distilled; the fastest first
@@ -54,8 +55,8 @@ def convert(options: Options) -> Converted:
     check(options)
     with claim_folder(options.output, run=options.runs), progress("convert", ends=False):
         work = Conversion.open(options)
-        family = known_family(work.source.config, str(work.source.path))
-        config: dict[str, Any] = {"architectures": [family.dense_architecture]}
+        family = None if options.mtp else known_family(work.source.config, str(work.source.path))
+        config: dict[str, Any] = {} if family is None else {"architectures": [family.dense_architecture]}
         considered: list[Outcome] = []
         tensors = {DENSE: work.dense}  # the head as it is stored
         head: Head = work.dense  # the head as it is measured
@@ -66,7 +67,8 @@ def convert(options: Options) -> Converted:
             if options.joint is not None:
                 work = work.train_jointly(factors, options.joint)
                 factors = work.factors()
-            config = {"architectures": [family.architecture], "lm_head_rank": len(factors.down)}
+            config = {} if family is None else {"architectures": [family.architecture]}
+            config["lm_head_rank"] = len(factors.down)
             tensors = _tensors(work, factors)
             if FREQUENT in tensors:
                 config["lm_head_frequent"] = len(tensors[FREQUENT])
@@ -197,7 +199,7 @@ def _write(
     head_config: Mapping[str, Any],
     evaluation: Evaluation | None,
     outcome: Outcome,
-) -> DraftCheckpoint:
+) -> DraftCheckpoint | AddOn:
     drafter = work.drafter
     config, tensors = {**drafter.config, **head_config}, {**dict(drafter.body_tensors()), **head}
     if options.rerank is not None:
@@ -223,7 +225,12 @@ def _write(
         "full_vocabulary_residual": work.residual,
         "measured": measured,
     }
+    if options.mtp:
+        assert options.target is not None
+        config["slimspec_add_on"] = {"format": FORMAT, "method": "mtp", "base_model": options.target}
     text = card(config, provenance, options, work.k)
+    if options.mtp:
+        return write_add_on(options.output, config, tensors, drafter.head, provenance, text)
     if options.layout == "speculators":
         assert options.target is not None
         # A local target gets its full path, because the server may be started in any folder.

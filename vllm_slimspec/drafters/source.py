@@ -106,6 +106,15 @@ class Drafter:
         same = target is not None and factors is None and _is_target_rows(head, target, ids)
         return cls(checkpoint.path, config, body, head, factors, d2t, same)
 
+    @classmethod
+    def in_target(cls, target: Target) -> "Drafter":
+        """Return the MTP drafter of a target. Its body is left out, because an add-on replaces nothing but the head."""
+        head = target.head()
+        check_finite("lm_head", head, str(target.name))
+        vocab, hidden = head.shape
+        config = {"hidden_size": hidden, "vocab_size": target.vocab_size, "draft_vocab_size": vocab}
+        return cls(target.path, config, {}, head, None, None, target_rows=True)
+
     @property
     def ids(self) -> torch.Tensor | None:
         """Return the target id of each draft id, int64 [V]; None if the ids are equal."""

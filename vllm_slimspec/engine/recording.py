@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,13 +42,15 @@ def collect(
     max_states: int = 100_000,
     engine: dict[str, Any] | None = None,
     dtype: Asked = "auto",
+    method: Literal["eagle3", "mtp"] = "eagle3",
     identity: str | None = None,
 ) -> HeadStates:
     """Record head states while the target answers prompts. A run that was killed continues where it stopped.
 
     Args:
         target: Hugging Face folder or id.
-        drafter: an EAGLE-3 drafter that vLLM serves, with any head, since only the head's *inputs* are kept.
+        drafter: an EAGLE-3 drafter that vLLM serves, with any head, since only the head's *inputs* are kept; the target
+            again for an MTP drafter, which is a part of it.
         prompts: a JSONL file, see :mod:`vllm_slimspec.engine.prompts`. The order of the prompts is random but always
             the same, because files are often sorted and ``max_states`` is reached long before their end. Documents
             keep the numbers of the file.
@@ -58,6 +60,7 @@ def collect(
         max_states: recording stops after the group of documents that reaches this number of states.
         engine: arguments of ``vllm.LLM``.
         dtype: of both models, see :func:`vllm_slimspec.common.work_dtype.engine_options`.
+        method: vLLM's speculative method.
         identity: a text that is the same for all drafters that may continue this recording, such as a hash of their
             body; None: only this drafter may.
 
@@ -71,6 +74,7 @@ def collect(
     file = Path(prompts)
     rows = read_prompts(file)
     settings = {"order": "random", "K": k, "max_tokens": max_tokens, "max_states": max_states}
+    settings |= {} if method == "eagle3" else {"method": method}
     writer = StatesWriter(folder, {**_models(target, drafter, identity), "prompts_sha256": sha256(file), **settings})
     if writer.complete:
         return HeadStates.open(folder)
@@ -79,7 +83,7 @@ def collect(
     length = max_model_len - max_tokens - 2 * k
     documents = tokenize(rows, open_tokenizer(rows, str(options.get("tokenizer", target))), vocab_size, length, file)
     order = random.Random(0).sample([*enumerate(documents)], len(documents))
-    with _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states")) as llm:
+    with _engine(target, drafter, max(k, 2), engine_options(options, dtype, "head states"), method) as llm:
         watcher = _Watcher(llm, k)
         with progress("Head states", max_states, "state", done=writer.count()) as shown:
             for group, first in enumerate(range(0, len(order), _DOCUMENTS)):
@@ -160,11 +164,15 @@ def check_engine(options: Mapping[str, Any]) -> None:
             )
 
 
-def _engine(target: str | Path, drafter: str | Path, k: int, options: dict[str, Any]) -> AbstractContextManager[Any]:
+def _engine(
+    target: str | Path, drafter: str | Path, k: int, options: dict[str, Any], method: str = "eagle3"
+) -> AbstractContextManager[Any]:
     """Run an offline engine in this process, where its draft head can be watched."""
     # Model Runner V1 calls the head from Python at every step. V2 replays the head from CUDA graphs.
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": k}
+    speculative: dict[str, Any] = {"method": method, "num_speculative_tokens": k}
+    if method != "mtp":  # vLLM reads an MTP drafter from the target.
+        speculative["model"] = str(drafter)
     ours = {"speculative_config": speculative, "enforce_eager": True, "async_scheduling": False}
     return offline_engine(target, options | ours, environment=environment, cure=_RUN_AGAIN)
 
@@ -202,10 +210,17 @@ class _Watcher:
         self._batch: list[_Request] = []
         self._states: list[torch.Tensor] = []
         self._places: list[int] = []
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
         model = self._runner.drafter.model
         self._wrap(self._runner.drafter, "propose", self._begin)
-        self._wrap(model, "get_top_tokens", self._top_tokens)
-        self._wrap(model, "compute_logits", self._logits)
+        if self._runner.drafter.method == "mtp":
+            # An MTP drafter normalizes its hidden states on their way to the head, so the last step is watched.
+            for processor in (module for module in model.modules() if isinstance(module, LogitsProcessor)):
+                self._wrap(processor, "forward", self._processed)
+        else:
+            self._wrap(model, "get_top_tokens", self._top_tokens)
+            self._wrap(model, "compute_logits", self._logits)
         model.register_forward_pre_hook(self._look_at_positions, with_kwargs=True)
 
     def record(self, llm: Any, answered: Sequence[Document]) -> Rows:
@@ -257,6 +272,9 @@ class _Watcher:
             return original(hidden)
         logits = hidden.new_zeros(len(hidden), self._runner.model_config.get_vocab_size())
         return logits.scatter_(1, self._next_tokens(hidden)[:, None], 1.0)
+
+    def _processed(self, original: Any, head: torch.nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._logits(lambda hidden: original(head, hidden, *args, **kwargs), hidden)
 
     def _next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         step = len(self._states)
