@@ -4,8 +4,8 @@ Everything is real: an unmodified `vllm serve` loads the plugin that is installe
 it questions of MT-Bench, HumanEval and GSM8K, one at a time, streamed, and several at once. The same requests go to the
 target alone first. Every answer must be the same, token for token, and only the speed may differ.
 
-Expected output (2 CPU cores, four to eight minutes): some answers, the tokens per second with and without the drafter, the
-acceptance length, and build/demo/result.json.
+Expected output, in four to eight minutes on 2 CPU cores: some answers, the tokens per second with and without the
+drafter, the acceptance length, and build/demo/result.json.
 """
 
 import json
