@@ -35,8 +35,7 @@ def low_rank_bytes(head: str) -> Callable[[Shape], int]:
 
     def read(shape: Shape) -> int:
         d, v, r = shape
-        spec = head_spec({"hidden_size": d, "vocab_size": v, **HEADS[head].low_rank_keys(r)})
-        return spec.bytes(2) + 2 * d * (spec.rerank or 0)
+        return head_spec({"hidden_size": d, "vocab_size": v, **HEADS[head].low_rank_keys(r)}).bytes(2)
 
     return read
 

@@ -629,7 +629,7 @@ def test_drafter_from_the_hub_is_downloaded_without_pickles(tmp_path, monkeypatc
     source, head, _ = form("specforge", tmp_path / "source")
     asked = []
 
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, revision=None):
         asked.append((name, allow_patterns))
         if name == "org/gone":
             raise OSError("Repository Not Found\nsee the log")

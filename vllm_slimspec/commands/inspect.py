@@ -24,8 +24,9 @@ def inspect(
 
     found: dict[str, Any] = {"path": str(drafter), "servable": False, "problems": []}
     try:
-        checkpoint: DraftCheckpoint | AddOn
-        checkpoint = AddOn.open(drafter) if is_add_on(read_config(drafter)) else DraftCheckpoint.open(drafter)
+        has_config = (drafter / "config.json").is_file()
+        kind = AddOn if has_config and is_add_on(read_config(drafter)) else DraftCheckpoint
+        checkpoint = kind.open(drafter)
         found |= _describe(checkpoint)
         checkpoint.check_values()
         found["servable"] = checkpoint.spec is not None
