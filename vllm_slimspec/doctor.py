@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_slimspec import __version__, compat
-from vllm_slimspec.common.files import check_tokenizer, read_config
+from vllm_slimspec.common.files import check_tokenizer
 from vllm_slimspec.drafters import FAMILIES
-from vllm_slimspec.drafters.add_on import AddOn, is_add_on
+from vllm_slimspec.drafters.add_on import AddOn, open_drafter
 from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
 from vllm_slimspec.drafters.past_faults import past_faults
 from vllm_slimspec.drafters.rope import plain_rope
@@ -179,12 +179,11 @@ def _pair(drafter: str | Path, target: str | Path | None, speculative_config: Ma
         yield _problem("drafter", _line(error), "install vLLM into this environment")
         return
     try:
-        folder = fetch(drafter, ["*.json", "*.safetensors"])
-        if is_add_on(read_config(folder)):
-            yield from _add_on(AddOn.open(folder), target, speculative_config)
-            return
-        checkpoint = DraftCheckpoint.open(folder)
+        checkpoint = open_drafter(fetch(drafter, ["*.json", "*.safetensors"]))
         checkpoint.check_values()
+        if isinstance(checkpoint, AddOn):
+            yield from _add_on(checkpoint, target, speculative_config)
+            return
         yield _head(checkpoint)
         yield from _writer(checkpoint)
     except CheckpointError as error:
@@ -213,7 +212,6 @@ def _add_on(add_on: AddOn, target: str | Path | None, speculative_config: Mappin
     """Check a head add-on, and whether the target has the head that it was made for."""
     from vllm_slimspec.target import Target
 
-    add_on.check_values()
     yield _ok("made for", f"the {add_on.method} drafter of {add_on.base_model}")
     yield _head(add_on)
     if target is None:

@@ -45,14 +45,22 @@ def expected(form, hidden, down, up):
     if form == "int8":
         up = ops.quantize_up(up, "int8").dequantize()
     scores = hidden @ down.T @ up.T
-    if form != "re-ranked":
+    if form in ("plain", "int8"):
         return scores.argmax(-1)
     candidates = scores.topk(5).indices
     exact = (hidden @ add_ons.tensors()[DENSE].T).gather(1, candidates)
     return candidates.gather(1, exact.argmax(-1, keepdim=True))[:, 0]
 
 
-@pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.broad), "int8", "re-ranked"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param("plain", marks=pytest.mark.broad),
+        "int8",
+        "re-ranked",
+        pytest.param("own rows", marks=pytest.mark.broad),
+    ],
+)
 def test_mtp_drafter_with_an_add_on_drafts_by_the_low_rank_head(form, target, engine, tmp_path):
     """Catches: a head that vLLM replaced by the target's, ids that the processor does not return, a form of the head
     that is dropped, or a changed answer."""
@@ -63,6 +71,8 @@ def test_mtp_drafter_with_an_add_on_drafts_by_the_low_rank_head(form, target, en
         head, changes = {DOWN: down, UP: stored.weight, SCALE: stored.scale}, {"lm_head_quantization": "int8"}
     if form == "re-ranked":
         changes = {"lm_head_rerank": 5, "lm_head_rerank_rows": "target"}
+    if form == "own rows":
+        head, changes = head | {DENSE: add_ons.tensors()[DENSE]}, {"lm_head_rerank": 5}
     add_on = add_ons.write_add_on(tmp_path / "add-on", target, head, **changes)
     alone = generate(engine(target), PROMPTS)
     llm = engine(target, add_on, k=2, speculative=SPECULATIVE)

@@ -13,23 +13,7 @@ from vllm_slimspec.head.spec import DOWN, UP
 
 pytestmark = pytest.mark.broad
 PROMPTS = [list(range(2, 20)), [7, 9, 11, 300, 5]]
-COMMON = {
-    "vocab_size": V,
-    "hidden_size": D,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "rope_theta": 10000.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
+COMMON = add_ons.config(head_dim=32)
 EXPERTS = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,

@@ -18,15 +18,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Describe a drafter: its format, the size of its head, and what would stop vLLM from serving it."""
-    from vllm_slimspec.common.files import read_config
-    from vllm_slimspec.drafters.add_on import AddOn, is_add_on
-    from vllm_slimspec.drafters.checkpoint import DraftCheckpoint
+    from vllm_slimspec.drafters.add_on import open_drafter
 
     found: dict[str, Any] = {"path": str(drafter), "servable": False, "problems": []}
     try:
-        has_config = (drafter / "config.json").is_file()
-        kind = AddOn if has_config and is_add_on(read_config(drafter)) else DraftCheckpoint
-        checkpoint = kind.open(drafter)
+        checkpoint = open_drafter(drafter)
         found |= _describe(checkpoint)
         checkpoint.check_values()
         found["servable"] = checkpoint.spec is not None
@@ -41,10 +37,12 @@ def inspect(
 
 
 def _describe(checkpoint: Any) -> dict[str, Any]:
+    from vllm_slimspec.drafters.add_on import AddOn
+
     spec = checkpoint.spec
     if spec is None:
         return {"format": checkpoint.format, "head": "dense", "head_bytes": checkpoint.head_bytes}
-    if hasattr(checkpoint, "base_model"):
+    if isinstance(checkpoint, AddOn):
         kind = {"format": "head add-on", "method": checkpoint.method, "base_model": checkpoint.base_model}
     else:
         kind = {"format": checkpoint.format, "family": checkpoint.family.name}

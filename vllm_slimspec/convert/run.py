@@ -107,12 +107,8 @@ def sweep(options: Options, divisors: Sequence[int]) -> tuple[Evaluation, list[O
     with claim_work(options.run) if options.runs else nullcontext(), progress("convert", ends=False):
         work = Conversion.open(options, divisors)
         ranks = sorted({work.source.head.shape[1] // divisor for divisor in divisors}, reverse=True)
-        if work.drafter.factors is None or options.exact_tokens:
-            # Factors are ordered by importance, so the first rows and columns of these are the best of a lower rank.
-            factors = work.factors(ranks[0])
-            heads = {str(rank): work.calibrated(factors.cut(rank)) for rank in ranks}
-        else:  # Trained factors have no such order, so that each rank is factorized anew.
-            heads = {str(rank): work.factors(rank) for rank in ranks}
+        found = _of_ranks(work, ranks, options.exact_tokens)
+        heads = {str(rank): work.calibrated(head) for rank, head in found.items()}
         evaluation = work.evaluate(heads)
         assert evaluation is not None
         outcomes = [
@@ -137,12 +133,11 @@ def _chosen(work: Conversion) -> tuple[Factors, Options, list[Outcome]]:
     most = options.budget * work.source.head.nbytes
     ranks = sorted({max(1, hidden // divisor) for divisor in _DIVISORS}, reverse=True)
     heads: dict[str, Factors] = {}
+    sizes: dict[str, int] = {}
     for exact in (0, *(count for count in _EXACT if count <= len(work.dense) // 4)):
-        whole = work.factors(ranks[0], exact)
-        for rank in ranks:
-            head = work.calibrated(whole.cut(rank))
-            if _read(_tensors(work, head)) <= most:
-                heads[f"{exact} {rank}"] = head
+        for rank, head in _of_ranks(work, ranks, exact).items():
+            if (size := _read(_tensors(work, head))) <= most:
+                heads[f"{exact} {rank}"], sizes[f"{exact} {rank}"] = work.calibrated(head), size
     evaluation = work.evaluate(heads) if heads else None
     if evaluation is None:
         raise OptionError(
@@ -150,7 +145,7 @@ def _chosen(work: Conversion) -> tuple[Factors, Options, list[Outcome]]:
             "give a larger --budget, or sizes of your own with --rank and --exact-tokens"
         )
     found = [
-        (name, work.outcome(head, _read(_tensors(work, head)), evaluation.heads[name], k))
+        (name, work.outcome(head, sizes[name], evaluation.heads[name], k))
         for name, head in heads.items()
         for k in (None, *evaluation.heads[name].rerank)
     ]
@@ -160,6 +155,16 @@ def _chosen(work: Conversion) -> tuple[Factors, Options, list[Outcome]]:
     name, best = allowed[0] if allowed else min(found, key=lambda one: one[1].loss or 0)
     options = replace(options, rank=best.rank, exact_tokens=best.exact_tokens, rerank=best.rerank)
     return heads[name], options, [outcome for _, outcome in found]
+
+
+def _of_ranks(work: Conversion, ranks: Sequence[int], exact_tokens: int) -> dict[int, Factors]:
+    """Return factors of each rank, of which the first is the highest. Those of a tail are not calibrated yet."""
+    if work.drafter.factors is None or exact_tokens:
+        # Factors are ordered by importance, so the first rows and columns of these are the best of a lower rank.
+        whole = work.factors(ranks[0], exact_tokens)
+        return {rank: whole.cut(rank) for rank in ranks}
+    # Trained factors have no such order, so that each rank is factorized anew.
+    return {rank: work.factors(rank, exact_tokens) for rank in ranks}
 
 
 def _tensors(work: Conversion, factors: Factors) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ add-on was made for, whatever that model is called and however it is quantized.
 Letters: D hidden size, V vocabulary.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_slimspec.common import files
 from vllm_slimspec.common.files import TensorInfo, load_tensor
-from vllm_slimspec.common.output import claim_folder
+from vllm_slimspec.drafters.checkpoint import DraftCheckpoint, write_folder
 from vllm_slimspec.errors import CheckpointError
 from vllm_slimspec.head.checks import check_finite, check_head
 from vllm_slimspec.head.spec import DOWN, FLOATS, HeadSpec, head_spec
@@ -158,18 +157,16 @@ def write_add_on(
 
     ids = torch.linspace(0, len(dense) - 1, _SAMPLE_COUNT).long()
     samples = {SAMPLE_IDS: ids, SAMPLE_ROWS: dense[ids.to(dense.device)]}
-
-    def fill(new: Path) -> None:
-        whole = {name: t.detach().cpu().contiguous() for name, t in {**tensors, **samples}.items()}
-        files.save_tensors(whole, new / "model.safetensors", {"format": "pt"})
-        for name, content in (("config.json", config), ("slimspec.json", provenance)):
-            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        (new / "README.md").write_text(card, encoding="utf-8")
-        AddOn.open(new)
-
-    with claim_folder(folder) as claim:
-        claim.write(fill)
+    everything = {**tensors, **samples}
+    write_folder(folder, config, everything, provenance, card, lambda new: AddOn.open(new).check_values())
     return AddOn.open(folder)
+
+
+def open_drafter(folder: Path) -> DraftCheckpoint | AddOn:
+    """Open a head add-on or a drafter, and refuse a folder that could not be served, by a CheckpointError."""
+    # Without a config.json the folder is neither of them, and the error is that of a drafter.
+    has_config = (folder / "config.json").is_file()
+    return AddOn.open(folder) if has_config and is_add_on(files.read_config(folder)) else DraftCheckpoint.open(folder)
 
 
 def is_add_on(config: Mapping[str, Any]) -> bool:

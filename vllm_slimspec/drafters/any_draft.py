@@ -62,8 +62,9 @@ class AnyDraft(_Stock):
         draft = speculative.draft_model_config
         self.add_on = AddOn.open(getattr(draft.hf_config, KEY))
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        # A drafter may draft the tokens of a whole cycle at once.
-        batch = vllm_config.scheduler_config.max_num_seqs * speculative.num_speculative_tokens
+        batch = vllm_config.scheduler_config.max_num_seqs
+        if speculative.method != "mtp":  # DFlash drafts all tokens of a cycle at once.
+            batch *= speculative.num_speculative_tokens
         self.slot = HeadSlot(self.add_on.spec, batch, str(self.add_on.path), maybe_prefix(prefix, "low_rank_head"))
         self.low_rank_head = self.slot.head
         replaced = 0

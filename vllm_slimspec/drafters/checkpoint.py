@@ -7,7 +7,7 @@ ever run. Every refusal is a :class:`CheckpointError`: one line with the file, t
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -254,6 +254,20 @@ def write_checkpoint(
         OSError: the disk refuses to write; nothing is left on it.
     """
 
+    write_folder(folder, config, tensors, provenance, card, lambda new: DraftCheckpoint.open(new).check_values())
+    return DraftCheckpoint.open(folder)
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, "torch.Tensor"],
+    provenance: Mapping[str, Any],
+    card: str | None,
+    check: Callable[[Path], None],
+) -> None:
+    """Write a folder as :func:`write_checkpoint` does, and let ``check`` refuse it before it gets its name."""
+
     def fill(new: Path) -> None:
         whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         files.save_tensors(whole, new / "model.safetensors", {"format": "pt"})
@@ -261,8 +275,7 @@ def write_checkpoint(
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if card is not None:
             (new / "README.md").write_text(card, encoding="utf-8")
-        DraftCheckpoint.open(new).check_values()
+        check(new)
 
     with claim_folder(folder) as claim:
         claim.write(fill)
-    return DraftCheckpoint.open(folder)
