@@ -77,6 +77,11 @@ TOUCHES = (
         "the dense head is allocated for a moment while the drafter loads (1 GiB for V=128k, D=4096 in bfloat16)",
     ),
     Touch(
+        "_SPECULATIVE_DECODING_MODELS",
+        "vllm.model_executor.models.registry",
+        "head add-ons are not served, because vLLM does not know their draft models",
+    ),
+    Touch(
         "UnquantizedEmbeddingMethod.process_weights_after_loading",
         "vllm.model_executor.layers.vocab_parallel_embedding",
         "a drafter whose weights are updated during serving may keep drafting with the old weights",
