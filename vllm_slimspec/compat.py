@@ -283,22 +283,27 @@ def _drafter_config(model: str, revision: str | None) -> dict[str, Any] | None:
 
 def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
     """Set our architecture and the fused path for a low-rank drafter. Do not change any other drafter."""
-    draft = config.draft_model_config
-    keys = {key.replace("-", "_") for key in given}
     if (add_on := given.get(KEY)) is not None:
         _adopt_add_on(config, add_on)
-        if "use_local_argmax_reduction" not in keys and dense_reason(config) is None:
-            config.use_local_argmax_reduction = True
+    elif not _adopt_drafter(engine_args, config):
         return
+    keys = {key.replace("-", "_") for key in given}
+    if "use_local_argmax_reduction" not in keys and dense_reason(config) is None:
+        config.use_local_argmax_reduction = True
+
+
+def _adopt_drafter(engine_args: Any, config: Any) -> bool:
+    """Set our architecture for a drafter with a low-rank head, and return whether it is one."""
+    draft = config.draft_model_config
     if config.method not in _METHODS or draft is None:
-        return
+        return False
     if draft.hf_config.model_type == "speculators":  # vLLM's reader drops our head's keys at the top of this layout.
         for key, value in (_drafter_config(draft.model, draft.revision) or {}).items():
             if key in HEAD_KEYS:
                 setattr(draft.hf_config, key, value)
     declared = declared_config(draft.hf_config)
     if not is_low_rank(declared):
-        return
+        return False
     check_algorithm(declared, (), draft.model)
     if getattr(config, "parallel_drafting", False):
         raise CheckpointError(
@@ -311,8 +316,7 @@ def _adopt(engine_args: Any, config: Any, given: dict[str, Any]) -> None:
     if draft.hf_config.architectures != [family.architecture]:
         draft.hf_config.architectures = [family.architecture]
         config.update_arch_()
-    if "use_local_argmax_reduction" not in keys and dense_reason(config) is None:
-        config.use_local_argmax_reduction = True
+    return True
 
 
 def _check_on_disk(engine_args: Any, config: Any, spec: HeadSpec) -> None:
